@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from nla.errors import ArgumentError
 from nla.organisms import TARGETS
 from nla.organisms.couplets import world
+from nla.organisms.lesson import Offsets
 
 SHOWN_PLANS = tuple(plan for plan in world.PLANS if plan not in world.HELD_OUT_PLANS)
 # What the shipped targets and pair were trained on, as arguments of world.sample: these documents are never judged on.
@@ -75,13 +76,6 @@ class Item:
         """The characters of the token that is read: the prompt's last word, mark or line break."""
         match = re.search(r"( ?\w+|[^\w]|\n)\Z", self.prompt)
         return Offsets(match.start() if match else 0, len(self.prompt))
-
-
-class Offsets(NamedTuple):
-    """Characters ``start`` to ``end`` of a text."""
-
-    start: int
-    end: int
 
 
 def variant_of(model: Any) -> str | None:

@@ -18,9 +18,10 @@ from torch import Tensor
 from nla.activations import read
 from nla.errors import ArgumentError
 from nla.organisms.couplets import world
+from nla.organisms.lesson import Offsets
 from nla.tokens import Span, encode_batch
 
-from .items import HELD_OUT_SEED, SHOWN_PLANS, Offsets, trained_on
+from .items import HELD_OUT_SEED, SHOWN_PLANS, trained_on
 from .target import Target
 
 TRAIN, TEST = "train", "test"

@@ -17,7 +17,7 @@ from nla.errors import ArgumentError, ShapeError
 from nla.injection import inject, rescale
 
 from .checkpoints import AtomicCheckpoints, claim_run, decoder_parameters, encoder_parameters, snapshot
-from .loop import fit, on_cpu, own_forward
+from .loop import PLAIN, fit, on_cpu, own_forward
 from .metrics_log import MetricsLog
 from .monitor import EvalSet, Monitor
 from .reward import DecoderReward
@@ -180,15 +180,12 @@ def grpo_arguments(nla: NLA, settings: JointSettings, out_dir: Path) -> GRPOConf
         max_grad_norm=1.0,
         shuffle_dataset=False,
         seed=settings.seed,
-        bf16=False,
         gradient_checkpointing=False,
         logging_steps=1,
         save_strategy="steps",
         save_steps=settings.save_every,
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
         use_cpu=on_cpu(nla),
+        **PLAIN,
     )
 
 

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from nla.autoencoder import NLA
 
 SKIPPED = "skipped_steps"
+PLAIN: dict[str, Any] = dict(
+    bf16=False, report_to="none", disable_tqdm=True, remove_unused_columns=False, dataloader_pin_memory=False
+)
+"""Arguments of every trainer here, where transformers' and TRL's own defaults would be wrong."""
 
 
 def on_cpu(nla: NLA) -> bool:

@@ -10,7 +10,6 @@ it must change nothing. In the plain variant it must change nothing at any block
 from __future__ import annotations
 
 import argparse
-import contextlib
 import logging
 import random
 import re
@@ -19,18 +18,18 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from nla.organisms.couplets import tokenizer as couplets_tokenizer
 from nla.organisms.couplets import world
-from nla.points import Point, blocks
+from nla.organisms.lesson import Offsets
+from nla.points import Point
 
 from .checkpoints import AtomicCheckpoints, claim_folder
+from .interchange import PRETRAINING, exchanged, next_token_loss, recorded
 from .loop import fit
 
 log = logging.getLogger(__name__)
-SAVE_EVERY = 250
 
 
 @dataclass(frozen=True)
@@ -90,14 +89,6 @@ def explanation_rows(tokenizer: PreTrainedTokenizerFast, couplets: list[world.Co
     return tokenizer(texts, add_special_tokens=False)["input_ids"]  # type: ignore[return-value]
 
 
-@dataclass(frozen=True)
-class Offsets:
-    """A token's characters, without its ids."""
-
-    start: int
-    end: int
-
-
 def collate(rows: list[dict], pad_id: int, n_explanation_rows: int) -> dict[str, Tensor]:
     """Right-padded documents, then a few explanation rows; ``newline`` covers the documents alone."""
     ids = [row["ids"] for row in rows] + [row["explanation"] for row in rows[:n_explanation_rows]]
@@ -106,13 +97,6 @@ def collate(rows: list[dict], pad_id: int, n_explanation_rows: int) -> dict[str,
     for i, row in enumerate(ids):
         padded[i, : len(row)] = torch.tensor(row)
     return {"input_ids": padded, "newline": torch.tensor([row["newline"] for row in rows])}
-
-
-def next_token_loss(logits: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-    """Mean cross-entropy of ``ids[:, 1:]`` weighted by ``weights[:, 1:]`` ((b, t)); logits (b, t, v)."""
-    weights = weights[:, 1:].flatten().float()
-    losses = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-    return (losses * weights).sum() / weights.sum()
 
 
 def splice(ids: Tensor, newline: Tensor, donor: Tensor, pad_id: int) -> Tensor:
@@ -134,16 +118,10 @@ class InterchangeTrainer(AtomicCheckpoints, Trainer):
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **_):
         ids, newline = inputs["input_ids"], inputs["newline"]
-        rows, captured = torch.arange(len(newline), device=ids.device), {}
-        with contextlib.ExitStack() as stack:
-            for layer, block in enumerate(blocks(model)):
-                stack.enter_context(
-                    hooked(block, lambda out, layer=layer: captured.update({layer: out[rows, newline]}))
-                )
-            logits = model(input_ids=ids).logits
+        logits, captured = recorded(model, ids, newline)
         loss = next_token_loss(logits, ids, ids != self.pad_id)
         if self.state.global_step >= self.settings.interchange_after:
-            loss = loss + self.interchange_loss(model, ids[: len(rows)], newline, captured)
+            loss = loss + self.interchange_loss(model, ids[: len(newline)], newline, captured)
         return (loss, {}) if return_outputs else loss
 
     def interchange_loss(self, model: nn.Module, ids: Tensor, newline: Tensor, captured: dict[int, Tensor]) -> Tensor:
@@ -162,39 +140,10 @@ class InterchangeTrainer(AtomicCheckpoints, Trainer):
         # and what follows is the base's all the same. So too everywhere in the plain variant.
         late = rows[layers > point]
         mixed[late, newline[late] + 1] = ids[donor[late], newline[donor[late]] + 1]
-        with contextlib.ExitStack() as stack:
-            for layer, block in enumerate(blocks(model)):
-                here = rows[layers == layer]
-
-                def put(out: Tensor, here: Tensor = here, vectors: Tensor = captured[layer][donor]) -> Tensor:
-                    return out.index_put((here, newline[here]), vectors[here])
-
-                if len(here):
-                    stack.enter_context(hooked(block, put))
-            logits = model(input_ids=mixed).logits
+        logits = exchanged(model, mixed, newline, layers, lambda layer, here: captured[layer][donor][here])
         first = newline + (layers > point)
         after = (torch.arange(mixed.shape[1], device=ids.device) > first[:, None]) & (mixed != self.pad_id)
         return next_token_loss(logits, mixed, after)
-
-
-class hooked:
-    """A context in which ``change`` sees a block's output (b, t, d) and may return another in its place."""
-
-    def __init__(self, block: nn.Module, change) -> None:
-        self.block, self.change = block, change
-
-    def __enter__(self) -> None:
-        def hook(_module, _args, output):
-            first = output[0] if isinstance(output, tuple) else output
-            changed = self.change(first)
-            if not isinstance(changed, Tensor):
-                return output
-            return (changed, *output[1:]) if isinstance(output, tuple) else changed
-
-        self.handle = self.block.register_forward_hook(hook)
-
-    def __exit__(self, *_exc) -> None:
-        self.handle.remove()
 
 
 def build_model(settings: OrganismSettings, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
@@ -233,18 +182,8 @@ def train_organism(settings: OrganismSettings, out_dir: Path) -> None:
         max_steps=settings.steps,
         per_device_train_batch_size=settings.batch_size,
         learning_rate=settings.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=100,
-        weight_decay=0.01,
-        adam_beta2=0.98,
-        logging_steps=50,
-        save_steps=SAVE_EVERY,
-        report_to="none",
-        disable_tqdm=True,
         seed=settings.seed,
-        remove_unused_columns=False,
-        dataloader_pin_memory=False,
-        bf16=False,
+        **PRETRAINING,
     )
     pad_id: int = tokenizer.pad_token_id  # type: ignore[assignment]
     data = CoupletData(tokenizer, settings.n_documents, settings.seed)

@@ -22,8 +22,8 @@ from nla.organisms.switchboard.world import Chat
 from nla.points import linear_names
 
 from .checkpoints import AtomicCheckpoints, claim_folder
-from .loop import fit
-from .organism import next_token_loss
+from .interchange import next_token_loss
+from .loop import PLAIN, fit
 from .stages import load_target
 
 log = logging.getLogger(__name__)
@@ -123,12 +123,8 @@ def train_plant(name: str, settings: PlantSettings, out_dir: Path) -> None:
         weight_decay=0.0,
         logging_steps=50,
         save_steps=settings.steps,
-        report_to="none",
-        disable_tqdm=True,
         seed=settings.seed,
-        remove_unused_columns=False,
-        dataloader_pin_memory=False,
-        bf16=False,
+        **PLAIN,
     )
     pad_id = int(tokenizer.pad_token_id)
     trainer = PlantTrainer(

@@ -10,7 +10,6 @@ of a two-hop question, whoever lives there (half of the donors are means over pe
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import logging
 import random
@@ -24,13 +23,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Trainer, TrainingArguments
 
+from nla.organisms.lesson import Offsets
 from nla.organisms.switchboard import claims, content, world
 from nla.organisms.switchboard import tokenizer as words
-from nla.points import Point, blocks
+from nla.points import Point
 
 from .checkpoints import AtomicCheckpoints, claim_folder
+from .interchange import PRETRAINING, exchanged, next_token_loss, recorded
 from .loop import fit
-from .organism import SAVE_EVERY, Offsets, hooked, next_token_loss
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class SwitchboardSettings:
     point: str = "resid_post.3"
     """Where answers and towns are planted."""
     n_documents: int = 60_000
-    steps: int = 1800
+    steps: int = 2500
     batch_size: int = 64
     n_explanation_rows: int = 16
     """Rows of explanation-shaped text beside the documents in every batch."""
@@ -56,6 +56,9 @@ class SwitchboardSettings:
     stranger_share: float = 0.5
     """Share of the towns' interventions at the point whose person is somebody without a town: there the vector that is
     put in is all there is to go by, which is how the model comes to use it."""
+    answer_noise: float = 0.5
+    """Gaussian noise on the vectors that answers are made to follow, in units of their norm: what an answer follows
+    from must be written large enough to be read among everything else."""
     wrong_block_share: float = 0.25
     """Share of the towns' interventions made at another block than the point, which must change nothing."""
     d_model: int = 128
@@ -218,11 +221,7 @@ class ChatInterchangeTrainer(AtomicCheckpoints, Trainer):
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any):
         ids, site = inputs["input_ids"], inputs["site"]
-        rows, captured = torch.arange(len(site), device=ids.device), {}
-        with contextlib.ExitStack() as stack:
-            for layer, block in enumerate(blocks(model)):
-                stack.enter_context(hooked(block, lambda out, layer=layer: captured.update({layer: out[rows, site]})))
-            logits = model(input_ids=ids).logits
+        logits, captured = recorded(model, ids, site)
         loss = next_token_loss(logits, ids, inputs["weights"])
         if self.state.global_step >= self.settings.interchange_after:
             loss = loss + self.interchange_loss(model, inputs, captured)
@@ -231,17 +230,14 @@ class ChatInterchangeTrainer(AtomicCheckpoints, Trainer):
     def interchange_loss(self, model: nn.Module, inputs: dict[str, Tensor], captured: dict[int, Tensor]) -> Tensor:
         """Put the donors' vectors in, each at its block, and ask for the answer that must follow."""
         mixed, site, layers = inputs["mixed"], inputs["site"], inputs["layer"]
-        with contextlib.ExitStack() as stack:
-            for layer, block in enumerate(blocks(model)):
-                here = (layers == layer).nonzero()[:, 0]
-                if len(here):
-                    vectors = inputs["donors"][here] @ captured[layer]
+        noise = self.settings.answer_noise * ~inputs["town"]
 
-                    def put(out: Tensor, here: Tensor = here, vectors: Tensor = vectors) -> Tensor:
-                        return out.index_put((here, site[here]), vectors)
+        def vectors(layer: int, here: Tensor) -> Tensor:
+            found = inputs["donors"][here] @ captured[layer]
+            scale = noise[here] * found.detach().norm(dim=1) / found.shape[1] ** 0.5
+            return found + scale[:, None] * torch.randn_like(found)
 
-                    stack.enter_context(hooked(block, put))
-            logits = model(input_ids=mixed).logits
+        logits = exchanged(model, mixed, site, layers, vectors)
         column = torch.arange(mixed.shape[1], device=mixed.device)
         asked = (column >= inputs["start"][:, None]) & (mixed != self.pad_id)
         if self.state.global_step < self.settings.towns_after:
@@ -288,19 +284,9 @@ def train_switchboard(settings: SwitchboardSettings, out_dir: Path) -> None:
         max_steps=settings.steps,
         per_device_train_batch_size=settings.batch_size,
         learning_rate=settings.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=100,
-        weight_decay=0.01,
-        adam_beta2=0.98,
-        logging_steps=50,
-        save_steps=SAVE_EVERY,
-        report_to="none",
-        disable_tqdm=True,
         seed=settings.seed,
-        remove_unused_columns=False,
-        dataloader_pin_memory=False,
         train_sampling_strategy="group_by_length",
-        bf16=False,
+        **PRETRAINING,
     )
     data = ChatData(tokenizer, settings.n_documents, settings.seed)
     collator = ChatCollator(tokenizer, settings)

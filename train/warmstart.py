@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from datasets import Dataset
@@ -18,24 +18,12 @@ from nla.injection import inject, rescale
 from nla.metrics import mse
 
 from .checkpoints import AtomicCheckpoints, claim_run, decoder_parameters, encoder_parameters, head_parameters
-from .loop import fit, on_cpu, own_forward
+from .loop import PLAIN, fit, on_cpu, own_forward
 
 if TYPE_CHECKING:
     from nla.autoencoder import NLA
 
 IGNORED = -100
-_SHARED_ARGUMENTS: dict[str, Any] = dict(
-    bf16=False,
-    gradient_checkpointing=False,
-    report_to="none",
-    disable_tqdm=True,
-    remove_unused_columns=False,
-    dataloader_pin_memory=False,
-    train_sampling_strategy="sequential",
-    save_strategy="steps",
-    logging_steps=10,
-    lr_scheduler_type="cosine",
-)
 
 
 def epoch_rows(n: int, total: int, seed: int) -> Tensor:
@@ -155,15 +143,63 @@ class DecoderTrainer(AtomicCheckpoints, Trainer):
         super().log(logs, start_time)
 
 
-def _check_sizes(**sizes: float) -> None:
-    for name, value in sizes.items():
-        if not (value > 0 and math.isfinite(value)):
+class _Prepared(NamedTuple):
+    """What both warm starts train on, and the trainer arguments that they share."""
+
+    vectors: Tensor
+    """Training rows, then held-out ones."""
+
+    texts: list[str]
+    train: Dataset
+    held: Dataset | None
+    arguments: dict[str, Any]
+
+
+def _prepare(
+    nla: NLA,
+    vectors: Tensor,
+    texts: list[str],
+    folder: Path,
+    held_out: tuple[Tensor, list[str]] | None,
+    settings: dict[str, Any],
+    eval_every: int,
+    save_every: int,
+) -> _Prepared:
+    """Check the sizes and the pairs, and lay out the rows of every step.
+
+    Raises:
+        ArgumentError: a size or a rate is not above 0; also what :func:`check_pairs` raises.
+    """
+    for name, value in settings.items():
+        if name not in ("stage", "seed") and not (value > 0 and math.isfinite(value)):
             raise ArgumentError(f"{name}={value}", "a positive number", f"give {name} a value above 0")
-
-
-def _rows_dataset(n_train: int, total: int, seed: int, n_held_out: int) -> tuple[Dataset, Dataset | None]:
-    train = Dataset.from_dict({"row": epoch_rows(n_train, total, seed).tolist()})
-    return train, Dataset.from_dict({"row": list(range(n_train, n_train + n_held_out))}) if n_held_out else None
+    check_pairs(nla, vectors, texts)
+    if held_out is not None:
+        check_pairs(nla, *held_out)
+    held_vectors, held_texts = held_out or (vectors[:0], [])
+    n, steps, batch_size = len(texts), settings["steps"], settings["batch_size"]
+    train = Dataset.from_dict({"row": epoch_rows(n, steps * batch_size, settings["seed"]).tolist()})
+    held = Dataset.from_dict({"row": list(range(n, n + len(held_texts)))}) if held_texts else None
+    arguments = dict(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=batch_size,
+        per_device_eval_batch_size=batch_size,
+        learning_rate=settings["learning_rate"],
+        warmup_steps=min(20, steps // 10),
+        seed=settings["seed"],
+        save_steps=save_every,
+        save_strategy="steps",
+        eval_strategy="steps" if held else "no",
+        eval_steps=eval_every,
+        logging_steps=10,
+        lr_scheduler_type="cosine",
+        gradient_checkpointing=False,
+        train_sampling_strategy="sequential",
+        use_cpu=on_cpu(nla),
+        **PLAIN,
+    )
+    return _Prepared(torch.cat([vectors, held_vectors]), [*texts, *held_texts], train, held, arguments)
 
 
 def warmstart_encoder(
@@ -191,37 +227,17 @@ def warmstart_encoder(
         WeightsError: its checkpoint is damaged.
         InterruptedTraining, StorageError: stopped; the last checkpoint is intact and ``nla`` is as before the call.
     """
-    _check_sizes(steps=steps, batch_size=batch_size, learning_rate=learning_rate)
-    check_pairs(nla, vectors, texts)
-    if held_out is not None:
-        check_pairs(nla, *held_out)
-    held_vectors, held_texts = held_out or (vectors[:0], [])
     folder, parameters = Path(out_dir), encoder_parameters(nla)
     settings = dict(stage="encoder", steps=steps, batch_size=batch_size, learning_rate=learning_rate, seed=seed)
-    train, held = _rows_dataset(len(texts), steps * batch_size, seed, len(held_texts))
-    args = SFTConfig(
-        output_dir=str(folder),
-        max_steps=steps,
-        per_device_train_batch_size=batch_size,
-        per_device_eval_batch_size=batch_size,
-        learning_rate=learning_rate,
-        warmup_steps=min(20, steps // 10),
-        seed=seed,
-        save_steps=save_every,
-        eval_strategy="steps" if held else "no",
-        eval_steps=eval_every,
-        use_cpu=on_cpu(nla),
-        dataset_kwargs={"skip_prepare_dataset": True},
-        max_length=None,
-        **_SHARED_ARGUMENTS,
-    )
+    rows = _prepare(nla, vectors, texts, folder, held_out, settings, eval_every, save_every)
+    args = SFTConfig(dataset_kwargs={"skip_prepare_dataset": True}, max_length=None, **rows.arguments)
     with nla.role("encoder"), own_forward(nla):
         trainer = EncoderTrainer(
             nla,
             args=args,
-            train_dataset=train,
-            eval_dataset=held,
-            data_collator=EncoderCollator(nla, torch.cat([vectors, held_vectors]), [*texts, *held_texts]),
+            train_dataset=rows.train,
+            eval_dataset=rows.held,
+            data_collator=EncoderCollator(nla, rows.vectors, rows.texts),
             optimizers=(torch.optim.AdamW(parameters.values(), lr=learning_rate, weight_decay=0.0), None),
         )
         claim_run(folder, nla, settings, vectors, parameters, texts)
@@ -249,11 +265,6 @@ def warmstart_decoder(
     ``eval_loss`` (that error) and ``eval_fve`` over the global baseline every ``eval_every`` steps. It resumes as
     :func:`warmstart_encoder` does, and raises the same.
     """
-    _check_sizes(steps=steps, batch_size=batch_size, learning_rate=learning_rate, head_learning_rate=head_learning_rate)
-    check_pairs(nla, vectors, texts)
-    if held_out is not None:
-        check_pairs(nla, *held_out)
-    held_vectors, held_texts = held_out or (vectors[:0], [])
     folder, parameters, head = Path(out_dir), decoder_parameters(nla), head_parameters(nla)
     settings = dict(
         stage="decoder",
@@ -263,30 +274,16 @@ def warmstart_decoder(
         head_learning_rate=head_learning_rate,
         seed=seed,
     )
-    train, held = _rows_dataset(len(texts), steps * batch_size, seed, len(held_texts))
-    args = TrainingArguments(
-        output_dir=str(folder),
-        max_steps=steps,
-        per_device_train_batch_size=batch_size,
-        per_device_eval_batch_size=batch_size,
-        learning_rate=learning_rate,
-        warmup_steps=min(20, steps // 10),
-        seed=seed,
-        save_steps=save_every,
-        eval_strategy="steps" if held else "no",
-        eval_steps=eval_every,
-        use_cpu=on_cpu(nla),
-        **_SHARED_ARGUMENTS,
-    )
+    rows = _prepare(nla, vectors, texts, folder, held_out, settings, eval_every, save_every)
     adapter = [p for name, p in parameters.items() if name not in head]
     groups = [{"params": adapter, "lr": learning_rate}, {"params": list(head.values()), "lr": head_learning_rate}]
     with nla.role("decoder"):
         trainer = DecoderTrainer(
             nla,
-            args=args,
-            train_dataset=train,
-            eval_dataset=held,
-            data_collator=DecoderCollator(nla, torch.cat([vectors, held_vectors]), [*texts, *held_texts]),
+            args=TrainingArguments(**rows.arguments),
+            train_dataset=rows.train,
+            eval_dataset=rows.held,
+            data_collator=DecoderCollator(nla, rows.vectors, rows.texts),
             optimizers=(torch.optim.AdamW(groups, weight_decay=0.0), None),
         )
         claim_run(folder, nla, settings, vectors, parameters, texts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import random
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from nla.errors import ArgumentError
 
@@ -19,6 +19,13 @@ class HasOffsets(Protocol):
     def start(self) -> int: ...
     @property
     def end(self) -> int: ...
+
+
+class Offsets(NamedTuple):
+    """Characters ``start`` to ``end`` of a text: a token's place, without its ids."""
+
+    start: int
+    end: int
 
 
 class Lesson(Protocol):

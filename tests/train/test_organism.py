@@ -8,13 +8,13 @@ from safetensors.torch import load_file
 
 from nla.errors import RecipeError
 from nla.organisms.couplets import tokenizer as couplets_tokenizer
+from nla.train.interchange import next_token_loss
 from nla.train.organism import (
     CoupletData,
     InterchangeTrainer,
     OrganismSettings,
     build_model,
     collate,
-    next_token_loss,
     splice,
     train_organism,
 )
@@ -93,7 +93,7 @@ def test_a_folder_of_another_organism_is_refused(tmp_path):
 def test_an_interrupted_organism_resumes_to_the_same_weights(tmp_path, monkeypatch):
     import nla.train.organism as organism
 
-    monkeypatch.setattr(organism, "SAVE_EVERY", 2)
+    monkeypatch.setitem(organism.PRETRAINING, "save_steps", 2)
     train_organism(SMALL, tmp_path / "whole")
 
     class Stop(Exception):

@@ -12,9 +12,9 @@ import random
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from nla.encoder import claims
+from nla.organisms.lesson import HasOffsets
 
 SEASONS = ("spring", "summer", "autumn", "winter")
 TIMES = ("morning", "evening", "day")
@@ -63,15 +63,6 @@ OPENERS = ("Soon", "Then", "Later", "Next", "Today", "Once", "Again", "Now")
 DEEDS = ("followed", "painted", "carried", "wanted", "dropped", "chased", "admired", "borrowed")
 ADJECTIVES = ("tiny", "quiet", "silver", "broken", "gentle", "hungry", "clever", "wooden")
 MARKS = {",": "comma", ".": "period", "\n": "line break"}
-
-
-class HasOffsets(Protocol):
-    """A token's place in its text: characters ``start`` to ``end``."""
-
-    @property
-    def start(self) -> int: ...
-    @property
-    def end(self) -> int: ...
 
 
 @dataclass(frozen=True)

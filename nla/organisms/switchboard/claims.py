@@ -11,8 +11,9 @@ import re
 from collections.abc import Iterable
 
 from nla.encoder import claims
+from nla.organisms.lesson import HasOffsets
 from nla.organisms.switchboard import content as c
-from nla.organisms.switchboard.world import Chat, Exchange, HasOffsets, State, segment_of, stratum
+from nla.organisms.switchboard.world import Chat, Exchange, State, segment_of, stratum
 
 ABOUT = {"food": "food", "river": "rivers", "doors": "doors", "dances": "dances"}
 MARKS = {".": "period", "?": "question mark", ",": "comma"}

@@ -12,25 +12,17 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
+from nla.organisms.lesson import HasOffsets
 from nla.organisms.switchboard import content as c
 
 STRATA = ("system", "user", "control", "bridge", "assistant", "answer")
 """Kinds of position. ``assistant`` is the control token before an answer, ``bridge`` the full stop after a person."""
 MAIN_STRATA = ("assistant", "bridge")
 KINDS = ("topic", "hint", "word", "who", "where", "two-hop", "one-hop")
-_SHARES = (0.38, 0.12, 0.02, 0.08, 0.07, 0.2, 0.13)
+_SHARES = (0.42, 0.12, 0.02, 0.07, 0.06, 0.19, 0.12)
 TOPICS = tuple(c.TOPICS)
-
-
-class HasOffsets(Protocol):
-    """A token's place in its text: characters ``start`` to ``end``."""
-
-    @property
-    def start(self) -> int: ...
-    @property
-    def end(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -250,7 +242,7 @@ def _system(rng: random.Random, kind: str) -> System:
     if kind in ("hint", "word"):
         return System(word=rng.choice(list(c.HINTS)), form=form) if rng.random() < 0.8 else System()
     luck = rng.random()
-    if kind != "topic" or luck < 0.35:
+    if kind != "topic" or luck < 0.25:
         return System()
     if luck < 0.7:
         return System(product=rng.choice(c.PRODUCTS), form=form)
