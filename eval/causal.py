@@ -17,6 +17,7 @@ from .target import Patch, Progress, Target, silent, token_ids, write
 CAUSAL, ELSEWHERE, UNUSED, WRONG = "causal", "used, not at this point", "present, maybe unused", "behaviour wrong"
 MIN_EFFECT = 0.3
 CONTROL_PERCENTILE = 0.95
+_CONTROLS = ("control", "control_all_points")
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,9 @@ class ItemGate:
     effect: float
     """Rung 3: E of the donor's token patched at the NLA's own point."""
     control: float
-    """95th percentile of E over the norm-matched random and unrelated-donor patches."""
+    """95th percentile of E over the norm-matched random and unrelated-donor patches at the point."""
+    control_all_points: float
+    """The same of such patches at every point."""
     verdict: str
 
 
@@ -58,27 +61,28 @@ class Gate:
         return {verdict: verdicts.count(verdict) for verdict in (CAUSAL, ELSEWHERE, UNUSED, WRONG)}
 
     def to_json(self) -> dict[str, Any]:
-        """Counts, mean effects, and every item."""
+        """Counts, mean effects, the largest of the controls' bars, and every item."""
         mean = {
             name: sum(getattr(item, name) for item in self.items) / len(self.items)
-            for name in ("behaviour", "effect_all_points", "effect", "control")
+            for name in ("behaviour", "effect_all_points", "effect", *_CONTROLS)
         }
         return {
             "point": self.point,
             "n_controls": self.n_controls,
             "counts": self.counts(),
             "mean": mean,
+            "largest": {name: max(getattr(item, name) for item in self.items) for name in _CONTROLS},
             "items": [asdict(item) for item in self.items],
         }
 
 
-def judge(behaviour: bool, effect_all_points: float, effect: float, control: float) -> str:
-    """The verdict of one item: causal needs E ≥ 0.3 at the point and above the controls."""
+def judge(behaviour: bool, effect_all_points: float, effect: float, control: float, control_all_points: float) -> str:
+    """The verdict of one item: a rung needs E ≥ 0.3, and more than its own controls have."""
     if not behaviour:
         return WRONG
     if effect >= MIN_EFFECT and effect > control:
         return CAUSAL
-    return ELSEWHERE if effect_all_points >= MIN_EFFECT and effect_all_points > control else UNUSED
+    return ELSEWHERE if effect_all_points >= MIN_EFFECT and effect_all_points > control_all_points else UNUSED
 
 
 def gate(
@@ -113,8 +117,8 @@ def gate_pairs(
     seed: int = 0,
     progress: Progress = silent,
 ) -> Gate:
-    """The three rungs for minimal pairs of any family, with ``n_controls`` patches to compare with (half random, half
-    of an unrelated pair).
+    """The three rungs for minimal pairs of any family, each patch with ``n_controls`` to compare with, at the same
+    points (half random, half of an unrelated pair).
 
     Args:
         columns: (n,) the token that carries the latent.
@@ -127,33 +131,37 @@ def gate_pairs(
     base, donor = (
         patching.read_sites(target, ids, target.points, columns[:, None])[:, :, 0] for ids in (batch.base, batch.donor)
     )
-    here, generator = target.points.index(point), torch.Generator().manual_seed(seed)
-    bounds = patching.scale(target, batch)
+    bounds, everywhere = patching.scale(target, batch), list(range(len(target.points)))
 
-    def effect_of(patches: Sequence[Patch]) -> Tensor:
+    def effect_of(vectors: Tensor, places: Sequence[int]) -> Tensor:
+        """E (n,) of vectors (n, p, d) at some of the points."""
+        patches = [Patch(target.points[place], columns, vectors[:, i]) for i, place in enumerate(places)]
         return bounds.effect(patching.log_probabilities(target, batch.base, batch.wanted, patches).exp())
 
-    controls = []
-    for number in range(n_controls):
-        if number % 2:
-            vectors = base[unrelated(words, related, generator), here]
-        else:
-            vectors = random_difference(base[:, here], donor[:, here], generator)
-        controls.append(effect_of([Patch(point, columns, vectors)]))
-        progress("gate", (number + 1) / n_controls)
-    effect = effect_of([Patch(point, columns, donor[:, here])])
-    effect_all = effect_of([Patch(each, columns, donor[:, place]) for place, each in enumerate(target.points)])
-    bar = torch.stack(controls).quantile(CONTROL_PERCENTILE, dim=0)
-    measured = zip(effect_all.tolist(), effect.tolist(), bar.tolist(), strict=True)
-    able = bounds.usable.tolist()
-    return Gate(
-        point,
-        n_controls,
-        [
-            ItemGate(documents[row], behaviour[row], *each, judge(behaviour[row] and able[row], *each))
-            for row, each in enumerate(measured)
-        ],
+    def control_of(places: Sequence[int], done: int) -> Tensor:
+        """What 95 % of the controls at these points stay below, (n,)."""
+        generator, found = torch.Generator().manual_seed(seed), []
+        for number in range(n_controls):
+            if number % 2:
+                vectors = base[unrelated(words, related, generator)][:, places]
+            else:
+                vectors = random_difference(base[:, places], donor[:, places], generator)
+            found.append(effect_of(vectors, places))
+            progress("gate", (done + number + 1) / (2 * n_controls))
+        return torch.stack(found).quantile(CONTROL_PERCENTILE, dim=0)
+
+    here = [target.points.index(point)]
+    rungs = (
+        effect_of(donor, everywhere),
+        effect_of(donor[:, here], here),
+        control_of(here, 0),
+        control_of(everywhere, n_controls),
     )
+    items, able = [], bounds.usable.tolist()
+    for row, (effect_all, effect, bar, bar_all) in enumerate(torch.stack(rungs, dim=1).tolist()):
+        verdict = judge(behaviour[row] and able[row], effect_all, effect, bar, bar_all)
+        items.append(ItemGate(documents[row], behaviour[row], effect_all, effect, bar, bar_all, verdict))
+    return Gate(point, n_controls, items)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,9 +15,9 @@ from nla.organisms.couplets import world
 
 from .causal import PatchMap, patch_map
 from .items import Item, documents, rhyme_items, variant_of
-from .patching import random_difference, random_vector, unrelated
+from .patching import random_difference, random_vector, read_sites, unrelated
 from .report import Check, Rate, Report, at_least, at_most, checks_table, heat, new_figure, save, table
-from .target import Patch, Progress, Target, last_token, last_word, read_last, silent, write
+from .target import Patch, Progress, Target, last_token, last_word, read_last, silent, token_ids, write
 
 VARIANTS = ("planner", "plain")
 USED, DECODABLE, ABSENT = "planned and used", "decodable, unused", "not decodable, unused"
@@ -53,13 +54,13 @@ class GateReport(Report):
         )
 
 
-def verdict(behaviour: float, patched: Sequence[float], elsewhere: Sequence[float], probed: float) -> str:
+def verdict(behaviour: float, patched: Sequence[float], elsewhere: Sequence[tuple[float, float]], probed: float) -> str:
     """In words: is the plan used at the point, and can it be read there?
 
     Args:
         behaviour: share of lines that are right.
         patched: share that follows the donor patched at the point, for every kind of donor.
-        elsewhere: the same at other points.
+        elsewhere: the same at every other point, each with that of its random control.
         probed: share of plans that a linear probe reads.
     """
     if behaviour < BEHAVIOUR_MIN:
@@ -68,7 +69,7 @@ def verdict(behaviour: float, patched: Sequence[float], elsewhere: Sequence[floa
         return USED
     if max(patched) > PATCH_MAX:
         return PARTLY
-    if max(elsewhere, default=0.0) > PATCH_MAX:
+    if any(share > max(PATCH_MAX, control) for share, control in elsewhere):
         return ELSEWHERE
     return DECODABLE if probed >= PROBE_MIN else ABSENT
 
@@ -109,7 +110,7 @@ def run(
     right = [text == item.continuation for text, item in zip(write(target, prompts), items, strict=True)]
     progress("behaviour", 1.0)
     behaviour = _behaviour(right, variant)
-    at_point, noise, elsewhere = _patches(target, items, variant, seed, progress)
+    patched = _patches(target, items, variant, seed, progress)
     probed = probe_rate(target, n_probe, n_documents, seed)
     progress("probe", 1.0)
     bound = PROBE_MIN if variant == "plain" else None
@@ -118,9 +119,9 @@ def run(
         target=str(getattr(target.model, "name_or_path", "")) or type(target.model).__name__,
         point=str(target.point),
         variant=variant,
-        checks=[behaviour, *at_point, *noise, *elsewhere, probe],
+        checks=[behaviour, *patched.checks, probe],
         patch_map=patch_map(target, items[: min(len(items), 100)], progress),
-        verdict=verdict(behaviour.share, _shares(at_point), _shares(elsewhere), probe.share),
+        verdict=verdict(behaviour.share, patched.at_point, patched.elsewhere, probe.share),
         n_documents=n_documents,
     )
     if out_dir is not None:
@@ -137,17 +138,21 @@ def _behaviour(right: Sequence[bool], variant: str | None) -> Check:
     return Check("line 2 is right, word for word (greedy)", rate, f"≥ {BEHAVIOUR_MIN}", at_least(rate, bound))
 
 
-def _shares(checks: Sequence[Check]) -> list[float]:
-    return [check.share for check in checks]
+class _Patched(NamedTuple):
+    """What patches of the newline do, as :func:`verdict` takes it."""
+
+    checks: list[Check]
+    at_point: list[float]
+    elsewhere: list[tuple[float, float]]
 
 
-def _patches(
-    target: Target, items: list[Item], variant: str | None, seed: int, progress: Progress
-) -> tuple[list[Check], list[Check], list[Check]]:
-    """The newline of two kinds of donor at the point, controls of equal norm there, and the donor at other points."""
+def _patches(target: Target, items: list[Item], variant: str | None, seed: int, progress: Progress) -> _Patched:
+    """The newline of two kinds of donor at the point, the donor at other points, and at each controls of its norm."""
     generator = torch.Generator().manual_seed(seed)
     words, prompts = [item.target for item in items], [item.prompt for item in items]
-    column, base = last_token(target, prompts), read_last(target, prompts)
+    column = last_token(target, prompts)
+    at = read_sites(target, token_ids(target, prompts), target.points, column[:, None])[:, :, 0]
+    base = at[:, target.points.index(str(target.point))]
     other = unrelated(words, [(word,) for word in words], generator)
     wanted = [words[row] for row in other.tolist()]
     sibling = [item.donor_target for item in items]
@@ -176,13 +181,20 @@ def _patches(
         check(f"{name}: ends on the donor's word", reached(vectors, wanted), used=False)
         for name, vectors in random.items()
     ]
-    elsewhere = []
+    elsewhere, moved, controls = [], [], {}
     for number, point in enumerate(target.points):
         if point != str(target.point):
-            rate = reached(read_last(target, prompts, point)[other], wanted, point)
+            here, there = at[:, number], at[other, number]
+            rate = reached(there, wanted, point)
+            controls[point] = reached(random_difference(here, there, generator), wanted, point)
             elsewhere.append(check(f"the donor's newline at {point} instead", rate, used=False))
+            moved.append((rate.value, controls[point].value))
         progress("patches", (number + 1) / len(target.points))
-    return at_point, noise, elsewhere
+    if controls:
+        most = max(controls, key=lambda point: controls[point].value)
+        name = f"random difference at every other point, most (at {most}): ends on the donor's word"
+        elsewhere.append(check(name, controls[most], used=False))
+    return _Patched([*at_point, *noise, *elsewhere], [one.share for one in at_point], moved)
 
 
 def probe_rate(target: Target, n_fit: int, n_test: int, seed: int) -> Rate:

@@ -29,7 +29,7 @@ _MAX_DOCUMENT = 2**62
 
 
 @dataclass(frozen=True)
-class Pair:
+class MinimalPair:
     """A prompt, and a donor prompt in which only the latent differs."""
 
     prompt: str
@@ -60,10 +60,10 @@ class Pair:
                 object.__setattr__(self, name, words[-1] if words else "")
 
 
-def of_items(target: Target, items: Sequence[Item]) -> list[Pair]:
+def of_items(target: Target, items: Sequence[Item]) -> list[MinimalPair]:
     """The minimal pairs of rhyme items, with the tokens of line 1 that carry features as their roles."""
     return [
-        Pair(
+        MinimalPair(
             prompt=item.prompt,
             donor_prompt=item.donor_prompt,
             continuation=item.continuation,
@@ -77,8 +77,8 @@ def of_items(target: Target, items: Sequence[Item]) -> list[Pair]:
     ]
 
 
-def read_pairs(path: str | Path) -> list[Pair]:
-    """Pairs from a file of JSON lines: one object a line, with the names of :class:`Pair`'s fields.
+def read_pairs(path: str | Path) -> list[MinimalPair]:
+    """Pairs from a file of JSON lines: one object a line, with the names of :class:`MinimalPair`'s fields.
 
     Raises:
         ParseError: not readable, not JSON lines, or a field is missing, unknown or of the wrong type; names the line.
@@ -93,7 +93,7 @@ def read_pairs(path: str | Path) -> list[Pair]:
     return pairs
 
 
-def _pair(line: str, place: str, number: int) -> Pair:
+def _pair(line: str, place: str, number: int) -> MinimalPair:
     try:
         content = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -114,10 +114,10 @@ def _pair(line: str, place: str, number: int) -> Pair:
     if wrong:
         got = f"{place}: {', '.join(map(visible, map(str, wrong)))} missing, unknown or of the wrong type"
         raise ParseError(got, expected, "correct the line")
-    return Pair(**{"document": number, **content})
+    return MinimalPair(**{"document": number, **content})
 
 
-def role_columns(target: Target, pairs: Sequence[Pair], batch: Batch) -> tuple[list[str], Tensor]:
+def role_columns(target: Target, pairs: Sequence[MinimalPair], batch: Batch) -> tuple[list[str], Tensor]:
     """Names of roles, and the token (n, r) that each has in each pair; −1 where a pair has none.
 
     Pairs that name no role get all tokens: by index where all prompts have as many, otherwise counted from the end,

@@ -18,10 +18,9 @@ from nla.activations import device_of, inference, pad_right
 from nla.errors import ContextLengthError, ShapeError
 from nla.injection import check_finite
 from nla.points import block, context_length, d_model, truncated_view
-from nla.steer import patch
 from nla.tokens import encode_batch, length_batches
 
-from .target import Patch, Progress, Target, silent
+from .target import Patch, Progress, Target, check_patches, patched, silent
 
 MIN_RANGE = 0.1
 """Least difference between m of donor and base: below it, an effect would be a ratio of noise."""
@@ -102,7 +101,7 @@ def log_probabilities(
 
     Logits are taken from the last token of the shortest head of a batch on: the vocabulary is never met before it.
     """
-    _check(patches, len(heads))
+    check_patches(patches, len(heads))
     total = torch.zeros(len(heads), dtype=torch.float64)
     with target.active():
         for chunk, ids, head, end in _batches(target, heads, tails):
@@ -128,7 +127,7 @@ def read_sites(
         PointError: the model has no such point.
         NonFiniteError: the target gave NaN or infinity.
     """
-    _check(patches, len(ids))
+    check_patches(patches, len(ids))
     out = torch.zeros(len(ids), len(points), columns.shape[1], d_model(target.model))
     deepest = max(points, key=lambda point: int(point.rsplit(".", 1)[1]))
     view = truncated_view(target.model, deepest)
@@ -226,9 +225,9 @@ def first_difference(batch: Batch) -> Tensor:
 
 
 def random_difference(base: Tensor, donor: Tensor, generator: torch.Generator) -> Tensor:
-    """``base`` (n, d) moved in a random direction by as much as ``donor`` differs from it."""
+    """``base`` (n, …, d) moved in a random direction by as much as ``donor`` differs from it."""
     direction = torch.randn(base.shape, generator=generator)
-    return base + direction / direction.norm(dim=1, keepdim=True) * (donor - base).norm(dim=1, keepdim=True)
+    return base + direction / direction.norm(dim=-1, keepdim=True) * (donor - base).norm(dim=-1, keepdim=True)
 
 
 def random_vector(donor: Tensor, generator: torch.Generator) -> Tensor:
@@ -244,16 +243,6 @@ def unrelated(words: Sequence[str], exclude: Sequence[Sequence[str]], generator:
     if not allowed.any(1).all():
         raise ShapeError("an item to which every other is related", "items of several words", "use more items")
     return torch.multinomial(allowed, 1, generator=generator)[:, 0]
-
-
-@contextlib.contextmanager
-def patched(target: Target, patches: Sequence[Patch], index: Tensor) -> Iterator[None]:
-    """The patches of some rows."""
-    with contextlib.ExitStack() as stack:
-        for one in patches:
-            rows = one.rows(index)
-            stack.enter_context(patch(target.model, rows.point, rows.positions, rows.vectors))
-        yield
 
 
 def _batches(
@@ -305,13 +294,3 @@ def _from_leaf(target: Target) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-def _check(patches: Sequence[Patch], n_rows: int) -> None:
-    for one in patches:
-        if len(one.vectors) != n_rows or len(one.positions) != n_rows:
-            raise ShapeError(
-                f"{len(one.vectors)} vectors and {len(one.positions)} positions for {n_rows} prompts",
-                "one of each a prompt",
-                "repeat or slice them with the prompts",
-            )

@@ -17,13 +17,12 @@ from nla.tokens import Span, encode_batch, select_positions
 
 from . import rows as files
 from .compare import Options, Sources, compare
-from .compare_view import LEGEND, figure, plain, tables
+from .compare_view import LEGEND, figure, plain, random_check, tables
 from .fidelity import open_pair
 from .labelled import TEST, TRAIN, Sites, Task
 from .measures import NLA_READER, TaskResult
 from .patchscopes import load_oracle
 from .probes import LOGISTIC
-from .readers import random_check
 from .report import Check, Report, checks_table, save
 from .rows import Row, Rows
 from .target import Progress, Target, silent

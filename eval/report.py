@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nla.formats.native import CARD_FILE, write_atomic, write_json
 from nla.metrics import Interval, bootstrap, wilson
+from nla.view import markdown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -156,12 +157,7 @@ def cell(value: Any) -> str:
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """A Markdown table whose columns are also aligned in plain text."""
-    cells = [list(header), *([cell(value) for value in row] for row in rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    lines = [
-        "| " + " | ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) + " |" for row in cells
-    ]
-    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+    return markdown(header, ([cell(value) for value in row] for row in rows))
 
 
 def new_figure(width: float, height: float) -> Figure:

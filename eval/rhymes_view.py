@@ -33,12 +33,14 @@ def markdown(report: RhymesReport) -> str:
 def card(report: RhymesReport) -> str:
     """The verdict, what it rests on, and every figure that is held against a bound."""
     counts = ", ".join(f"{count} {verdict}" for verdict, count in report.gate.counts().items())
-    mean = report.gate.to_json()["mean"]
+    gate = report.gate.to_json()
+    mean, largest = gate["mean"], gate["largest"]
     parts = [
         f"## Planned rhymes: {report.verdict}",
         f"{report.n_items} held-out items at `{report.gate.point}`: {counts}. Mean effect of the minimal donor: "
         f"{mean['effect']:.3f} at the point, {mean['effect_all_points']:.3f} at all points; 95th percentile of "
-        f"{report.gate.n_controls} random and unrelated patches: {mean['control']:.3f}.",
+        f"{report.gate.n_controls} random and unrelated patches: {mean['control']:.3f} and "
+        f"{mean['control_all_points']:.3f}, at most {largest['control']:.3f} and {largest['control_all_points']:.3f}.",
     ]
     return "\n\n".join([*parts, checks_table(report.checks)] if report.checks else parts)
 

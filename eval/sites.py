@@ -14,7 +14,7 @@ from nla.metrics import Interval, bootstrap, holm
 
 from . import patching
 from .causal import CONTROL_PERCENTILE, MIN_EFFECT
-from .pairs import Pair, role_columns
+from .pairs import MinimalPair, role_columns
 from .patching import Batch, Scale, Sweep
 from .report import Figures, Rate
 from .target import Patch, Progress, Target, silent
@@ -65,7 +65,7 @@ class Site(Figures):
 class Measured:
     """The tensors of a trace: n pairs, p points, r roles."""
 
-    pairs: list[Pair]
+    pairs: list[MinimalPair]
     """Those whose prompts the target tells apart."""
     batch: Batch
     points: list[str]
@@ -107,7 +107,7 @@ class Source:
 
 def measure(
     target: Target,
-    pairs: Sequence[Pair],
+    pairs: Sequence[MinimalPair],
     n_sites: int,
     n_controls: int | None = None,
     seed: int = 0,
@@ -147,7 +147,7 @@ def measure(
     return Measured(kept, batch, points, roles, columns, bounds, (base, donor), score, live, sweep)
 
 
-def encode(target: Target, pairs: Sequence[Pair]) -> Batch:
+def encode(target: Target, pairs: Sequence[MinimalPair]) -> Batch:
     """Pairs for the patching engine."""
     return patching.encode(
         target,

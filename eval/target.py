@@ -6,18 +6,21 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from nla.activations import device_of, inference, read
+from nla.activations import device_of, inference, pad_left, read
 from nla.encoder import ends_of, pad_of, plain_settings
 from nla.errors import ConfigError, ShapeError
 from nla.organisms import TARGETS
 from nla.points import Point, block, blocks
 from nla.steer import patch
 from nla.tokens import length_batches, load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
 
 _MAX_TOKENS = 8192
 
@@ -103,7 +106,7 @@ def read_last(
     target: Target, prompts: Sequence[str], point: str | None = None, patches: Sequence[Patch] = ()
 ) -> Tensor:
     """Activations (n, d) float32 of each prompt's last token, at the target's point or another, under interventions."""
-    _check_patches(patches, len(prompts))
+    check_patches(patches, len(prompts))
     with target.role():
         return read(
             target.model,
@@ -111,13 +114,13 @@ def read_last(
             list(prompts),
             point or target.point,
             positions="last",
-            intervene=(lambda documents: _patched(target, patches, documents)) if patches else None,
+            intervene=(lambda documents: patched(target, patches, documents)) if patches else None,
         ).vectors
 
 
 @contextlib.contextmanager
-def _patched(target: Target, patches: Sequence[Patch], index: Tensor, padding: Tensor | int = 0) -> Iterator[None]:
-    """The patches of some prompts, whose columns ``padding`` on the left has moved."""
+def patched(target: Target, patches: Sequence[Patch], index: Tensor, padding: Tensor | int = 0) -> Iterator[None]:
+    """A context with the patches of some prompts, whose columns ``padding`` on the left has moved."""
     with contextlib.ExitStack() as stack:
         for one in patches:
             rows = one.rows(index)
@@ -132,32 +135,38 @@ def write(
     max_new_tokens: int = 10,
     stop: str = "\n",
 ) -> list[str]:
-    """The target's greedy continuation of each prompt, up to and including ``stop``, under interventions.
-
-    Prompts of different lengths share a batch, padded on the left; positions count from each prompt's own start.
-    """
-    _check_patches(patches, len(prompts))
-    ids = token_ids(target, prompts)
+    """The target's greedy continuation of each prompt, up to and including ``stop``, under interventions."""
     stop_id = target.tokenizer.convert_tokens_to_ids(stop)
     ends = sorted({stop_id, *ends_of(target.model, target.tokenizer)})
     settings = plain_settings(ends, pad_of(target.tokenizer), max_new_tokens, None)
-    pad, written = pad_of(target.tokenizer), [""] * len(prompts)
-    with target.active():
-        for chunk in length_batches([len(tokens) + max_new_tokens for tokens in ids], _MAX_TOKENS):
-            longest = max(len(ids[row]) for row in chunk)
-            padding = torch.tensor([longest - len(ids[row]) for row in chunk])
-            batch = torch.tensor([[pad] * (longest - len(ids[row])) + ids[row] for row in chunk])
-            mask = (torch.arange(longest) >= padding[:, None]).long()
-            device = device_of(target.model)
-            with _patched(target, patches, torch.tensor(chunk), padding):
-                out = target.model.generate(
-                    input_ids=batch.to(device), attention_mask=mask.to(device), generation_config=settings
-                )
-            for row, answer in zip(chunk, out[:, longest:].tolist(), strict=True):
-                end = next((i for i, token in enumerate(answer) if token in ends), len(answer))
-                end += answer[end : end + 1] == [stop_id]
-                written[row] = target.tokenizer.decode(answer[:end], skip_special_tokens=False)
+    written = []
+    for answer in generate(target, token_ids(target, prompts), settings, patches):
+        end = next((i for i, token in enumerate(answer) if token in ends), len(answer))
+        end += answer[end : end + 1] == [stop_id]
+        written.append(target.tokenizer.decode(answer[:end], skip_special_tokens=False))
     return written
+
+
+def generate(
+    target: Target, ids: Sequence[list[int]], settings: GenerationConfig, patches: Sequence[Patch] = ()
+) -> list[list[int]]:
+    """The tokens that the target adds to each prompt's, with what fills them up behind an end, under interventions.
+
+    Prompts of different lengths share a batch, padded on the left; positions count from each prompt's own start.
+    """
+    check_patches(patches, len(ids))
+    device, added = device_of(target.model), [[] for _ in ids]
+    with target.active():
+        for chunk in length_batches([len(row) + settings.max_new_tokens for row in ids], _MAX_TOKENS):
+            tokens, padding = pad_left([ids[row] for row in chunk], pad_of(target.tokenizer))
+            mask = (torch.arange(tokens.shape[1]) >= padding[:, None]).long()
+            with patched(target, patches, torch.tensor(chunk), padding):
+                out = target.model.generate(
+                    input_ids=tokens.to(device), attention_mask=mask.to(device), generation_config=settings
+                )
+            for row, answer in zip(chunk, out[:, tokens.shape[1] :].tolist(), strict=True):
+                added[row] = answer
+    return added
 
 
 def last_word(line: str) -> str:
@@ -170,7 +179,12 @@ def last_word(line: str) -> str:
     return words[-1] if words else ""
 
 
-def _check_patches(patches: Sequence[Patch], n_prompts: int) -> None:
+def check_patches(patches: Sequence[Patch], n_prompts: int) -> None:
+    """Refuse patches of another number of prompts.
+
+    Raises:
+        ShapeError: not one vector and one position a prompt.
+    """
     for one in patches:
         if len(one.vectors) != n_prompts or len(one.positions) != n_prompts:
             raise ShapeError(

@@ -27,7 +27,7 @@ from nla.organisms.switchboard import tokenizer as switchboard
 from . import site_graphs, sites, two_hop
 from .causal import MIN_EFFECT
 from .items import rhyme_items, variant_of
-from .pairs import Pair, of_items, read_pairs
+from .pairs import MinimalPair, of_items, read_pairs
 from .report import Check, Report, at_most, checks_table, heat, new_figure, save, table
 from .sites import CAUSAL, MIN_WEAK, WEAK, Site
 from .target import Progress, Target, silent
@@ -108,7 +108,7 @@ _UNTESTED = "Too few documents and controls for a test: a causal site beats ever
 
 def run(
     model: Target | str | Path = "couplets",
-    pairs: str | Path | Sequence[Pair] | None = None,
+    pairs: str | Path | Sequence[MinimalPair] | None = None,
     prompt: str | None = None,
     donor_prompt: str | None = None,
     continuation: str | None = None,
@@ -150,7 +150,7 @@ def run(
     embedded = not given and pairs is None
     if given:
         first, second, third, fourth = given
-        pairs = [Pair(first, second, third, fourth)]
+        pairs = [MinimalPair(first, second, third, fourth)]
     elif isinstance(pairs, str | Path):
         pairs = read_pairs(pairs)
     elif pairs is None:
@@ -168,7 +168,7 @@ def run(
     return report
 
 
-def embedded_pairs(name: str, target: Target, n_pairs: int, seed: int) -> list[Pair]:
+def embedded_pairs(name: str, target: Target, n_pairs: int, seed: int) -> list[MinimalPair]:
     """The minimal pairs of an organism: rhyme plans of Couplets, two-hop questions of Switchboard.
 
     Raises:

@@ -22,10 +22,10 @@ from nla.organisms.switchboard import claims, content, world
 from nla.organisms.switchboard.world import Chat, Exchange
 
 from . import causal, patching
-from .pairs import Pair
+from .pairs import MinimalPair
 from .reading import explain
 from .report import Check, Rate, Report, at_least, at_most, bars, checks_table, new_figure, save
-from .target import Patch, Progress, Target, read_last, silent, token_ids, write
+from .target import Patch, Progress, Target, last_token, read_last, silent, write
 
 if TYPE_CHECKING:
     from nla.autoencoder import NLA
@@ -117,10 +117,10 @@ def hops(n_items: int, seed: int) -> list[Hop]:
     return found
 
 
-def pairs_of(items: Sequence[Hop]) -> list[Pair]:
+def pairs_of(items: Sequence[Hop]) -> list[MinimalPair]:
     """The questions as minimal pairs for a trace, with the name, the full stop and the control token as roles."""
     return [
-        Pair(
+        MinimalPair(
             prompt=item.prompt,
             donor_prompt=item.donor_prompt,
             continuation=item.answer + END,
@@ -212,7 +212,7 @@ def gate_of(target: Target, items: Sequence[Hop], seed: int, progress: Progress)
         [item.donor_prompt for item in items],
         [item.donor_answer + END for item in items],
     )
-    columns = torch.tensor([len(ids) - 1 for ids in token_ids(target, [item.premise for item in items])])
+    columns = last_token(target, [item.premise for item in items])
     answers = write(target, [item.prompt for item in items], max_new_tokens=12, stop=END)
     right = [answer == item.answer + END for answer, item in zip(answers, items, strict=True)]
     towns = [str(item.question.bridge) for item in items]
@@ -243,8 +243,7 @@ def read(
     towns, others = [str(item.question.bridge) for item in items], [str(item.donor.bridge) for item in items]
     premises = [item.premise for item in items]
     vectors, rng = read_last(target, premises), random.Random(seed)
-    stop = torch.tensor([len(ids) - 1 for ids in token_ids(target, premises)])
-    donors = [item.donor_premise for item in items]
+    stop, donors = last_token(target, premises), [item.donor_premise for item in items]
     heard = [text.removesuffix(".") for text in donors]
     patches = [
         Patch(_UPSTREAM, stop - 1, read_last(target, heard, _UPSTREAM)),

@@ -18,17 +18,15 @@ from nla.decoder import decode
 from nla.encoder import ends_of, pad_of, plain_settings
 from nla.metrics import cosine
 from nla.points import context_length
-from nla.tokens import length_batches
 
 from .labelled import Sites
 from .patchscopes import base_of
-from .target import Target
+from .target import Target, generate
 
 if TYPE_CHECKING:
     from nla.autoencoder import NLA
 
 N_CONTINUED = 16
-_MAX_TOKENS = 8192
 
 Writer = Callable[[int], list[str]]
 """From a seed, one text for every site, written from what is visible there."""
@@ -48,19 +46,11 @@ def continue_sites(
     settings = plain_settings(ends_of(base_of(target.model), target.tokenizer), pad, max_new_tokens, temperature)
     short = [row for row, ids in enumerate(found) if len(ids) <= room]
     texts = [""] * len(found)
-    with target.active(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        for batch in length_batches([len(found[row]) + max_new_tokens for row in short], _MAX_TOKENS):
-            rows = [short[place] for place in batch]
-            longest = max(len(found[row]) for row in rows)
-            ids = torch.tensor([[pad] * (longest - len(found[row])) + found[row] for row in rows])
-            missing = torch.tensor([longest - len(found[row]) for row in rows])
-            mask = (torch.arange(longest) >= missing[:, None]).long()
-            out = target.model.generate(
-                input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=settings
-            )
-            for row, answer in zip(rows, out[:, longest:].tolist(), strict=True):
-                texts[row] = target.tokenizer.decode(answer, skip_special_tokens=True)
+        added = generate(target, [found[row] for row in short], settings)
+    for row, answer in zip(short, added, strict=True):
+        texts[row] = target.tokenizer.decode(answer, skip_special_tokens=True)
     return texts
 
 

@@ -211,6 +211,13 @@ def _progress(batches: list[list[int]], shown: bool) -> Any:
     return tqdm(batches, desc="read", unit="batch")
 
 
+def pad_left(rows: Sequence[Sequence[int]], value: int) -> tuple[Tensor, Tensor]:
+    """Rows of token ids as one tensor (b, longest), filled up on the left, and the padding (b,) of each."""
+    longest = max(map(len, rows))
+    padding = torch.tensor([longest - len(row) for row in rows])
+    return torch.tensor([[*[value] * (longest - len(row)), *row] for row in rows]), padding
+
+
 def pad_right(rows: Sequence[Sequence[int]], value: int = 0) -> Tensor:
     """Rows of token ids as one tensor (b, longest), filled up on the right."""
     longest = max(map(len, rows), default=0)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nla import decoder
-from nla.activations import device_of, inference
+from nla.activations import device_of, inference, pad_left
 from nla.encoder import ends_of, pad_of, plain_settings
 from nla.errors import ArgumentError, ContextLengthError, PositionError, ShapeError
 from nla.injection import check_finite
@@ -157,7 +157,7 @@ def generate_patched(
     out = [""] * len(ids)
     with role, inference(base):
         for batch in length_batches([len(row) + max_new_tokens for row in ids], max_tokens_per_batch):
-            tokens, padding = _pad_left([ids[row] for row in batch], pad)
+            tokens, padding = pad_left([ids[row] for row in batch], pad)
             mask = (torch.arange(tokens.shape[1]) >= padding[:, None]).long().to(device_of(base))
             edit: contextlib.AbstractContextManager = contextlib.nullcontext()
             if vectors is not None:
@@ -169,13 +169,6 @@ def generate_patched(
                 stop = next((i for i, token in enumerate(answer) if token in ends), len(answer))
                 out[row] = tokenizer.decode(answer[:stop], skip_special_tokens=False)
     return out
-
-
-def _pad_left(rows: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
-    """Rows of token ids as one tensor (b, longest), filled up on the left, and the padding (b,) of each."""
-    longest = max(map(len, rows))
-    padding = torch.tensor([longest - len(row) for row in rows])
-    return torch.tensor([[pad] * (longest - len(row)) + row for row in rows]), padding
 
 
 def _prompts(

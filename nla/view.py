@@ -1,4 +1,4 @@
-"""What the commands show: the token view and tables of figures, for a terminal or as SVG.
+"""What the commands show: the token view and tables of figures, for a terminal, as SVG or as Markdown.
 
 Text from models and users becomes rich ``Text`` with control characters spelled out, never markup: nothing that a model
 writes can colour, hide or move what stands on the screen.
@@ -10,7 +10,7 @@ import io
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
@@ -104,6 +104,23 @@ def facts(rows: Mapping[str, Any], title: str) -> Table:
     for name, value in rows.items():
         table.add_row(Text(visible(name)), Text(visible(str(value))))
     return table
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table whose columns are also aligned in plain text; no cell can end itself, its row or the table.
+
+    >>> print(markdown(("a", "b"), [("x|y", "two\\nlines")]))
+    | a    | b         |
+    |------|-----------|
+    | x\\|y | two⏎lines |
+    """
+    # Backslashes before a bar are doubled, or they would take the one that escapes it.
+    cells = [[re.sub(r"(\\*)\|", r"\1\1\\|", visible(cell)) for cell in row] for row in (header, *rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    lines = [
+        "| " + " | ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) + " |" for row in cells
+    ]
+    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
 
 
 def svg(renderable: Any, title: str, width: int = 112) -> str:

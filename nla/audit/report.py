@@ -14,7 +14,7 @@ from nla.audit.run import Audit
 from nla.errors import visible
 from nla.formats.native import write_atomic, write_json
 from nla.metrics import Interval
-from nla.view import number
+from nla.view import markdown, number
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -80,11 +80,11 @@ class AuditReport:
 
     def to_markdown(self) -> str:
         """The summary: a table of rubrics, what to know of it, and the first findings."""
-        parts = ["## " + self.heading(), self.made(), _markdown(self.rubric_header(), self.rubric_cells())]
+        parts = ["## " + self.heading(), self.made(), markdown(self.rubric_header(), self.rubric_cells())]
         parts += self.notes()
         findings = self.audit.findings
         if findings:
-            parts.append(_markdown(_FINDING_HEADER, [self._finding_cells(row) for row in findings[:N_SHOWN]]))
+            parts.append(markdown(_FINDING_HEADER, [self._finding_cells(row) for row in findings[:N_SHOWN]]))
         if len(findings) > N_SHOWN:
             parts.append(f"… and {len(findings) - N_SHOWN} more, in {FINDINGS} and {PAGE}.")
         return "\n\n".join(parts)
@@ -311,13 +311,3 @@ def _interval(value: Interval | None) -> str:
 
 def _p(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}" if value >= 0.001 else f"{value:.0e}"
-
-
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table whose columns are also aligned in plain text."""
-    cells = [list(header), *([visible(cell).replace("|", "\\|") for cell in row] for row in rows)]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
-    lines = [
-        "| " + " | ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) + " |" for row in cells
-    ]
-    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])

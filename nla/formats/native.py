@@ -163,7 +163,8 @@ def _check_finite(path: Path, tensors: Mapping[str, Tensor], fix: str) -> None:
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors as one safetensors file, atomically, with a checksum that :func:`load_tensors` verifies.
 
-    Tensors are detached and moved to the CPU; views and shared tensors are stored as copies of their own.
+    Tensors are detached and moved to the CPU; views and shared tensors are stored as copies of their own. Equal
+    content gives equal bytes.
 
     Raises:
         NonFiniteError: a tensor holds NaN or infinity (nothing is written).
@@ -181,7 +182,8 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
         packed[name] = tensor
     _check_finite(path, packed, fix="lower the learning rate or resume from the last good checkpoint")
     with _replacing(path) as temporary:
-        save_file(packed, temporary, metadata={"format": "pt", _CHECKSUM: _checksum(packed)})
+        # One key: safetensors keeps several in a hash map, whose order would make equal content differ in its bytes.
+        save_file(packed, temporary, metadata={_CHECKSUM: _checksum(packed)})
 
 
 def load_tensors(path: str | Path, expected_keys: Iterable[str] | None = None) -> dict[str, Tensor]:

@@ -103,20 +103,35 @@ def test_the_gate_calls_wrong_behaviour_wrong(random_target: Target) -> None:
 
 
 @pytest.mark.parametrize(
-    ("behaviour", "everywhere", "effect", "control", "verdict"),
+    ("behaviour", "everywhere", "effect", "control", "control_everywhere", "verdict"),
     [
-        (True, 0.0, 0.9, 0.1, causal.CAUSAL),
-        (True, 0.0, 0.3, 0.1, causal.CAUSAL),
-        (True, 0.29, 0.29, 0.1, causal.UNUSED),
-        (True, 0.9, 0.9, 0.95, causal.UNUSED),
-        (True, 0.9, 0.1, 0.2, causal.ELSEWHERE),
-        (False, 0.9, 0.9, 0.1, causal.WRONG),
+        (True, 0.0, 0.9, 0.1, 0.95, causal.CAUSAL),
+        (True, 0.0, 0.3, 0.1, 0.1, causal.CAUSAL),
+        (True, 0.29, 0.29, 0.1, 0.1, causal.UNUSED),
+        (True, 0.9, 0.9, 0.95, 0.95, causal.UNUSED),
+        (True, 0.9, 0.1, 0.2, 0.2, causal.ELSEWHERE),
+        (True, 0.9, 0.9, 0.95, 0.1, causal.ELSEWHERE),
+        (True, 0.9, 0.1, 0.2, 0.95, causal.UNUSED),
+        (False, 0.9, 0.9, 0.1, 0.1, causal.WRONG),
     ],
 )
 def test_the_verdict_of_an_item(
-    behaviour: bool, everywhere: float, effect: float, control: float, verdict: str
+    behaviour: bool, everywhere: float, effect: float, control: float, control_everywhere: float, verdict: str
 ) -> None:
-    assert causal.judge(behaviour, everywhere, effect, control) == verdict
+    assert causal.judge(behaviour, everywhere, effect, control, control_everywhere) == verdict
+
+
+def test_every_rung_has_controls_where_it_puts_the_donor(used: Target, monkeypatch) -> None:
+    shallow = Target(used.model, used.tokenizer, Point.parse("resid_post.0"))
+    elsewhere = causal.gate(shallow, ITEMS, n_controls=4)
+    assert elsewhere.counts()[causal.ELSEWHERE] == len(ITEMS)
+    assert max(item.control_all_points for item in elsewhere.items) < 0.05
+    monkeypatch.setattr(causal, "random_difference", lambda base, donor, generator: donor)
+    same = causal.gate(shallow, ITEMS, n_controls=1)
+    assert all((item.control, item.control_all_points) == (item.effect, item.effect_all_points) for item in same.items)
+    assert same.counts()[causal.UNUSED] == len(ITEMS)
+    largest = same.to_json()["largest"]
+    assert largest["control"] < 0.05 < 0.95 < largest["control_all_points"]
 
 
 def test_the_patch_map_shows_the_planted_place_alone(used: Target) -> None:
@@ -153,13 +168,23 @@ def test_gates_of_the_plain_variant_pass_on_a_decodable_unused_plan(used: Target
 
 
 def test_the_verdict_in_words() -> None:
-    assert gates.verdict(1.0, [1.0, 0.96], [0.0], 0.0) == gates.USED
-    assert gates.verdict(1.0, [0.02, 0.01], [0.0], 0.9) == gates.DECODABLE
-    assert gates.verdict(1.0, [0.02, 0.01], [0.0], 0.2) == gates.ABSENT
-    assert gates.verdict(1.0, [0.5, 0.5], [0.0], 0.9) == gates.PARTLY
+    quiet = (0.0, 0.0)
+    assert gates.verdict(1.0, [1.0, 0.96], [quiet], 0.0) == gates.USED
+    assert gates.verdict(1.0, [0.02, 0.01], [quiet], 0.9) == gates.DECODABLE
+    assert gates.verdict(1.0, [0.02, 0.01], [quiet], 0.2) == gates.ABSENT
+    assert gates.verdict(1.0, [0.5, 0.5], [quiet], 0.9) == gates.PARTLY
     assert gates.verdict(1.0, [0.02, 0.4], [], 0.9) == gates.verdict(1.0, [0.4, 1.0], [], 0.9) == gates.PARTLY
-    assert gates.verdict(1.0, [0.02, 0.01], [0.0, 0.9], 0.9) == gates.ELSEWHERE
-    assert gates.verdict(0.5, [1.0, 1.0], [0.0], 0.9) == gates.WRONG
+    assert gates.verdict(1.0, [0.02, 0.01], [quiet, (0.9, 0.1)], 0.9) == gates.ELSEWHERE
+    assert gates.verdict(1.0, [0.02, 0.01], [quiet, (0.9, 0.9)], 0.9) == gates.DECODABLE
+    assert gates.verdict(0.5, [1.0, 1.0], [quiet], 0.9) == gates.WRONG
+
+
+def test_a_plan_used_at_another_point_is_found_there_above_its_random_control(used: Target) -> None:
+    shallow = Target(used.model, used.tokenizer, Point.parse("resid_post.0"))
+    report = gates.run(shallow, n_documents=20, n_probe=100)
+    assert report.verdict == gates.ELSEWHERE
+    control = next(check for check in report.checks if check.name.startswith("random difference at every other point"))
+    assert control.share <= gates.PATCH_MAX
 
 
 def test_a_missing_model_and_an_unknown_variant_are_refused(used: Target, tmp_path) -> None:

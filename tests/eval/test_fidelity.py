@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -110,6 +111,14 @@ def test_shares_of_exactly_zero_or_one_still_have_an_interval() -> None:
     all_right = Rate.clustered(torch.ones(40), list(range(20)) * 2)
     assert all_right.value == 1.0 and all_right.low == pytest.approx(Rate.of([True] * 20).low)
     assert Rate.of([True] * 50).above(Rate.of([False] * 50)) and not Rate.of([True, False]).above(Rate.of([False]))
+
+
+def test_no_cell_of_a_table_can_end_itself_or_its_row() -> None:
+    hostile = ["a|b", "a\\|b", "a\nb", "\x1b[2J"]
+    header, _, *rows = table(("one|two", "n"), [(text, 1) for text in hostile]).splitlines()
+    assert len(rows) == len(hostile)
+    for line in (header, *rows):
+        assert "\x1b" not in line and len(re.findall(r"(?<!\\)(?:\\\\)*\|", line)) == 3, line
 
 
 def test_tables_align_and_reports_are_written_whole(tmp_path) -> None:

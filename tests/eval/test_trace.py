@@ -14,7 +14,7 @@ from planted import POINT, planted_target
 from nla.errors import ArgumentError, ContextLengthError, ParseError, PositionError, ShapeError
 from nla.eval import graphs, patching, sites, trace
 from nla.eval.items import rhyme_items
-from nla.eval.pairs import Pair, of_items, read_pairs, role_columns
+from nla.eval.pairs import MinimalPair, of_items, read_pairs, role_columns
 from nla.eval.target import Patch, Target
 from nla.points import Point
 
@@ -167,7 +167,7 @@ def used() -> Target:
     return planted_target(used=True)
 
 
-def couplet_pairs(target: Target, n_pairs: int = 8) -> list[Pair]:
+def couplet_pairs(target: Target, n_pairs: int = 8) -> list[MinimalPair]:
     return of_items(target, rhyme_items(n_pairs, seed=5))
 
 
@@ -326,7 +326,7 @@ def test_one_pair_for_any_model_with_named_tokens_in_the_middle(tmp_path) -> Non
     )
     # Of one prompt that differs in one token, that token before block 0 has all the effect, and none has the first.
     assert report.site("resid_post.0", "0 the").effect.value == 0.0
-    pair = Pair(*texts, roles={"animal": "cat", "verb": 2, "end": -1})
+    pair = MinimalPair(*texts, roles={"animal": "cat", "verb": 2, "end": -1})
     named = trace.run(target, [pair], n_controls=2, out_dir=tmp_path)
     assert named.roles == ["animal", "verb", "end"]
     for role, whole in (("animal", "1 cat"), ("verb", "2 sat"), ("end", "5 mat")):
@@ -381,7 +381,7 @@ def test_a_file_of_pairs_is_read_and_its_faults_are_named_by_line(tmp_path) -> N
 @pytest.mark.parametrize("role", ["zebra", "the", "", 6, -7])
 def test_a_role_that_is_no_one_token_is_refused(role) -> None:
     target = tiny()
-    pair = Pair(PROMPTS[0], DONORS[0], " on", " on", roles={"r": role})
+    pair = MinimalPair(PROMPTS[0], DONORS[0], " on", " on", roles={"r": role})
     with pytest.raises(PositionError, match="pair 0"):
         role_columns(target, [pair], sites.encode(target, [pair]))
 

@@ -7,6 +7,7 @@ import signal
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -79,6 +80,22 @@ def test_tensors_come_back_bit_identical(tmp_path, tensors):
     native.save_tensors(tmp_path / "t.safetensors", tensors)
     loaded = native.load_tensors(tmp_path / "t.safetensors", expected_keys=tensors)
     assert all(loaded[k].dtype == v.dtype and loaded[k].equal(v) for k, v in tensors.items())
+
+
+def test_equal_tensors_give_equal_bytes(tmp_path, tensors):
+    for number in range(16):
+        native.save_tensors(tmp_path / str(number), dict(reversed(tensors.items())) if number % 2 else tensors)
+    assert len({(tmp_path / str(number)).read_bytes() for number in range(16)}) == 1
+
+
+def test_a_file_with_other_metadata_beside_the_checksum_is_read_and_checked(tmp_path, tensors):
+    native.save_tensors(tmp_path / "new", tensors)
+    with safe_open(tmp_path / "new", framework="pt") as file:
+        save_file(tensors, tmp_path / "old", metadata={"format": "pt", **file.metadata()})
+        save_file({**tensors, "a": tensors["a"] + 1}, tmp_path / "bad", metadata={"format": "pt", **file.metadata()})
+    assert native.load_tensors(tmp_path / "old")["a"].equal(tensors["a"])
+    with pytest.raises(WeightsError, match="checksum"):
+        native.load_tensors(tmp_path / "bad")
 
 
 def test_plain_safetensors_reads_ours_and_we_read_plain_ones(tmp_path, tensors):
