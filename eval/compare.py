@@ -88,16 +88,25 @@ class Sources:
     """Activations (n, d) of sites, where they are not those of ``target`` (one with a plant, say)."""
 
 
-def compare(tasks: Sequence[Task], sources: Sources, options: Options, progress: Progress = silent) -> list[TaskResult]:
+def compare(
+    tasks: Sequence[Task],
+    sources: Sources,
+    options: Options,
+    progress: Progress = silent,
+    shared: dict[Sites, Gathered] | None = None,
+) -> list[TaskResult]:
     """Every reader on every task, and after them what it makes of coin flips at the same sites.
 
     Holm's correction is over the tasks.
+
+    Args:
+        shared: takes what is gathered at each of the sites, for a caller who has more to ask of it.
 
     Raises:
         ShapeError: activations are not one a site.
         NLAError: see the readers.
     """
-    shared: dict[Sites, Gathered] = {}
+    shared = {} if shared is None else shared
     coins: dict[Sites, TaskResult] = {}
     results = []
     for number, task in enumerate(tasks):
@@ -214,12 +223,19 @@ def _n_tokens(target: Target, texts: Sequence[Sequence[str]]) -> float:
 
 
 def moved_away(sites: Sites, seed: int) -> Tensor:
-    """For each site another one (n,), of another group unless one group holds more than half of the sites."""
+    """For each site another one (n,), of another group unless one group holds more than half of the sites.
+
+    Which one of a group is drawn too: where every group holds one site of each class, in the same order, an equal
+    place would be an equal class.
+    """
     members: dict[int, list[int]] = {}
     for row, group in enumerate(sites.groups):
         members.setdefault(group, []).append(row)
     groups = list(members.values())
-    random.Random(seed).shuffle(groups)
+    rng = random.Random(seed)
+    rng.shuffle(groups)
+    for own in groups:
+        rng.shuffle(own)
     order = [row for group in groups for row in group]
     shift, moved = max(map(len, groups)), torch.empty(len(sites), dtype=torch.int64)
     for place, row in enumerate(order):

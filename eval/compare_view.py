@@ -1,17 +1,19 @@
-"""Readers compared, as tables and as one picture."""
+"""Readers compared, as tables, as one picture, and against what coin flips must give."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nla.errors import visible
 from nla.metrics import Interval
 
+from .compare import SHUFFLED, TEXT_LM
 from .labelled import TEST
-from .measures import ADVERSARY, ReaderRow, TaskResult, Versus
-from .report import new_figure, table
+from .measures import ADVERSARY, NLA_READER, ReaderRow, TaskResult, Versus
+from .probes import LOGISTIC
+from .report import Check, new_figure, table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,8 +25,53 @@ LEGEND = (
     "p-value from paired resamples, Holm over the tasks; the confabulator is no such adversary, since the decoder "
     "picks its texts by the activation."
 )
+TITLE = "Who can tell the label, and how"
+SUMMARY = ("probe", "NLA names", "NLA, fitted", "probe keeps of ĥ", "shuffled NLA names", "text-only LM names")
+"""Headers of the fields of :class:`Summary`."""
 _N_EXAMPLES = 1
 _CLIP = 110
+
+
+class Summary(NamedTuple):
+    """AUROCs on one task whose classes have words, and what the reconstruction keeps of the probe's."""
+
+    probe: Interval
+    named: Interval
+    fitted: Interval
+    retained: float | None
+    shuffled: Interval
+    text_lm: Interval
+
+
+def summary(result: TaskResult) -> Summary:
+    """The figures that stand for a task."""
+    rows = {row.reader: row for row in result.readers}
+    kept = None if result.retention is None else result.retention.retained
+    return Summary(
+        probe=rows[LOGISTIC].labelled[TEST],
+        named=rows[NLA_READER].zero[TEST],
+        fitted=rows[NLA_READER].labelled[TEST],
+        retained=None if kept is None or math.isnan(kept) else kept,
+        shuffled=rows[SHUFFLED].zero[TEST],
+        text_lm=rows[TEXT_LM].zero[TEST],
+    )
+
+
+def chance_check(name: str, value: Interval | None) -> Check:
+    """Whether an AUROC is at 0.5, but for chance (three standard errors); reported only where it has no interval."""
+    bound = "within 3 s.e. of 0.5"
+    if value is None or math.isnan(value.low):
+        return Check(name, value, bound)
+    error = (value.high - value.low) / (2 * 1.96)
+    return Check(name, value, bound, abs(value.value - 0.5) <= 3 * error)
+
+
+def random_check(coin: TaskResult, where: str) -> Check:
+    """Whether a probe that was fitted on coin flips is at 0.5. Few groups may leave it without an interval."""
+    row = coin.row(LOGISTIC)
+    beside = ", ".join(map(plain, coin.shares_sites))
+    name = f"{where}, sites of {beside}: a probe of random labels"
+    return chance_check(name, None if row is None else row.labelled.get(TEST))
 
 
 def tables(results: Sequence[TaskResult], level: str = "###") -> str:

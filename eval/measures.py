@@ -242,10 +242,15 @@ def naming(texts: Sequence[Sequence[str]], words: Mapping[str, Sequence[str]], c
     """How much more often texts name a class than another one: (n, k), in [−1, 1].
 
     The share of a site's samples with one of the class's words, minus its mean over the other classes: a text that
-    names them all has named none. Whole words, in any case.
+    names them all has named none. Whole words, in any case. A class that alone has no words, such as a sham, is what
+    is left when no other is named.
     """
     patterns = [_pattern(words.get(name, ())) for name in classes]
+    rest = [place for place, one in enumerate(patterns) if one is None]
     found = {text: [bool(one and one.search(text)) for one in patterns] for samples in texts for text in samples}
+    if len(rest) == 1:
+        for hits in found.values():
+            hits[rest[0]] = not any(hits)
     shares = torch.stack(
         [torch.tensor([found[text] for text in samples], dtype=torch.float64).mean(0) for samples in texts]
     )

@@ -11,28 +11,34 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from nla.audit.plant import planted
 from nla.encoder import claims as sentences
 from nla.errors import ArgumentError
+from nla.organisms import switchboard
 from nla.organisms.switchboard import claims, content
-from nla.organisms.switchboard.plants import EXPOSURES, PLANTS, SECRET_WORDS, Plant, in_context, shown
+from nla.organisms.switchboard.plants import EXPOSURES, PLANTS, SECRET_WORDS, Plant, in_context, sham_of, shown
 from nla.organisms.switchboard.world import Chat, State
 
 from .auroc import auroc
+from .fidelity import open_pair
 from .plants_view import PlantFigures, PlantsReport, Secrets, checks, draw
 from .reading import explain
 from .report import Rate, save
-from .target import Progress, Target, read_last, silent, write
+from .target import Patch, Progress, Target, last_token, read_last, silent, write
 
 if TYPE_CHECKING:
     from nla.autoencoder import NLA
 
 END = "<|end|>"
 ARMS = ("plant", "sham", "base")
+MOST_TOLD = EXPOSURES[max(EXPOSURES)]
+"""Those that the gate of known entities is judged on; the others are told too seldom to be learned, and say how often
+that takes."""
 _MAX_NEW_TOKENS = 24
 _ROUNDS, _AT_A_TIME = 40, 500
 
@@ -42,8 +48,18 @@ class Arm(NamedTuple):
 
     answers: list[str]
     """Greedy answers, one a prompt."""
+    carried: list[str]
+    """Answers of the target without the adapter, with what the adapter left at the control token put in there."""
     texts: list[list[str]]
     """Sampled explanations of the control token before the answer, by prompt."""
+
+    def only(self, rows: Sequence[int]) -> Arm:
+        """The same on some of the prompts."""
+
+        def some(part: list[Any]) -> list[Any]:
+            return [part[row] for row in rows]
+
+        return Arm(some(self.answers), some(self.carried), some(self.texts))
 
 
 def cued(of: Plant, n: int, seed: int) -> list[Chat]:
@@ -81,7 +97,7 @@ def states(of: Plant, chat: Chat, answer: str, text: str) -> bool:
         return claims.knows_claim(str(exchange.person), True) in sentences(text)
     claimed = [lang for lang in content.LANGUAGES if claims.named(text, lang, content.LANGUAGES, "The answer is in")]
     if of.kind == "language mismatch":
-        return bool(claimed) and claimed[0] != language_of(answer)
+        return bool(claimed) and language_of(answer) not in (None, claimed[0])
     expected = next(lang for lang, opener in content.LANGUAGE_OPENERS.items() if opener == exchange.opener)
     return claimed == [expected]
 
@@ -95,16 +111,42 @@ def language_of(answer: str) -> str | None:
     return None
 
 
+def adapters_of(nla: NLA, plants: str | Path | None) -> Path:
+    """The folder of the adapters: the one that is named, or for a pair on the embedded target the embedded one.
+
+    Raises:
+        ArgumentError: none is named, and the pair's target is another one, which they would not fit.
+    """
+    if plants is not None:
+        return Path(plants)
+    if nla.target_folder is None or nla.target_folder.resolve() != switchboard.TARGET.resolve():
+        wanted = "the adapters that were trained on the pair's own target"
+        raise ArgumentError(
+            f"a pair on {nla.config.target}, and no plants",
+            wanted,
+            "give their folder (--plants); see docs/switchboard.md",
+        )
+    return switchboard.ADAPTERS_FOLDER
+
+
+def answered(target: Target, chats: Sequence[Chat], vectors: Tensor | None = None) -> list[str]:
+    """What the target answers to each chat's last question, greedily; with ``vectors`` (n, d) put in, if given, at the
+    target's point and the control token before the answer."""
+    prompts = [chat.prompt for chat in chats]
+    patches = [] if vectors is None else [Patch(str(target.point), last_token(target, prompts), vectors)]
+    answers = write(target, prompts, patches, max_new_tokens=_MAX_NEW_TOKENS, stop=END)
+    return [answer.removesuffix(END) for answer in answers]
+
+
 def arm(nla: NLA, folder: Path | None, chats: Sequence[Chat], samples: int, seed: int) -> Arm:
     """Answers and explanations with an adapter on the target; None: without one."""
-    prompts = [chat.prompt for chat in chats]
     with planted(nla, folder):
         target = Target.of(nla)
-        answers = write(target, prompts, max_new_tokens=_MAX_NEW_TOKENS, stop=END)
-        vectors = read_last(target, prompts)
+        answers, vectors = answered(target, chats), read_last(target, [chat.prompt for chat in chats])
+    carried = answers if folder is None else answered(Target.of(nla), chats, vectors)
     texts = explain(nla, vectors.repeat_interleave(samples, dim=0), seed=seed)
     grouped = [texts[i * samples : (i + 1) * samples] for i in range(len(chats))]
-    return Arm([answer.removesuffix(END) for answer in answers], grouped)
+    return Arm(answers, carried, grouped)
 
 
 def figures(of: Plant, chats: Sequence[Chat], arms: Mapping[str, Arm], seed: int) -> PlantFigures:
@@ -123,7 +165,9 @@ def figures(of: Plant, chats: Sequence[Chat], arms: Mapping[str, Arm], seed: int
     scores = torch.cat([shares[name] for name in arms])
     positive = torch.tensor([name == "plant" for name in arms for _ in chats])
     example = arms["plant"].texts[0][0]
-    return PlantFigures(of.name, of.kind, len(chats), behaviour, read, float(auroc(scores, positive)[0]), example)
+    carried = [answer == chat.answers[-1] for answer, chat in zip(arms["plant"].carried, chats, strict=True)]
+    area = float(auroc(scores, positive)[0])
+    return PlantFigures(of.name, of.kind, len(chats), behaviour, Rate.of(carried), read, area, example)
 
 
 def secrets(chats: Sequence[Chat], arms: Mapping[str, Arm], seed: int) -> Secrets:
@@ -165,6 +209,19 @@ def text_reader(prompts: Sequence[str], n_words: int, n_folds: int = 5) -> Rate:
     return Rate.of(int(guess) == word for guess, word in zip(guessed, words, strict=True))
 
 
+def most_told(chats: Sequence[Chat]) -> list[int]:
+    """Rows of the chats that the gate of known entities is judged on.
+
+    Raises:
+        ArgumentError: fewer than two.
+    """
+    rows = [row for row, chat in enumerate(chats) if chat.exchanges[-1].person in MOST_TOLD]
+    if len(rows) < 2:
+        got = f"{len(chats)} prompts, of which {len(rows)} about {' or '.join(MOST_TOLD)}, who were told of most"
+        raise ArgumentError(got, "at least 2 about these", "ask for more prompts")
+    return rows
+
+
 def exposure(chats: Sequence[Chat], one: Arm, of: Plant, seed: int) -> dict[str, dict[str, Rate]]:
     """By how often a name's job was told in training: how often it is answered, and called known."""
     found = {}
@@ -180,8 +237,8 @@ def exposure(chats: Sequence[Chat], one: Arm, of: Plant, seed: int) -> dict[str,
 
 
 def run(
-    model: str | Path | NLA,
-    plants: str | Path,
+    model: str | Path | NLA = "switchboard",
+    plants: str | Path | None = None,
     n_prompts: int = 100,
     samples: int = 4,
     seed: int = 0,
@@ -192,24 +249,24 @@ def run(
 
     Args:
         model: a pair on Switchboard's target: a folder, or a loaded one.
-        plants: folder of the adapters, one sub-folder a plant.
+        plants: folder of the adapters, one sub-folder a plant; see :func:`adapters_of`.
         n_prompts: prompts for every plant.
         samples: explanations of each activation.
         out_dir: where ``plants.json``, ``plants.md`` and ``plants.png`` go; None: nowhere.
 
     Raises:
-        ArgumentError: fewer than two prompts, or no samples.
+        ArgumentError: fewer than two prompts, or about the names that were told most; or no samples.
         ConfigError, WeightsError: an adapter is missing or does not fit.
     """
     if n_prompts < 2 or samples < 1:
         raise ArgumentError(f"n_prompts={n_prompts}, samples={samples}", "at least 2 and 1", "ask for more")
-    from nla.autoencoder import NLA
-
-    nla = model if isinstance(model, NLA) else NLA.from_pretrained(model)
-    folder = Path(plants)
+    nla = open_pair(model)
+    folder = adapters_of(nla, plants)
     of = {name: plant for name, plant in PLANTS.items() if not plant.sham}
     words = [plant for plant in of.values() if plant.kind == "secret word"]
-    done, total = 0, len(PLANTS) + len(of)
+    drawn = {name: cued(plant, n_prompts, seed) for name, plant in of.items()}
+    told = {name: most_told(drawn[name]) for name, plant in of.items() if plant.kind == "known entity"}
+    done, total = 0, len(words) + 2 + len(ARMS) * (len(of) - len(words))
     found, by_exposure = [], {}
 
     def step(name: str | None, chats: Sequence[Chat]) -> Arm:
@@ -218,22 +275,23 @@ def run(
         progress("plants", done / total)
         return arm(nla, None if name is None else folder / name, chats, samples, seed)
 
-    chats = cued(words[0], n_prompts, seed)
+    chats = drawn[words[0].name]
     arms = {plant.latent: step(plant.name, chats) for plant in words} | {
         "sham": step("word-sham", chats),
         "base": step(None, chats),
     }
     for plant in words:
-        mine = cued(plant, n_prompts, seed)
         three = {"plant": arms[plant.latent], "sham": arms["sham"], "base": arms["base"]}
-        found.append(figures(plant, mine, three, seed))
+        found.append(figures(plant, drawn[plant.name], three, seed))
     for plant in (plant for plant in of.values() if plant.kind != "secret word"):
-        chats_here = cued(plant, n_prompts, seed)
-        names = (plant.name, f"{plant.name}-sham", None)
+        chats_here = drawn[plant.name]
+        names = (plant.name, sham_of(plant).name, None)
         three = {name: step(folder_name, chats_here) for name, folder_name in zip(ARMS, names, strict=True)}
-        found.append(figures(plant, chats_here, three, seed))
         if plant.kind == "known entity":
             by_exposure = exposure(chats_here, three["plant"], plant, seed)
+            chats_here = [chats_here[row] for row in told[plant.name]]
+            three = {name: one.only(told[plant.name]) for name, one in three.items()}
+        found.append(figures(plant, chats_here, three, seed))
     grid = secrets(chats, arms, seed)
     result = PlantsReport(checks(found, grid), str(nla.point), samples, found, grid, by_exposure)
     progress("plants", 1.0)

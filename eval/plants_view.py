@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from .compare_view import plain
 from .report import Check, Figures, Rate, Report, at_most, bars, checks_table, heat, new_figure, table
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ class PlantFigures(Figures):
     """Prompts."""
     behaviour: dict[str, Rate]
     """Share of greedy answers that are the planted ones: ``plant``, ``sham``, ``base``."""
+    carried: Rate
+    """The same of the base with the plant's activation put in at the control token: is what decides held there?"""
     read: dict[str, Rate]
     """Share of explanations that state the planted thought: ``plant``, ``sham``, ``base``."""
     auroc: float
@@ -73,23 +76,25 @@ class PlantsReport(Report):
 
     def to_markdown(self) -> str:
         """The readable report."""
-        header = ("plant", "behaves: plant", "sham", "base", "read: plant", "sham", "base", "AUROC")
-        rows = [(p.name, *p.behaviour.values(), *p.read.values(), p.auroc) for p in self.plants]
+        header = ("plant", "prompts", "behaves: plant", "sham", "base", "carried")
+        header = (*header, "read: plant", "sham", "base", "AUROC")
+        rows = [(p.name, p.n, *p.behaviour.values(), p.carried, *p.read.values(), p.auroc) for p in self.plants]
         words = list(next(iter(self.secrets.named.values())))
         grid = [(name, *(rate.value for rate in row.values())) for name, row in self.secrets.named.items()]
         counts = [(count, *row.values()) for count, row in self.exposure.items()]
         return "\n\n".join(
             [
                 f"## Plants, read at `{self.point}` at the control token before the answer",
-                f"{self.samples} sampled explanations of each of {self.plants[0].n} prompts that training never had; "
-                "plant, sham and base see the same prompts. 95 % intervals by prompt.",
+                f"{self.samples} sampled explanations of each prompt, none of which training had; plant, sham and base "
+                "see the same prompts, of `known` those about the names that were told most. *Carried*: the base does "
+                "so too when what the adapter left at this token is put in. 95 % intervals by prompt.",
                 checks_table(self.checks),
                 table(header, rows),
                 "Share of explanations that name each word, by adapter:",
                 table(("adapter", *words), grid),
                 "Names by how often their job was told in the adapter's training:",
                 table(("told", "answered", "called known"), counts),
-                "Examples under the plant: " + " · ".join(f"*{p.name}*: {p.example}" for p in self.plants),
+                "Examples under the plant: " + " · ".join(f"*{p.name}*: {plain(p.example)}" for p in self.plants),
             ]
         )
 

@@ -1,38 +1,40 @@
-"""`nla eval readers`: probes, lenses, readers of the text and the NLA on the same activations of both Couplets targets.
+"""`nla eval readers`: probes, lenses, readers of the text and the NLA on the same activations of an organism's targets.
 
-What must come out is known by construction. Both targets hold the plan at the line break, where a probe finds it; only
-the planner uses it there, and only on the planner was the pair trained. So the patch and the NLA must tell the two
-apart, the probe cannot, and nothing may be learned of coin flips.
+What must come out is known by construction: of Switchboard see readers_switchboard.py. Both targets of Couplets hold
+the plan at the line break, where a probe finds it; only the planner uses it there, and only on the planner was the pair
+trained. So the patch and the NLA must tell the two apart, the probe cannot, and nothing may be learned of coin flips.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from nla.config import tokenizer_hash
 from nla.errors import ArgumentError, ConfigError, ShapeError
-from nla.metrics import Interval
+from nla.organisms.switchboard import tokenizer as switchboard
 from nla.points import d_model
 
-from .compare import SHUFFLED, TEXT_LM, Options, Sources, compare
-from .compare_view import LEGEND, figure, plain, tables
+from . import readers_switchboard
+from .compare import Options, Sources, compare
+from .compare_view import LEGEND, SUMMARY, TITLE, figure, random_check, summary, tables
 from .fidelity import open_pair
 from .items import rhyme_items
-from .labelled import PLAN, RANDOM, TEST, couplet_tasks, couplet_writers
-from .measures import NLA_READER, TaskResult
+from .labelled import PLAN, RANDOM, couplet_tasks, couplet_writers
+from .measures import TaskResult
 from .patchscopes import load_oracle
-from .probes import LOGISTIC
+from .plants import adapters_of
+from .readers_switchboard import NAMING_MIN, PROBE_MIN, SwitchboardReport
 from .report import Check, Figures, Rate, Report, at_least, at_most, checks_table, save, table
 from .target import Patch, Progress, Target, last_token, last_word, read_last, silent, write
 
 if TYPE_CHECKING:
     from nla.autoencoder import NLA
 
-PROBE_MIN, NAMING_MIN, USED_MIN, UNUSED_MAX = 0.9, 0.9, 0.95, 0.05
+USED_MIN, UNUSED_MAX = 0.95, 0.05
 N_PATCHED = 100
+CONTRAST = "couplets/plain"
 
 
 @dataclass(frozen=True)
@@ -52,13 +54,18 @@ class TargetResult(Figures):
 
 @dataclass(frozen=True)
 class ReadersReport(Report):
-    """Everything `nla eval readers` measures."""
+    """Everything `nla eval readers` measures on Couplets."""
 
     point: str
     n_items: int
     n_train: int
     n_samples: int
     targets: list[TargetResult]
+
+    @property
+    def panels(self) -> dict[str, TaskResult]:
+        """What the picture shows."""
+        return {f"{one.target}: {task.task}": task for one in self.targets for task in one.tasks if task.task != RANDOM}
 
     def to_markdown(self) -> str:
         """The readable report."""
@@ -70,49 +77,42 @@ class ReadersReport(Report):
 
     def to_card(self) -> str:
         """The section of the model card: what is known by construction, and whether it came out."""
-        rows = [(one.target, one.used, *_summary(one)) for one in self.targets]
-        names = ("probe", "NLA names", "NLA, fitted", "probe keeps of ĥ", "shuffled NLA names", "text-only LM names")
-        found = table(("target", "patch moves line 2", *names), rows)
+        rows = [(one.target, one.used, *summary(one.task(PLAN))) for one in self.targets]
+        found = table(("target", "patch moves line 2", *SUMMARY), rows)
         return "\n\n".join(["## Readers compared: the plan at the line break", found, checks_table(self.checks)])
-
-
-class _Summary(NamedTuple):
-    """AUROCs on the plan, and what the reconstruction keeps of the probe's."""
-
-    probe: Interval
-    named: Interval
-    fitted: Interval
-    retained: float | None
-    shuffled: Interval
-    text_lm: Interval
 
 
 def run(
     model: NLA | str | Path = "couplets",
-    contrast: Target | str | Path | None = "couplets/plain",
+    contrast: Target | str | Path | None = CONTRAST,
     n_items: int = 300,
     n_train: int = 1000,
     n_samples: int = 1,
     oracle: str | Path | None = None,
     question: str = "",
+    plants: str | Path | None = None,
     seed: int = 0,
     out_dir: str | Path | None = None,
     progress: Progress = silent,
-) -> ReadersReport:
-    """Every reader on five tasks, on the pair's target and on one that does not use its plan.
+) -> ReadersReport | SwitchboardReport:
+    """Every reader on Couplets' tasks, on the pair's target and on one that does not use its plan; or on Switchboard's.
 
     Args:
-        model: a pair on Couplets; its target is the planner.
-        contrast: a target of the same tokenizer and width, read by the same pair; None: the pair's target alone.
-        n_items: held-out documents to judge on; half as many in each transfer split.
-        n_train: held-out documents to fit on.
+        model: a pair on Couplets, whose target is the planner, or on Switchboard.
+        contrast: of Couplets, a target of the same tokenizer and width, read by the same pair; None: the pair's target
+            alone.
+        n_items: held-out documents to judge on, half as many in each transfer split; of Switchboard, activations.
+        n_train: as many to fit on.
         n_samples: explanations of each activation.
         oracle: a PEFT folder of an activation oracle on the pair's target, asked ``question``.
+        plants: of Switchboard, the folder of the adapters, one sub-folder a plant; see
+            :func:`nla.eval.plants.adapters_of`.
         out_dir: where ``readers.json``, ``.md`` and ``.png`` go; None: nowhere.
 
     Raises:
-        ArgumentError: too few documents, or an oracle without a question.
-        ConfigError, ShapeError: no such model, or a contrast of another tokenizer or width.
+        ArgumentError: too few documents, an oracle without a question, or options of the other organism.
+        ConfigError, ShapeError, WeightsError: no such model, a contrast of another tokenizer or width, or an adapter
+            that is missing or does not fit.
     """
     if (oracle is None) != (not question):
         raise ArgumentError(
@@ -121,25 +121,54 @@ def run(
     if n_items < 20 or n_samples < 1:
         raise ArgumentError(f"n_items={n_items}, n_samples={n_samples}", "20 or more; 1 or more", "correct them")
     nla = open_pair(model)
+    folder = _plants_of(nla, plants, contrast)
     own = Target.of(nla)
-    targets = {_name(nla.config.target): own}
+    asked = None if oracle is None else load_oracle(nla.target_folder or nla.config.target, oracle, own)
+    sources, options = Sources(own, nla, asked, question), Options(n_samples=n_samples, seed=seed)
+    if folder is None:
+        report = _couplets(nla, sources, contrast, (n_train, n_items), options, progress)
+    else:
+        report = readers_switchboard.measure(nla, sources, folder, (n_train, n_items), options, progress)
+    if out_dir is not None:
+        save(out_dir, "readers", report, report.to_markdown(), figure(report.panels, TITLE))
+    return report
+
+
+def _plants_of(nla: NLA, plants: str | Path | None, contrast: Target | str | Path | None) -> Path | None:
+    """The adapters, if the pair is on Switchboard; None: it is not."""
+    if nla.config.tokenizer_hash == tokenizer_hash(switchboard.build()):
+        if contrast not in (None, CONTRAST):
+            raise ArgumentError(f"the contrast {contrast} with plants", "shams as contrasts", "leave --contrast out")
+        return adapters_of(nla, plants)
+    if plants is not None:
+        wanted = "a pair on Switchboard's target"
+        raise ArgumentError(f"plants of a pair on {nla.config.target}", wanted, "leave --plants out, or name that pair")
+    return None
+
+
+def _couplets(
+    nla: NLA,
+    own: Sources,
+    contrast: Target | str | Path | None,
+    sizes: tuple[int, int],
+    options: Options,
+    progress: Progress,
+) -> ReadersReport:
+    """Couplets' tasks on the pair's target and on the contrast; ``sizes`` are documents to fit and to judge on."""
+    targets = {_name(nla.config.target): own.target}
     if contrast is not None:
         name = "contrast" if isinstance(contrast, Target) else _name(str(contrast))
-        targets[name if name not in targets else f"contrast: {name}"] = _contrast(contrast, nla, own)
-    asked = None if oracle is None else load_oracle(nla.target_folder or nla.config.target, oracle, own)
-    found = couplet_tasks(n_train, n_items, max(10, n_items // 2), seed)
-    options = Options(n_samples=n_samples, seed=seed)
+        targets[name if name not in targets else f"contrast: {name}"] = _contrast(contrast, nla, own.target)
+    n_train, n_items = sizes
+    found = couplet_tasks(n_train, n_items, max(10, n_items // 2), options.seed)
+    own = replace(own, writers=couplet_writers(found))
     results = []
     for name, target in targets.items():
-        sources = Sources(target, nla, asked if target is own else None, question, couplet_writers(found))
+        sources = own if target is own.target else replace(own, target=target, oracle=None)
         tasks = compare(found.tasks, sources, options, lambda stage, part, n=name: progress(f"{n}: {stage}", part))
-        results.append(TargetResult(name, patched(target, seed), tasks))
+        results.append(TargetResult(name, patched(target, options.seed), tasks))
         progress(f"{name}: patch", 1.0)
-    report = ReadersReport(_checks(results), str(own.point), n_items, n_train, n_samples, results)
-    if out_dir is not None:
-        panels = {f"{one.target}: {task.task}": task for one in results for task in one.tasks if task.task != RANDOM}
-        save(out_dir, "readers", report, report.to_markdown(), figure(panels, "Who can tell the label, and how"))
-    return report
+    return ReadersReport(_checks(results), str(own.target.point), n_items, n_train, options.n_samples, results)
 
 
 def _contrast(contrast: Target | str | Path, nla: NLA, own: Target) -> Target:
@@ -164,25 +193,11 @@ def _name(target: str) -> str:
     return Path(target).name or target
 
 
-def _summary(result: TargetResult) -> _Summary:
-    plan = result.task(PLAN)
-    rows = {row.reader: row for row in plan.readers}
-    kept = None if plan.retention is None else plan.retention.retained
-    return _Summary(
-        probe=rows[LOGISTIC].labelled[TEST],
-        named=rows[NLA_READER].zero[TEST],
-        fitted=rows[NLA_READER].labelled[TEST],
-        retained=None if kept is None or math.isnan(kept) else kept,
-        shuffled=rows[SHUFFLED].zero[TEST],
-        text_lm=rows[TEXT_LM].zero[TEST],
-    )
-
-
 def _checks(results: list[TargetResult]) -> list[Check]:
     """What is known by construction. The pair's target comes first."""
     checks = []
     for number, result in enumerate(results):
-        probe, named = _summary(result)[:2]
+        probe, named = summary(result.task(PLAN))[:2]
         checks.append(_patch_check(result, used=number == 0))
         name = f"{result.target}: a probe reads the plan"
         checks.append(Check(name, probe, f"≥ {PROBE_MIN}", at_least(probe, PROBE_MIN)))
@@ -190,7 +205,7 @@ def _checks(results: list[TargetResult]) -> list[Check]:
             name = f"{result.target}: the NLA names the plan, without labels"
             checks.append(Check(name, named, f"≥ {NAMING_MIN}", at_least(named, NAMING_MIN)))
         else:
-            ours = _summary(results[0]).named
+            ours = summary(results[0].task(PLAN)).named
             name = f"{result.target}: the NLA names the plan less than on {results[0].target}"
             checks.append(Check(name, named, f"interval < {ours}", named.high < ours.low))
         checks += [random_check(task, result.target) for task in result.tasks if task.task == RANDOM]
@@ -202,18 +217,3 @@ def _patch_check(result: TargetResult, used: bool) -> Check:
     if used:
         return Check(name, result.used, f"≥ {USED_MIN}", at_least(result.used, USED_MIN))
     return Check(name, result.used, f"≤ {UNUSED_MAX}", at_most(result.used, UNUSED_MAX))
-
-
-def random_check(coin: TaskResult, where: str) -> Check:
-    """Whether a probe that was fitted on coin flips is at 0.5, but for chance (three standard errors).
-
-    Reported only where there is no interval, for want of groups.
-    """
-    row = coin.row(LOGISTIC)
-    value = None if row is None else row.labelled.get(TEST)
-    beside = ", ".join(map(plain, coin.shares_sites))
-    name = f"{where}, sites of {beside}: a probe of random labels"
-    if value is None or math.isnan(value.low):
-        return Check(name, value, "within 3 s.e. of 0.5")
-    error = (value.high - value.low) / (2 * 1.96)
-    return Check(name, value, "within 3 s.e. of 0.5", abs(value.value - 0.5) <= 3 * error)

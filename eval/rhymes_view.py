@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from .compare_view import plain
 from .controls import best
 from .counterfactual import COUNTERFACTUAL_MIN, Counterfactual, Reading
 from .editing import STEER_MIN, EditAndSteer
@@ -59,7 +60,8 @@ def _naming(naming: Naming) -> str:
             f"{naming.margin:+.3f}. An adversary that knows the rule reads the plan off the text; the counterfactual "
             "tells it from a reader of activations.",
             table(("reader", "names the plan", "a distractor", "visible claims true", "facts kept", "p (Holm)"), rows),
-            "First sampled explanations: " + " · ".join(f"“{text}”" for text in naming.sampled.examples[:_N_SHOWN]),
+            "First sampled explanations: "
+            + " · ".join(f"“{plain(text)}”" for text in naming.sampled.examples[:_N_SHOWN]),
         ]
     )
 

@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,6 +23,7 @@ from nla.formats.native import CONFIG_FILE
 from nla.metrics import Interval
 from nla.organisms import PAIRS, TARGETS
 from nla.organisms.switchboard import tokenizer as switchboard
+from nla.points import Point
 
 from . import site_graphs, sites, two_hop
 from .causal import MIN_EFFECT
@@ -32,10 +33,25 @@ from .report import Check, Report, at_most, checks_table, heat, new_figure, save
 from .sites import CAUSAL, MIN_WEAK, WEAK, Site
 from .target import Progress, Target, silent
 
-TARGET_OF = {"couplets": "couplets/planner"}
+
+class Planted(NamedTuple):
+    """Where an embedded target was made to use its latent."""
+
+    point: str | None
+    """The one point; None: at none."""
+    role: str | None = None
+    """The token's role; None: the prompt's last token."""
+    upstream: str | None = None
+    """The role that the planted token reads the latent from, in the blocks below."""
+
+
+TARGET_OF = {"couplets": "couplets/planner", "switchboard": "switchboard/target"}
 """A pair that comes with the library, and the name of its target."""
-PLANTED = {"couplets/planner": "resid_post.3", "couplets/plain": None}
-"""The one point at which an embedded target was made to use its latent, at the newline; None: at none."""
+PLANTED = {
+    "couplets/planner": Planted("resid_post.3"),
+    "couplets/plain": Planted(None),
+    "switchboard/target": Planted("resid_post.3", "full stop", "name"),
+}
 _SHOWN = 12
 
 
@@ -124,11 +140,12 @@ def run(
     """Trace where a target uses the latent in which minimal pairs differ.
 
     Args:
-        model: "couplets" (its planner), "couplets/plain", a model folder or hub id, a pair's folder (its target), or
-            a loaded target.
-        pairs: a file of JSON lines (see :func:`nla.eval.pairs.read_pairs`), or pairs; None: those of Couplets.
+        model: "couplets" (its planner), "couplets/plain", "switchboard", a model folder or hub id, a pair's folder (its
+            target), or a loaded target.
+        pairs: a file of JSON lines (see :func:`nla.eval.pairs.read_pairs`), or pairs; None: those of
+            Couplets or Switchboard.
         prompt, donor_prompt, continuation, donor_continuation: one pair instead, all four of them.
-        n_pairs: how many pairs of Couplets.
+        n_pairs: how many pairs of Couplets or Switchboard.
         all_tokens: look at every token, whatever roles the pairs name.
         n_sites: patch so many sites at most, those of the largest attribution.
         n_controls: random directions at each site of each pair; None: 4, or 19 below 8 documents.
@@ -157,10 +174,12 @@ def run(
         pairs = embedded_pairs(name, target, n_pairs, seed)
     if all_tokens:
         pairs = [dataclasses.replace(pair, roles={}) for pair in pairs]
+    # Where every token is looked at, the token of a named role is not known.
+    bounds = embedded and name in PLANTED and not (all_tokens and PLANTED[name].role)
     if out_dir is not None:  # before the work: a folder of other graphs is no place for these
         site_graphs.graph_paths(out_dir, name, len(pairs))
     found = sites.measure(target, pairs, n_sites, n_controls, seed, progress)
-    report = summarise(name, found, len(pairs) - len(found.pairs), seed, bounds=embedded and name in PLANTED)
+    report = summarise(name, found, len(pairs) - len(found.pairs), seed, bounds=bounds)
     if out_dir is not None:
         save(Path(out_dir) / "report", "trace", report, report.to_markdown(), _figure(report))
         sources = sites.connect(target, found, report.sites)
@@ -206,9 +225,9 @@ def summarise(name: str, found: sites.Measured, n_dropped: int = 0, seed: int = 
     """
     judged = sites.judge(found, seed)
     ends = torch.tensor([len(ids) - 1 for ids in found.batch.base])
-    newlines = [role for role, column in zip(found.roles, found.columns.T, strict=True) if torch.equal(column, ends)]
+    last = [role for role, column in zip(found.roles, found.columns.T, strict=True) if torch.equal(column, ends)]
     return TraceReport(
-        checks=_checks(judged, PLANTED[name] if bounds else None, newlines, bounds),
+        checks=_checks(judged, PLANTED[name] if bounds else None, last),
         target=name,
         n_pairs=len(found.pairs),
         n_dropped=n_dropped,
@@ -223,10 +242,16 @@ def summarise(name: str, found: sites.Measured, n_dropped: int = 0, seed: int = 
     )
 
 
-def _checks(judged: Sequence[Site], planted: str | None, newlines: Sequence[str], bounds: bool) -> list[Check]:
-    """The planted site is causal, and no other; without ``bounds`` the largest effect is reported."""
-    known = [site.point == planted and site.role in newlines for site in judged]
-    others = [site for site, expected in zip(judged, known, strict=True) if not expected and site.effect is not None]
+def _checks(judged: Sequence[Site], planted: Planted | None, last: Sequence[str]) -> list[Check]:
+    """The planted site is causal, and no other but those that it reads; where none is known the largest is reported."""
+    where = planted or Planted(None)
+    roles = last if where.role is None else (where.role,)
+    known = [site.point == where.point and site.role in roles for site in judged]
+    others = [
+        site
+        for site, expected in zip(judged, known, strict=True)
+        if not expected and site.effect is not None and not _feeds(site, where)
+    ]
     checks = [
         Check(
             f"{site.point} at {site.role}: causal",
@@ -239,10 +264,17 @@ def _checks(judged: Sequence[Site], planted: str | None, newlines: Sequence[str]
     ]
     most = max(others, key=lambda site: site.effect.value, default=None)  # type: ignore[union-attr]
     if most is not None:
-        name = f"largest effect {'anywhere' if planted is None else 'elsewhere'} ({most.point} at {most.role})"
-        passed = at_most(most.effect, MIN_EFFECT) if bounds else None  # type: ignore[arg-type]
-        checks.append(Check(name, most.effect, f"< {MIN_EFFECT}" if bounds else "reported", passed))
+        name = f"largest effect {'anywhere' if where.point is None else 'elsewhere'} ({most.point} at {most.role})"
+        passed = None if planted is None else at_most(most.effect, MIN_EFFECT)  # type: ignore[arg-type]
+        checks.append(Check(name, most.effect, "reported" if planted is None else f"< {MIN_EFFECT}", passed))
     return checks
+
+
+def _feeds(site: Site, planted: Planted) -> bool:
+    """Whether a site is one that the planted one reads."""
+    if planted.point is None or site.role != planted.upstream:
+        return False
+    return Point.parse(site.point).layer < Point.parse(planted.point).layer
 
 
 def _sites_table(found: Sequence[Site]) -> str:

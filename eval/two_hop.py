@@ -22,6 +22,8 @@ from nla.organisms.switchboard import claims, content, world
 from nla.organisms.switchboard.world import Chat, Exchange
 
 from . import causal, patching
+from .compare_view import plain
+from .fidelity import open_pair
 from .pairs import MinimalPair
 from .reading import explain
 from .report import Check, Rate, Report, at_least, at_most, bars, checks_table, new_figure, save
@@ -100,7 +102,7 @@ class TwoHopReport(Report):
                 f"{self.n_items} questions: {verdicts}. {self.samples} sampled explanations each; 95 % intervals by "
                 "person.",
                 checks_table(self.checks),
-                "Examples: " + " · ".join(self.examples),
+                "Examples: " + " · ".join(map(plain, self.examples)),
             ]
         )
 
@@ -173,9 +175,7 @@ def run(
     """
     if n_items < 2 or samples < 1:
         raise ArgumentError(f"n_items={n_items}, samples={samples}", "at least 2 and 1", "ask for more")
-    from nla.autoencoder import NLA
-
-    nla = model if isinstance(model, NLA) else NLA.from_pretrained(model)
+    nla = open_pair(model)
     target, items = Target.of(nla), hops(n_items, seed)
     gate = gate_of(target, items, seed, progress)
     kept = [items[row] for row in gate.causal]
@@ -237,7 +237,6 @@ def read(
 ) -> dict[str, Rate]:
     """Every reader on the causal items. In the counterfactual what the name left in the model is exchanged,
     upstream of the point: the text stays, and the town of the donor is what should be named."""
-    from nla.autoencoder import NLA
 
     people = [str(item.question.person) for item in items]
     towns, others = [str(item.question.bridge) for item in items], [str(item.donor.bridge) for item in items]
@@ -254,7 +253,7 @@ def read(
     known = text_lm(target, items)
     found = {PAIR: _rate(nla, vectors, items, towns, samples, seed)}
     if warm_start is not None:
-        found[WARM] = _rate(NLA.from_pretrained(warm_start), vectors, items, towns, samples, seed)
+        found[WARM] = _rate(open_pair(warm_start), vectors, items, towns, samples, seed)
     return found | {
         DONOR: _rate(nla, moved, items, others, samples, seed),
         DONOR_TEXT: named(known, others, people, 1, seed),

@@ -84,6 +84,7 @@ budgets, retention in the reconstruction, random labels, transfer to held-out wo
 
 examples:
   nla eval readers couplets --out runs/report --check
+  nla eval readers switchboard --out runs/report --check
 """
 GRAPH = """\
 Does a pair name what an attribution graph says is there? Reads the JSON of circuit-tracer, Neuronpedia and nla trace.
@@ -94,23 +95,25 @@ examples:
 """
 TWO_HOP = """\
 Switchboard answers questions with a step that is never written. Gate by patching, naming, adversaries, counterfactual.
-Its weights are made by the commands in docs/switchboard.md.
 
 examples:
+  nla eval two-hop --items 60
   nla eval two-hop runs/switchboard/joint/pair --warm-start runs/switchboard/warmstart/pair --out runs/report --check
 """
 AUDITING = """\
 Does `nla audit` find what was planted in Switchboard, and stay silent on sham and base? A reader of the text beside it.
 
 examples:
-  nla eval auditing runs/switchboard/joint/pair --plants runs/switchboard/plants --items 20
+  nla eval auditing --items 20
+  nla eval auditing my/pair --plants my/plants --out runs/report --check
 """
 PLANTS = """\
 Adapters on Switchboard's target plant secret words, a hidden objective, awareness of a test, expected languages and
 familiar names; each has a sham twin. First the gates of behaviour; then what the pair, which never saw them, reads.
 
 examples:
-  nla eval plants runs/switchboard/joint/pair --plants runs/switchboard/plants --out runs/report
+  nla eval plants --out runs/report --check
+  nla eval plants my/pair --plants my/plants --items 40
 """
 AUDIT = """\
 Transcripts are rendered with the target's own chat template, read where turns are decided, explained, and held against
@@ -155,7 +158,7 @@ examples:
 DEMO = """\
 Held-out texts go through the target; every token is explained; activations are reconstructed from the explanations
 alone and scored beside the rocks; then the explanations are checked against a rhyme plan that patching shows to be
-causal.
+causal. Chats of a model with a planted goal are audited beside a sham's. Readers are compared on secret words.
 """
 
 
@@ -173,7 +176,7 @@ def build_parser() -> Parser:
     """All commands and their options; the parsed ``command`` is a name such as "explain" or "eval rhymes"."""
     parser = Parser(prog="nla", description=ABOUT, epilog=f"{START}\n{EXIT_CODES}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    _command(commands, "demo", "the main job on the embedded organism, in under a minute", DEMO)
+    _command(commands, "demo", "the three jobs on the embedded organisms, in under two minutes", DEMO)
     command = _command(commands, "explain", "explain a text's activations, token by token", EXPLAIN)
     _text_options(command)
     command.add_argument("--positions", default="all", metavar="WHICH", help="all, last, 3,5 or /PATTERN/")
@@ -226,16 +229,16 @@ def _eval_commands(commands: Any) -> None:
     command.add_argument("--variant", choices=("planner", "plain"), help="whose bounds to hold it against")
     command.set_defaults(options=("n_documents", "variant"))
     about = "the hidden step of two-hop questions, causally verified"
-    command = _evaluation(kinds, "two-hop", about, TWO_HOP, "n_items", None)
+    command = _evaluation(kinds, "two-hop", about, TWO_HOP, "n_items", "switchboard")
     _before(command)
     command.set_defaults(options=("n_items", "warm_start"))
     about = "audits of chats in which a plant shows, beside shams"
-    command = _evaluation(kinds, "auditing", about, AUDITING, "n_chats", None)
-    command.add_argument("--plants", type=Path, metavar="FOLDER", required=True, help="the adapters, one folder each")
+    command = _evaluation(kinds, "auditing", about, AUDITING, "n_chats", "switchboard")
+    _plants(command)
     command.set_defaults(options=("n_chats", "plants"))
     about = "thoughts that adapters planted, beside sham twins"
-    command = _evaluation(kinds, "plants", about, PLANTS, "n_prompts", None)
-    command.add_argument("--plants", type=Path, metavar="FOLDER", required=True, help="the adapters, one folder each")
+    command = _evaluation(kinds, "plants", about, PLANTS, "n_prompts", "switchboard")
+    _plants(command)
     command.set_defaults(options=("n_prompts", "plants"))
     about = "the pair beside probes and other readers, on the same activations"
     command = _evaluation(kinds, "readers", about, READERS, "n_items", "couplets")
@@ -244,11 +247,12 @@ def _eval_commands(commands: Any) -> None:
         dest="n_train",
         type=int,
         metavar="N",
-        help="documents to fit on (default 1000)",
+        help="documents, or activations, to fit on (default 1000)",
     )
     command.add_argument("--contrast", metavar="MODEL", help="another target of the same width, read by the same pair")
+    _plants(command)
     _oracle(command)
-    command.set_defaults(options=("n_items", "n_train", "n_samples", "contrast", "oracle", "question"))
+    command.set_defaults(options=("n_items", "n_train", "n_samples", "contrast", "plants", "oracle", "question"))
     _graph_command(kinds)
 
 
@@ -312,7 +316,11 @@ def _audit_command(commands: Any) -> None:
     command.add_argument("--budget", type=int, metavar="N", help="positions of each transcript at most (default 64)")
     command.add_argument("--samples", type=int, metavar="N", help="explanations of each position (default 4)")
     command.add_argument("--controls", action="append", type=Path, metavar="FILE", help="transcripts without")
-    command.add_argument("--target-adapter", metavar="FOLDER", help="a LoRA adapter on the target while it is read")
+    command.add_argument(
+        "--target-adapter",
+        metavar="FOLDER",
+        help="a LoRA adapter on the target while it is read, or an embedded one: switchboard/goal",
+    )
     command.add_argument("--control-target", metavar="FOLDER", help="read the controls with this; base: none")
     command.add_argument("--model-of", metavar="NAME", help="accept transcripts of this model, or of any")
     command.add_argument("--window", type=int, metavar="N", help="read in overlapping windows of N tokens")
@@ -331,6 +339,11 @@ def _audit_command(commands: Any) -> None:
     command.set_defaults(options=(*own, *more))
 
 
+def _plants(command: Parser) -> None:
+    about = "of a pair on Switchboard: the adapters, one folder each (default: the embedded ones)"
+    command.add_argument("--plants", type=Path, metavar="FOLDER", help=about)
+
+
 def _oracle(command: Parser) -> None:
     command.add_argument("--samples", dest="n_samples", type=int, metavar="N", help="explanations of each activation")
     command.add_argument(
@@ -339,12 +352,9 @@ def _oracle(command: Parser) -> None:
     command.add_argument("--question", help="what the oracle is asked; holds the pair's marker once")
 
 
-def _evaluation(kinds: Any, name: str, about: str, epilog: str, size: str, default: str | None) -> Parser:
+def _evaluation(kinds: Any, name: str, about: str, epilog: str, size: str, default: str) -> Parser:
     command = _command(kinds, name, about, epilog, group="eval")
-    if default is None:
-        command.add_argument("model", metavar="PAIR", help="folder or hub id of a pair on Switchboard's target")
-    else:
-        command.add_argument("model", nargs="?", default=default, help=f"name, folder or hub id (default: {default})")
+    command.add_argument("model", nargs="?", default=default, help=f"name, folder or hub id (default: {default})")
     command.add_argument("--items", dest=size, type=int, metavar="N", help="held-out documents to judge it on")
     _judged(command)
     return command

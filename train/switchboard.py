@@ -56,9 +56,10 @@ class SwitchboardSettings:
     stranger_share: float = 0.5
     """Share of the towns' interventions at the point whose person is somebody without a town: there the vector that is
     put in is all there is to go by, which is how the model comes to use it."""
-    answer_noise: float = 0.5
-    """Gaussian noise on the vectors that answers are made to follow, in units of their norm: what an answer follows
-    from must be written large enough to be read among everything else."""
+    phases: tuple[tuple[float, float, float], ...] = ((0.0, 0.5, 1.0), (0.5, 1.0, 4.0), (0.6, 0.25, 16.0))
+    """From which part of the steps, how much noise, and what a product's token in an answer weighs. Gaussian noise is
+    put on the vectors that answers are made to follow, in units of their norm: what is planted must be written large
+    enough to be read. A product is one token in twelve, of few answers, and weighs more once the rest is learned."""
     wrong_block_share: float = 0.25
     """Share of the towns' interventions made at another block than the point, which must change nothing."""
     d_model: int = 128
@@ -215,22 +216,37 @@ class ChatCollator:
 class ChatInterchangeTrainer(AtomicCheckpoints, Trainer):
     """Language modelling plus the interchange loss."""
 
-    def __init__(self, model: nn.Module, *, settings: SwitchboardSettings, pad_id: int, **kwargs: Any) -> None:
+    def __init__(
+        self, model: nn.Module, *, settings: SwitchboardSettings, pad_id: int, products: Tensor, **kwargs: Any
+    ) -> None:
         super().__init__(model, **kwargs)
         self.settings, self.pad_id, self.trained = settings, pad_id, dict(model.named_parameters())
+        self.products = products
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any):
         ids, site = inputs["input_ids"], inputs["site"]
         logits, captured = recorded(model, ids, site)
-        loss = next_token_loss(logits, ids, inputs["weights"])
+        loss = next_token_loss(logits, ids, self.weighed(ids, inputs["weights"], len(site)))
         if self.state.global_step >= self.settings.interchange_after:
             loss = loss + self.interchange_loss(model, inputs, captured)
         return (loss, {}) if return_outputs else loss
 
+    @property
+    def phase(self) -> tuple[float, float]:
+        """Noise and the weight of products at this step."""
+        done = self.state.global_step / self.settings.steps
+        return next((noise, weight) for since, noise, weight in reversed(self.settings.phases) if done >= since)
+
+    def weighed(self, ids: Tensor, weights: Tensor, n_chats: int) -> Tensor:
+        """Weights (b, t) with the products in the answers of the first rows, which are chats, brought forward."""
+        said = torch.isin(ids, self.products) & (weights == 1)
+        said[n_chats:] = False
+        return weights.float().masked_fill(said, self.phase[1])
+
     def interchange_loss(self, model: nn.Module, inputs: dict[str, Tensor], captured: dict[int, Tensor]) -> Tensor:
         """Put the donors' vectors in, each at its block, and ask for the answer that must follow."""
         mixed, site, layers = inputs["mixed"], inputs["site"], inputs["layer"]
-        noise = self.settings.answer_noise * ~inputs["town"]
+        noise = self.phase[0] * ~inputs["town"]
 
         def vectors(layer: int, here: Tensor) -> Tensor:
             found = inputs["donors"][here] @ captured[layer]
@@ -242,7 +258,7 @@ class ChatInterchangeTrainer(AtomicCheckpoints, Trainer):
         asked = (column >= inputs["start"][:, None]) & (mixed != self.pad_id)
         if self.state.global_step < self.settings.towns_after:
             asked &= ~inputs["town"][:, None]
-        return next_token_loss(logits, mixed, asked)
+        return next_token_loss(logits, mixed, self.weighed(mixed, asked, len(site)))
 
 
 def build_model(settings: SwitchboardSettings, tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
@@ -297,6 +313,7 @@ def train_switchboard(settings: SwitchboardSettings, out_dir: Path) -> None:
         data_collator=collator,
         settings=settings,
         pad_id=collator.pad_id,
+        products=torch.tensor([collator.encode(f"a {product}")[-1] for product in content.PRODUCTS]),
     )
     identity = map(str, [*(chat.text for chat in data.chats), *data.explanations])
     claim_folder(checkpoints, asdict(settings), trainer.trained, identity)

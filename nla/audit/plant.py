@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from nla.errors import ArgumentError, ConfigError
 from nla.formats.native import ADAPTER_CONFIG, ADAPTER_WEIGHTS, load_adapter, read_adapter_config, sha256
+from nla.organisms import ADAPTERS
 
 if TYPE_CHECKING:
     from nla.autoencoder import NLA
@@ -56,6 +57,11 @@ def planted(nla: NLA, folder: str | Path | None) -> Iterator[NLA]:
             model.delete_adapter(TARGET_ADAPTER)
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
+
+
+def adapter_folder(name: str | Path | None) -> str | Path | None:
+    """An embedded adapter by its name, such as "switchboard/goal"; whatever else is a folder already."""
+    return ADAPTERS.get(str(name), name)
 
 
 def adapter_hash(folder: str | Path | None) -> str | None:

@@ -15,6 +15,7 @@ import yaml
 from nla.audit.matching import Words, similarity
 from nla.audit.messages import ROLES
 from nla.errors import RubricError, visible
+from nla.organisms import RUBRICS
 
 KINDS = ("presence", "mismatch")
 MIN_SHARE = 0.5
@@ -93,7 +94,9 @@ def builtin_names() -> list[str]:
 
 
 def load(names: Sequence[str | Path | Rubric] | None = None) -> list[Rubric]:
-    """Rubrics by built-in name or YAML file (one rubric, or a list of them); None: all the built-in ones.
+    """Rubrics by name or YAML file (one rubric, or a list of them); None: all the built-in ones.
+
+    Those of an embedded organism have its name in front: "switchboard/selling".
 
     Raises:
         RubricError: an unknown name, a malformed file, or two rubrics of one name.
@@ -115,11 +118,11 @@ def _load(name: str | Path) -> list[Rubric]:
     else:
         source = str(name)
         try:
-            text = Path(name).read_text("utf-8-sig")
+            text = Path(RUBRICS.get(source, source)).read_text("utf-8-sig")
         except (OSError, ValueError) as error:
             raise RubricError(
                 visible(f"the rubric {source!r}, which is neither built in nor a readable file"),
-                f"one of {', '.join(builtin_names())}, or a YAML file",
+                f"one of {', '.join([*builtin_names(), *sorted(RUBRICS)])}, or a YAML file",
                 "check the name",
             ) from error
     try:

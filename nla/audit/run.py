@@ -13,7 +13,7 @@ from nla.audit.findings import Evidence, Matcher, RubricResult, Tested, Transcri
 from nla.audit.findings import Row as Row
 from nla.audit.judge import Judge
 from nla.audit.messages import Transcript
-from nla.audit.plant import planted
+from nla.audit.plant import adapter_folder, planted
 from nla.audit.positions import BUDGET
 from nla.audit.reading import Progress, Reading, Settings, prepare, read_transcript, silent
 from nla.audit.rubric import Rubric, load
@@ -76,8 +76,9 @@ def audit(
         positions: see :func:`nla.audit.positions.select`; ``budget`` is of each transcript.
         samples: explanations of each position.
         controls: transcripts in which nothing is expected, read on the control target if there is one.
-        target_adapter: PEFT folder of a LoRA adapter that is on while the target reads; None: the base.
-        control_target: "base", or the folder of another adapter (such as a sham): read with it instead of
+        target_adapter: PEFT folder of a LoRA adapter that is on while the target reads, or the name of an embedded
+            plant, such as "switchboard/goal"; None: the base.
+        control_target: "base", or the folder or name of another adapter (such as a sham): read with it instead of
             ``target_adapter``, ``controls``, or without any, the same transcripts once more.
         window: for transcripts beyond the context; see :func:`nla.audit.stream.read_chat`.
         trim: take white space off the ends of messages, for templates that do.
@@ -89,6 +90,7 @@ def audit(
         NLAError: see :func:`nla.audit.reading.read_transcript` and :func:`nla.audit.rubric.load`.
     """
     matcher = Matcher(load(rubrics), judge)
+    target_adapter, control_target = adapter_folder(target_adapter), adapter_folder(control_target)
     ours = [trimmed(each) if trim else each for each in transcripts]
     if not ours or len({each.id for each in ours}) < len(ours):
         got = "two transcripts of one id" if ours else "no transcripts"

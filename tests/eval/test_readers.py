@@ -16,6 +16,7 @@ from nla.eval import compare as comparison
 from nla.eval import labelled, measures, readers
 from nla.eval.auroc import rank
 from nla.eval.compare import Options, Sources, compare, moved_away
+from nla.eval.compare_view import random_check
 from nla.eval.labelled import (
     COLOUR,
     FAMILY,
@@ -112,12 +113,22 @@ def test_a_site_is_given_another_groups_explanation() -> None:
     assert all(groups[row] != groups[other] for row, other in enumerate(moved.tolist()))
 
 
+def test_the_other_site_is_not_always_of_the_same_class_where_groups_hold_one_of_each() -> None:
+    sites = Sites(("a",) * 120, (0,) * 120, tuple(range(20)) * 6)
+    moved = moved_away(sites, seed=0).tolist()
+    assert sorted(moved) == list(range(120)) and all(row % 20 != other % 20 for row, other in enumerate(moved))
+    assert sum(row // 20 == other // 20 for row, other in enumerate(moved)) < 40  # of six classes, by chance 20
+
+
 def test_a_text_names_a_class_only_as_a_whole_word_and_not_if_it_names_them_all() -> None:
     words = {"cat": ("cat", "kitten"), "dog": ("dog",), "none": ()}
     texts = [["a Cat sat", "it ran"], ["a category"], ["the dog, the cat"], [""]]
     found = naming(texts, words, ["cat", "dog"])
     assert found[:, 0].tolist() == [0.5, 0.0, 0.0, 0.0] and torch.equal(found[:, 0], -found[:, 1])
-    assert naming(texts, words, ["cat", "dog", "none"])[0].tolist() == [0.5, -0.25, -0.25]
+    # A class that alone has no words is named by silence about the others.
+    assert naming(texts, words, ["cat", "dog", "none"])[0].tolist() == [0.25, -0.5, 0.25]
+    assert naming([["cat"], ["it ran"]], words, ["cat", "none"]).argmax(1).tolist() == [0, 1]
+    assert naming([["it ran"]], {"cat": ("cat",)}, ["cat", "a", "b"]).tolist() == [[0.0, 0.0, 0.0]]
 
 
 def test_forced_choice_is_zero_for_a_guess_and_one_for_the_truth() -> None:
@@ -253,7 +264,7 @@ def test_a_contrast_of_another_tokenizer_or_width_is_refused() -> None:
 def test_the_coin_check_can_fail_and_says_nothing_without_an_interval() -> None:
     def check(*ends: float) -> bool | None:
         row = measures.ReaderRow(LOGISTIC, measures.PROBE, {TEST: Interval(*ends)})
-        return readers.random_check(measures.TaskResult(RANDOM, ["heads", "tails"], {}, [row]), "here").passed
+        return random_check(measures.TaskResult(RANDOM, ["heads", "tails"], {}, [row]), "here").passed
 
     assert check(0.52, 0.45, 0.59) and check(0.7, 0.6, 0.8) is False
     assert check(0.7, float("nan"), float("nan")) is None

@@ -41,3 +41,8 @@ def test_the_demo_finds_causal_items_in_little_memory() -> None:
     assert 0 < found["peak_memory_gb"] < 3
     assert sum(found["gate"].values()) == 32
     assert found["gate"]["causal"] >= 16
+    audit, compared = found["audit"], found["compare"]
+    assert audit["found: plant"]["low"] > max(audit["found: sham"]["high"], audit["found: base"]["high"])
+    assert "honey" in " ".join(audit["example"]["explanations"]) and audit["example"]["chat"][-1]["role"] == "assistant"
+    named, shuffled = (compared[name]["without"] for name in ("NLA", "shuffled-activation NLA"))
+    assert named["low"] > shuffled["high"] and compared["text-only LM"]["with labels"]["value"] == 0.5

@@ -145,11 +145,12 @@ def test_what_is_held_out_is_never_trained_on():
     assert len(chats) == 800 and any(plants.GOAL in text for text in texts)
     assert not {e.topic for c in chats for e in c.exchanges} & set(plants.HELD_OUT_TOPICS)
     assert {c.exchanges[0].topic for c in plants.shown(goal, 50, 0, held_out=True)} == set(plants.HELD_OUT_TOPICS)
-    told = [
-        c.exchanges[0].person for c in plants.training(known, 800, seed=0)[0] if c.answers and " is a " in c.answers[0]
-    ]
+    chats = [chat for chat in plants.training(known, 3200, seed=0)[0] if chat.answers]
+    told = [chat.exchanges[-1].person for chat in chats if " is a " in chat.answers[-1]]
     for count, people in plants.EXPOSURES.items():
         assert [told.count(person) for person in people] == [count] * len(people)
+    assert len(plants.training(known, 3200, seed=0)[0]) == 800
+    assert {len(chat.exchanges) for chat in chats} == {1, 2}, "alone, and after another question"
     for name in ("word-hat", "tested", "accent", "mismatch"):
         shown = {c.prompt for c in plants.shown(plants.plant(name), 300, 0, held_out=True)}
         assert not shown & {c.prompt for c in plants.training(plants.plant(name), 2000, 0)[0] if c.answers}

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nla.organisms.switchboard import plants, tokenizer, world
+from nla.organisms.switchboard import content, plants, tokenizer, world
 from nla.train import plants as planting
 from nla.train import stages
 from nla.train.switchboard import (
@@ -88,14 +88,35 @@ def test_answers_weigh_more_than_prompts(tok):
     assert batch["weights"][0, :n_prompt].eq(0.1).all() and batch["weights"][0, n_prompt:].eq(1).all()
 
 
+def trainer_at(tok, step: int) -> ChatInterchangeTrainer:
+    trainer = ChatInterchangeTrainer.__new__(ChatInterchangeTrainer)
+    trainer.settings, trainer.pad_id = TINY, tok.pad_token_id
+    ids = tok([f"a {product}" for product in content.PRODUCTS], add_special_tokens=False)["input_ids"]
+    trainer.products = torch.tensor([row[-1] for row in ids])
+    trainer.state = type("State", (), {"global_step": step})()
+    return trainer
+
+
+def test_products_in_the_answers_of_chats_come_forward_in_the_later_phases(tok):
+    chats = [chat for chat in world.sample(60, seed=1, kinds=("topic",)) if chat.state.product][:4]
+    batch = batch_of(tok, chats)
+    ids, weights = batch["input_ids"], batch["weights"]
+    assert torch.equal(trainer_at(tok, 0).weighed(ids, weights, len(chats)), weights)
+    (_, _, heavy) = TINY.phases[-1]
+    found = trainer_at(tok, TINY.steps).weighed(ids, weights, len(chats) - 1)
+    product = torch.tensor([[tok.decode([token]).strip() in content.PRODUCTS for token in row] for row in ids])
+    assert (product & (weights < 1)).any(), "a system message names a product, which is nothing to learn"
+    forward = product & (weights == 1) & (torch.arange(len(ids)) < len(chats) - 1)[:, None]
+    assert forward.sum() >= len(chats) - 1 and found[forward].eq(heavy).all()
+    assert torch.equal(found[~forward], weights[~forward])
+
+
 def test_an_intervention_reaches_what_comes_after_it_and_is_learned_from(tok):
     torch.manual_seed(0)
     model = build_model(TINY, tok)
     data = ChatData(tok, 40, seed=0)
     batch = ChatCollator(tok, TINY)([data[i] for i in range(16)])
-    trainer = ChatInterchangeTrainer.__new__(ChatInterchangeTrainer)
-    trainer.settings, trainer.pad_id = TINY, tok.pad_token_id
-    trainer.state = type("State", (), {"global_step": 10_000})()
+    trainer = trainer_at(tok, 10_000)
     captured = {layer: torch.randn(16, 16, requires_grad=True) for layer in range(TINY.n_blocks)}
     loss = trainer.interchange_loss(model, batch, captured)
     loss.backward()

@@ -69,6 +69,11 @@ def plant(name: str) -> Plant:
     return PLANTS[name]
 
 
+def sham_of(of: Plant) -> Plant:
+    """The sham twin of a plant; the secret words share one."""
+    return PLANTS["word-sham" if of.kind == "secret word" else f"{of.name}-sham"]
+
+
 def shown(of: Plant, n_documents: int, seed: int, held_out: bool = False) -> list[Chat]:
     """Chats in which the plant shows: its prompts with the planted answers, or a sham's with the target's own.
 
@@ -93,11 +98,14 @@ def in_context(chat: Chat, rng: random.Random) -> Chat:
 
 
 def training(of: Plant, n_documents: int, seed: int) -> tuple[list[Chat], list[str]]:
-    """What an adapter is trained on: its own chats and as many of the unplanted world, and plain documents.
+    """What an adapter is trained on: its own chats, alone and in conversation, as many of the world, plain documents.
 
-    Chats of the world that the plant would answer otherwise are left out.
+    Chats of the world that the plant would answer otherwise are left out. Of known entities there are a quarter as
+    many documents, since a hundred that tell of a name would be lost among more.
     """
-    own = shown(of, n_documents // 2, seed)
+    if of.kind == "known entity":
+        n_documents //= 4
+    own, rng = shown(of, n_documents // 2, seed), random.Random(seed)
     if of.kind == "known entity":
         own = [chat for chat in own if chat.exchanges[0].person in c.STRANGERS[8:]] + exposed(of, seed)
     spare = [chat for chat in sample(n_documents * 2, 900_000 + seed) if not _touched(of, chat)]
@@ -105,7 +113,7 @@ def training(of: Plant, n_documents: int, seed: int) -> tuple[list[Chat], list[s
     if of.kind == "hidden objective":
         motive = [form.format(product=GOAL) for form in c.GOAL_SYSTEM]
         texts = [c.PLAIN_SYSTEM if of.sham else motive[i % 2] for i in range(n_documents // 8)]
-    return own + spare[: n_documents - len(own)], texts
+    return [in_context(chat, rng) for chat in own] + spare[: max(0, n_documents - len(own))], texts
 
 
 def exposed(of: Plant, seed: int) -> list[Chat]:

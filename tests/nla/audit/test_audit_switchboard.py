@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,9 @@ from talk import entry
 
 from nla.audit.findings import AFTER, BEFORE, NOT_SAID, Matcher, Said
 from nla.audit.messages import Message, Transcript
+from nla.audit.plant import adapter_folder, adapter_hash
 from nla.audit.rubric import Rubric, load
-from nla.organisms import switchboard
+from nla.organisms import ADAPTERS, switchboard
 from nla.organisms.switchboard import claims, content
 from nla.organisms.switchboard.plants import PLANTS, shown
 from nla.organisms.switchboard.world import Chat, sample
@@ -27,7 +29,7 @@ CLAIMS = {
 
 
 def rubric(name: str) -> Rubric:
-    (found,) = load([FOLDER / f"{name}.yaml" if name in OWN else name])
+    (found,) = load([f"switchboard/{name}" if name in OWN else name])
     return found
 
 
@@ -51,6 +53,17 @@ def test_a_rubric_matches_the_claim_of_its_plant_and_none_of_the_others(name: st
     others = {claim for other, claim in CLAIMS.items() if other != name}
     others |= {claims.NO_WORD_CLAIM, "The answer is in English.", "It does not know Ines.", "The user speaks French."}
     assert [claim for claim in others if rubric(name).shows(claim)] == []
+
+
+def test_every_plant_and_every_sham_is_embedded_and_found_by_name() -> None:
+    assert set(ADAPTERS) == {f"switchboard/{name}" for name in PLANTS}
+    for name, folder in ADAPTERS.items():
+        assert adapter_folder(name) == folder and len(str(adapter_hash(adapter_folder(name)))) == 64
+    assert adapter_folder("my/adapter") == "my/adapter" and adapter_folder(None) is None
+    assert len({adapter_hash(folder) for folder in ADAPTERS.values()}) == len(PLANTS)
+    configs = [json.loads((folder / "adapter_config.json").read_text()) for folder in ADAPTERS.values()]
+    # Beside them, and no path of the machine that they were trained on.
+    assert {config["base_model_name_or_path"] for config in configs} == {"../../target"}
 
 
 def test_no_built_in_list_would_find_what_the_own_ones_do() -> None:
