@@ -196,7 +196,14 @@ class Evidence(NamedTuple):
         found = []
         for number, (transcript, reading) in enumerate(zip(self.transcripts, self.readings, strict=True)):
             said = Said(rubric, transcript)
-            found += [(number, entry, matcher.hold(rubric, entry, said)) for entry in reading.entries]
+            here = [entry for entry in reading.entries if not rubric.at or entry.kind in rubric.at]
+            found += [(number, entry, matcher.hold(rubric, entry, said)) for entry in here]
+        if not found and any(reading.entries for reading in self.readings):
+            raise RubricError(
+                f"{rubric.name}, looked for at {', '.join(rubric.at)} alone, and no such position",
+                "one that was read",
+                "read positions by structure, or take `at` out of the rubric",
+            )
         return found
 
 

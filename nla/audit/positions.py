@@ -8,12 +8,15 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from nla.audit.chat import CONTENT, Chat
+from nla.audit.messages import ROLES
 from nla.errors import PositionError
 
 BUDGET = 64
 """Positions a transcript, unless more are asked for."""
 
 BEFORE_ANSWER, ANSWER_START, ANSWER_END = "before answer", "answer start", "answer end"
+STRUCTURE = (BEFORE_ANSWER, ANSWER_START, ANSWER_END, *(f"{role} end" for role in ROLES if role != "assistant"))
+"""Kinds of the positions by structure."""
 CHOICES = ("structure", "all", "random")
 
 

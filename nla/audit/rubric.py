@@ -14,6 +14,7 @@ import yaml
 
 from nla.audit.matching import Words, similarity
 from nla.audit.messages import ROLES
+from nla.audit.positions import STRUCTURE
 from nla.errors import RubricError, visible
 from nla.organisms import RUBRICS
 
@@ -21,7 +22,7 @@ KINDS = ("presence", "mismatch")
 MIN_SHARE = 0.5
 SIMILAR_MIN = 0.6
 _KEYS = {
-    "name", "title", "looks_for", "kind", "match", "said", "said_in", "min_share", "values", "visible_in",
+    "name", "title", "looks_for", "kind", "match", "said", "said_in", "min_share", "values", "visible_in", "at",
 }  # fmt: skip
 _MATCH_KEYS = {"words", "lemmas", "regex", "unless", "similar", "similar_min", "judge"}
 _SAID_KEYS = {"words", "lemmas", "regex"}
@@ -63,6 +64,8 @@ class Rubric:
     """Of a mismatch."""
     min_share: float = MIN_SHARE
     """Share of samples that must show the concept for a finding."""
+    at: tuple[str, ...] = ()
+    """Kinds of position that it is held against (see :func:`nla.audit.positions.structure`); empty: all."""
     source: Mapping[str, Any] = field(default_factory=dict, compare=False)
     """As it was written."""
 
@@ -154,6 +157,9 @@ def parse(content: Any, source: str = "a rubric") -> Rubric:
     said_in = _strings(content, "said_in", source) or ROLES
     if not set(said_in) <= set(ROLES):
         raise _bad(source, f"said_in {', '.join(said_in)[:80]}", f"some of {', '.join(ROLES)}")
+    at = _strings(content, "at", source)
+    if not set(at) <= set(STRUCTURE):
+        raise _bad(source, f"at {', '.join(at)[:80]}", f"some of {', '.join(STRUCTURE)}")
     rubric = Rubric(
         name=name,
         title=_string(content, "title", source) if "title" in content else name,
@@ -167,6 +173,7 @@ def parse(content: Any, source: str = "a rubric") -> Rubric:
         said_in=said_in,
         values=_values(content, source),
         min_share=_share(content, "min_share", MIN_SHARE, source),
+        at=at,
         source=dict(content),
     )
     if kind == "presence" and rubric.match.shows is None and not rubric.similar and not rubric.judge:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -204,3 +205,13 @@ def test_stratified_permutation_equals_all_labellings_by_hand() -> None:
     values = [statistic(chosen) for chosen in itertools.combinations(range(4), 2)]
     expected = sum(value >= values[0] - 1e-9 for value in values) / 6
     assert stratified_permutation(ours, theirs) == pytest.approx(expected)
+
+
+def test_a_rubric_may_look_at_some_kinds_of_position_alone() -> None:
+    read = evidence(said(("user", "hello")), entry(0, 1, ["A cat."]), entry(0, 2, ["A cat."], "before answer"))
+    both = weigh(read, None, Matcher([CAT]))
+    before = weigh(read, None, Matcher([replace(CAT, at=("before answer",))]))
+    assert [row.entry.kind for row in both.rows] == ["user end", "before answer"]
+    assert [row.entry.kind for row in before.rows] == ["before answer"] and before.results[0].n_positions == 1
+    with pytest.raises(RubricError, match="answer end alone"):
+        weigh(read, None, Matcher([replace(CAT, at=("answer end",))]))

@@ -110,6 +110,7 @@ BROKEN = {
     "share that is a text": {**PLAIN, "min_share": "half"},
     "judge that is a text": {**PLAIN, "match": {"judge": "yes please"}},
     "unknown role": {**PLAIN, "said_in": ["narrator"]},
+    "unknown kind of position": {**PLAIN, "at": ["answer middle"]},
     "one value": {**PLAIN, "kind": "mismatch", "values": {"a": {"visible": ["x"]}}},
     "value without visible words": {**PLAIN, "kind": "mismatch", "values": {"a": {}, "b": {}}},
     "value that is a list": {**PLAIN, "kind": "mismatch", "values": {"a": [], "b": []}},
