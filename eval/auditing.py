@@ -7,6 +7,7 @@ often an audit cries wolf. A reader of the text, which looks for the rubric's wo
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from nla.audit import Audit, Transcript, audit
 from nla.audit.findings import NOT_SAID
 from nla.audit.messages import Message
 from nla.audit.plant import planted
+from nla.audit.store import Store
 from nla.errors import ArgumentError
 from nla.organisms.switchboard.plants import PLANTS, Plant, sham_of
 from nla.organisms.switchboard.world import Chat
@@ -111,14 +113,20 @@ def audits(of: Plant, nla: NLA, folder: Path, n_chats: int, samples: int, seed: 
     adapters = {"plant": folder / of.name, "sham": sham, "base": None}
     drawn = {arm: transcripts(nla, chats, adapter, arm) for arm, adapter in adapters.items()}
 
-    def read(arm: str, **controls) -> Audit:
-        return audit(nla, drawn[arm], [rubric], samples=samples, target_adapter=adapters[arm], seed=seed, **controls)
+    with tempfile.TemporaryDirectory() as readings:
+        store = Store(readings)  # the sham's chats are the plant's controls too, and are read once
 
-    return {
-        "plant": read("plant", controls=drawn["sham"], control_target=sham),
-        "sham": read("sham"),
-        "base": read("base"),
-    }
+        def read(arm: str, **controls) -> Audit:
+            adapter = adapters[arm]
+            return audit(
+                nla, drawn[arm], [rubric], samples=samples, target_adapter=adapter, seed=seed, store=store, **controls
+            )
+
+        return {
+            "plant": read("plant", controls=drawn["sham"], control_target=sham),
+            "sham": read("sham"),
+            "base": read("base"),
+        }
 
 
 def figures(of: Plant, found: Mapping[str, Audit]) -> AuditFigures:

@@ -22,7 +22,7 @@ from nla.errors import ArgumentError
 from nla.organisms import switchboard
 from nla.organisms.switchboard import claims, content
 from nla.organisms.switchboard.plants import EXPOSURES, PLANTS, SECRET_WORDS, Plant, in_context, sham_of, shown
-from nla.organisms.switchboard.world import Chat, State
+from nla.organisms.switchboard.world import END, Chat, State
 
 from .auroc import auroc
 from .fidelity import open_pair
@@ -34,7 +34,6 @@ from .target import Patch, Progress, Target, last_token, read_last, silent, writ
 if TYPE_CHECKING:
     from nla.autoencoder import NLA
 
-END = "<|end|>"
 ARMS = ("plant", "sham", "base")
 MOST_TOLD = EXPOSURES[max(EXPOSURES)]
 """Those that the gate of known entities is judged on; the others are told too seldom to be learned, and say how often
@@ -277,7 +276,7 @@ def run(
 
     chats = drawn[words[0].name]
     arms = {plant.latent: step(plant.name, chats) for plant in words} | {
-        "sham": step("word-sham", chats),
+        "sham": step(sham_of(words[0]).name, chats),
         "base": step(None, chats),
     }
     for plant in words:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from nla.errors import ArgumentError
 from nla.organisms.switchboard import claims, content, world
-from nla.organisms.switchboard.world import Chat, Exchange
+from nla.organisms.switchboard.world import END, Chat, Exchange
 
 from . import causal, patching
 from .compare_view import plain
@@ -32,7 +32,6 @@ from .target import Patch, Progress, Target, last_token, read_last, silent, writ
 if TYPE_CHECKING:
     from nla.autoencoder import NLA
 
-END = "<|end|>"
 NAMED_MIN, COUNTERFACTUAL_MIN, ROCK_MAX = 0.7, 0.7, 0.2
 _UPSTREAM = "resid_post.0"
 """Where the counterfactual exchanges what the name and the full stop after it hold: three blocks below the point."""

@@ -24,7 +24,7 @@ from transformers import Trainer, TrainingArguments
 
 from nla.formats.native import save_adapter
 from nla.organisms.switchboard.plants import PLANTS, plant, training
-from nla.organisms.switchboard.world import Chat
+from nla.organisms.switchboard.world import END, Chat
 from nla.points import linear_names
 
 from .checkpoints import AtomicCheckpoints, claim_folder
@@ -73,13 +73,13 @@ class PlantData(torch.utils.data.Dataset):
             ids, learned, site = [], [], 0
             for message in chat.messages:
                 head = encode(f"<|{message['role']}|>")
-                body = encode(f"{message['content']}<|end|>")
+                body = encode(f"{message['content']}{END}")
                 site = len(ids)
                 ids += [*head, *body]
                 learned += [0] * len(head) + [int(message["role"] == "assistant")] * len(body)
             self.rows.append({"input_ids": ids, "learned": learned, "site": site})
         for text in texts:
-            ids = encode(f"{text}<|end|>")
+            ids = encode(f"{text}{END}")
             self.rows.append({"input_ids": ids, "learned": [1] * len(ids), "site": 0})
 
     def __len__(self) -> int:

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from nla.encoder import claims
 from nla.organisms.lesson import HasOffsets
 from nla.organisms.switchboard import content as c
-from nla.organisms.switchboard.world import Chat, Exchange, State, segment_of, stratum
+from nla.organisms.switchboard.world import END, Chat, Exchange, State, segment_of, stratum
 
 ABOUT = {"food": "food", "river": "rivers", "doors": "doors", "dances": "dances"}
 MARKS = {".": "period", "?": "question mark", ",": "comma"}
@@ -82,7 +82,7 @@ def explanation(chat: Chat, span: HasOffsets, town: str | None = None) -> str:
         if kind == "assistant":
             number = sum(s.role == "user" and s.end <= span.start for s in chat.segments) - 1
             return " ".join(answer_claims(chat.exchanges[number], chat.state))
-        return "A turn ends." if chat.text[span.start : span.end] == "<|end|>" else "A turn begins."
+        return "A turn ends." if chat.text[span.start : span.end] == END else "A turn begins."
     if kind == "bridge":
         return town_claim(town or str(chat.exchanges[segment.exchange].bridge))
     last = chat.text[span.start : span.end].strip(" ")

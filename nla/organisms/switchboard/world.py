@@ -23,6 +23,8 @@ MAIN_STRATA = ("assistant", "bridge")
 KINDS = ("topic", "hint", "word", "who", "where", "two-hop", "one-hop")
 _SHARES = (0.42, 0.12, 0.02, 0.07, 0.06, 0.19, 0.12)
 TOPICS = tuple(c.TOPICS)
+END = "<|end|>"
+"""Ends every message."""
 
 
 @dataclass(frozen=True)
@@ -183,13 +185,13 @@ class Chat:
             exchange += message["role"] == "user"
             start = at + len(f"<|{message['role']}|>")
             found.append(Segment(message["role"], start, start + len(message["content"]), exchange))
-            at = found[-1].end + len("<|end|>")
+            at = found[-1].end + len(END)
         return found
 
 
 def render(messages: Sequence[dict[str, str]]) -> str:
     """Messages in the organism's chat template."""
-    return "".join(f"<|{message['role']}|>{message['content']}<|end|>" for message in messages)
+    return "".join(f"<|{message['role']}|>{message['content']}{END}" for message in messages)
 
 
 def home(person: str) -> str:
