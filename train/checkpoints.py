@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,9 @@ from torch import Tensor
 
 from nla.errors import ConfigError, NonFiniteError, RecipeError, StorageError, WeightsError
 from nla.formats.native import read_json, sha256, write_json
+
+from . import processes
+from .vectors import Vectors, chunks
 
 if TYPE_CHECKING:
     from nla.autoencoder import NLA
@@ -88,26 +91,36 @@ def swapped(parameters: dict[str, torch.nn.Parameter], tensors: dict[str, Tensor
             parameter.data = held[name]
 
 
-def claim_folder(out_dir: Path, settings: dict[str, Any], tensors: Mapping[str, Tensor], texts: Iterable[str]) -> None:
+def claim_folder(
+    out_dir: Path,
+    settings: dict[str, Any],
+    tensors: Mapping[str, Tensor],
+    texts: Iterable[str],
+    vectors: Iterable[Tensor] = (),
+) -> None:
     """Write down in ``out_dir/run.json`` what this run starts from, or check that a resumed run starts from the same.
 
-    ``settings`` must be JSON-able. The identity covers them, the data and the starting weights.
+    ``settings`` must be JSON-able. The identity covers them, the number of processes, the data (``vectors`` in
+    pieces) and the starting weights.
 
     Raises:
         RecipeError: the folder holds a run that started from something else.
         ConfigError: its ``run.json`` is damaged.
         StorageError: the folder cannot be written.
     """
+    settings = settings | {"processes": processes.count()}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for name in sorted(tensors):
+    named = ((name, tensors[name]) for name in sorted(tensors))
+    for name, tensor in (*named, *(("vectors", part) for part in vectors)):
         digest.update(name.encode())
-        digest.update(tensors[name].detach().cpu().float().contiguous().numpy().data)
+        digest.update(tensor.detach().cpu().float().contiguous().numpy().data)
     for text in texts:
         digest.update(text.encode() + b"\0")
     path, identity = out_dir / RUN, digest.hexdigest()
-    if not path.exists():
+    if processes.is_main() and not path.exists():
         write_json(path, {"identity": identity, "settings": settings})
-    elif read_json(path).get("identity") != identity:
+    processes.wait()
+    if read_json(path).get("identity") != identity:
         raise RecipeError(
             f"{out_dir}, which holds a run with other settings, data or starting weights",
             "an empty folder, or the one this very run began in",
@@ -119,7 +132,7 @@ def claim_run(
     out_dir: Path,
     nla: NLA,
     settings: dict[str, Any],
-    vectors: Tensor,
+    vectors: Vectors,
     trained: Mapping[str, Tensor],
     texts: Iterable[str],
 ) -> None:
@@ -130,8 +143,7 @@ def claim_run(
     a copy. It raises what :func:`claim_folder` does.
     """
     contract = {name: value for name, value in dataclasses.asdict(nla.config).items() if name != "target"}
-    tensors = {"vectors": vectors} | base_parameters(nla) | dict(trained)
-    claim_folder(out_dir, settings | {"pair": contract}, tensors, texts)
+    claim_folder(out_dir, settings | {"pair": contract}, base_parameters(nla) | dict(trained), texts, chunks(vectors))
 
 
 def latest_checkpoint(out_dir: Path) -> Path | None:
@@ -191,6 +203,17 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def _written(write: Callable[[], None]) -> Exception | None:
+    """What kept ``write`` from writing; None if it wrote."""
+    try:
+        write()
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, RuntimeError) and TORCH_WRITER not in str(error):
+            raise
+        return error
+    return None
+
+
 class AtomicCheckpoints:
     """Mixin for a transformers Trainer: a checkpoint appears whole or not at all, and holds only what is trained.
 
@@ -210,29 +233,39 @@ class AtomicCheckpoints:
         """Take back what ``extra_state`` returned."""
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Write a checkpoint: the main process all but the random states, of which each process has its own."""
         out_dir = Path(self.args.output_dir)
         staged, final = out_dir / ".checkpoint-partial", out_dir / f"checkpoint-{self.state.global_step}"
-        try:
-            shutil.rmtree(staged, ignore_errors=True)
-            staged.mkdir(parents=True)
-            save_file({name: p.detach().contiguous() for name, p in self.trained.items()}, staged / WEIGHTS)
-            torch.save(self.extra_state(), staged / EXTRA)
-            self._save_optimizer_and_scheduler(str(staged))  # pyright: ignore[reportAttributeAccessIssue]
-            self._save_rng_state(str(staged))  # pyright: ignore[reportAttributeAccessIssue]
-            self.state.save_to_json(str(staged / "trainer_state.json"))
-            write_json(staged / MANIFEST, hashes(staged))
-            for path in (*staged.iterdir(), staged):
-                sync(path)
-            os.replace(staged, final)
-            sync(out_dir)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            shutil.rmtree(staged, ignore_errors=True)
-            if isinstance(error, RuntimeError) and TORCH_WRITER not in str(error):
-                raise
-            raise StorageError(
-                f"{error} while writing {final}", "room for a checkpoint", "free some space; the same command resumes"
-            ) from error
-        for old in out_dir.glob("checkpoint-*"):
+        steps = (
+            (processes.is_main(), lambda: self._stage(staged)),
+            (True, lambda: self._save_rng_state(str(staged))),  # pyright: ignore[reportAttributeAccessIssue]
+            (processes.is_main(), lambda: self._put_in_place(staged, final)),
+        )
+        for mine, write in steps:
+            error = _written(write) if mine else None
+            if not processes.every(error is None):
+                shutil.rmtree(staged, ignore_errors=True)
+                raise StorageError(
+                    f"{error or 'an error in another process'} while writing {final}",
+                    "room for a checkpoint",
+                    "free some space; the same command resumes",
+                ) from error
+
+    def _stage(self, staged: Path) -> None:
+        shutil.rmtree(staged, ignore_errors=True)
+        staged.mkdir(parents=True)
+        save_file({name: p.detach().contiguous() for name, p in self.trained.items()}, staged / WEIGHTS)
+        torch.save(self.extra_state(), staged / EXTRA)
+        self._save_optimizer_and_scheduler(str(staged))  # pyright: ignore[reportAttributeAccessIssue]
+        self.state.save_to_json(str(staged / "trainer_state.json"))
+
+    def _put_in_place(self, staged: Path, final: Path) -> None:
+        write_json(staged / MANIFEST, hashes(staged))
+        for path in (*staged.iterdir(), staged):
+            sync(path)
+        os.replace(staged, final)
+        sync(final.parent)
+        for old in final.parent.glob("checkpoint-*"):
             if old != final:
                 shutil.rmtree(old, ignore_errors=True)
 

@@ -16,12 +16,14 @@ from trl import GRPOConfig, GRPOTrainer
 from nla.errors import ArgumentError, ShapeError
 from nla.injection import inject, rescale
 
+from . import processes
 from .checkpoints import AtomicCheckpoints, claim_run, decoder_parameters, encoder_parameters, snapshot
-from .loop import PLAIN, fit, on_cpu, own_forward
+from .loop import PLAIN, checkpointed, fit, on_cpu, own_forward
 from .metrics_log import MetricsLog
 from .monitor import EvalSet, Monitor
 from .reward import DecoderReward
 from .settings import JointSettings
+from .vectors import Chosen, Vectors, check_directions
 from .warmstart import check_pairs
 
 if TYPE_CHECKING:
@@ -90,14 +92,18 @@ class JointTrainer(AtomicCheckpoints, GRPOTrainer):
     Rows carry the number of their activation; the vectors follow them through TRL's shuffles and chunks.
     """
 
-    def __init__(self, nla: NLA, vectors: Tensor, reward: DecoderReward, **kwargs: Any) -> None:
+    def __init__(self, nla: NLA, vectors: Vectors, reward: DecoderReward, **kwargs: Any) -> None:
         self.trained = encoder_parameters(nla) | decoder_parameters(nla)
         self.marker_id, self.marker_position = nla.config.injection.marker_id, nla.marker_position
         self.prompt: list[int] = nla.prompt_ids.reshape(-1).tolist()
-        self.vectors = rescale(vectors.float(), nla.config.injection.norm).to(nla.device)
+        self.vectors, self.norm, self.place = vectors, nla.config.injection.norm, nla.device
         self.reward = reward
-        self.rows_in_use: Tensor = self.vectors[:0]
+        self.rows_in_use: Tensor = torch.empty(0, nla.config.d_model)
         super().__init__(model=nla.model, reward_funcs=[reward], processing_class=nla.tokenizer, **kwargs)  # pyright: ignore
+
+    def injected(self, rows: Sequence[int]) -> Tensor:
+        """The vectors of ``rows``, (b, d), at the injection norm, where the model is."""
+        return rescale(self.vectors[torch.tensor(rows)], self.norm).to(self.place)
 
     @contextlib.contextmanager
     def using(self, vectors: Tensor) -> Iterator[None]:
@@ -124,7 +130,7 @@ class JointTrainer(AtomicCheckpoints, GRPOTrainer):
             return super()._generate_single_turn(*args, **kwargs)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        vectors = self.vectors[[row["row"] for row in inputs]]
+        vectors = self.injected([row["row"] for row in inputs])
         with self.using(vectors):
             return super()._generate_and_score_completions(inputs) | {"vectors": vectors}
 
@@ -161,13 +167,13 @@ class JointTrainer(AtomicCheckpoints, GRPOTrainer):
 
 def grpo_arguments(nla: NLA, settings: JointSettings, out_dir: Path) -> GRPOConfig:
     """TRL's arguments; its defaults for precision, checkpointing, the KL and the learning rate do not fit here."""
-    per_backward = settings.rows_per_backward or settings.rows
+    per_backward, passes = processes.share(settings.rows, "rows", settings.rows_per_backward)
     return GRPOConfig(
         output_dir=str(out_dir),
         max_steps=settings.steps,
         per_device_train_batch_size=per_backward,
-        gradient_accumulation_steps=settings.rows // per_backward,
-        steps_per_generation=settings.rows // per_backward,
+        gradient_accumulation_steps=passes,
+        steps_per_generation=passes,
         num_iterations=1,
         num_generations=settings.group_size,
         max_completion_length=nla.config.max_new_tokens,
@@ -180,7 +186,7 @@ def grpo_arguments(nla: NLA, settings: JointSettings, out_dir: Path) -> GRPOConf
         max_grad_norm=1.0,
         shuffle_dataset=False,
         seed=settings.seed,
-        gradient_checkpointing=False,
+        gradient_checkpointing=settings.gradient_checkpointing,
         logging_steps=1,
         save_strategy="steps",
         save_steps=settings.save_every,
@@ -190,7 +196,12 @@ def grpo_arguments(nla: NLA, settings: JointSettings, out_dir: Path) -> GRPOConf
 
 
 def build_trainer(
-    nla: NLA, vectors: Tensor, strata: Sequence[str], warm_texts: Sequence[str], out_dir: Path, settings: JointSettings
+    nla: NLA,
+    vectors: Vectors,
+    strata: Sequence[str],
+    warm_texts: Sequence[str | None],
+    out_dir: Path,
+    settings: JointSettings,
 ) -> JointTrainer:
     """The trainer, with its draws, reward and both optimizers; ``nla`` gets a copy of its encoder as the reference."""
     weights = draw_weights(strata, settings.stratum_weights)
@@ -211,9 +222,9 @@ def build_trainer(
 
 def train_joint(
     nla: NLA,
-    vectors: Tensor,
+    vectors: Vectors,
     strata: Sequence[str],
-    warm_texts: Sequence[str],
+    warm_texts: Sequence[str | None],
     out_dir: str | Path,
     *,
     settings: JointSettings,
@@ -223,6 +234,7 @@ def train_joint(
 
     Args:
         vectors: activations (n, d) to draw from; ``strata`` and ``warm_texts`` (the describer's) have one entry each.
+            A text may be None: that activation is drawn for rollouts, and not replayed.
         out_dir: folder of checkpoints, ``metrics.jsonl`` and ``metrics.png``. Calling again with the same inputs
             resumes there; with more ``steps`` it goes on (``nla train`` instead begins a changed stage anew). The
             inputs include the warm start, of which the KL's reference and the warm decoder are copies.
@@ -234,23 +246,24 @@ def train_joint(
         WeightsError: its checkpoint is damaged.
         InterruptedTraining, StorageError: stopped; the last checkpoint is intact and ``nla`` is as before the call.
     """
-    check_pairs(nla, vectors, list(warm_texts))
-    if len(strata) != len(vectors):
-        raise ShapeError(f"{len(strata)} strata", f"{len(vectors)}, one a vector", "pair them up")
+    for name, values in (("strata", strata), ("warm_texts", warm_texts)):
+        if len(values) != len(vectors):
+            raise ShapeError(f"{len(values)} {name}", f"{len(vectors)}, one a vector", "pair them up")
+    told = [row for row, text in enumerate(warm_texts) if text is not None]
+    if told:
+        check_pairs(nla, Chosen(vectors, torch.tensor(told)), [warm_texts[row] or "" for row in told])
+    check_directions(vectors)
     folder, trained = Path(out_dir), encoder_parameters(nla) | decoder_parameters(nla)
     identity = {name: value for name, value in dataclasses.asdict(settings).items() if name != "steps"}
-    with nla.role("encoder"), own_forward(nla):
+    with nla.role("encoder"), own_forward(nla), checkpointed(nla, settings.gradient_checkpointing):
         try:
             trainer = build_trainer(nla, vectors, strata, warm_texts, folder, settings)
-            if trainer.accelerator.num_processes > 1:
-                got = f"{trainer.accelerator.num_processes} processes"
-                raise ArgumentError(got, "one: the decoder's update is not reduced over several", "launch one process")
             log = MetricsLog(folder / "metrics.jsonl")
             watch = []
             if held_out is not None:
                 warm_decoder = snapshot(decoder_parameters(nla))
                 watch = [Monitor(nla, held_out, warm_decoder, log, settings.eval_every, settings.seed)]
-            claim_run(folder, nla, identity, vectors, trained, [*warm_texts, *strata])
+            claim_run(folder, nla, identity, vectors, trained, [*(text or "" for text in warm_texts), *strata])
             return fit(trainer, folder, settings.steps, "joint training", ("reward", "kl", "length"), tuple(watch))
         finally:
             if REFERENCE in nla.model.peft_config:

@@ -15,6 +15,7 @@ from transformers import PrinterCallback, TrainerCallback
 
 from nla.errors import InterruptedTraining, RecipeError
 
+from . import processes
 from .checkpoints import checkpoint_step, latest_checkpoint, load_weights, restore, snapshot, verify
 from .metrics_log import MetricsLog, Progress, plot
 
@@ -23,7 +24,12 @@ if TYPE_CHECKING:
 
 SKIPPED = "skipped_steps"
 PLAIN: dict[str, Any] = dict(
-    bf16=False, report_to="none", disable_tqdm=True, remove_unused_columns=False, dataloader_pin_memory=False
+    bf16=False,
+    report_to="none",
+    disable_tqdm=True,
+    remove_unused_columns=False,
+    dataloader_pin_memory=False,
+    ddp_find_unused_parameters=False,
 )
 """Arguments of every trainer here, where transformers' and TRL's own defaults would be wrong."""
 
@@ -46,6 +52,19 @@ def own_forward(nla: NLA) -> Iterator[None]:
             base.forward = before
 
 
+@contextlib.contextmanager
+def checkpointed(nla: NLA, on: bool) -> Iterator[None]:
+    """In the block, blocks compute their activations again in the backward pass, if ``on``."""
+    base: Any = nla.model.get_base_model()
+    if on:
+        base.gradient_checkpointing_enable()
+    try:
+        yield
+    finally:
+        if on:
+            base.gradient_checkpointing_disable()
+
+
 class SkipNonFinite(TrainerCallback):
     """Leaves the weights alone in a step whose gradients are not finite, and logs it."""
 
@@ -53,7 +72,7 @@ class SkipNonFinite(TrainerCallback):
         self.parameters, self.log = list(parameters.values()), log
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        gradients = [p.grad for p in self.parameters if p.grad is not None]  # after the reduction: alike everywhere
         if gradients and not torch.isfinite(torch.stack([g.float().norm() for g in gradients])).all():
             self.log.write(state.global_step + 1, "train", {SKIPPED: 1.0})
             for parameter in self.parameters:
@@ -84,6 +103,8 @@ class StopOnInterrupt(TrainerCallback):
             signal.signal(signal.SIGINT, before)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # A signal reaches the processes at different moments; they stop after the same step.
+        self.asked = not processes.every(not self.asked)
         if self.asked:
             control.should_save = control.should_training_stop = True
 
@@ -134,7 +155,8 @@ def fit(
         trainer.add_callback(callback)
     trainer.remove_callback(PrinterCallback)
     run(trainer, stop, steps)
-    rows = log.rows()
-    plot(rows, out_dir / "metrics.png")
+    rows = processes.agreed(log.rows())
+    if processes.is_main():
+        plot(rows, out_dir / "metrics.png")
     last = {k: v for row in rows for k, v in row.items() if k not in ("step", "kind") and v is not None}
     return last | {"steps": float(steps), SKIPPED: float(sum(SKIPPED in row for row in rows))}

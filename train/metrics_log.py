@@ -15,6 +15,8 @@ from transformers import TrainerCallback
 from nla.errors import StorageError
 from nla.formats.native import write_atomic
 
+from . import processes
+
 PANELS = (
     ("FVE", "fve"),
     ("FVE of rollouts", "rollout_fve"),
@@ -53,11 +55,13 @@ class MetricsLog:
         self.path = path
 
     def write(self, step: int, kind: str, values: Mapping[str, float]) -> None:
-        """Append one row; what is not a finite number becomes null.
+        """Append one row, in the main process; what is not a finite number becomes null.
 
         Raises:
             StorageError: the row could not be written.
         """
+        if not processes.is_main():
+            return
         finite = {k: (v if v is not None and math.isfinite(v) else None) for k, v in values.items()}
         try:
             with self.path.open("a") as file:
@@ -81,6 +85,8 @@ class MetricsLog:
         Raises:
             StorageError: the file could not be written; it is as it was.
         """
+        if not processes.is_main():
+            return
         kept = [row for row in self.rows() if row["step"] <= step]
         write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in kept))
 
@@ -127,7 +133,14 @@ class Progress(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.log.forget_after(state.global_step or -1)  # a run that begins evaluates step 0 anew
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.title, unit="step", mininterval=1)
+        self.bar = tqdm(
+            total=state.max_steps,
+            initial=state.global_step,
+            desc=self.title,
+            unit="step",
+            mininterval=1,
+            disable=not processes.is_main(),
+        )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.bar is not None:

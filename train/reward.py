@@ -11,10 +11,13 @@ import torch
 from torch import Tensor
 
 from nla.encoder import end_ids, parse
+from nla.errors import ArgumentError
 from nla.metrics import fve_from_errors, mse
 
+from . import processes
 from .checkpoints import decoder_parameters
 from .settings import JointSettings
+from .vectors import Vectors
 
 if TYPE_CHECKING:
     from nla.autoencoder import NLA
@@ -74,17 +77,25 @@ class DecoderReward:
     def __init__(
         self,
         nla: NLA,
-        vectors: Tensor,
+        vectors: Vectors,
         strata: Sequence[str],
-        warm_texts: Sequence[str],
+        warm_texts: Sequence[str | None],
         draw: Tensor,
         s: JointSettings,
     ) -> None:
-        """``vectors`` (n, d) with their ``strata`` and ``warm_texts``; ``draw`` (n,) weighs the rows for replay."""
-        self.nla, self.vectors, self.strata, self.warm_texts = nla, vectors.float().to(nla.device), strata, warm_texts
-        self.draw, self.settings = draw, s
+        """``vectors`` (n, d) with their ``strata`` and ``warm_texts``; ``draw`` (n,) weighs the rows for replay.
+
+        Raises:
+            ArgumentError: pairs are to be replayed, and no row that can be drawn has a text.
+        """
+        self.nla, self.vectors, self.strata, self.warm_texts = nla, vectors, strata, warm_texts
+        self.draw, self.settings = draw * torch.tensor([text is not None for text in warm_texts]), s
+        if s.replay_fraction and not self.draw.any():
+            got = f"joint.replay_fraction = {s.replay_fraction} without warm-start texts"
+            raise ArgumentError(got, "texts of some of the rows that are drawn", "describe them, or set it to 0")
         self.parameters = list(decoder_parameters(nla).values())
         self.optimizer = torch.optim.AdamW(self.parameters, lr=s.decoder_learning_rate, weight_decay=0.0)
+        self.n_calls = 0
         self.generator = torch.Generator().manual_seed(s.seed)
         self.ends = set(end_ids(nla))
 
@@ -93,6 +104,7 @@ class DecoderReward:
     ) -> list[float]:
         """Rewards of rollouts ``completion_ids``, group by group, of the activations ``row``."""
         s, rows = self.settings, torch.tensor(row)
+        self.generator = self.next_generator()
         texts = self.read(completion_ids)
         errors = torch.full((len(texts),), ORTHOGONAL)
         groups = torch.randperm(len(texts) // s.group_size, generator=self.generator)
@@ -134,24 +146,34 @@ class DecoderReward:
         n_replayed = round(self.settings.replay_fraction * n_rollouts)
         if n_replayed:
             replayed = torch.multinomial(self.draw, n_replayed, replacement=True, generator=self.generator)
-            rows, texts = torch.cat([rows, replayed]), texts + [self.warm_texts[int(i)] for i in replayed]
-        n_scored = len(texts) - n_replayed
-        if not texts:
+            rows, texts = torch.cat([rows, replayed]), texts + [self.warm_texts[int(i)] or "" for i in replayed]
+        n_scored, n_texts = len(texts) - n_replayed, processes.total(len(texts))
+        if not n_texts:
             return torch.empty(0), 0.0, 0.0
-        ids, mask = self.nla.encode_explanations(texts)
-        device = self.vectors.device
-        predicted = self.nla.decode_ids(ids.to(device), mask.to(device))
-        if not torch.isfinite(predicted).all():
+        errors = self.errors_of(rows, texts)
+        if not processes.every(bool(torch.isfinite(errors).all())):
             return torch.full((n_scored,), ORTHOGONAL), math.nan, math.nan
-        errors = mse(self.vectors[rows.to(device)], predicted)
-        loss = -reward_of(errors, self.settings.reward).mean()
+        # Each process holds its share of the sum over all texts; the sum of their gradients is that of the mean.
+        loss = -reward_of(errors, self.settings.reward).sum() / n_texts
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        if texts:
+            loss.backward()
+        processes.sum_gradients(self.parameters)
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, MAX_GRAD_NORM))
         if math.isfinite(norm):
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return errors[:n_scored].detach().cpu(), float(loss.detach()), norm
+        return errors[:n_scored].detach().cpu(), processes.total(float(loss.detach())), norm
+
+    def errors_of(self, rows: Tensor, texts: list[str]) -> Tensor:
+        """Errors (m,) of the live decoder on ``texts`` of activations ``rows`` (m,); NaN where it gives no vector."""
+        if not texts:
+            return torch.empty(0)
+        ids, mask = self.nla.encode_explanations(texts)
+        predicted = self.nla.decode_ids(ids, mask)
+        if not torch.isfinite(predicted).all():
+            return torch.full((len(texts),), math.nan)
+        return mse(self.vectors[rows].float().to(predicted.device), predicted)
 
     def _log_fve(self, rows: Tensor, errors: Tensor, log_metric: Callable[[str, float], None]) -> None:
         strata = [self.strata[int(i)] for i in rows]
@@ -160,11 +182,17 @@ class DecoderReward:
                 here = errors[torch.tensor([s == stratum for s in strata])]
                 log_metric(f"rollout_fve/{stratum}", fve_from_errors(here, self.nla.baselines[stratum]))
 
+    def next_generator(self) -> torch.Generator:
+        """The random numbers of one call: others in each process and call, so that a resumed run draws the same."""
+        self.n_calls += 1
+        key = (self.settings.seed * 1_000_003 + self.n_calls) * 4099 + processes.rank()
+        return torch.Generator().manual_seed(key)
+
     def state(self) -> dict[str, Any]:
         """What a resumed run needs beside the weights."""
-        return {"optimizer": self.optimizer.state_dict(), "generator": self.generator.get_state()}
+        return {"optimizer": self.optimizer.state_dict(), "n_calls": self.n_calls}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take back what :meth:`state` gave."""
         self.optimizer.load_state_dict(state["optimizer"])
-        self.generator.set_state(state["generator"])
+        self.n_calls = state["n_calls"]

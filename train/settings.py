@@ -65,7 +65,9 @@ class JointSettings:
     decoder_mini_batches: int = 4
     """Updates of the decoder in each step, over whole groups."""
     rows_per_backward: int | None = None
-    """Rollouts in one backward pass of the encoder, for memory; None: all of them."""
+    """Rollouts of a process in one backward pass of the encoder, for memory; None: all of them."""
+    gradient_checkpointing: bool = False
+    """Whether to compute activations again in the backward pass, for memory."""
     eval_every: int = 10
     """Steps between evaluations."""
     save_every: int = 20

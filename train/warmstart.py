@@ -17,8 +17,10 @@ from nla.errors import ArgumentError, ShapeError
 from nla.injection import inject, rescale
 from nla.metrics import mse
 
+from . import processes
 from .checkpoints import AtomicCheckpoints, claim_run, decoder_parameters, encoder_parameters, head_parameters
-from .loop import PLAIN, fit, on_cpu, own_forward
+from .loop import PLAIN, checkpointed, fit, on_cpu, own_forward
+from .vectors import Joined, Vectors, check_directions
 
 if TYPE_CHECKING:
     from nla.autoencoder import NLA
@@ -41,7 +43,7 @@ def write_ids(nla: NLA, texts: list[str]) -> list[list[int]]:
     return [[*ids, tokenizer.eos_token_id] for ids in tokenizer(whole, add_special_tokens=False)["input_ids"]]
 
 
-def check_pairs(nla: NLA, vectors: Tensor, texts: list[str]) -> None:
+def check_pairs(nla: NLA, vectors: Vectors, texts: list[str]) -> None:
     """Refuse pairs that cannot be trained on.
 
     Raises:
@@ -49,13 +51,13 @@ def check_pairs(nla: NLA, vectors: Tensor, texts: list[str]) -> None:
         NonFiniteError: a vector holds NaN, infinity, or only zeros.
         EmptyTextError, ContextLengthError, VocabularyError: the decoder cannot read a text.
     """
-    if vectors.ndim != 2 or vectors.shape[1] != nla.config.d_model or len(vectors) != len(texts) or not texts:
+    if len(vectors.shape) != 2 or vectors.shape[1] != nla.config.d_model or len(vectors) != len(texts) or not texts:
         raise ShapeError(
             f"vectors of {tuple(vectors.shape)} and {len(texts)} texts",
             f"(n, {nla.config.d_model}) and n texts, n > 0",
             "pair every activation with one text, from this pair's own target",
         )
-    rescale(vectors, 1.0)
+    check_directions(vectors)
     prompt_rows(nla, list(dict.fromkeys(texts)))
 
 
@@ -66,10 +68,10 @@ class EncoderCollator:
     keeps real positions exact, and the fast attention kernel stays.
     """
 
-    def __init__(self, nla: NLA, vectors: Tensor, texts: list[str]) -> None:
+    def __init__(self, nla: NLA, vectors: Vectors, texts: list[str]) -> None:
         self.prompt = nla.prompt_ids.cpu().reshape(-1)
         self.answers = [torch.tensor(ids) for ids in write_ids(nla, texts)]
-        self.vectors = rescale(vectors.float(), nla.config.injection.norm)
+        self.vectors, self.norm = vectors, nla.config.injection.norm
         self.pad_id = nla.pad_id
 
     def __call__(self, features: list[dict[str, int]]) -> dict[str, Tensor]:
@@ -83,7 +85,7 @@ class EncoderCollator:
             "input_ids": input_ids,
             "labels": torch.cat([torch.full_like(prompt, IGNORED), labels], dim=1),
             "attention_mask": torch.ones_like(input_ids),
-            "vectors": self.vectors[rows],
+            "vectors": rescale(self.vectors[torch.tensor(rows)], self.norm),
         }
 
 
@@ -92,13 +94,14 @@ class EncoderTrainer(AtomicCheckpoints, SFTTrainer):
 
     def __init__(self, nla: NLA, **kwargs: Any) -> None:
         self.trained, self.marker_position = encoder_parameters(nla), nla.marker_position
+        self.pair_model = nla.model
         super().__init__(model=nla.model, processing_class=nla.tokenizer, **kwargs)  # pyright: ignore
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         inputs = dict(inputs)
         vectors = inputs.pop("vectors")
         positions = torch.full((len(vectors),), self.marker_position, device=vectors.device)
-        with inject(model, vectors, positions):
+        with inject(self.pair_model, vectors, positions):  # ``model`` may be wrapped for several processes
             return super().compute_loss(model, inputs, *args, **kwargs)
 
 
@@ -117,13 +120,13 @@ class DecoderModule(nn.Module):
 class DecoderCollator:
     """Rows of ``{"row": i}`` → input_ids (b, t) and attention_mask (b, t) of decoder prompts, vectors (b, d)."""
 
-    def __init__(self, nla: NLA, vectors: Tensor, texts: list[str]) -> None:
-        self.nla, self.vectors, self.texts = nla, vectors.float(), texts
+    def __init__(self, nla: NLA, vectors: Vectors, texts: list[str]) -> None:
+        self.nla, self.vectors, self.texts = nla, vectors, texts
 
     def __call__(self, features: list[dict[str, int]]) -> dict[str, Tensor]:
         rows = [feature["row"] for feature in features]
         ids, mask = self.nla.encode_explanations([self.texts[row] for row in rows])
-        return {"input_ids": ids, "attention_mask": mask, "vectors": self.vectors[rows]}
+        return {"input_ids": ids, "attention_mask": mask, "vectors": self.vectors[torch.tensor(rows)].float()}
 
 
 class DecoderTrainer(AtomicCheckpoints, Trainer):
@@ -146,7 +149,7 @@ class DecoderTrainer(AtomicCheckpoints, Trainer):
 class _Prepared(NamedTuple):
     """What both warm starts train on, and the trainer arguments that they share."""
 
-    vectors: Tensor
+    vectors: Vectors
     """Training rows, then held-out ones."""
 
     texts: list[str]
@@ -157,18 +160,21 @@ class _Prepared(NamedTuple):
 
 def _prepare(
     nla: NLA,
-    vectors: Tensor,
+    vectors: Vectors,
     texts: list[str],
     folder: Path,
-    held_out: tuple[Tensor, list[str]] | None,
+    held_out: tuple[Vectors, list[str]] | None,
     settings: dict[str, Any],
     eval_every: int,
     save_every: int,
+    rows_per_backward: int | None,
+    gradient_checkpointing: bool,
 ) -> _Prepared:
     """Check the sizes and the pairs, and lay out the rows of every step.
 
     Raises:
-        ArgumentError: a size or a rate is not above 0; also what :func:`check_pairs` raises.
+        ArgumentError: a size or a rate is not above 0, or a batch does not divide evenly; also what
+            :func:`check_pairs` raises.
     """
     for name, value in settings.items():
         if name not in ("stage", "seed") and not (value > 0 and math.isfinite(value)):
@@ -176,15 +182,17 @@ def _prepare(
     check_pairs(nla, vectors, texts)
     if held_out is not None:
         check_pairs(nla, *held_out)
-    held_vectors, held_texts = held_out or (vectors[:0], [])
+    held_texts = held_out[1] if held_out else []
     n, steps, batch_size = len(texts), settings["steps"], settings["batch_size"]
+    per_backward, passes = processes.share(batch_size, "batch_size", rows_per_backward)
     train = Dataset.from_dict({"row": epoch_rows(n, steps * batch_size, settings["seed"]).tolist()})
     held = Dataset.from_dict({"row": list(range(n, n + len(held_texts)))}) if held_texts else None
     arguments = dict(
         output_dir=str(folder),
         max_steps=steps,
-        per_device_train_batch_size=batch_size,
-        per_device_eval_batch_size=batch_size,
+        per_device_train_batch_size=per_backward,
+        per_device_eval_batch_size=per_backward,
+        gradient_accumulation_steps=passes,
         learning_rate=settings["learning_rate"],
         warmup_steps=min(20, steps // 10),
         seed=settings["seed"],
@@ -194,17 +202,18 @@ def _prepare(
         eval_steps=eval_every,
         logging_steps=10,
         lr_scheduler_type="cosine",
-        gradient_checkpointing=False,
+        gradient_checkpointing=gradient_checkpointing,
         train_sampling_strategy="sequential",
         use_cpu=on_cpu(nla),
         **PLAIN,
     )
-    return _Prepared(torch.cat([vectors, held_vectors]), [*texts, *held_texts], train, held, arguments)
+    joined = Joined(vectors, held_out[0]) if held_out else vectors
+    return _Prepared(joined, [*texts, *held_texts], train, held, arguments)
 
 
 def warmstart_encoder(
     nla: NLA,
-    vectors: Tensor,
+    vectors: Vectors,
     texts: list[str],
     out_dir: str | Path,
     *,
@@ -212,26 +221,41 @@ def warmstart_encoder(
     batch_size: int,
     learning_rate: float,
     seed: int,
-    held_out: tuple[Tensor, list[str]] | None = None,
+    held_out: tuple[Vectors, list[str]] | None = None,
     eval_every: int = 100,
     save_every: int = 200,
+    rows_per_backward: int | None = None,
+    gradient_checkpointing: bool = False,
 ) -> dict[str, float]:
     """Teach the encoder to write ``texts`` (n) for ``vectors`` (n, d), in place; the last figures it logged.
 
     Cross-entropy over the answer only, AdamW, a cosine to zero. Held-out pairs give ``eval_loss`` (nats a token) every
     ``eval_every`` steps. Calling it again with the same inputs resumes in ``out_dir``, or returns at once when done.
+    ``rows_per_backward`` (of each process; None: all) and ``gradient_checkpointing`` trade time for memory.
 
     Raises:
-        ArgumentError: a size or a rate is not above 0; also what :func:`check_pairs` raises.
+        ArgumentError: a size or a rate is not above 0, or the rows do not divide evenly; also what
+            :func:`check_pairs` raises.
         RecipeError: ``out_dir`` holds another run.
         WeightsError: its checkpoint is damaged.
         InterruptedTraining, StorageError: stopped; the last checkpoint is intact and ``nla`` is as before the call.
     """
     folder, parameters = Path(out_dir), encoder_parameters(nla)
     settings = dict(stage="encoder", steps=steps, batch_size=batch_size, learning_rate=learning_rate, seed=seed)
-    rows = _prepare(nla, vectors, texts, folder, held_out, settings, eval_every, save_every)
+    rows = _prepare(
+        nla,
+        vectors,
+        texts,
+        folder,
+        held_out,
+        settings,
+        eval_every,
+        save_every,
+        rows_per_backward,
+        gradient_checkpointing,
+    )
     args = SFTConfig(dataset_kwargs={"skip_prepare_dataset": True}, max_length=None, **rows.arguments)
-    with nla.role("encoder"), own_forward(nla):
+    with nla.role("encoder"), own_forward(nla), checkpointed(nla, gradient_checkpointing):
         trainer = EncoderTrainer(
             nla,
             args=args,
@@ -246,7 +270,7 @@ def warmstart_encoder(
 
 def warmstart_decoder(
     nla: NLA,
-    vectors: Tensor,
+    vectors: Vectors,
     texts: list[str],
     out_dir: str | Path,
     *,
@@ -255,9 +279,11 @@ def warmstart_decoder(
     learning_rate: float,
     head_learning_rate: float,
     seed: int,
-    held_out: tuple[Tensor, list[str]] | None = None,
+    held_out: tuple[Vectors, list[str]] | None = None,
     eval_every: int = 100,
     save_every: int = 200,
+    rows_per_backward: int | None = None,
+    gradient_checkpointing: bool = False,
 ) -> dict[str, float]:
     """Teach the decoder and its head to give ``vectors`` (n, d) for ``texts`` (n), in place; its last figures.
 
@@ -274,13 +300,25 @@ def warmstart_decoder(
         head_learning_rate=head_learning_rate,
         seed=seed,
     )
-    rows = _prepare(nla, vectors, texts, folder, held_out, settings, eval_every, save_every)
+    rows = _prepare(
+        nla,
+        vectors,
+        texts,
+        folder,
+        held_out,
+        settings,
+        eval_every,
+        save_every,
+        rows_per_backward,
+        gradient_checkpointing,
+    )
     adapter = [p for name, p in parameters.items() if name not in head]
     groups = [{"params": adapter, "lr": learning_rate}, {"params": list(head.values()), "lr": head_learning_rate}]
-    with nla.role("decoder"):
+    arguments = rows.arguments | {"gradient_checkpointing": False}  # the Trainer would ask a module that has none
+    with nla.role("decoder"), checkpointed(nla, gradient_checkpointing):
         trainer = DecoderTrainer(
             nla,
-            args=TrainingArguments(**rows.arguments),
+            args=TrainingArguments(**arguments),
             train_dataset=rows.train,
             eval_dataset=rows.held,
             data_collator=DecoderCollator(nla, rows.vectors, rows.texts),

@@ -112,7 +112,7 @@ def test_vectors_follow_rows_through_chunks_and_shuffles(vectors, tmp_path):
             shifted = part | {"vectors": part["vectors"].roll(1, 0)}
             if len(part["vectors"].unique(dim=0)) > 1:
                 assert (log_probs_of(trainer, shifted) - whole)[mask].abs().max() > 1e-3
-    given = trainer.vectors[[row["row"] for row in rows]]
+    given = trainer.injected([row["row"] for row in rows])
     assert torch.equal(torch.cat(parts).sort(dim=0).values, given.sort(dim=0).values)
     assert not torch.equal(torch.cat(parts), given), "TRL shuffles rows; this test is void if it does not"
 
@@ -275,6 +275,25 @@ def test_unknown_stratum_is_refused():
 def test_settings_out_of_range_are_refused(change):
     with pytest.raises(ArgumentError):
         JointSettings(**change)
+
+
+def test_less_memory_gives_the_same_encoder(vectors, tmp_path):
+    pairs = {}
+    for name, change in {"plain": {}, "frugal": dict(gradient_checkpointing=True, rows_per_backward=4)}.items():
+        settings = JointSettings(**(vars(SETTINGS) | dict(steps=1, encoder_learning_rate=1e-2) | change))
+        pairs[name] = make_writer()
+        train_joint(pairs[name], vectors, STRATA, TEXTS, tmp_path / name, settings=settings)
+    for name, parameter in encoder_parameters(pairs["frugal"]).items():
+        torch.testing.assert_close(parameter, encoder_parameters(pairs["plain"])[name], rtol=1e-2, atol=1e-4)
+
+
+def test_activations_without_a_text_are_drawn_and_not_replayed(vectors, tmp_path):
+    some = [text if row % 2 else None for row, text in enumerate(TEXTS)]
+    settings = JointSettings(**(vars(SETTINGS) | dict(steps=1)))
+    figures = train_joint(make_writer(), vectors, STRATA, some, tmp_path / "some", settings=settings)
+    assert figures["steps"] == 1
+    with pytest.raises(ArgumentError, match="replay"):
+        train_joint(make_writer(), vectors, STRATA, [None] * len(TEXTS), tmp_path / "none", settings=settings)
 
 
 def test_eval_set_of_unequal_lengths_is_refused(vectors):

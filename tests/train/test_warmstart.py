@@ -339,3 +339,15 @@ def test_metrics_survive_a_line_cut_short(tmp_path):
     assert [json.loads(line) for line in Path(log.path).read_text().splitlines()] == [
         {"step": 1, "kind": "train", "loss": 1.0}
     ]
+
+
+@each_stage
+def test_less_memory_gives_the_same_weights(stage, vectors, tmp_path):
+    train, settings, trained, _ = STAGES[stage]
+    plain, frugal = make_pair(), make_pair()
+    train(plain, vectors, TEXTS, tmp_path / "plain", **settings)
+    train(frugal, vectors, TEXTS, tmp_path / "frugal", **settings, rows_per_backward=2, gradient_checkpointing=True)
+    blocks = [module for module in frugal.model.modules() if hasattr(module, "gradient_checkpointing")]
+    assert blocks and not any(module.gradient_checkpointing for module in blocks)
+    for name, parameter in trained(frugal).items():
+        torch.testing.assert_close(parameter, trained(plain)[name], rtol=1e-3, atol=1e-5)
