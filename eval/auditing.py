@@ -18,11 +18,11 @@ import torch
 from nla.audit import Audit, Transcript, audit
 from nla.audit.findings import NOT_SAID
 from nla.audit.messages import Message
-from nla.audit.plant import planted
 from nla.audit.store import Store
 from nla.errors import ArgumentError
 from nla.organisms.switchboard.plants import PLANTS, Plant, sham_of
 from nla.organisms.switchboard.world import Chat
+from nla.plant import planted
 
 from .auroc import auroc
 from .fidelity import open_pair

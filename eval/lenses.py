@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from nla.activations import device_of, read
 from nla.errors import ArgumentError, ShapeError
-from nla.points import Point, backbone, blocks, d_model
+from nla.points import Point, blocks, d_model, final_norm
 from nla.tokens import Span
 
 from .target import Progress, Target, silent
@@ -69,7 +69,7 @@ def logits(target: Target, vectors: Tensor, lens: TunedLens | None = None) -> Te
 
 def _speak(target: Target, vectors: Tensor) -> Tensor:
     head = target.model.get_output_embeddings()
-    return head(backbone(target.model).norm(vectors.to(device_of(target.model), head.weight.dtype)))
+    return head(final_norm(target.model)(vectors.to(device_of(target.model), head.weight.dtype)))
 
 
 def fit_lens(

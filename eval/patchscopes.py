@@ -43,17 +43,19 @@ class Prompt(NamedTuple):
     marker_id: int
     """Token there; never sampled."""
 
-    norm: float
-    """Length that activations are scaled to."""
+    norm: float | None
+    """Length that activations are scaled to; None where they are added, whose length is that of the stream."""
+
+    layer: int | None
+    """Block at whose output they are added; None: they take the embedding's place."""
 
     max_new_tokens: int
 
     @classmethod
     def of(cls, nla: NLA) -> Prompt:
         """The prompt of a pair's encoder."""
-        config = nla.config
-        ids = nla.prompt_ids[0]
-        return cls(ids, nla.marker_position, config.injection.marker_id, config.injection.norm, config.max_new_tokens)
+        of, ids = nla.config.injection, nla.prompt_ids[0]
+        return cls(ids, nla.marker_position, of.marker_id, of.norm, of.layer, nla.config.max_new_tokens)
 
     @classmethod
     def ask(cls, nla: NLA, question: str) -> Prompt:
@@ -99,7 +101,8 @@ def answers(
         torch.manual_seed(seed)
         for chunk in rescale(vectors, prompt.norm).split(batch_size):
             ids = prompt.ids.to(device).expand(len(chunk), -1)
-            with inject(model, chunk.to(device), torch.full((len(chunk),), prompt.position, device=device)):
+            positions = torch.full((len(chunk),), prompt.position, device=device)
+            with inject(model, chunk.to(device), positions, prompt.layer):
                 out = model.generate(
                     input_ids=ids,
                     attention_mask=torch.ones_like(ids),

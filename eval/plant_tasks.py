@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from nla.audit.plant import planted
 from nla.errors import ArgumentError
 from nla.organisms.switchboard import claims, content, world
 from nla.organisms.switchboard.plants import GOAL, SECRET_WORDS, plant
 from nla.organisms.switchboard.world import Chat, State
+from nla.plant import planted
 
 from .labelled import TEST, TRAIN, Sites, Task
 from .plants import cued

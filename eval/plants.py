@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nla.audit.plant import planted
 from nla.encoder import claims as sentences
 from nla.errors import ArgumentError
 from nla.organisms import switchboard
 from nla.organisms.switchboard import claims, content
 from nla.organisms.switchboard.plants import EXPOSURES, PLANTS, SECRET_WORDS, Plant, in_context, sham_of, shown
 from nla.organisms.switchboard.world import END, Chat, State
+from nla.plant import planted
 
 from .auroc import auroc
 from .fidelity import open_pair

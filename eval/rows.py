@@ -75,9 +75,9 @@ def load(
         raise ArgumentError(f"max_rows={max_rows}", f"{2 * MIN_PER_CLASS} or more", "allow two classes their rows")
     if not path.is_file():
         raise ArgumentError(f"no file {path}", "a CSV, TSV, JSON, JSON lines or Parquet file", "check the path")
-    reader = _READERS.get(path.suffix.lower())
+    reader = READERS.get(path.suffix.lower())
     if reader is None:
-        raise ArgumentError(f"the file {path.name}", f"one that ends on {', '.join(_READERS)}", "rename or convert it")
+        raise ArgumentError(f"the file {path.name}", f"one that ends on {', '.join(READERS)}", "rename or convert it")
     columns = [name for name in (text, label, group) if name is not None]
     rng, kept, n_read = random.Random(seed), [], 0
     for number, found in enumerate(reader(path, columns), start=1):
@@ -236,7 +236,7 @@ def _parquet(path: Path, columns: list[str]) -> Iterator[dict[str, Any]]:
         raise _not_this_kind(path, error) from error
 
 
-_READERS: dict[str, Callable[[Path, list[str]], Iterator[dict[str, Any]]]] = {
+READERS: dict[str, Callable[[Path, list[str]], Iterator[dict[str, Any]]]] = {
     ".csv": _csv,
     ".tsv": _csv,
     ".jsonl": _json_lines,
@@ -244,3 +244,4 @@ _READERS: dict[str, Callable[[Path, list[str]], Iterator[dict[str, Any]]]] = {
     ".json": _json,
     ".parquet": _parquet,
 }
+"""By a file's ending: its rows, one after another, each with the columns asked for."""

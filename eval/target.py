@@ -66,7 +66,7 @@ class Target:
     @classmethod
     def of(cls, nla: Any) -> Target:
         """The target of a pair."""
-        return cls(nla.model.get_base_model(), nla.tokenizer, Point.parse(nla.point), lambda: nla.role("target"))
+        return cls(nla.base_of("target"), nla.tokenizer, Point.parse(nla.point), lambda: nla.role("target"))
 
     @property
     def points(self) -> list[str]:

@@ -6,10 +6,10 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nla import activations, decoder, encoder
 from nla.activations import Activations, Intervene, Strata, device_of
@@ -18,36 +18,31 @@ from nla.config import NLAConfig
 from nla.decoder import DecoderBatch, Head
 from nla.encoder import Note, Notes
 from nla.errors import ArgumentError, ShapeError
+from nla.formats import hub
 from nla.formats import pair as pair_folder
+from nla.formats.native import hash_weights
+from nla.formats.separate import Devices
 from nla.injection import check_finite, locate_marker
 from nla.metrics import Baseline, cosine, unit
-from nla.points import Point, block, linear_names, truncated_view
-from nla.score import GLOBAL, Score, score
+from nla.points import Point, block
+from nla.roles import DECODER_ADAPTER as DECODER_ADAPTER
+from nla.roles import ENCODER_ADAPTER as ENCODER_ADAPTER
+from nla.roles import Role, Roles, SharedBase, check_role, require_shared
+from nla.score import GLOBAL, Score, fit_baselines, score
 from nla.tokens import Positions, render_prompt
-
-if TYPE_CHECKING:
-    from peft import LoraConfig, PeftModel
-
-ENCODER_ADAPTER = "default"
-"""TRL's reference and resume look for an adapter of this name."""
-
-DECODER_ADAPTER = "decoder"
-
-Role = Literal["target", "encoder", "decoder"]
-_ADAPTERS = {"encoder": ENCODER_ADAPTER, "decoder": DECODER_ADAPTER}
 
 
 class NLA:
-    """A natural-language autoencoder: one base model in three roles.
+    """A natural-language autoencoder: target, encoder and decoder.
 
-    The target is the base itself, the encoder the base with the adapter "default", the decoder the base cut after the
-    point with the adapter "decoder" and a head. Adapters are switched by :meth:`role` alone and never merged.
+    In a pair that is trained here one base plays all three roles: bare as the target, with the adapter "default" as the
+    encoder, cut after the point with the adapter "decoder" and a head as the decoder. In a pair of imported full
+    weights each role has a model of its own, loaded at first use. See nla/roles.py.
     """
 
     def __init__(
         self,
-        model: PeftModel,
-        head: Head,
+        roles: Roles,
         tokenizer: Any,
         config: NLAConfig,
         baselines: Mapping[str, Baseline] | None = None,
@@ -58,26 +53,25 @@ class NLA:
         Raises:
             ConfigError, TokenizerMismatchError, MarkerError: the config does not fit the tokenizer or the model.
         """
-        config.check(tokenizer, model)
-        self.model, self.head, self.tokenizer, self.config = model, head, tokenizer, config
+        config.check_tokenizer(tokenizer)
+        if roles.shared:
+            config.check_model(roles.model.config)
+        self.roles, self.tokenizer, self.config = roles, tokenizer, config
         self.baselines: dict[str, Baseline] = dict(baselines or {})
         """Of unit-normalised training activations, by stratum, and "global"."""
         self.metrics: dict[str, Any] = dict(metrics or {})
         """What was measured, as saved in metrics.json."""
         self.target_folder: Path | None = None
         """Where a local target lies; :meth:`save_pretrained` writes it relative to the pair's folder."""
+        self.weight_folders: dict[str, Path] = {}
+        """Where the full weights of a local encoder and decoder lie, by role."""
         self.point = Point.parse(config.point)
-        self.decoder_view = truncated_view(model, self.point)
-        """The backbone up to the point, sharing parameters and adapters with ``model``."""
         self.prompt_ids = torch.tensor([render_prompt(tokenizer, config.encoder_prompt)])
         """The encoder's prompt, (1, t) int64; the same for every activation."""
         self.marker_position = int(locate_marker(self.prompt_ids, config.injection)[0])
         """Column of the marker in the prompt."""
         self.pad_id = encoder.pad_of(tokenizer)
         """Token id that fills batches up."""
-        self.target_adapter: str | None = None
-        """Adapter that is on while the target is read, such as a plant's (see nla/audit/plant.py); None: none."""
-        self._roles: list[Role] = []
 
     @classmethod
     def create(
@@ -102,15 +96,10 @@ class NLA:
         """
         if rank < 1:
             raise ArgumentError(f"rank={rank}", "1 or more", "give the adapters a positive rank")
-        from peft import get_peft_model
-
         block(target_model, config.point)
-        config = replace(config, files={}, target_weights=pair_folder.hash_target(config.target))
-        linears, below = linear_names(target_model), list(range(Point.parse(config.point).layer + 1))
-        model: Any = get_peft_model(target_model, _lora(linears, rank, alpha, None), adapter_name=ENCODER_ADAPTER)
-        model.add_adapter(DECODER_ADAPTER, _lora(linears, rank, alpha, below))
-        head = Head(config.d_model).to(device_of(target_model))
-        pair = cls(model, head, tokenizer, config, baselines)
+        config = replace(config, files={}, target_weights=hash_weights(config.target))
+        roles = SharedBase.create(target_model, config, rank, alpha)
+        pair = cls(roles, tokenizer, config, baselines)
         folder = Path(config.target)
         pair.target_folder = folder.resolve() if folder.is_dir() else None
         return pair
@@ -120,7 +109,7 @@ class NLA:
         cls,
         name_or_path: str | Path,
         revision: str | None = None,
-        device: str | torch.device | None = None,
+        device: Devices = None,
         trust_remote_code: bool = False,
     ) -> NLA:
         """A trained pair and its target.
@@ -128,7 +117,8 @@ class NLA:
         Args:
             name_or_path: "couplets" (the embedded organism), a folder, or a hub id.
             revision: of a pair on the hub; the target's is in the pair's config.
-            device: where to put it; None: the first GPU if there is one, else the CPU.
+            device: where to put it; None: the first GPU if there is one, else the CPU. Of separate models also a place
+                for each role, such as {"target": "cuda:0", "encoder": "cuda:1", "decoder": "cpu"}.
             trust_remote_code: let a target on the hub bring its own code.
 
         Raises:
@@ -136,6 +126,7 @@ class NLA:
             TokenizerMismatchError, MarkerError: the target's tokenizer is not the one of training.
             WeightsError: weights are missing, truncated, corrupt, or of other names or shapes.
             NonFiniteError: weights hold NaN or infinity.
+            HubError, AccessError, TargetError: the hub lacks it, does not open it, or cannot be reached.
         """
         return pair_folder.load(cls, name_or_path, revision, device, trust_remote_code)
 
@@ -151,47 +142,106 @@ class NLA:
         """
         pair_folder.save(self, Path(folder))
 
+    def push_to_hub(
+        self, repo_id: str, private: bool = False, revision: str | None = None, commit_message: str | None = None
+    ) -> str:
+        """Publish the pair as a repository of its own, with its model card; returns the commit's address.
+
+        The token is that of `hf auth login` or HF_TOKEN. The repository is made if there is none.
+
+        Args:
+            repo_id: such as "someone/pair".
+            revision: a branch, made if there is none; None: main.
+
+        Raises:
+            ConfigError: the target or other weights lie in a folder of this machine.
+            HubError: the hub refuses, or cannot be reached.
+        """
+        return hub.push(self, repo_id, private, revision, commit_message)
+
+    def fit_baselines(self, acts: Activations) -> None:
+        """Take the mean and variance of activations as FVE's denominators, all together and by stratum.
+
+        For a pair that came without: the activations must be typical of its training ones, and not those that are
+        scored. Reconstructions are then as long as these activations are on average.
+
+        Raises:
+            ShapeError, NonFiniteError: not the pair's width, or not finite.
+            BaselineError: fewer than two activations, or no variance.
+        """
+        self.baselines = fit_baselines(self.check_width(acts.vectors), acts.strata)
+        self.config = replace(self.config, activation_norm=float(acts.vectors.norm(dim=1).mean()))
+
     # Roles
 
     @contextlib.contextmanager
     def role(self, name: Role) -> Iterator[NLA]:
         """While active, ``model`` plays this role: the only place that switches adapters.
 
-        In a role exactly its adapter is active and trainable ("target": none). Span forward AND backward: a switch
-        between them loses gradients. Roles nest; on exit the adapters and every ``requires_grad`` are as they were.
+        On a shared base exactly the role's adapter is active and trainable ("target": none). Span forward AND backward:
+        a switch between them loses gradients. Roles nest; on exit the adapters and every ``requires_grad`` are as they
+        were.
 
         Raises:
             ArgumentError: another name.
         """
-        if name != "target" and name not in _ADAPTERS:
-            raise ArgumentError(f"role {name!r}", '"target", "encoder" or "decoder"', "use one of these")
-        model: Any = self.model
-        active, disabled = model.active_adapter, _adapters_disabled(model)
-        requires_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-        self._roles.append(name)
-        try:
-            adapter = self.target_adapter if name == "target" else _ADAPTERS[name]
-            _switch(model, adapter or active, disabled=adapter is None)
+        check_role(name)
+        with self.roles.play(name):
             yield self
-        finally:
-            self._roles.pop()
-            _switch(model, active, disabled)
-            for parameter, flag in requires_grad:
-                parameter.requires_grad_(flag)
+
+    @property
+    def model(self) -> Any:
+        """What plays the role in force; outside of any role the shared base with its adapters, or else the target."""
+        return self.roles.model
+
+    @property
+    def base(self) -> Any:
+        """The causal LM of :attr:`model`, without the wrapper that PEFT puts around a shared base."""
+        return _unwrapped(self.model)
+
+    def base_of(self, name: Role) -> Any:
+        """The causal LM that plays a role, in force or not; of a separate decoder its backbone."""
+        return _unwrapped(self.roles.model_of(name))
+
+    @property
+    def decoder_view(self) -> Any:
+        """The decoder's backbone up to the point; of a shared base it shares parameters and adapters."""
+        return self.roles.view
+
+    @property
+    def head(self) -> Head:
+        """The decoder's head."""
+        return self.roles.head
+
+    @property
+    def target_adapter(self) -> str | None:
+        """Adapter that is on while the target is read, such as a plant's (see nla/plant.py); None: none."""
+        return self.roles.target_adapter
+
+    @target_adapter.setter
+    def target_adapter(self, name: str | None) -> None:
+        self.require_adapters("an adapter on the target").target_adapter = name
+
+    def require_adapters(self, what: str) -> SharedBase:
+        """The shared base that ``what`` needs, such as "joint training".
+
+        Raises:
+            SeparateModelsError: encoder and decoder are whole models of their own.
+        """
+        return require_shared(self.roles, what)
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """Where :attr:`model` is."""
         return device_of(self.model)
 
     @property
     def n_parameters(self) -> dict[str, int]:
-        """Number of parameters: of the target, of each adapter (the decoder's with its head)."""
-        counts = {"target": 0, "encoder": 0, "decoder": sum(p.numel() for p in self.head.parameters())}
-        for name, parameter in self.model.named_parameters():
-            owner = next((role for role, adapter in _ADAPTERS.items() if f".{adapter}." in name), "target")
-            counts[owner if "lora_" in name else "target"] += parameter.numel()
-        return counts
+        """Number of parameters: of the target, of each adapter (the decoder's with its head).
+
+        Of separate models: of each one that is loaded so far.
+        """
+        return self.roles.n_parameters()
 
     # Text to activations to explanations
 
@@ -300,28 +350,14 @@ class NLA:
             ShapeError: ``per_sample`` with different numbers of samples.
             ContextLengthError, VocabularyError: a text is too long, or holds unknown words.
         """
-        lists = notes.texts if isinstance(notes, Notes) else notes
-        groups = [
-            [entry] if isinstance(entry, str) or not isinstance(entry, Sequence) else list(entry) for entry in lists
-        ]
-        if not all(groups):
-            raise ArgumentError("an activation without a sample", "one text or more for each", "leave it out")
-        texts = [text for group in groups for text in group]
-        each = unit(decoder.decode(self, texts, strict=strict and not isinstance(notes, Notes)))
-        sizes = torch.tensor([len(group) for group in groups], dtype=torch.int64)
-        if per_sample:
-            if len(sizes.unique()) > 1:
-                raise ShapeError("unequal numbers of samples", "one number", "use per_sample=False")
-            n_samples = int(sizes[0]) if groups else 0
-            return (each * self.config.activation_norm).reshape(len(groups), n_samples, self.config.d_model)
-        owner = torch.repeat_interleave(torch.arange(len(groups)), sizes)
-        total = torch.zeros(len(groups), self.config.d_model).index_add_(0, owner, each)
-        return nn.functional.normalize(total, dim=1) * self.config.activation_norm
+        known = isinstance(notes, Notes)
+        return decoder.decode_groups(self, notes.texts if known else notes, per_sample, strict=strict and not known)
 
     def encode_explanations(self, texts: Sequence[str], strict: bool = True) -> DecoderBatch:
-        """Decoder prompts of explanations as one batch on the model's device. See :func:`nla.decoder.prompt_rows`."""
+        """Decoder prompts of explanations as one batch on its device. See :func:`nla.decoder.prompt_rows`."""
         batch = decoder.pad_batch(decoder.prompt_rows(self, texts, strict), self.pad_id)
-        return DecoderBatch(batch.input_ids.to(self.device), batch.attention_mask.to(self.device))
+        place = device_of(self.roles.model_of("decoder"))
+        return DecoderBatch(batch.input_ids.to(place), batch.attention_mask.to(place))
 
     def decode_ids(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """The decoder's output (n, d) float32 for prompts (n, t) padded on the right; differentiable, not rescaled.
@@ -332,9 +368,9 @@ class NLA:
             ArgumentError: called in another role.
             ShapeError: the mask is not that of right padding.
         """
-        if not self._roles or self._roles[-1] != "decoder":
+        if self.roles.playing != "decoder":
             raise ArgumentError(
-                f"decode_ids in the role {self._roles[-1] if self._roles else None}",
+                f"decode_ids in the role {self.roles.playing}",
                 "the role 'decoder'",
                 "write `with nla.role('decoder'):` around forward and backward, or call reconstruct for inference",
             )
@@ -357,29 +393,5 @@ class NLA:
         return score(vectors, predicted.cpu(), strata, documents, self.baselines, empty, n_boot, seed)
 
 
-def _lora(linears: list[str], rank: int, alpha: float | None, layers: list[int] | None) -> LoraConfig:
-    from peft import LoraConfig
-
-    return LoraConfig(
-        r=rank,
-        lora_alpha=rank if alpha is None else alpha,  # type: ignore[arg-type]
-        lora_dropout=0.0,
-        target_modules=linears,
-        layers_to_transform=layers,
-        bias="none",
-        task_type="CAUSAL_LM",
-    )
-
-
-def _adapters_disabled(model: Any) -> bool:
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    return next(module.disable_adapters for module in model.modules() if isinstance(module, BaseTunerLayer))
-
-
-def _switch(model: Any, adapter: str, disabled: bool) -> None:
-    if _adapters_disabled(model):
-        model.base_model.enable_adapter_layers()
-    model.set_adapter(adapter)
-    if disabled:
-        model.base_model.disable_adapter_layers()
+def _unwrapped(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model

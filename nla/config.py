@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import math
 import re
 import types
@@ -14,21 +12,27 @@ from pathlib import Path
 from typing import Any
 
 from nla.errors import ConfigError, TokenizerMismatchError
+from nla.fingerprint import digest, hash_parts
+from nla.fingerprint import tokenizer_hash as tokenizer_hash
 from nla.formats.native import CONFIG_FILE, read_json, write_json
 
 FORMAT_VERSION = 1
 DTYPES = ("float32", "bfloat16", "float16")
+MODES = ("replace", "add")
+QUANTIZATIONS = ("8bit", "4bit")
 
 _CHECKSUM = "checksum"
 _EXPLANATION_SLOT = "{explanation}"
+_LATER = {"layer", "quantization", "decoder", "encoder_weights", "decoder_weights"}
+"""Fields that files of this format may lack: they came later, and their defaults are what was always done."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class InjectionConfig:
-    """How an activation enters the encoder: it takes the place of the marker's input embedding."""
+    """How an activation enters the encoder at the marker: in its embedding's place, or added to a block's output."""
 
     marker: str
-    """The single token in the encoder prompt whose embedding is overwritten."""
+    """The single token in the encoder prompt where the activation enters."""
 
     marker_id: int
     """Token id of the marker."""
@@ -39,15 +43,23 @@ class InjectionConfig:
     right_id: int
     """Token id just after the marker in the rendered prompt."""
 
-    norm: float
-    """L2 norm that the activation is scaled to before it is injected."""
+    norm: float | None
+    """L2 norm that the activation is scaled to before it is injected; None for "add", where the stream gives it."""
 
     mode: str = "replace"
-    """Only "replace": the embedding row is overwritten."""
+    """With "replace" the embedding row is overwritten; with "add" the activation is added to a block's output, at the
+    length that the output has there: h + |h| v/|v|."""
+
+    layer: int | None = None
+    """For "add": the block whose output it is added to."""
 
     def __post_init__(self) -> None:
         _check_types(self)
-        _require(self.mode == "replace", "injection.mode", self.mode, 'the mode "replace"')
+        _require(self.mode in MODES, "injection.mode", self.mode, f"one of {', '.join(MODES)}")
+        adds = self.mode == "add"
+        _require((self.norm is None) == adds, "injection.norm", self.norm, "a norm to replace with, and none to add")
+        _require((self.layer is not None) == adds, "injection.layer", self.layer, "a block to add at, and none else")
+        _require(self.layer is None or self.layer >= 0, "injection.layer", self.layer, "a block's index, 0 or more")
         _require(bool(self.marker), "injection.marker", self.marker, "a token's text")
         for name in ("marker_id", "left_id", "right_id"):
             _require(getattr(self, name) >= 0, f"injection.{name}", getattr(self, name), "a token id, 0 or more")
@@ -55,7 +67,43 @@ class InjectionConfig:
         _require(
             self.marker_id not in neighbours, "injection.marker_id", self.marker_id, "another id than its neighbours"
         )
-        _require_positive("injection.norm", self.norm)
+        if self.norm is not None:
+            _require_positive("injection.norm", self.norm)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """What differs between decoders beside their weights and text."""
+
+    final_norm: bool = False
+    """The target's final norm stands between the cut and the head."""
+
+    head_bias: bool = True
+    """The head has a bias: it is affine, not only linear."""
+
+    special_tokens: bool = True
+    """The tokenizer adds its special tokens, such as BOS, to the decoder's text."""
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightsConfig:
+    """Where the full weights of an encoder or decoder lie that is no adapter."""
+
+    source: str
+    """A hub id, a folder relative to the pair's folder, or an absolute folder."""
+
+    revision: str | None = None
+    """Commit on the hub, if they come from there."""
+
+    sha256: str | None = None
+    """SHA-256 of a folder's config.json and weights; None for the hub."""
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        _require(bool(self.source), "source of weights", self.source, "a folder or hub id")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +129,9 @@ class NLAConfig:
     dtype: str
     """Type the target ran in, one of ``DTYPES``."""
 
+    quantization: str | None = None
+    """How the target's weights were quantised while the pair was trained: "8bit", "4bit" or not at all."""
+
     point: str
     """Where activations are read, such as "resid_post.3": the output of block 3."""
 
@@ -99,11 +150,21 @@ class NLAConfig:
     decoder_template: str = "Summary of the following text: <text>{explanation}</text> <summary>"
     """The decoder's text; ``{explanation}`` stands for the explanation, and the last token is read."""
 
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    """What else the decoder is made of."""
+
+    encoder_weights: WeightsConfig | None = None
+    """Of an encoder that is a whole model; None: an adapter on the target."""
+
+    decoder_weights: WeightsConfig | None = None
+    """Of a decoder that is a whole model; None: an adapter on the target."""
+
     max_new_tokens: int
     """Longest answer of the encoder, in tokens."""
 
     activation_norm: float
-    """Mean L2 norm of the raw training activations: the length given to reconstructions."""
+    """Mean L2 norm of the raw training activations: the length given to reconstructions. An imported pair has a
+    stand-in until :meth:`nla.NLA.fit_baselines`."""
 
     files: dict[str, str] = field(default_factory=dict)
     """SHA-256 of the adapters, head and baselines by their path in the pair's folder, as last saved."""
@@ -126,6 +187,12 @@ class NLAConfig:
         for name in ("target", "tokenizer_hash", "explanation_open", "explanation_close"):
             _require(bool(getattr(self, name)), name, getattr(self, name), "a text that is not empty")
         _require(self.dtype in DTYPES, "dtype", self.dtype, f"one of {', '.join(DTYPES)}")
+        known = self.quantization in (None, *QUANTIZATIONS)
+        _require(known, "quantization", self.quantization, f"none, or one of {', '.join(QUANTIZATIONS)}")
+        alike = (self.encoder_weights is None) == (self.decoder_weights is None)
+        _require(alike, "decoder_weights", self.decoder_weights, "two adapters, or two whole models")
+        kept = self.decoder.final_norm and self.separate
+        _require(not kept, "decoder.final_norm", True, "none in a decoder that is a whole model: it is cut without it")
         _require(
             re.fullmatch(r"[a-z_]+\.\d+", self.point) is not None, "point", self.point, 'a point such as "resid_post.3"'
         )
@@ -144,6 +211,11 @@ class NLAConfig:
     def layer(self) -> int:
         """Index of the block that the point belongs to."""
         return int(self.point.rsplit(".", 1)[1])
+
+    @property
+    def separate(self) -> bool:
+        """Encoder and decoder are whole models of their own, and no adapters on the target."""
+        return self.encoder_weights is not None
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dict of all fields and a checksum over them."""
@@ -167,7 +239,9 @@ class NLAConfig:
                 "dataclasses.replace(config, ...) and save the result",
             )
         fields = _known_fields(cls, content, source)
-        fields["injection"] = InjectionConfig(**_known_fields(InjectionConfig, fields["injection"], source))
+        for name, kind in _NESTED.items():
+            if fields.get(name) is not None:
+                fields[name] = kind(**_known_fields(kind, fields[name], source))
         return cls(**fields)
 
     def save(self, folder: str | Path) -> None:
@@ -190,8 +264,7 @@ class NLAConfig:
 
     def resolve_target(self, folder: str | Path) -> str:
         """What to load the target from, for a pair in ``folder``: an existing folder's path, or else the hub id."""
-        local = Path(folder) / self.target
-        return str(local.resolve()) if local.is_dir() else self.target
+        return resolve(self.target, folder)
 
     def check(self, tokenizer: Any, model: Any) -> None:
         """Refuse a tokenizer or target that the pair was not trained with.
@@ -204,14 +277,15 @@ class NLAConfig:
             TokenizerMismatchError: the tokenizer differs; the message names the parts that do.
             ConfigError: width, depth, vocabulary or revision of the target contradict the config.
         """
-        self._check_tokenizer(tokenizer)
-        self._check_model(model.config)
+        self.check_tokenizer(tokenizer)
+        self.check_model(model.config)
 
-    def _check_tokenizer(self, tokenizer: Any) -> None:
+    def check_tokenizer(self, tokenizer: Any) -> None:
+        """The half of :meth:`check` that needs no model."""
         found = tokenizer_hash(tokenizer)
         if found == self.tokenizer_hash:
             return
-        ours, theirs = _hash_parts(self.tokenizer_hash), _hash_parts(found)
+        ours, theirs = hash_parts(self.tokenizer_hash), hash_parts(found)
         parts = [part for part in theirs if ours.get(part) != theirs[part]] or ["format of the hash"]
         raise TokenizerMismatchError(
             got=f"a tokenizer that differs in its {', '.join(parts)}",
@@ -221,7 +295,8 @@ class NLAConfig:
             + " and do not add tokens or change its chat template",
         )
 
-    def _check_model(self, model_config: Any) -> None:
+    def check_model(self, model_config: Any) -> None:
+        """The half of :meth:`check` that needs a model's config alone."""
         text_config = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
         fix = f"load the target {self.target} that this pair was trained on"
         if text_config.hidden_size != self.d_model:
@@ -238,56 +313,32 @@ class NLAConfig:
             raise ConfigError(f"a target at revision {commit}", f"revision {self.target_revision}", fix)
 
 
-def tokenizer_hash(tokenizer: Any) -> str:
-    """A fingerprint of all that decides a tokenizer's ids: "vocabulary:… special-tokens:… chat-template:… pipeline:…".
-
-    Four hashes, so that a mismatch can say which part differs. Padding and truncation are left out: calls change them.
-
-    Args:
-        tokenizer: a transformers tokenizer; its pipeline (normaliser, pre-tokeniser, merges, post-processor) counts
-            where it has a tokenizers backend, its class name otherwise.
-    """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    pipeline: dict[str, Any] = {"class": type(tokenizer).__name__} if backend is None else json.loads(backend.to_str())
-    for state in ("padding", "truncation", "added_tokens"):
-        pipeline.pop(state, None)
-    model = pipeline.get("model")
-    if isinstance(model, dict):
-        model.pop("vocab", None)  # hashed with the added tokens, as the vocabulary
-    added = [
-        (index, token.content, token.lstrip, token.rstrip, token.single_word, token.normalized)
-        for index, token in sorted(tokenizer.added_tokens_decoder.items())
-    ]
-    parts = {
-        "vocabulary": sorted(tokenizer.get_vocab().items()),
-        "special-tokens": [sorted(tokenizer.special_tokens_map.items()), added],
-        "chat-template": tokenizer.chat_template,
-        "pipeline": pipeline,
-    }
-    return " ".join(f"{name}:{_digest(part)[:16]}" for name, part in parts.items())
+_NESTED = {
+    "injection": InjectionConfig,
+    "decoder": DecoderConfig,
+    "encoder_weights": WeightsConfig,
+    "decoder_weights": WeightsConfig,
+}
 
 
-def _hash_parts(fingerprint: str) -> dict[str, str]:
-    """The parts of a fingerprint by name."""
-    return dict(part.split(":", 1) for part in fingerprint.split() if ":" in part)
-
-
-def _digest(content: Any) -> str:
-    canonical = json.dumps(content, sort_keys=True, ensure_ascii=True, separators=(",", ":"), default=str)
-    return hashlib.sha256(canonical.encode()).hexdigest()
+def resolve(source: str, folder: str | Path) -> str:
+    """What a source in the config of the pair in ``folder`` means: an existing folder's path, or else the hub id."""
+    local = Path(folder) / source
+    return str(local.resolve()) if local.is_dir() else source
 
 
 def _content_checksum(content: dict[str, Any]) -> str:
-    return f"sha256:{_digest(content)}"
+    return f"sha256:{digest(content)}"
 
 
 def _known_fields(cls: Any, content: Any, source: str) -> dict[str, Any]:
-    """The fields of a dataclass in a dict, refusing unknown and missing ones."""
+    """The fields of a dataclass in a dict, refusing unknown and missing ones but those that came later."""
     names = {field.name for field in dataclasses.fields(cls)}
     found = set(content) if isinstance(content, dict) else set()
-    if found != names:
+    missing = names - found - _LATER
+    if missing or found - names:
         raise ConfigError(
-            got=f"{source} lacking {sorted(names - found)} and with unknown {sorted(found - names)}",
+            got=f"{source} lacking {sorted(missing)} and with unknown {sorted(found - names)}",
             expected=f"exactly the fields of {cls.__name__}",
             fix="install the version of nla that wrote this file, or make the pair again",
         )
@@ -298,9 +349,9 @@ def _check_types(config: Any) -> None:
     """Every field has its annotated type; an int passes for a float, a bool for neither."""
     for name, expected in typing.get_type_hints(type(config)).items():
         value = getattr(config, name)
-        union = typing.get_args(expected) if isinstance(expected, types.UnionType) else ()
-        allowed = (*(union or (typing.get_origin(expected) or expected,)), *((int,) if expected is float else ()))
-        good = isinstance(value, allowed) and not isinstance(value, bool)
+        kinds = typing.get_args(expected) if isinstance(expected, types.UnionType) else (expected,)
+        allowed = (*(typing.get_origin(kind) or kind for kind in kinds), *((int,) if float in kinds else ()))
+        good = isinstance(value, allowed) and (bool in kinds or not isinstance(value, bool))
         _require(good, name, value, f"a {getattr(expected, '__name__', expected)}")
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from nla.activations import inference, pad_right
-from nla.errors import EmptyTextError, ShapeError
+from nla.errors import ArgumentError, EmptyTextError, ShapeError
+from nla.metrics import unit
 from nla.points import context_length
 from nla.tokens import check_texts, encode_batch, length_batches
 
@@ -22,13 +23,14 @@ MAX_TOKENS_PER_BATCH = 16384
 class Head(nn.Module):
     """The affine map d → d on the last token's stream: float32, the identity before training.
 
-    In bfloat16 an identity cannot absorb small updates, so it stays in float32 under autocast too.
+    In bfloat16 an identity cannot absorb small updates, so it stays in float32 under autocast too. Without a bias it is
+    linear, as imported heads are.
     """
 
-    def __init__(self, d_model: int) -> None:
+    def __init__(self, d_model: int, bias: bool = True) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.eye(d_model, dtype=torch.float32))
-        self.bias = nn.Parameter(torch.zeros(d_model, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.zeros(d_model, dtype=torch.float32)) if bias else None
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(n, d) of any float type to (n, d) float32."""
@@ -68,9 +70,11 @@ def prompt_rows(nla: NLA, texts: Sequence[str], strict: bool = True) -> list[lis
                 "leave it out; what the decoder makes of no text is the rock `empty` of nla.score(...)",
             )
     prompts = [nla.config.decoder_template.replace("{explanation}", text) for text in (*texts, "")]
-    limit = context_length(nla.model)
+    limit, special = context_length(nla.roles.model_of("decoder")), nla.config.decoder.special_tokens
     encoded = encode_batch(nla.tokenizer, prompts, limit if strict else None, allow_unknown=not strict)
-    *rows, empty = [entry.ids for entry in encoded]
+    *rows, empty = [
+        entry.ids if special else [span.token_id for span in entry.spans if not span.added] for entry in encoded
+    ]
     return [row if len(row) <= limit else empty for row in rows]
 
 
@@ -116,10 +120,28 @@ def decode(
     rows = prompt_rows(nla, unique, strict)
     out = torch.empty(len(unique), nla.config.d_model)
     with nla.role("decoder"), inference(nla.model):
+        place = nla.device
         for batch in length_batches([len(row) for row in rows], max_tokens_per_batch):
             padded = pad_batch([rows[index] for index in batch], nla.pad_id)
-            found = nla.decode_ids(padded.input_ids.to(nla.device), padded.attention_mask.to(nla.device))
+            found = nla.decode_ids(padded.input_ids.to(place), padded.attention_mask.to(place))
             out[torch.tensor(batch)] = found.cpu()
     out = nn.functional.normalize(out, dim=1) * nla.config.activation_norm
     place = {text: index for index, text in enumerate(unique)}
     return out[torch.tensor([place[text] for text in texts], dtype=torch.int64)]
+
+
+def decode_groups(nla: NLA, lists: Sequence[Any], per_sample: bool, strict: bool) -> Tensor:
+    """What ``NLA.reconstruct`` promises, from one text or a list of samples for each activation."""
+    groups = [[entry] if isinstance(entry, str) or not isinstance(entry, Sequence) else list(entry) for entry in lists]
+    if not all(groups):
+        raise ArgumentError("an activation without a sample", "one text or more for each", "leave it out")
+    each = unit(decode(nla, [text for group in groups for text in group], strict))
+    sizes = torch.tensor([len(group) for group in groups], dtype=torch.int64)
+    if per_sample:
+        if len(sizes.unique()) > 1:
+            raise ShapeError("unequal numbers of samples", "one number", "use per_sample=False")
+        n_samples = int(sizes[0]) if groups else 0
+        return (each * nla.config.activation_norm).reshape(len(groups), n_samples, nla.config.d_model)
+    owner = torch.repeat_interleave(torch.arange(len(groups)), sizes)
+    total = torch.zeros(len(groups), nla.config.d_model).index_add_(0, owner, each)
+    return nn.functional.normalize(total, dim=1) * nla.config.activation_norm

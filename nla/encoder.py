@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from nla.activations import inference
+from nla.activations import device_of, inference
 from nla.confidence import Trust
 from nla.config import NLAConfig
 from nla.errors import ArgumentError, ContextLengthError, visible
@@ -57,7 +57,7 @@ class Rollouts(NamedTuple):
 
 def end_ids(nla: NLA) -> list[int]:
     """Token ids that end an answer: the tokenizer's end of text and those that the target names."""
-    return ends_of(nla.model.get_base_model(), nla.tokenizer)
+    return ends_of(nla.base_of("encoder"), nla.tokenizer)
 
 
 def ends_of(base: Any, tokenizer: Any) -> list[int]:
@@ -101,7 +101,8 @@ def generate(
     for name, value in (("samples", samples), ("max_new_tokens", length), ("batch_size", batch_size)):
         if value < 1:
             raise ArgumentError(f"{name}={value}", "1 or more", f"give {name} a positive number")
-    context, prompt = context_length(nla.model), nla.prompt_ids.shape[1]
+    model = nla.base_of("encoder")
+    context, prompt = context_length(model), nla.prompt_ids.shape[1]
     if prompt + length > context:
         raise ContextLengthError(
             f"max_new_tokens={length} after a prompt of {prompt} tokens",
@@ -113,9 +114,10 @@ def generate(
     rows = rescale(nla.check_width(vectors), nla.config.injection.norm).repeat_interleave(samples, dim=0)
     settings = plain_settings(end_ids(nla), nla.pad_id, length, None if greedy else temperature)
     chunks: list[Tensor] = []
-    with _seeded(seed, nla.device), nla.role("encoder"), inference(nla.model):
+    place = device_of(model)
+    with _seeded(seed, place), nla.role("encoder"), inference(model):
         for chunk in rows.split(batch_size) if len(rows) else ():
-            chunks.append(_answers(nla, chunk.to(nla.device), settings))
+            chunks.append(_answers(nla, model, chunk.to(place), settings))
     return _rollouts(nla, chunks)
 
 
@@ -135,13 +137,12 @@ def plain_settings(ends: list[int], pad: int, max_new_tokens: int, temperature: 
     )
 
 
-def _answers(nla: NLA, vectors: Tensor, settings: GenerationConfig) -> Tensor:
+def _answers(nla: NLA, model: Any, vectors: Tensor, settings: GenerationConfig) -> Tensor:
     """Token ids (b, t) of one batch's answers, without the prompt."""
-    prompt = nla.prompt_ids.to(nla.device).expand(len(vectors), -1)
-    where = torch.full((len(vectors),), nla.marker_position, device=nla.device)
-    base: Any = nla.model.get_base_model()
-    with inject(base, vectors, where):
-        out = base.generate(
+    prompt = nla.prompt_ids.to(vectors.device).expand(len(vectors), -1)
+    where = torch.full((len(vectors),), nla.marker_position, device=vectors.device)
+    with inject(model, vectors, where, nla.config.injection.layer):
+        out = model.generate(
             input_ids=prompt,
             attention_mask=torch.ones_like(prompt),
             generation_config=settings,
@@ -152,7 +153,7 @@ def _answers(nla: NLA, vectors: Tensor, settings: GenerationConfig) -> Tensor:
 
 def _rollouts(nla: NLA, chunks: list[Tensor]) -> Rollouts:
     width = max((chunk.shape[1] for chunk in chunks), default=0)
-    pad, ends = nla.pad_id, torch.tensor(end_ids(nla), device=nla.device)
+    pad, ends = nla.pad_id, torch.tensor(end_ids(nla))
     padded = [torch.nn.functional.pad(chunk, (0, width - chunk.shape[1]), value=pad) for chunk in chunks]
     ids = torch.cat(padded) if padded else torch.empty(0, 0, dtype=torch.int64)
     ended = torch.isin(ids, ends.to(ids.device))

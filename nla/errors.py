@@ -112,6 +112,46 @@ class JudgeError(NLAError):
     """A judge cannot be reached, or does not answer as it should."""
 
 
+class DescriberError(NLAError):
+    """A describer is unknown, has no key, cannot be reached, refuses, or fails on too many texts."""
+
+
+class BudgetError(DescriberError):
+    """What is left of a budget does not cover the next request."""
+
+
+class TargetError(NLAError, OSError):
+    """There is no such target, it cannot be reached, or it has no weights that are safe to read."""
+
+
+class AccessError(TargetError):
+    """A gated or private repository, and no token that opens it."""
+
+
+class CorpusError(NLAError, ValueError):
+    """A corpus is not there, cannot be read, or has not the column that is asked for."""
+
+
+class StoreError(NLAError):
+    """A store of activations is unfinished, damaged, of other settings, or its splits share a document."""
+
+
+class SeparateModelsError(ArgumentError):
+    """What needs adapters on a shared base is asked of a pair whose encoder and decoder are whole models."""
+
+
+class SidecarError(ConfigError):
+    """Another project's description of its weights is missing, lacks a key, or describes other weights."""
+
+
+class ExportError(NLAError, ValueError):
+    """A format has no place for something that a pair consists of."""
+
+
+class HubError(ConfigError):
+    """The hub lacks a repository, does not open it, or cannot be reached."""
+
+
 class MissingExtraError(NLAError, ImportError):
     """Something optional is asked for that is not installed."""
 

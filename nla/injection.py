@@ -1,4 +1,4 @@
-"""Injection: an activation takes the place of the marker's input embedding."""
+"""Injection: an activation takes the place of the marker's input embedding, or is added to a block's output there."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from nla.config import InjectionConfig
 from nla.errors import MarkerError, NonFiniteError, ShapeError
+from nla.points import Point, block
 
 
 def locate_marker(
@@ -55,8 +56,8 @@ def locate_marker(
     return where
 
 
-def rescale(vectors: Tensor, norm: float) -> Tensor:
-    """Vectors (n, d) scaled TO the L2 norm ``norm`` (not multiplied by it), float32.
+def rescale(vectors: Tensor, norm: float | None) -> Tensor:
+    """Vectors (n, d) scaled TO the L2 norm ``norm`` (not multiplied by it), float32; None: to 1, for "add".
 
     Raises:
         ShapeError: not two-dimensional.
@@ -69,7 +70,7 @@ def rescale(vectors: Tensor, norm: float) -> Tensor:
     if (lengths == 0).any():
         row = int((lengths[:, 0] == 0).nonzero()[0])
         raise NonFiniteError(f"a vector of zeros in row {row}", "a direction", "drop this row; it has nothing to read")
-    return vectors.float() / lengths * norm
+    return vectors.float() / lengths * (1.0 if norm is None else norm)
 
 
 def check_finite(vectors: Tensor) -> None:
@@ -89,19 +90,23 @@ def check_finite(vectors: Tensor) -> None:
 
 
 @contextlib.contextmanager
-def inject(model: Any, vectors: Tensor, positions: Tensor) -> Iterator[None]:
-    """While active, input embedding ``positions[i]`` of batch row i is ``vectors[i]``, in every forward pass.
+def inject(model: Any, vectors: Tensor, positions: Tensor, layer: int | None = None) -> Iterator[None]:
+    """While active, ``vectors[i]`` enters batch row i at ``positions[i]``, in every forward pass.
 
-    One hook on the input embeddings serves generation, log-probabilities and fine-tuning alike. Single-token passes
-    are left alone: that is cached decoding, whose prompt has been seen.
+    One hook serves generation, log-probabilities and fine-tuning alike. Single-token passes are left alone: that is
+    cached decoding, whose prompt has been seen.
 
     Args:
         model: a causal LM, with or without adapters.
         vectors: (b, d), already at the injection norm (:func:`rescale`); gradients flow into them if they ask for it.
         positions: (b,) columns, from :func:`locate_marker`.
+        layer: None: the vector takes the place of the input embedding (the embedding module's output, so a model that
+            scales its embeddings does not scale the vector). A block's index: to the block's output h the vector is
+            added at h's length, h + |h| v/|v|. It stands in ``config.injection.layer``.
 
     Raises:
         ShapeError: at entry if lengths differ; in a forward pass if the batch has another size or width.
+        PointError: the model has no such block.
     """
     if vectors.ndim != 2 or len(vectors) != len(positions):
         raise ShapeError(
@@ -110,21 +115,26 @@ def inject(model: Any, vectors: Tensor, positions: Tensor) -> Iterator[None]:
             "give one vector and one position for each batch row",
         )
 
-    def overwrite(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        if output.shape[1] == 1:
+    def enter(module: nn.Module, args: tuple, output: Any) -> Any:
+        stream = output[0] if isinstance(output, tuple) else output
+        if stream.shape[1] == 1:
             return output
-        if output.shape[0] != len(vectors) or output.shape[2] != vectors.shape[1]:
+        if stream.shape[0] != len(vectors) or stream.shape[2] != vectors.shape[1]:
             raise ShapeError(
-                f"embeddings {tuple(output.shape)} with {tuple(vectors.shape)} vectors to inject",
+                f"a batch of {tuple(stream.shape)} with {tuple(vectors.shape)} vectors to inject",
                 "one vector for each batch row, of the model's width",
                 "rows are chunked or repeated somewhere: repeat or slice the vectors with them",
             )
-        out = output.clone()
-        rows = torch.arange(len(vectors), device=output.device)
-        out[rows, positions.to(output.device)] = vectors.to(output.device, output.dtype)
-        return out
+        out, rows, columns = stream.clone(), torch.arange(len(vectors)), positions.to(stream.device)
+        entering = vectors.to(stream.device)
+        if layer is not None:
+            there = stream[rows, columns].float()
+            entering = there + there.norm(dim=1, keepdim=True) * nn.functional.normalize(entering.float(), dim=1)
+        out[rows, columns] = entering.to(stream.dtype)
+        return (out, *output[1:]) if isinstance(output, tuple) else out
 
-    handle = model.get_input_embeddings().register_forward_hook(overwrite)
+    place = model.get_input_embeddings() if layer is None else block(model, Point("resid_post", layer))
+    handle = place.register_forward_hook(enter)
     try:
         yield
     finally:

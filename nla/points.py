@@ -1,4 +1,8 @@
-"""Points: "resid_post.3" names the residual stream after block 3. The only file that knows architectures."""
+"""Points: "resid_post.3" names the residual stream after block 3. The only file that knows architectures.
+
+To add one: a line in ``ARCHITECTURES`` and one in ``MODELS`` of tests/conftest.py; then ``pytest tests -k <its type>``
+holds reading, loading, injection, sampling and training on it against transformers itself.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,40 @@ from torch import nn
 
 from nla.errors import ArchitectureError, PointError
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3")
+
+class Layout(NamedTuple):
+    """Where an architecture keeps its parts."""
+
+    blocks: str = "layers"
+    """The list of blocks, an attribute of the backbone."""
+
+    norm: str = "norm"
+    """The final norm, an attribute of the backbone."""
+
+    text: str = ""
+    """In a multimodal wrapper, the text backbone: an attribute of the wrapper's own backbone."""
+
+
+ARCHITECTURES = {
+    "gemma2": Layout(),
+    "gemma3": Layout(text="language_model"),
+    "gemma3_text": Layout(),
+    "gpt2": Layout(blocks="h", norm="ln_f"),
+    "gpt_neox": Layout(norm="final_layer_norm"),
+    "gpt_oss": Layout(),
+    "llama": Layout(),
+    "mistral": Layout(),
+    "mixtral": Layout(),
+    "olmo": Layout(),
+    "olmo2": Layout(),
+    "olmo3": Layout(),
+    "phi3": Layout(),
+    "qwen2": Layout(),
+    "qwen3": Layout(),
+    "qwen3_moe": Layout(),
+}
+"""By ``model_type`` of transformers; Qwen2.5 is "qwen2", Llama 3 is "llama"."""
+
 KINDS = ("resid_post",)
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
@@ -48,25 +85,57 @@ class Point(NamedTuple):
             )
         return cls(match[1], int(match[2]))
 
+    def within(self, n_blocks: int) -> Point:
+        """This point, if a model of so many blocks has it.
+
+        Raises:
+            PointError: it has not.
+        """
+        if self.layer >= n_blocks:
+            raise PointError(
+                f"{self} in a model of {n_blocks} blocks",
+                f"resid_post.0 to resid_post.{n_blocks - 1}",
+                "choose one of these points",
+            )
+        return self
+
     def __str__(self) -> str:
         return f"{self.kind}.{self.layer}"
+
+
+def layout(model_type: str) -> Layout:
+    """Where a type of model keeps its parts.
+
+    Raises:
+        ArchitectureError: a type whose blocks are not known.
+    """
+    if model_type not in ARCHITECTURES:
+        raise ArchitectureError(
+            f"a model of type {model_type!r}",
+            f"a causal LM of type {', '.join(ARCHITECTURES)}",
+            "use a target of one of these types; or, if it is a stack of blocks that each return the residual stream, "
+            "add it to ARCHITECTURES in nla/points.py and to MODELS in tests/conftest.py, and run "
+            f"`pytest tests -k {model_type}`: if that passes, the type works",
+        )
+    return ARCHITECTURES[model_type]
 
 
 def backbone(model: nn.Module) -> Any:
     """The decoder stack (embeddings, blocks, final norm) of a causal LM, with or without PEFT adapters around it.
 
+    Of a multimodal wrapper, the text side.
+
     Raises:
         ArchitectureError: an architecture whose blocks are not known.
     """
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    kind = getattr(getattr(base, "config", None), "model_type", type(base).__name__)
-    if kind not in ARCHITECTURES:
-        raise ArchitectureError(
-            f"a model of type {kind!r}",
-            f"a causal LM of type {', '.join(ARCHITECTURES)}",
-            "use a target of one of these types, or teach nla/points.py this one and test it against hidden_states",
-        )
-    return base.model if hasattr(base, "lm_head") else base
+    parts = layout(getattr(getattr(base, "config", None), "model_type", type(base).__name__))
+    stack = base.base_model  # of transformers: the model without its head; a model that has none is its own
+    return getattr(stack, parts.text) if parts.text else stack
+
+
+def _layout(stack: Any) -> Layout:
+    return layout(stack.config.model_type)
 
 
 def blocks(model: nn.Module) -> nn.ModuleList:
@@ -75,7 +144,8 @@ def blocks(model: nn.Module) -> nn.ModuleList:
     Raises:
         ArchitectureError: an architecture whose blocks are not known.
     """
-    return backbone(model).layers
+    stack = backbone(model)
+    return getattr(stack, _layout(stack).blocks)
 
 
 def block(model: nn.Module, point: str | Point) -> nn.Module:
@@ -85,14 +155,14 @@ def block(model: nn.Module, point: str | Point) -> nn.Module:
         PointError: the model has no such block.
         ArchitectureError: an architecture whose blocks are not known.
     """
-    parsed, layers = Point.parse(point), blocks(model)
-    if parsed.layer >= len(layers):
-        raise PointError(
-            f"{parsed} in a model of {len(layers)} blocks",
-            f"resid_post.0 to resid_post.{len(layers) - 1}",
-            "choose one of these points",
-        )
-    return layers[parsed.layer]
+    layers = blocks(model)
+    return layers[Point.parse(point).within(len(layers)).layer]
+
+
+def final_norm(model: nn.Module) -> nn.Module:
+    """The norm between the last block and the head."""
+    stack = backbone(model)
+    return getattr(stack, _layout(stack).norm)
 
 
 def d_model(model: nn.Module) -> int:
@@ -106,9 +176,30 @@ def context_length(model: nn.Module) -> int:
 
 
 def linear_names(model: nn.Module) -> list[str]:
-    """Names of the linear layers of a block (attention and MLP) without adapters, for LoRA's ``target_modules``."""
-    first = blocks(model)[0]
-    return sorted({name.rsplit(".", 1)[-1] for name, module in first.named_modules() if isinstance(module, nn.Linear)})
+    """The linear layers of the blocks (attention and MLP) of a model without adapters, for LoRA's ``target_modules``.
+
+    Experts that transformers keeps fused in one parameter are no layers: of them LoRA reaches the attention alone. In a
+    multimodal wrapper the vision side has layers of the same names, so there the names are whole paths.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    layers, stack = blocks(model), backbone(model)
+    names = {name for name, module in layers[0].named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    whole: Any = model
+    if whole.base_model is stack:
+        return sorted({name.rsplit(".", 1)[-1] for name in names})
+    where = next(name for name, module in model.named_modules() if module is layers)
+    return sorted(f"{where}.{number}.{name}" for number in range(len(layers)) for name in names)
+
+
+def cut_config(config: Any, n_blocks: int) -> Any:
+    """A copy of a backbone's config for its first blocks alone, with every list that has an entry a block cut too."""
+    cut, n_all = copy.deepcopy(config), config.num_hidden_layers
+    cut.num_hidden_layers = n_blocks
+    for name, value in vars(config).items():
+        if isinstance(value, list) and len(value) == n_all and name in ("layer_types", "mlp_layer_types"):
+            setattr(cut, name, value[:n_blocks])
+    return cut
 
 
 def truncated_view(model: nn.Module, point: str | Point) -> Any:
@@ -121,17 +212,16 @@ def truncated_view(model: nn.Module, point: str | Point) -> Any:
         PointError: the model has no such block.
         ArchitectureError: an architecture whose blocks are not known.
     """
-    block(model, point)
-    layer, full = Point.parse(point).layer, backbone(model)
+    full, layers = backbone(model), blocks(model)
+    n_blocks, parts = Point.parse(point).within(len(layers)).layer + 1, _layout(full)
     view = copy.copy(full)
     # A shallow copy shares the dict of submodules and hooks: writing to it would cut the target itself.
     view.__dict__["_modules"] = dict(full._modules)
     for name in _HOOKS:
         view.__dict__[name] = OrderedDict()
-    view.layers = nn.ModuleList(list(full.layers)[: layer + 1])
-    view.norm = nn.Identity()
-    view.config = copy.deepcopy(full.config)
-    view.config.num_hidden_layers = layer + 1
+    setattr(view, parts.blocks, nn.ModuleList(list(layers)[:n_blocks]))
+    setattr(view, parts.norm, nn.Identity())
+    view.config = cut_config(full.config, n_blocks)
     # transformers installs its hidden-state recorders on blocks once per model; through the view they would be doubled.
     view._output_capturing_hooks_installed = True
     return view

@@ -148,6 +148,19 @@ def score(
     )
 
 
+def fit_baselines(vectors: Tensor, strata: Sequence[str]) -> dict[str, Baseline]:
+    """Baselines of activations (n, d): "global", and of each stratum that is known.
+
+    Raises:
+        BaselineError: fewer than two vectors, in all or in a stratum, or no variance.
+    """
+    baselines = {GLOBAL: Baseline.fit(vectors)}
+    for name in dict.fromkeys(strata):
+        if name != UNKNOWN_STRATUM:
+            baselines[name] = Baseline.fit(vectors[torch.tensor([stratum == name for stratum in strata])])
+    return baselines
+
+
 def _shuffled_within(target: Tensor, predicted: Tensor, strata: Sequence[str], seed: int) -> Tensor:
     """Errors (n,) of reconstructions exchanged within strata; NaN in a stratum of one row."""
     sizes = {name: list(strata).count(name) for name in dict.fromkeys(strata)}
@@ -164,7 +177,7 @@ def _baseline(baselines: Mapping[str, Baseline], name: str) -> Baseline:
         raise BaselineError(
             f"no baseline for {name!r}",
             f"one of {', '.join(sorted(baselines)) or 'none: the pair has no baselines'}",
-            "read with strata that the pair was trained on, or pass baselines fitted to training activations to "
-            "NLA.create(...)",
+            "read with strata that the pair was trained on; or fit baselines to activations like those of training, "
+            "and not to the scored ones: nla.fit_baselines(acts)",
         )
     return baselines[name]

@@ -13,6 +13,7 @@ from nla.errors import (
     ContextLengthError,
     EmptyTextError,
     PositionError,
+    TemplateError,
     VocabularyError,
 )
 
@@ -38,6 +39,9 @@ class Encoded(NamedTuple):
     ids: list[int]
     spans: list[Span]
 
+
+PROMPT_DATE = "26 Jul 2024"
+"""The day of every encoder prompt, where a chat template asks for today's."""
 
 Positions = str | Sequence[int] | Callable[[int, list[Span]], Sequence[int]]
 """Which tokens: "all", "last", token indexes, a pattern such as "/\\n/", or a function of document index and spans."""
@@ -203,18 +207,42 @@ def _named_positions(spans: list[Span], positions: str, document: int) -> list[i
 def render_prompt(tokenizer: Any, content: str) -> list[int]:
     """Token ids of a one-message chat prompt, up to where the assistant's answer begins.
 
-    Rendered to text and encoded without special tokens: the template writes its own, so BOS stands exactly once.
+    Rendered to text and encoded without special tokens: the template writes its own, so BOS stands exactly once. Some
+    templates ask for today's date; here it is always ``PROMPT_DATE``, so that a pair's prompt is the same every day.
 
     Raises:
         ConfigError: the tokenizer has no chat template.
+        TemplateError: the template refuses the message, or edits it.
     """
     if not tokenizer.chat_template:
         raise ConfigError(
             "a tokenizer without a chat template", "one that has it", "use an instruction-tuned target's tokenizer"
         )
     messages = [{"role": "user", "content": content}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    try:
+        text = tokenizer.apply_chat_template(
+            messages, chat_template=_undated(tokenizer.chat_template), tokenize=False, add_generation_prompt=True
+        )
+    except Exception as error:  # a template is a program: it may raise anything
+        raise TemplateError(
+            f"a chat template that refuses a single user message ({str(error)[:200]})",
+            "one that renders it",
+            "use the tokenizer of a target that was tuned for chats",
+        ) from error
+    if text.count(content) != 1:
+        raise TemplateError(
+            f"a chat template that writes {content[:40]!r}… {text.count(content)} times as it stands",
+            "once, to the letter",
+            "write the prompt as the template gives it: most take white space off its ends",
+        )
     return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _undated(template: Any) -> Any:
+    """A chat template in which every call for today's date gives ``PROMPT_DATE``."""
+    if not isinstance(template, str) or "strftime_now" not in template:
+        return template
+    return "{%- macro strftime_now(format) -%}" + PROMPT_DATE + "{%- endmacro -%}" + template
 
 
 def length_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+import transformers
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import PreTrainedTokenizerFast
 
 from nla.autoencoder import NLA
 from nla.config import InjectionConfig, NLAConfig, tokenizer_hash
@@ -35,12 +30,37 @@ TEXTS = [
     "it is here.\n",
     "so the dog is under a tree.\nthe cat is on a mat.\n",
 ]
-ARCHITECTURES = {
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-    "llama": (LlamaConfig, LlamaForCausalLM),
-}
+ARCHITECTURES = ("qwen2", "qwen3", "llama")
+"""What most tests run on."""
 D_MODEL, N_BLOCKS, CONTEXT = 32, 4, 64
+_HEADS: dict[str, Any] = {"head_dim": 8}
+_WINDOW: dict[str, Any] = {"sliding_window": 5}
+_TYPES: dict[str, Any] = {**_WINDOW, "layer_types": ["sliding_attention", "full_attention"] * 2}
+_GPT2: dict[str, Any] = {"n_inner": 48, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "qwen2": ("Qwen2", "model.norm", {}),
+    "qwen3": ("Qwen3", "model.norm", _HEADS),
+    "llama": ("Llama", "model.norm", {}),
+    "mistral": ("Mistral", "model.norm", _HEADS | _WINDOW),
+    "gemma2": ("Gemma2", "model.norm", _HEADS | _TYPES | {"query_pre_attn_scalar": 8}),
+    "gemma3_text": ("Gemma3", "model.norm", _HEADS | _TYPES | {"query_pre_attn_scalar": 8}),
+    "gemma3": ("Gemma3", "model.language_model.norm", _HEADS | _TYPES | {"query_pre_attn_scalar": 8}),
+    "phi3": ("Phi3", "model.norm", _WINDOW),
+    "olmo": ("Olmo", "model.norm", {}),
+    "olmo2": ("Olmo2", "model.norm", {}),
+    "olmo3": ("Olmo3", "model.norm", _TYPES),
+    "gpt2": ("GPT2", "transformer.ln_f", _GPT2),
+    "gpt_neox": ("GPTNeoX", "gpt_neox.final_layer_norm", {}),
+    "qwen3_moe": ("Qwen3Moe", "model.norm", _HEADS | {"num_experts": 4, "moe_intermediate_size": 16}),
+    "mixtral": ("Mixtral", "model.norm", _HEADS | {"num_local_experts": 4}),
+    "gpt_oss": ("GptOss", "model.norm", _HEADS | _TYPES | {"num_local_experts": 4}),
+}
+"""Every architecture: transformers' name of it, where its final norm is, and what its config needs beside the usual."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--reference FOLDER``: clones of other projects, to run their code beside ours."""
+    parser.addoption("--reference", default=None)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -69,28 +89,46 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 def make_model(architecture: str = "qwen2", seed: int = 0, vocab_size: int = 54, n_blocks: int = N_BLOCKS):
     """A random model whose activations have varied directions and whose final norm is not the identity."""
-    config_class, model_class = ARCHITECTURES[architecture]
-    heads = {"head_dim": 8} if architecture == "qwen3" else {}
-    config = config_class(
-        vocab_size=vocab_size,
-        hidden_size=D_MODEL,
-        intermediate_size=48,
-        num_hidden_layers=n_blocks,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=CONTEXT,
-        tie_word_embeddings=False,
-        initializer_range=0.25,
-        pad_token_id=0,
-        bos_token_id=None,
-        eos_token_id=2,
-        **heads,
-    )
+    name, norm, extra = MODELS[architecture]
+    sizes: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "hidden_size": D_MODEL,
+        "intermediate_size": 48,
+        "num_hidden_layers": n_blocks,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_experts_per_tok": 2,
+        "max_position_embeddings": CONTEXT,
+        "tie_word_embeddings": False,
+        "initializer_range": 0.25,
+        "pad_token_id": 0,
+        "bos_token_id": None,
+        "eos_token_id": 2,
+        **extra,
+    }
+    known = {"num_key_value_heads": name not in ("GPTNeoX", "GPT2"), "num_experts_per_tok": "num" in "".join(extra)}
+    sizes = {key: value for key, value in sizes.items() if known.get(key, True)}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = model_class(config).eval()
-        torch.nn.init.uniform_(model.model.norm.weight, 0.5, 2.0)
-    return model
+        model = _multimodal(sizes) if architecture == "gemma3" else _causal(name, sizes)
+        weight = getattr(model.get_submodule(norm), "weight", None)
+        if weight is not None:  # Olmo's norm has none
+            torch.nn.init.uniform_(weight, 0.5, 2.0)
+    return model.eval()
+
+
+def _causal(name: str, sizes: dict[str, Any]):
+    kind = getattr(transformers, f"{name}LMHeadModel" if name == "GPT2" else f"{name}ForCausalLM")
+    config = getattr(transformers, f"{name}TextConfig" if name == "Gemma3" else f"{name}Config")
+    return kind(config(**sizes))
+
+
+def _multimodal(sizes: dict[str, Any]):
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 16, "patch_size": 8}
+    ids = {"image_token_index": 60, "boi_token_index": 61, "eoi_token_index": 62, "mm_tokens_per_image": 4}
+    config = transformers.Gemma3Config(text_config=sizes, vision_config=vision, tie_word_embeddings=False, **ids)
+    return transformers.Gemma3ForConditionalGeneration(config)
 
 
 def make_config(tokenizer, model, point: str = "resid_post.1", **changes) -> NLAConfig:
@@ -101,7 +139,7 @@ def make_config(tokenizer, model, point: str = "resid_post.1", **changes) -> NLA
     fields = {
         "target": "a/target",
         "tokenizer_hash": tokenizer_hash(tokenizer),
-        "d_model": model.config.hidden_size,
+        "d_model": D_MODEL,
         "dtype": "float32",
         "point": point,
         "injection": InjectionConfig(
@@ -136,8 +174,14 @@ def make_pair(architecture: str = "qwen2", seed: int = 0, scale: float = 0.05, *
     return pair
 
 
-@pytest.fixture(params=list(ARCHITECTURES))
+@pytest.fixture(params=ARCHITECTURES)
 def model(request: pytest.FixtureRequest):
+    """A tiny random model of the architectures that most tests run on."""
+    return make_model(request.param)
+
+
+@pytest.fixture(params=MODELS)
+def any_model(request: pytest.FixtureRequest):
     """A tiny random model of each architecture."""
     return make_model(request.param)
 

@@ -8,11 +8,11 @@ for row in found.findings: ...
 
 from nla.audit.judge import Judge
 from nla.audit.messages import Message, Transcript
-from nla.audit.plant import planted
 from nla.audit.rubric import Rubric
 from nla.audit.rubric import load as load_rubrics
 from nla.audit.run import Audit, audit
 from nla.audit.transcripts import load as load_transcripts
+from nla.plant import planted
 
 __all__ = [
     "Audit",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -132,8 +132,24 @@ def _apply(tokenizer: Any, messages: Sequence[Message], transcript: Transcript) 
         raise TemplateError(
             f"{transcript.source or transcript.id}: the chat template refuses it ({str(error)[:200]})",
             "roles, and an order of them, that the target's template knows",
-            "change the roles (some templates know neither system nor tool), or use another target",
+            _remedy(messages),
         ) from error
+
+
+def _remedy(messages: Sequence[Message]) -> str:
+    """What can be done about a refusal, by what templates commonly refuse."""
+    roles = [message.role for message in messages]
+    unusual = list(dict.fromkeys(role for role in roles if role not in ("user", "assistant")))
+    if unusual:
+        return (
+            f"some templates (Gemma's) know no {' or '.join(unusual)}: put that text at the start of the user message "
+            "that follows, or use another target"
+        )
+    if any(first == second for first, second in pairwise(roles)):
+        return "templates commonly want user and assistant in turn: join neighbouring messages of one role"
+    if roles[0] != "user":
+        return "templates commonly want a user first: begin the transcript with the user's message"
+    return "change the roles or their order to what the template knows, or use another target"
 
 
 def _mark(number: int) -> str:

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nla.audit.chat import Chat, render
 from nla.audit.messages import Transcript
-from nla.audit.plant import adapter_hash
 from nla.audit.positions import BUDGET, Position, select
 from nla.audit.stream import CHUNK, check_length, read_chat
 from nla.confidence import LEVELS, Trust
 from nla.errors import ArgumentError, ParseError
+from nla.plant import adapter_hash
 
 if TYPE_CHECKING:
     from nla.autoencoder import NLA

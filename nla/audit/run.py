@@ -13,12 +13,12 @@ from nla.audit.findings import Evidence, Matcher, RubricResult, Tested, Transcri
 from nla.audit.findings import Row as Row
 from nla.audit.judge import Judge
 from nla.audit.messages import Transcript
-from nla.audit.plant import adapter_folder, planted
 from nla.audit.positions import BUDGET
 from nla.audit.reading import Progress, Reading, Settings, prepare, read_transcript, silent
 from nla.audit.rubric import Rubric, load
 from nla.audit.store import Store
 from nla.errors import ArgumentError, NLAError, TranscriptError
+from nla.plant import adapter_folder, planted
 
 if TYPE_CHECKING:
     from nla.audit.report import AuditReport

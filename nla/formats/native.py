@@ -5,6 +5,7 @@ A pair is one folder::
     nla_config.json         the contract (``nla.config.NLAConfig``)
     encoder/                PEFT adapter: adapter_model.safetensors, adapter_config.json
     decoder/                PEFT adapter, and head.safetensors
+                            (of a pair of separate models the head alone: the config says where their weights lie)
     baselines.safetensors   mean, variance and count of the training activations, global and by stratum
     metrics.json            what was measured, on what data, by which command
     README.md               the model card
@@ -50,8 +51,11 @@ MANIFEST = (
 )
 """Files of a pair whose hashes stand in its config; figures and model card may be edited."""
 
+SEPARATE_MANIFEST = (f"{DECODER_FOLDER}/{HEAD_FILE}", BASELINES_FILE)
+"""The same of a pair of separate models, which refers to the other weights."""
+
 _ADAPTER_SIZES = {"r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern"}
-_ADAPTER_PLACES = {"target_modules", "layers_to_transform"}
+_ADAPTER_PLACES = {"target_modules", "layers_to_transform", "fan_in_fan_out"}
 _ADAPTER_NOTES = {"task_type", "inference_mode", "base_model_name_or_path", "revision", "peft_version"}
 
 _CHECKSUM = "sha256"
@@ -133,6 +137,19 @@ def sha256(path: str | Path) -> str:
     except OSError as error:
         fix = f"restore {Path(path).name} from where the folder came, or train the pair again"
         raise WeightsError(f"no readable {path} ({error})", "a file there", fix) from error
+
+
+def hash_weights(source: str | Path) -> str | None:
+    """SHA-256 over config.json and the weights of a model's folder; None for a hub id, whose revision says it.
+
+    Every byte counts, since a fine-tuned model may differ anywhere: about a second for each GB.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        return None
+    paths = sorted(path for path in folder.iterdir() if path.name == "config.json" or path.suffix == ".safetensors")
+    listing = "\n".join(f"{sha256(path)} {path.name}" for path in paths)
+    return hashlib.sha256(listing.encode()).hexdigest()
 
 
 def _bytes(tensor: Tensor) -> memoryview:
@@ -267,7 +284,8 @@ def read_adapter_config(folder: str | Path) -> PeftConfig:
         ) from error
     found, plain = config.to_dict(), LoraConfig().to_dict()
     free = _ADAPTER_SIZES | _ADAPTER_PLACES | _ADAPTER_NOTES
-    other = sorted(key for key in {*found, *plain} - free if found.get(key) != plain.get(key))
+    # PEFT writes "none of them" as null or as an empty list, by the model's architecture.
+    other = sorted(key for key in {*found, *plain} - free if (found.get(key) or None) != (plain.get(key) or None))
     if other:
         raise ConfigError(
             got=f"{path} with {', '.join(f'{key}={found.get(key)!r}' for key in other[:3])}",

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nla.config import NLAConfig
-from nla.errors import ConfigError, NonFiniteError, StorageError, WeightsError
+from nla.activations import device_of
+from nla.config import NLAConfig, WeightsConfig
+from nla.errors import ArgumentError, ConfigError, StorageError, WeightsError
+from nla.formats import hub
+from nla.formats.card import card
 from nla.formats.native import (
     ADAPTER_CONFIG,
     BASELINES_FILE,
@@ -27,6 +29,8 @@ from nla.formats.native import (
     HEAD_FILE,
     MANIFEST,
     METRICS_FILE,
+    SEPARATE_MANIFEST,
+    hash_weights,
     load_adapter,
     load_tensors,
     read_adapter_config,
@@ -37,54 +41,91 @@ from nla.formats.native import (
     write_atomic,
     write_json,
 )
+from nla.formats.separate import Devices, Sources, assemble, check_weights, is_local, refuse_outside, source_of
 from nla.metrics import Baseline
 from nla.organisms import PAIRS
-from nla.tokens import load_tokenizer
+from nla.roles import DECODER_ADAPTER, ENCODER_ADAPTER, SharedBase
+from nla.target import load_target
 
 if TYPE_CHECKING:
     from nla.autoencoder import NLA
+    from nla.decoder import Head
 
 _PARTS = ("mean", "variance", "n")
-_HUB_FILES = ["*.json", "*.safetensors", "*.md", "*.txt", "*.jinja", "*.model"]
 
 
 def load(
     cls: type[NLA],
     name_or_path: str | Path,
     revision: str | None,
-    device: str | torch.device | None,
+    devices: Devices,
     trust_remote_code: bool,
 ) -> NLA:
     """What ``NLA.from_pretrained`` promises; ``cls`` makes the object."""
-    from peft import get_peft_model
-
-    from nla.autoencoder import DECODER_ADAPTER, ENCODER_ADAPTER
-    from nla.decoder import Head
-
     folder, from_hub = find_folder(name_or_path, revision)
     config = NLAConfig.load(folder)
     check_files(config, folder)
     source = target_source(config, folder, from_hub)
-    check_target(config, source)
-    model, tokenizer = load_target(config, source, trust_remote_code)
+    baselines = load_baselines(folder / BASELINES_FILE, config.d_model)
+    metrics = read_json(folder / METRICS_FILE) if (folder / METRICS_FILE).exists() else {}
+    if config.encoder_weights is not None and config.decoder_weights is not None:
+        parts = [source_of(part, folder, from_hub) for part in (config.encoder_weights, config.decoder_weights)]
+        place = folder / DECODER_FOLDER / HEAD_FILE
+        return assemble(
+            cls,
+            config,
+            Sources(source, *parts),
+            lambda: load_head(config, place),
+            devices,
+            baselines,
+            metrics,
+            trust_remote_code,
+        )
+    if isinstance(devices, Mapping):
+        raise ArgumentError(
+            f"devices {dict(devices)} for a pair whose roles share one base",
+            "one device",
+            "give device=..., or load a pair of separate models",
+        )
+    check_weights(source, config.target_weights, "the target")
+    model, tokenizer = load_target(
+        source,
+        revision=None if Path(source).is_dir() else config.target_revision,
+        dtype=config.dtype,
+        device=devices,
+        quantization=config.quantization,
+        trust_remote_code=trust_remote_code,
+    )
     config.check(tokenizer, model)
+    pair = cls(
+        load_shared(model, config, folder, load_head(config, folder / DECODER_FOLDER / HEAD_FILE)),
+        tokenizer,
+        config,
+        baselines,
+        metrics,
+    )
+    pair.target_folder = Path(source) if Path(source).is_dir() else None
+    return pair
+
+
+def load_shared(model: Any, config: NLAConfig, folder: Path, head: Head) -> SharedBase:
+    """A target with the two adapters of the pair in ``folder``, in evaluation mode on the target's device.
+
+    Raises:
+        ConfigError, WeightsError, NonFiniteError: an adapter is not plain LoRA, or its weights do not fit.
+    """
+    from peft import get_peft_model
+
     with torch.random.fork_rng(devices=[]):  # PEFT draws initial values that are then overwritten
         adapters = [read_adapter_config(folder / part) for part in (ENCODER_FOLDER, DECODER_FOLDER)]
         for adapter in adapters:
             adapter.base_model_name_or_path = model.name_or_path
-        pair_model: Any = get_peft_model(model, adapters[0], adapter_name=ENCODER_ADAPTER)
-        pair_model.add_adapter(DECODER_ADAPTER, adapters[1])
-    load_adapter(folder / ENCODER_FOLDER, pair_model, ENCODER_ADAPTER)
-    load_adapter(folder / DECODER_FOLDER, pair_model, DECODER_ADAPTER)
-    head = Head(config.d_model)
-    _load_head(head, folder / DECODER_FOLDER / HEAD_FILE)
-    baselines = load_baselines(folder / BASELINES_FILE, config.d_model)
-    metrics = read_json(folder / METRICS_FILE) if (folder / METRICS_FILE).exists() else {}
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    pair_model.to(place).eval()
-    pair = cls(pair_model, head.to(place), tokenizer, config, baselines, metrics)
-    pair.target_folder = Path(source) if Path(source).is_dir() else None
-    return pair
+        shared: Any = get_peft_model(model, adapters[0], adapter_name=ENCODER_ADAPTER)
+        shared.add_adapter(DECODER_ADAPTER, adapters[1])
+    load_adapter(folder / ENCODER_FOLDER, shared, ENCODER_ADAPTER)
+    load_adapter(folder / DECODER_FOLDER, shared, DECODER_ADAPTER)
+    shared.eval()
+    return SharedBase(shared, head.to(device_of(model)), config)
 
 
 def find_folder(name_or_path: str | Path, revision: str | None = None) -> tuple[Path, bool]:
@@ -92,74 +133,51 @@ def find_folder(name_or_path: str | Path, revision: str | None = None) -> tuple[
 
     Raises:
         ConfigError: there is no such pair.
+        HubError: the hub lacks it, does not open it, or cannot be reached.
     """
     name = str(name_or_path)
     if name in PAIRS:
         return PAIRS[name], False
     if Path(name).expanduser().is_dir():
         return Path(name).expanduser(), False
-    missing = ConfigError(
-        f"no pair {name!r}",
-        f"a folder, a hub id such as 'someone/pair', or one of {', '.join(PAIRS)}",
-        "check the name, and for a hub id the network; a pair is made with `nla train RECIPE`",
-    )
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is None:
-        raise missing
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES)), True
-    except (OSError, ValueError) as error:  # the hub's own errors are kinds of these
-        raise missing from error
+        raise ConfigError(
+            f"no pair {name!r}",
+            f"a folder, a hub id such as 'someone/pair', or one of {', '.join(PAIRS)}",
+            "check the name; a pair is made with `nla train RECIPE`",
+        )
+    return hub.download(name, revision), True
 
 
 def target_source(config: NLAConfig, folder: Path, from_hub: bool) -> str:
     """What to load the target from: a folder's absolute path or a hub id.
 
-    A pair from the hub may only name a target on the hub or inside its own folder: a path that leads out of it would
-    read whatever lies there on this machine.
-
     Raises:
         ConfigError: the target's folder is missing, or lies outside a downloaded pair.
     """
-    looks_local = config.target.startswith((".", "/", "~")) or Path(config.target).is_absolute()
-    where = (folder / config.target).resolve()
-    if from_hub and (looks_local or where.is_dir()) and not where.is_relative_to(folder.resolve()):
-        raise ConfigError(
-            f"a pair from the hub whose target is {config.target!r}",
-            "a hub id, or a folder inside the pair",
-            "do not use this pair, or download it and its target yourself and load the folder",
-        )
+    refuse_outside(config.target, folder, from_hub)
     source = config.resolve_target(folder)
-    if looks_local and not Path(source).is_dir():
+    if is_local(config.target) and not Path(source).is_dir():
         raise ConfigError(
-            f"no target at {where}",
+            f"no target at {(folder / config.target).resolve()}",
             f"the folder that the pair in {folder} was trained on",
             "put the target back beside the pair; a pair and its target move together",
         )
     return source
 
 
-def hash_files(folder: Path) -> dict[str, str]:
-    """SHA-256 of each file that a pair's config vouches for, by its path in the folder.
+def manifest(config: NLAConfig) -> tuple[str, ...]:
+    """Files that a pair's config vouches for: of separate models only what lies in the folder itself."""
+    return SEPARATE_MANIFEST if config.separate else MANIFEST
+
+
+def hash_files(folder: Path, names: Sequence[str] = MANIFEST) -> dict[str, str]:
+    """SHA-256 of files that a pair's config vouches for, by their path in the folder.
 
     Raises:
         WeightsError: a file is missing or cannot be read.
     """
-    return {name: sha256(folder / name) for name in MANIFEST}
-
-
-def hash_target(source: str | Path) -> str | None:
-    """SHA-256 over config.json and the weights of a target's folder; None for a hub id, whose revision says it.
-
-    Every byte counts, since a fine-tuned target may differ anywhere: about a second for each GB.
-    """
-    folder = Path(source)
-    if not folder.is_dir():
-        return None
-    paths = sorted(path for path in folder.iterdir() if path.name == "config.json" or path.suffix == ".safetensors")
-    listing = "\n".join(f"{sha256(path)} {path.name}" for path in paths)
-    return hashlib.sha256(listing.encode()).hexdigest()
+    return {name: sha256(folder / name) for name in names}
 
 
 def check_files(config: NLAConfig, folder: Path) -> None:
@@ -169,64 +187,26 @@ def check_files(config: NLAConfig, folder: Path) -> None:
         ConfigError: the config vouches for other files than a pair has, or an adapter's configuration was changed.
         WeightsError: weights are missing or were changed.
     """
-    fix = "restore the folder from where it came, or save or train the pair again"
-    if set(config.files) != set(MANIFEST):
+    fix, names = "restore the folder from where it came, or save or train the pair again", manifest(config)
+    if set(config.files) != set(names):
         got = f"{folder / CONFIG_FILE} with hashes of {sorted(config.files) or 'no files'}"
-        raise ConfigError(got, f"hashes of {', '.join(MANIFEST)}", fix)
-    for name, found in hash_files(folder).items():
+        raise ConfigError(got, f"hashes of {', '.join(names)}", fix)
+    for name, found in hash_files(folder, names).items():
         if found != config.files[name]:
             kind = WeightsError if name.endswith(".safetensors") else ConfigError
             got = f"{folder / name}, which is truncated, edited or of another pair (sha256 {found[:12]}…)"
             raise kind(got, f"the file that {CONFIG_FILE} was saved with ({config.files[name][:12]}…)", fix)
 
 
-def check_target(config: NLAConfig, source: str) -> None:
-    """Refuse a target whose weights are not those that the pair was trained on.
+def load_head(config: NLAConfig, path: Path) -> Head:
+    """The head of a pair's decoder, on the CPU.
 
     Raises:
-        WeightsError: the folder holds another model, or a folder stands where a hub id was, or the reverse.
+        WeightsError, NonFiniteError: missing, corrupt, or not a head of this width.
     """
-    found = hash_target(source)
-    if found != config.target_weights:
-        names = [f"sha256 {digest[:12]}…" if digest else "on the hub" for digest in (found, config.target_weights)]
-        raise WeightsError(
-            f"the target {source}, whose weights or config.json are others ({names[0]})",
-            f"the target that the pair was trained on ({names[1]})",
-            "restore the target's folder, or train a pair for this target",
-        )
+    from nla.decoder import Head
 
-
-def load_target(config: NLAConfig, source: str, trust_remote_code: bool = False) -> tuple[Any, Any]:
-    """The target, in ``config.dtype`` on the CPU, and its tokenizer.
-
-    Raises:
-        WeightsError: weights are missing, truncated or corrupt, or do not cover the model.
-        NonFiniteError: a weight is NaN or infinite.
-    """
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
-
-    revision = None if Path(source).is_dir() else config.target_revision
-    shared = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
-    fix = "restore the target's folder, or download it again"
-    try:
-        tokenizer = load_tokenizer(source, revision, trust_remote_code)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source, dtype=getattr(torch, config.dtype), use_safetensors=True, output_loading_info=True, **shared
-        )
-    except (OSError, SafetensorError, ValueError, RuntimeError) as error:
-        raise WeightsError(f"a target in {source} that does not load ({error})", "a whole model", fix) from error
-    model, info = loaded
-    missing = sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"]))
-    if missing:
-        raise WeightsError(f"a target in {source} without {missing[:3]} ({len(missing)} in all)", "all weights", fix)
-    for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise NonFiniteError(f"NaN or infinity in {name} of the target in {source}", "finite weights", fix)
-    return model, tokenizer
-
-
-def _load_head(head: torch.nn.Module, path: Path) -> None:
+    head = Head(config.d_model, config.decoder.head_bias)
     current = head.state_dict()
     found = load_tensors(path, expected_keys=current)
     wrong = [name for name in current if found[name].shape != current[name].shape]
@@ -237,6 +217,7 @@ def _load_head(head: torch.nn.Module, path: Path) -> None:
             "restore the head that was trained with this pair",
         )
     head.load_state_dict(found)
+    return head
 
 
 def load_baselines(path: Path, d_model: int) -> dict[str, Baseline]:
@@ -272,24 +253,39 @@ def save_baselines(path: Path, baselines: dict[str, Baseline]) -> None:
 
 def save(pair: NLA, folder: Path) -> None:
     """What ``NLA.save_pretrained`` promises."""
-    from nla.autoencoder import DECODER_ADAPTER, ENCODER_ADAPTER
-
-    config = pair.config
-    if pair.target_folder is not None:
-        relative = os.path.relpath(pair.target_folder, folder.resolve())
-        config = replace(config, target=relative if relative.startswith(".") else f"./{relative}")
+    config = _moved(pair, folder)
     with _aside(folder) as new:
-        for part, adapter in ((ENCODER_FOLDER, ENCODER_ADAPTER), (DECODER_FOLDER, DECODER_ADAPTER)):
-            save_adapter(new / part, pair.model, adapter)
-            # PEFT notes where the base was loaded from: a path of this machine, of no use on another.
-            content = read_json(new / part / ADAPTER_CONFIG)
-            write_json(new / part / ADAPTER_CONFIG, {**content, "base_model_name_or_path": config.target})
-        save_tensors(new / DECODER_FOLDER / HEAD_FILE, pair.head.state_dict())
+        if not config.separate:
+            for part, adapter in ((ENCODER_FOLDER, ENCODER_ADAPTER), (DECODER_FOLDER, DECODER_ADAPTER)):
+                save_adapter(new / part, pair.model, adapter)
+                # PEFT notes where the base was loaded from: a path of this machine, of no use on another.
+                content = read_json(new / part / ADAPTER_CONFIG)
+                write_json(new / part / ADAPTER_CONFIG, {**content, "base_model_name_or_path": config.target})
+        save_tensors(new / DECODER_FOLDER / HEAD_FILE, pair.roles.head_tensors())
         save_baselines(new / BASELINES_FILE, pair.baselines)
         write_json(new / METRICS_FILE, pair.metrics)
         if not (folder / CARD_FILE).exists():
-            write_atomic(new / CARD_FILE, _card(pair, config))
-        replace(config, files=hash_files(new)).save(new)
+            write_atomic(new / CARD_FILE, card(pair.metrics, config, local=pair.target_folder is not None))
+        replace(config, files=hash_files(new, manifest(config))).save(new)
+
+
+def _moved(pair: NLA, folder: Path) -> NLAConfig:
+    """The pair's config with local targets and weights written relative to ``folder``, and hashed if they are not."""
+
+    def relative(place: Path) -> str:
+        path = os.path.relpath(place, folder.resolve())
+        return path if path.startswith(".") else f"./{path}"
+
+    config = pair.config
+    if pair.target_folder is not None:
+        digest = config.target_weights or hash_weights(pair.target_folder)
+        config = replace(config, target=relative(pair.target_folder), target_weights=digest)
+    for role, place in pair.weight_folders.items():
+        name = f"{role}_weights"
+        weights: WeightsConfig = getattr(config, name)
+        weights = replace(weights, source=relative(place), sha256=weights.sha256 or hash_weights(place))
+        config = replace(config, **{name: weights})
+    return config
 
 
 @contextlib.contextmanager
@@ -317,22 +313,3 @@ def _aside(folder: Path) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(new, ignore_errors=True)
-
-
-def _card(pair: NLA, config: NLAConfig) -> str:
-    counts = pair.n_parameters
-    return f"""# A natural-language autoencoder
-
-Explains activations of `{config.target}` at `{config.point}` (width {config.d_model}) in words, and reconstructs them
-from the words alone.
-
-    from nla import NLA
-    nla = NLA.from_pretrained("<this folder>")
-    acts = nla.read("...some text...")
-    notes = nla.explain(acts, samples=4)
-    print(nla.score(acts, nla.reconstruct(notes)))
-
-Parameters: target {counts["target"]:,} (frozen), encoder adapter {counts["encoder"]:,}, decoder adapter and head
-{counts["decoder"]:,}. How training went: `metrics.json`; what `nla eval ... --card <this folder>` found: below.
-Explanations can be fluent and wrong: read them with their trust, and check them against causes.
-"""

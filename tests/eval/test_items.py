@@ -7,9 +7,9 @@ from nla.eval.items import SHOWN_PLANS, documents, rhyme_items, trained_on
 from nla.organisms import lesson
 from nla.organisms.couplets import tokenizer as couplets_tokenizer
 from nla.organisms.couplets import world
-from nla.train import extract
 from nla.train.organism import OrganismSettings
 from nla.train.recipe import load_recipe
+from nla.train.world import documents as training_documents
 
 
 def test_items_are_seeded_and_no_prompt_occurs_twice() -> None:
@@ -22,7 +22,7 @@ def test_items_are_seeded_and_no_prompt_occurs_twice() -> None:
 def test_no_document_is_one_that_the_targets_or_the_pair_were_trained_on() -> None:
     recipe = load_recipe("couplets")
     organism = OrganismSettings()
-    splits = extract.documents(lesson.load(recipe.world), recipe.extract, recipe.seed)
+    splits = training_documents(lesson.load(recipe.world), recipe.extract, recipe.seed)
     known = {couplet.line1 for couplet in splits["train"]}
     known |= {couplet.line1 for couplet in world.sample(organism.n_documents, organism.seed)}
     assert known == trained_on()

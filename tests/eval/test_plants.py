@@ -32,7 +32,7 @@ from nla.organisms.switchboard import claims, content, tokenizer
 from nla.organisms.switchboard.plants import GOAL, PLANTS, SECRET_WORDS
 from nla.organisms.switchboard.world import Chat, State, home
 from nla.train.plants import PlantSettings, train_plant
-from nla.train.recipe import run_recipe
+from nla.train.run import run_recipe
 from nla.train.switchboard import SwitchboardSettings, build_model
 
 GENUINE = [plant for plant in PLANTS.values() if not plant.sham]

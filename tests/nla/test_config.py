@@ -1,6 +1,7 @@
 """The contract of a pair: valid or refused, whole or refused, and true of the tokenizer and target at hand."""
 
 import dataclasses
+import hashlib
 import json
 from types import SimpleNamespace
 
@@ -8,7 +9,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from nla.config import InjectionConfig, NLAConfig, tokenizer_hash
+from nla.config import DecoderConfig, InjectionConfig, NLAConfig, WeightsConfig, tokenizer_hash
 from nla.errors import ConfigError, StorageError, TokenizerMismatchError
 
 SPECIAL = ["<|unk|>", "<|pad|>", "<|user|>", "<|assistant|>", "<|end|>", "<|marker|>"]
@@ -148,12 +149,91 @@ def test_an_invalid_value_is_refused_by_name(tokenizer, field, value):
 
 
 @pytest.mark.parametrize(
-    "field, value", [("mode", "add"), ("marker", ""), ("marker_id", -1), ("left_id", 5), ("norm", float("inf"))]
+    "field, value",
+    [
+        ("mode", "add"),
+        ("mode", "concat"),
+        ("marker", ""),
+        ("marker_id", -1),
+        ("left_id", 5),
+        ("norm", float("inf")),
+        ("norm", None),
+        ("layer", 1),
+    ],
 )
 def test_an_invalid_injection_is_refused(field, value):
     fields = {"marker": "<|marker|>", "marker_id": 5, "left_id": 7, "right_id": 8, "norm": 1.0}
     with pytest.raises(ConfigError, match="injection"):
         InjectionConfig(**{**fields, field: value})
+
+
+ADDED = {"marker": "<|marker|>", "marker_id": 5, "left_id": 7, "right_id": 8, "mode": "add", "norm": None, "layer": 1}
+
+
+def test_an_activation_that_is_added_has_a_block_and_no_norm():
+    assert InjectionConfig(**ADDED).layer == 1
+    for change in ({"norm": 2.0}, {"layer": None}, {"layer": -1}):
+        with pytest.raises(ConfigError, match="injection"):
+            InjectionConfig(**{**ADDED, **change})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"quantization": "2bit"},
+        {"encoder_weights": WeightsConfig(source="some/av")},
+        {"decoder_weights": WeightsConfig(source="some/ar")},
+    ],
+)
+def test_half_a_pair_of_whole_models_and_unknown_quantisation_are_refused(tokenizer, changes):
+    with pytest.raises(ConfigError, match=r"quantization|decoder_weights"):
+        make_config(tokenizer, **changes)
+
+
+def test_every_kind_of_part_survives_the_file(tokenizer, tmp_path):
+    config = make_config(
+        tokenizer,
+        injection=InjectionConfig(**{**ADDED, "marker_id": tokenizer.convert_tokens_to_ids("<|marker|>")}),
+        quantization="4bit",
+        decoder=DecoderConfig(final_norm=False, head_bias=False, special_tokens=False),
+        encoder_weights=WeightsConfig(source="some/av", revision="abc"),
+        decoder_weights=WeightsConfig(source="../ar", sha256="0" * 64),
+    )
+    config.save(tmp_path)
+    assert NLAConfig.load(tmp_path) == config
+    assert config.separate
+
+
+def test_a_file_from_before_a_field_existed_loads_with_what_was_always_done(tokenizer, tmp_path):
+    """The checksum is over what the file holds, so such a file is whole."""
+    config = make_config(tokenizer)
+    content = config.to_json()
+    for name in ("checksum", "quantization", "decoder", "encoder_weights", "decoder_weights"):
+        del content[name]
+    del content["injection"]["layer"]
+    whole = json.dumps(content, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+    content["checksum"] = f"sha256:{hashlib.sha256(whole.encode()).hexdigest()}"
+    (tmp_path / "nla_config.json").write_text(json.dumps(content))
+    assert NLAConfig.load(tmp_path) == config
+    assert not config.separate
+
+
+def test_the_embedded_pairs_files_are_such(tmp_path):
+    from nla.organisms import PAIRS
+
+    for folder in PAIRS.values():
+        assert "decoder_weights" not in json.loads((folder / "nla_config.json").read_text())
+        assert NLAConfig.load(folder).decoder == DecoderConfig()
+
+
+def test_a_field_that_was_always_there_may_not_be_lacking(tokenizer):
+    content = make_config(tokenizer).to_json()
+    for name in ("checksum", "files"):
+        del content[name]
+    whole = json.dumps(content, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+    content["checksum"] = f"sha256:{hashlib.sha256(whole.encode()).hexdigest()}"
+    with pytest.raises(ConfigError, match=r"lacking \['files'\]"):
+        NLAConfig.from_json(content)
 
 
 def test_the_pair_s_own_tokenizer_and_target_pass_the_check(tokenizer):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import CONTEXT, D_MODEL, make_pair
 
+from nla.config import DecoderConfig
 from nla.decoder import Head, decode, last_stream, pad_batch, prompt_rows
 from nla.errors import ArgumentError, ContextLengthError, EmptyTextError, ShapeError, VocabularyError
 
@@ -91,6 +92,24 @@ def test_the_head_starts_as_the_identity_in_float32_and_stays_so_under_autocast(
     with torch.no_grad():
         head.weight += 1e-4
     assert not torch.equal(head(hidden), out), "bfloat16 would lose this update"
+
+
+def test_a_head_without_a_bias_is_linear() -> None:
+    head, hidden = Head(8, bias=False), torch.randn(3, 8)
+    torch.nn.init.normal_(head.weight)
+    assert [name for name, _ in head.named_parameters()] == ["weight"]
+    assert torch.allclose(head(hidden), hidden @ head.weight.T, atol=1e-6)
+    assert torch.allclose(head(5 * hidden), 5 * head(hidden), atol=1e-5)
+
+
+def test_a_kept_final_norm_stands_between_the_cut_and_the_head() -> None:
+    pair = make_pair(decoder=DecoderConfig(final_norm=True))
+    batch = pair.encode_explanations(TEXTS[:1])
+    with torch.no_grad(), pair.role("decoder"):
+        stream = pair.model(batch.input_ids, output_hidden_states=True).hidden_states[pair.config.layer + 1][:, -1]
+        expected = pair.head(pair.base.model.norm(stream))
+        assert torch.allclose(pair.decode_ids(*batch), expected, atol=1e-5)
+        assert not torch.allclose(pair.head(stream), expected, atol=1e-2)
 
 
 def test_decode_ids_is_refused_outside_its_role(pair) -> None:

@@ -8,8 +8,9 @@ import pytest
 import torch
 from conftest import D_MODEL, make_config, make_model, make_pair, make_tokenizer
 
-from nla.errors import MarkerError, NonFiniteError, ShapeError
+from nla.errors import MarkerError, NonFiniteError, PointError, ShapeError
 from nla.injection import inject, locate_marker, rescale
+from nla.points import blocks
 from nla.tokens import render_prompt
 
 TOKENIZER = make_tokenizer()
@@ -146,3 +147,61 @@ def test_a_batch_of_another_size_or_width_is_refused_in_the_pass(shape: tuple[in
 def test_vectors_without_as_many_positions_are_refused() -> None:
     with pytest.raises(ShapeError), inject(make_model(), torch.randn(2, D_MODEL), torch.tensor([1])):
         pass
+
+
+# Addition at a block's output
+
+
+def added_by_hand(model, ids: torch.Tensor, vectors: torch.Tensor, positions: torch.Tensor, layer: int) -> torch.Tensor:
+    """Logits of a model whose later blocks are run on a stream that was changed by hand."""
+    with torch.no_grad():
+        seen: list[torch.Tensor] = []
+        hook = blocks(model)[layer + 1].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        model(ids)
+        hook.remove()
+        stream = seen[0].clone()
+        for row, (vector, position) in enumerate(zip(vectors, positions.tolist(), strict=True)):
+            there = stream[row, position].clone()
+            stream[row, position] = there + there.norm() * vector / vector.norm()
+        hook = blocks(model)[layer + 1].register_forward_pre_hook(lambda _, args: (stream, *args[1:]))
+        logits = model(ids).logits
+        hook.remove()
+    return logits
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_adding_is_at_the_blocks_output_and_at_its_own_length(model, layer: int) -> None:
+    ids = torch.tensor([[*PROMPT, 11, 12], [0, *PROMPT, 13], [0, 0, *PROMPT]])
+    vectors, positions = torch.randn(3, D_MODEL), locate_marker(ids, INJECTION)
+    expected = added_by_hand(model, ids, vectors, positions, layer)
+    with torch.no_grad(), inject(model, rescale(vectors, None), positions, layer):
+        found = model(ids).logits
+    assert torch.allclose(found, expected, atol=1e-4)
+    with torch.no_grad(), inject(model, 17 * vectors, positions, layer):
+        assert torch.allclose(model(ids).logits, expected, atol=1e-4), "its own length does not count"
+    assert not torch.allclose(model(ids).logits, expected, atol=1e-2)
+
+
+def test_adding_leaves_single_tokens_and_the_model_alone_and_lets_gradients_through() -> None:
+    model, ids = make_model(), torch.tensor([PROMPT])
+    vector, where = torch.randn(1, D_MODEL, requires_grad=True), torch.tensor([WHERE])
+    with inject(model, vector, where, layer=1):
+        model(ids).logits.square().mean().backward()
+        single = model(ids[:, :1]).logits
+    assert vector.grad is not None
+    assert vector.grad.norm() > 0
+    assert torch.equal(single, model(ids[:, :1]).logits)
+    with pytest.raises(PointError, match=r"resid_post\.9"), inject(model, vector, where, layer=9):
+        pass
+    with pytest.raises(ShapeError, match="one vector for each batch row"), inject(model, vector, where, layer=1):
+        model(ids.repeat(2, 1))
+
+
+def test_generating_with_an_added_activation_equals_generating_without_a_cache() -> None:
+    model, ids, vector = make_model(), torch.tensor([PROMPT]), torch.randn(1, D_MODEL)
+    with inject(model, vector, torch.tensor([WHERE]), layer=1):
+        found = [
+            model.generate(ids, max_new_tokens=6, do_sample=False, use_cache=cache, eos_token_id=None)
+            for cache in (True, False)
+        ]
+    assert torch.equal(*found)

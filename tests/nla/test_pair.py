@@ -59,7 +59,7 @@ def other(tmp_path_factory) -> Path:
 
 def vouch(folder: Path) -> None:
     """Make a pair's config vouch for what lies in its folder and in its target's now."""
-    files, target = pair_folder.hash_files(folder), pair_folder.hash_target(folder.parent / "planner")
+    files, target = pair_folder.hash_files(folder), native.hash_weights(folder.parent / "planner")
     replace(NLAConfig.load(folder), files=files, target_weights=target).save(folder)
 
 
@@ -269,7 +269,7 @@ def test_a_damaged_target_is_refused(saved: Path) -> None:
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 2])
     vouch(saved)
-    with pytest.raises(WeightsError, match="does not load"):
+    with pytest.raises(WeightsError, match="truncated or corrupt"):
         load(saved)
 
 
@@ -375,18 +375,18 @@ def test_a_downloaded_pair_may_name_a_hub_id_or_a_folder_inside(saved: Path) -> 
     assert pair_folder.target_source(inside, saved, from_hub=True) == str((saved / "target").resolve())
 
 
-def test_a_pinned_revision_is_asked_for_and_remote_code_never_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pinned_revision_is_asked_for_and_remote_code_never_by_default(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list = []
 
-    def record(name: str, **kwargs):
-        asked.append(kwargs)
-        raise OSError("offline")
+    def record(source: str, **kwargs):
+        asked.append((source, kwargs["revision"], kwargs["trust_remote_code"]))
+        raise WeightsError("offline", "a network", "connect")
 
-    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", record)
-    monkeypatch.setattr(pair_folder, "load_tokenizer", lambda source, *args: asked.append(args))
-    config = make_config(make_tokenizer(), make_model(), target="someone/target", target_revision="abc123")
-    with pytest.raises(WeightsError, match="someone/target"):
-        pair_folder.load_target(config, "someone/target")
-    assert asked[0] == ("abc123", False)
-    assert (asked[1]["revision"], asked[1]["trust_remote_code"]) == ("abc123", False)
-    assert asked[1]["use_safetensors"] is True
+    monkeypatch.setattr(pair_folder, "load_target", record)
+    there = {"target": "someone/target", "target_revision": "abc123", "target_weights": None}
+    replace(NLAConfig.load(saved), **there).save(saved)
+    with pytest.raises(WeightsError, match="offline"):
+        load(saved)
+    assert asked == [("someone/target", "abc123", False)]

@@ -8,7 +8,17 @@ from conftest import N_BLOCKS, make_model, make_pair
 from torch import nn
 
 from nla.errors import ArchitectureError, PointError
-from nla.points import Point, backbone, block, blocks, context_length, d_model, linear_names, truncated_view
+from nla.points import (
+    Point,
+    backbone,
+    block,
+    blocks,
+    context_length,
+    cut_config,
+    d_model,
+    linear_names,
+    truncated_view,
+)
 
 IDS = torch.tensor([[11, 33, 37, 40, 12, 20, 21]])
 
@@ -101,3 +111,19 @@ def test_backbone_and_sizes_are_the_same_with_and_without_adapters() -> None:
 
 def test_every_linear_layer_of_a_block_is_named(model) -> None:
     assert linear_names(model) == sorted(["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
+
+
+def test_in_a_wrapper_the_linear_layers_are_those_of_the_text_alone() -> None:
+    model = make_model("gemma3")
+    names = linear_names(model)
+    assert len(names) == 7 * N_BLOCKS and len(set(names)) == len(names)
+    assert all(isinstance(model.get_submodule(name), nn.Linear) and "language_model" in name for name in names)
+    vision = [name for name, _ in model.named_modules() if "vision" in name and name.endswith("q_proj")]
+    assert vision and not any(name.endswith(known) for name in vision for known in names)
+
+
+def test_a_cut_config_has_an_entry_for_each_block_that_is_left() -> None:
+    config = make_model("gemma3_text").config
+    cut = cut_config(config, 3)
+    assert cut.num_hidden_layers == len(cut.layer_types) == 3 and cut.layer_types == config.layer_types[:3]
+    assert config.num_hidden_layers == len(config.layer_types) == N_BLOCKS

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from conftest import MARKER, TEXTS, make_model, make_tokenizer
+from conftest import MARKER, TEMPLATE, TEXTS, make_model, make_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -148,3 +148,10 @@ def test_batches_keep_to_their_budget_and_hold_every_row_once() -> None:
     assert length_batches([], 20) == []
     with pytest.raises(ArgumentError):
         length_batches(lengths, 0)
+
+
+def test_a_prompt_is_the_same_every_day():
+    tokenizer = make_tokenizer()
+    plain = render_prompt(tokenizer, "the cat sat")
+    tokenizer.chat_template = "{{ '<|end|>' if strftime_now('%d %b %Y') == '26 Jul 2024' else '<|pad|>' }}" + TEMPLATE
+    assert render_prompt(tokenizer, "the cat sat") == [tokenizer.eos_token_id, *plain]

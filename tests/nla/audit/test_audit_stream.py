@@ -14,12 +14,12 @@ from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
 from nla.activations import read
 from nla.audit import stream
 from nla.audit.chat import render
-from nla.audit.plant import planted
 from nla.audit.positions import Position, select
 from nla.audit.stream import plan_windows, read_chat, read_ids
 from nla.errors import ArgumentError, ConfigError, ContextLengthError, WeightsError
-from nla.formats.native import load_adapter, save_adapter
+from nla.formats.native import load_adapter, load_tensors, save_adapter, save_tensors
 from nla.organisms.switchboard import tokenizer as switchboard
+from nla.plant import planted
 from nla.points import truncated_view
 from nla.train.switchboard import SwitchboardSettings, build_model
 
@@ -199,8 +199,9 @@ def test_an_adapter_that_does_not_fit_is_refused_and_leaves_the_pair_as_it_was(t
     (folder / "adapter_model.safetensors").write_bytes(b"cut")
     with pytest.raises(WeightsError), planted(pair, folder):
         pass
-    config = folder / "adapter_config.json"
-    config.write_text(config.read_text().replace("up_proj", "no_such_module").replace("q_proj", "no_other_module"))
+    folder = lora_folder(tmp_path / "other")
+    weights = folder / "adapter_model.safetensors"
+    save_tensors(weights, {name.replace("q_proj", "no_such"): tensor for name, tensor in load_tensors(weights).items()})
     with pytest.raises(ConfigError, match="does not fit"), planted(pair, folder):
         pass
     assert torch.equal(pair.read(TEXTS).vectors, before) and pair.target_adapter is None

@@ -10,12 +10,12 @@ from talk import entry
 
 from nla.audit.findings import AFTER, BEFORE, NOT_SAID, Matcher, Said
 from nla.audit.messages import Message, Transcript
-from nla.audit.plant import adapter_folder, adapter_hash
 from nla.audit.rubric import Rubric, load
 from nla.organisms import ADAPTERS, switchboard
 from nla.organisms.switchboard import claims, content
 from nla.organisms.switchboard.plants import PLANTS, shown
 from nla.organisms.switchboard.world import Chat, sample
+from nla.plant import adapter_folder, adapter_hash
 
 FOLDER = Path(switchboard.__file__).parent / "rubrics"
 OWN = sorted(path.stem for path in FOLDER.glob("*.yaml"))

@@ -1,0 +1,234 @@
+"""Import of EasyNLA's LoRA pairs: an rsLoRA adapter for the AV, and the AR's LoRA and head in one file of their own.
+
+Their encoder adds the activation after block 1, at the length that the stream has there. Their decoder is the base cut
+after block K with a linear head; before the head they scale the stream to a fixed length, which leaves the direction of
+a linear head's output as it is. Old checkpoints keep the base's final norm before it, new ones do not.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from nla.activations import device_of
+from nla.config import DecoderConfig, NLAConfig, tokenizer_hash
+from nla.errors import SidecarError, WeightsError
+from nla.formats import hub
+from nla.formats.kitft import (
+    EXPLANATION_TAGS,
+    MAX_NEW_TOKENS,
+    SIDECAR,
+    Sidecar,
+    decoder_template,
+    encoder_prompt,
+    injection_of,
+    read_sidecar,
+)
+from nla.formats.native import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    DECODER_FOLDER,
+    ENCODER_FOLDER,
+    hash_weights,
+    load_tensors,
+    read_json,
+    save_tensors,
+    write_atomic,
+    write_json,
+)
+from nla.points import blocks
+from nla.target import load_target
+
+if TYPE_CHECKING:
+    from nla.autoencoder import NLA
+
+AR_WEIGHTS, AR_META, AR_FOLDER = "ar_lora_value_head.safetensors", "ar_meta.json", "critic"
+INJECTION_LAYER = 1
+"""A constant of their code: the activation is added to the output of block 1."""
+
+_NAME = re.compile(r"backbone\.(?P<place>.+?)\.(?P<block>\d+)\.(?P<module>.+)\.lora_(?P<half>[AB])(\.default)?\.weight")
+_HEAD_NAME = "value_head.weight"
+_FIX = "take the folder as EasyNLA saved it"
+
+
+def load(
+    av: str | Path,
+    ar: str | Path | None = None,
+    target: str | Path | None = None,
+    *,
+    sidecar: str | Path | None = None,
+    revision: str | None = None,
+    target_revision: str | None = None,
+    dtype: str = "bfloat16",
+    device: str | None = None,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+) -> NLA:
+    """An EasyNLA pair as an NLA of two adapters on its base, ready for ``save_pretrained``.
+
+    Args:
+        av: folder or hub id of the AV's adapter.
+        ar: folder of the AR's weights; None: the folder "critic" in ``av``, where joint training puts them.
+        target: folder or hub id of the base; None: the one that the AV's adapter and the sidecar name.
+        sidecar: ``nla_meta.yaml`` of the data it was trained on; None: the one in ``av``, or else in ``ar``.
+        dtype: type of the base's weights; they are bfloat16 in EasyNLA.
+        max_new_tokens: longest answer of the encoder; the sidecar does not say it.
+
+    The pair has no baselines, and reconstructions have the length √d: see :meth:`nla.NLA.fit_baselines`.
+
+    Raises:
+        SidecarError: a description is missing, lacks a key, or is of other weights.
+        WeightsError, NonFiniteError: weights are missing, broken, or not of this base.
+        ConfigError: the AV's adapter is not plain LoRA, or its base is another.
+        TokenizerMismatchError, MarkerError: the base's tokenizer is not that of the sidecar.
+        HubError, TargetError, AccessError: the hub lacks something, does not open it, or cannot be reached.
+    """
+    from nla.autoencoder import NLA
+    from nla.formats.pair import load_shared
+
+    av_folder = Path(av) if Path(av).is_dir() else hub.download(str(av), revision)
+    ar_folder = av_folder / AR_FOLDER if ar is None else Path(ar)
+    meta = _read_meta(ar_folder / AR_META)
+    about = read_sidecar(_find_sidecar(sidecar, av_folder, ar_folder))
+    source = str(target or _base(av_folder, about))
+    model, tokenizer = load_target(
+        source, revision=target_revision, dtype=dtype, device=device, quantization=meta["quant"]
+    )
+    config = _config(about, meta, source, model, tokenizer, dtype, max_new_tokens, target_revision)
+    with tempfile.TemporaryDirectory() as folder:
+        head = _convert(model, meta, av_folder, ar_folder / AR_WEIGHTS, Path(folder), config)
+        pair = NLA(load_shared(model, config, Path(folder), head), tokenizer, config)
+    pair.target_folder = Path(source).resolve() if Path(source).is_dir() else None
+    return pair
+
+
+def import_pair(av: str | Path, out: str | Path, ar: str | Path | None = None, **options: Any) -> NLA:
+    """Load an EasyNLA pair and write it as a native folder; see :func:`load` for ``options`` and errors."""
+    pair = load(av, ar, **options)
+    pair.save_pretrained(out)
+    return pair
+
+
+def _config(
+    about: Sidecar,
+    meta: dict[str, Any],
+    source: str,
+    model: Any,
+    tokenizer: Any,
+    dtype: str,
+    max_new_tokens: int,
+    revision: str | None,
+) -> NLAConfig:
+    layer = meta["ar_num_layers"] - 1
+    if about.layer is not None and about.layer != layer:
+        got = f"{about.path} of activations after block {about.layer}, and an AR of {layer + 1} blocks"
+        raise SidecarError(got, "the sidecar of the data that the pair was trained on", "pass sidecar=...")
+    return NLAConfig(
+        target=source,
+        target_revision=revision or getattr(model.config, "_commit_hash", None),
+        target_weights=hash_weights(source),
+        tokenizer_hash=tokenizer_hash(tokenizer),
+        d_model=about.d_model,
+        dtype=dtype,
+        quantization=meta["quant"],
+        point=f"resid_post.{layer}",
+        injection=injection_of(about, tokenizer, INJECTION_LAYER),
+        encoder_prompt=encoder_prompt(about),
+        explanation_open=EXPLANATION_TAGS[0],
+        explanation_close=EXPLANATION_TAGS[1],
+        decoder_template=decoder_template(about),
+        # Their decoder's text is encoded without special tokens, whatever the tokenizer would add.
+        decoder=DecoderConfig(final_norm=not meta["final_norm_stripped"], head_bias=False, special_tokens=False),
+        max_new_tokens=max_new_tokens,
+        activation_norm=about.d_model**0.5,
+    )
+
+
+def _convert(model: Any, meta: dict[str, Any], av: Path, weights: Path, folder: Path, config: NLAConfig) -> Any:
+    """Write both adapters into ``folder`` in the native form, and give the head."""
+    from nla.decoder import Head
+
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        if not (av / name).is_file():
+            raise WeightsError(f"{av} without {name}", "the AV's PEFT adapter", _FIX)
+        write_atomic(folder / ENCODER_FOLDER / name, (av / name).read_bytes())
+    tensors, n_blocks = load_tensors(weights), meta["ar_num_layers"]
+    head = Head(config.d_model, bias=False)
+    found = tensors.pop(_HEAD_NAME, None)
+    if found is None or found.shape != head.weight.shape:
+        got = f"{weights} with {_HEAD_NAME} of {None if found is None else tuple(found.shape)}"
+        raise WeightsError(got, f"{tuple(head.weight.shape)}, the base's width", _FIX)
+    head.load_state_dict({"weight": found.float()})
+    adapter, leaves = _renamed(tensors, model, n_blocks, weights)
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": meta["lora_r"],
+        "lora_alpha": meta["lora_alpha"],
+        "lora_dropout": 0.0,
+        "use_rslora": True,
+        "target_modules": leaves,
+        "layers_to_transform": list(range(n_blocks)),
+        "bias": "none",
+    }
+    write_json(folder / DECODER_FOLDER / ADAPTER_CONFIG, settings)
+    save_tensors(folder / DECODER_FOLDER / ADAPTER_WEIGHTS, adapter)
+    return head.to(device_of(model))
+
+
+def _renamed(tensors: dict[str, Tensor], model: Any, n_blocks: int, path: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """Tensors under PEFT's names for this base, and the last parts of the adapted modules' names."""
+    layers = blocks(model)
+    where = next(name for name, module in model.named_modules() if module is layers)
+    renamed, leaves = {}, set()
+    for name, tensor in tensors.items():
+        match = _NAME.fullmatch(name)
+        if match is None or int(match["block"]) >= n_blocks:
+            got = f"{path} with {name}"
+            raise WeightsError(got, f"LoRA of blocks 0 to {n_blocks - 1}, and {_HEAD_NAME}", _FIX)
+        renamed[f"base_model.model.{where}.{match['block']}.{match['module']}.lora_{match['half']}.weight"] = tensor
+        leaves.add(match["module"].rsplit(".", 1)[-1])
+    return renamed, sorted(leaves)
+
+
+def _read_meta(path: Path) -> dict[str, Any]:
+    """``ar_meta.json``, with what old versions of EasyNLA left out."""
+    meta = {"quant": None, "final_norm_stripped": False, **read_json(path)}
+    for key, kind in {"ar_num_layers": int, "lora_r": int, "lora_alpha": (int, float)}.items():
+        if not isinstance(meta.get(key), kind) or isinstance(meta[key], bool) or meta[key] <= 0:
+            raise SidecarError(f"{path} with {key}: {meta.get(key)!r}", "a number above 0", _FIX)
+    if meta["quant"] not in (None, "none", "4bit", "8bit"):
+        raise SidecarError(f"{path} with quant: {meta['quant']!r}", 'null, "none", "8bit" or "4bit"', _FIX)
+    return {**meta, "quant": None if meta["quant"] == "none" else meta["quant"]}
+
+
+def _find_sidecar(given: str | Path | None, av: Path, ar: Path) -> Path:
+    if given is not None:
+        return Path(given) / SIDECAR if Path(given).is_dir() else Path(given)
+    found = [folder / SIDECAR for folder in (av, ar) if (folder / SIDECAR).is_file()]
+    if not found:
+        raise SidecarError(
+            f"no {SIDECAR} in {av} or {ar}",
+            "the description of the data that the pair was trained on",
+            "pass sidecar=..., the .nla_meta.yaml beside its parquet file",
+        )
+    return found[0]
+
+
+def _base(av: Path, about: Sidecar) -> str:
+    """The model that activations were read from and the AV's adapter sits on, if both descriptions name the same.
+
+    They differ where an adapter was trained on merged weights: those are not the target.
+    """
+    names = [read_json(av / ADAPTER_CONFIG).get("base_model_name_or_path"), about.base]
+    found = list(dict.fromkeys(str(name) for name in names if name))
+    if len(found) != 1:
+        raise SidecarError(
+            f"{av / ADAPTER_CONFIG} of an adapter on {names[0]!r}, and {about.path} of activations of {names[1]!r}",
+            "one model under one name",
+            "if they are the same model give target=...; a pair on a merged checkpoint cannot be imported",
+        )
+    return found[0]
