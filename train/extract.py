@@ -1,95 +1,241 @@
-"""Stage 1: documents → activations of the target, in splits that share no document, with their baselines."""
+"""A corpus → a store of the target's activations at a point, in splits that share no document.
+
+While the target runs one chunk, the next is tokenised and the last is written, each by a thread of its own. Memory
+follows from the size of a chunk, not of the corpus.
+"""
 
 from __future__ import annotations
 
-import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+import logging
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from nla.activations import Activations, read
-from nla.formats.native import write_json
-from nla.formats.pair import save_baselines
-from nla.metrics import Baseline
-from nla.organisms.lesson import Lesson
-from nla.tokens import Span
+from nla.activations import device_of, inference, pad_right
+from nla.config import tokenizer_hash
+from nla.errors import ArgumentError, ContextLengthError
+from nla.points import context_length
+from nla.store import Manifest
+from nla.store_writer import StoreWriter
+from nla.target import load_truncated
+from nla.tokens import length_batches, load_tokenizer
 
-from .settings import require_least
+from .corpus import Corpus, CorpusSettings, describe_files, open_corpus
+from .documents import Prepared, Reader
 
-SPLITS = ("train", "eval", "held_out")
-MANIFEST = "manifest.json"
-BASELINES = "baselines.safetensors"
-
-
-@dataclass(frozen=True)
-class ExtractSettings:
-    """How many documents, and which of their tokens."""
-
-    n_documents: int = 20_000
-    """Documents to train on; none has a held-out latent."""
-    n_eval_documents: int = 400
-    """Documents of each held-out split: ``eval`` and ``held_out`` (whose latents were never trained on)."""
-    n_other_positions: int = 2
-    """Tokens drawn at random from each document beside those of its main strata."""
-
-    def __post_init__(self) -> None:
-        require_least("extract", self, n_documents=1, n_eval_documents=1, n_other_positions=1)
+log = logging.getLogger(__name__)
 
 
-def documents(lesson: Lesson, settings: ExtractSettings, seed: int) -> dict[str, list[Any]]:
-    """The documents of every split. A text stands in one split only; the seed decides all of them."""
-    return lesson.splits(settings.n_documents, settings.n_eval_documents, seed)
+def extract_corpus(
+    settings: CorpusSettings,
+    target: str | Path,
+    point: str,
+    out_dir: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: str = "float32",
+    device: str | torch.device | None = None,
+    quantization: str | None = None,
+    adapter: str | Path | None = None,
+    max_tokens_per_batch: int = 16_384,
+    seed: int = 0,
+    process: int = 0,
+    processes: int = 1,
+    progress: bool = False,
+) -> Manifest | None:
+    """Read a corpus into the store ``out_dir``; after a kill, the same call continues to the same bytes.
+
+    Several processes share the work when each is called with its own ``process`` of ``processes``, on one ``out_dir``:
+    the store is, row for row and bit for bit, the one that a single process of as many threads makes.
+
+    Args:
+        target: folder or hub id; blocks above the point are never loaded.
+        revision, dtype, device, quantization, adapter: see :func:`nla.target.load_truncated`.
+        max_tokens_per_batch: tokens with padding in one forward pass. It may change between a kill and the call that
+            continues; activations then differ at rounding error.
+        seed: decides the positions, with each document's text.
+        progress: show a bar.
+
+    Returns:
+        The manifest; None if other processes have not finished their share: the last one writes it.
+
+    Raises:
+        CorpusError, StoreError, NonFiniteError, StorageError, PointError: see the functions used.
+        ContextLengthError: documents may be longer than the target's context.
+        TargetError, AccessError: see :func:`nla.target.load_truncated`.
+        ArgumentError: no such process.
+    """
+    if not 0 <= process < processes:
+        raise ArgumentError(f"process {process} of {processes}", "0 ≤ process < processes", "count them from 0")
+    corpus = open_corpus(settings)
+    loading = {"revision": revision, "dtype": dtype, "quantization": quantization, "adapter": adapter}
+    folder = Path(target).expanduser()
+    source = str(folder) if folder.is_dir() else str(target)
+    view = load_truncated(source, point, device=device, **loading)
+    tokenizer = load_tokenizer(source, getattr(view.config, "_commit_hash", None) or revision)
+    _check_context(view, settings)
+    about = _about(settings, corpus, view, tokenizer, source, point, loading, seed)
+    writer = StoreWriter(out_dir, about)
+    reader = Reader(tokenizer, settings, seed)
+    share = Share(process, processes)
+    n_chunks = _run(corpus, settings, view, reader, writer, share, max_tokens_per_batch, progress)
+    manifest = writer.finish(n_chunks)
+    if manifest is not None:
+        shown = ", ".join(f"{count} {name}" for name, count in manifest.counts.items())
+        log.info("%s is whole: %s; vectors %s.", out_dir, shown, manifest.n)
+    return manifest
 
 
-def choose_positions(lesson: Lesson, document: Any, spans: Sequence[Span], n_other: int, key: str) -> list[int]:
-    """Every token of a main stratum and ``n_other`` more, drawn by a generator keyed to the document."""
-    kinds = lesson.strata(document, spans)
-    main = [span.index for span, kind in zip(spans, kinds, strict=True) if kind in lesson.MAIN]
-    others = [span.index for span, kind in zip(spans, kinds, strict=True) if kind not in lesson.MAIN]
-    return sorted([*main, *random.Random(key).sample(others, min(n_other, len(others)))])
+class Share(NamedTuple):
+    """Which chunks are this process's."""
+
+    process: int
+    processes: int
 
 
-def extract(
-    lesson: Lesson, target: Any, tokenizer: Any, point: str, settings: ExtractSettings, seed: int, out_dir: Path
-) -> dict[str, Activations]:
-    """Read every split and save it under ``out_dir/<split>``, with baselines of the training vectors and a manifest."""
-    stores: dict[str, Activations] = {}
-    for split, drawn in documents(lesson, settings, seed).items():
+def _run(
+    corpus: Corpus,
+    settings: CorpusSettings,
+    view: Any,
+    reader: Reader,
+    writer: StoreWriter,
+    share: Share,
+    max_tokens: int,
+    progress: bool,
+) -> int:
+    """Read the chunks that are this process's and not done; the number of chunks in the corpus."""
+    started, n_seen, n_tokens, n_chunks = time.monotonic(), 0, 0, 0
 
-        def positions(i: int, spans: list[Span], drawn=drawn, split=split) -> list[int]:
-            return choose_positions(lesson, drawn[i], spans, settings.n_other_positions, f"{seed}/{split}/{i}")
+    def wanted(chunk: int) -> bool:
+        return chunk % share.processes == share.process and not writer.is_done(chunk)
 
-        def strata(i: int, spans: list[Span], drawn=drawn) -> list[str]:
-            return lesson.strata(drawn[i], spans)
+    def prepared() -> Iterator[Prepared | None]:
+        for chunk, entries in corpus.chunks(settings, wanted):
+            yield None if entries is None else reader.prepare(chunk, entries)
 
-        texts = [document.text for document in drawn]
-        stores[split] = read(target, tokenizer, texts, point, positions=positions, strata=strata, progress=True)
-        stores[split].save(out_dir / split)
-    baselines = fit_baselines(stores["train"])
-    save_baselines(out_dir / BASELINES, baselines)
-    write_json(
-        out_dir / MANIFEST,
-        {
-            "point": point,
-            "n": {split: len(store) for split, store in stores.items()},
-            "n_by_stratum": {kind: baseline.n for kind, baseline in baselines.items()},
-            "variance": {kind: baseline.variance for kind, baseline in baselines.items()},
-            "activation_norm": float(stores["train"].vectors.norm(dim=1).mean()),
+    with ThreadPoolExecutor(2) as pool, inference(view), _bar(settings, progress) as bar:
+        writing: Future[None] | None = None
+        for work in _ahead(pool, prepared()):
+            n_chunks += 1
+            if work is None:
+                continue
+            vectors = _forward(view, work, max_tokens)
+            if writing is not None:
+                writing.result()
+            writing = pool.submit(_write, writer, work, vectors)
+            n_seen, n_tokens = n_seen + work.counts["seen"], n_tokens + work.n_tokens
+            bar.update(work.counts["seen"])
+            bar.set_postfix_str(f"{n_tokens / (time.monotonic() - started):.0f} tokens/s")
+        if writing is not None:
+            writing.result()
+    seconds = max(time.monotonic() - started, 1e-9)
+    figures = n_seen, n_tokens, seconds, n_seen / seconds, n_tokens / seconds
+    log.info("%d documents and %d tokens in %.0f s: %.1f documents/s, %.0f tokens/s.", *figures)
+    return n_chunks
+
+
+def _about(
+    settings: CorpusSettings,
+    corpus: Corpus,
+    view: Any,
+    tokenizer: Any,
+    target: str,
+    point: str,
+    loading: dict[str, Any],
+    seed: int,
+) -> dict[str, Any]:
+    """All that the store's content follows from."""
+    folder = Path(target)
+    files = [*sorted(folder.glob("*.safetensors")), folder / "config.json"] if folder.is_dir() else []
+    adapter = None if loading["adapter"] is None else Path(loading["adapter"])
+    return {
+        "target": target,
+        "revision": getattr(view.config, "_commit_hash", None) or loading["revision"],
+        "tokenizer_hash": tokenizer_hash(tokenizer),
+        "point": str(point),
+        "dtype": loading["dtype"],
+        "d_model": view.config.hidden_size,
+        "settings": {
+            **asdict(settings),
+            "seed": seed,
+            "quantization": loading["quantization"],
+            "adapter": None if adapter is None else str(adapter),
         },
+        "corpus_files": corpus.about,
+        "target_files": describe_files(files),
+        "adapter_files": describe_files(sorted(adapter.glob("adapter*"))) if adapter is not None else [],
+    }
+
+
+def _check_context(view: Any, settings: CorpusSettings) -> None:
+    limit = context_length(view)
+    if settings.max_tokens > limit:
+        raise ContextLengthError(
+            f"documents of up to {settings.max_tokens} tokens",
+            f"at most {limit}, the target's context",
+            f"set corpus.max_tokens = {limit}",
+        )
+
+
+def _ahead(pool: ThreadPoolExecutor, items: Iterator[Any]) -> Iterator[Any]:
+    """The items, each made by a thread while the one before it is in use."""
+    end = object()
+    coming = pool.submit(next, items, end)
+    while (item := coming.result()) is not end:
+        coming = pool.submit(next, items, end)
+        yield item
+
+
+def _forward(view: Any, work: Prepared, max_tokens: int) -> Tensor:
+    """Vectors (n, d) of all positions of a chunk, in the order of its documents.
+
+    Longest batch first: a budget that is too large fails at once. Padding is on the right and without a mask:
+    causality keeps real tokens exact, and the fast attention kernel stays.
+    """
+    columns = [[span.index for span in document.spans] for document in work.documents]
+    starts = [0]
+    for chosen in columns:
+        starts.append(starts[-1] + len(chosen))
+    device, vectors = device_of(view), None
+    waiting: tuple[Tensor, Tensor] | None = None
+    for batch in reversed(length_batches([len(ids) for ids in work.ids], max_tokens)):
+        rows = torch.tensor([row for row, number in enumerate(batch) for _ in columns[number]], device=device)
+        cols = torch.tensor([column for number in batch for column in columns[number]], device=device)
+        places = torch.tensor([place for number in batch for place in range(starts[number], starts[number + 1])])
+        ids = pad_right([work.ids[number] for number in batch]).to(device)
+        chosen = view(input_ids=ids, use_cache=False).last_hidden_state[rows, cols]
+        if vectors is None:
+            vectors = torch.empty(starts[-1], chosen.shape[1], dtype=chosen.dtype)
+        # One batch behind: the copy waits for the device only once the next batch is queued there.
+        if waiting is not None:
+            vectors[waiting[0]] = waiting[1].cpu()
+        waiting = places, chosen
+    if waiting is None or vectors is None:
+        return torch.empty(0, view.config.hidden_size)
+    vectors[waiting[0]] = waiting[1].cpu()
+    return vectors
+
+
+def _write(writer: StoreWriter, work: Prepared, vectors: Tensor) -> None:
+    """Write a chunk, each document's rows to its split."""
+    owner = torch.repeat_interleave(
+        torch.tensor([len(document.spans) for document in work.documents], dtype=torch.int64)
     )
-    return stores
+    splits = {}
+    for split in ("train", "eval"):
+        inside = torch.tensor([each == split for each in work.splits], dtype=torch.bool)
+        documents = [document for document, each in zip(work.documents, work.splits, strict=True) if each == split]
+        splits[split] = documents, vectors[inside[owner]]
+    writer.write(work.chunk, splits, work.counts)
 
 
-def fit_baselines(store: Activations) -> dict[str, Baseline]:
-    """Baselines of the training vectors: ``global`` and one a stratum."""
-    kinds = sorted(set(store.strata))
-    masks = {kind: torch.tensor([k == kind for k in store.strata]) for kind in kinds}
-    return {"global": Baseline.fit(store.vectors)} | {k: Baseline.fit(store.vectors[m]) for k, m in masks.items()}
+def _bar(settings: CorpusSettings, shown: bool) -> Any:
+    from tqdm import tqdm
 
-
-def load_stores(out_dir: Path) -> dict[str, Activations]:
-    """The splits that :func:`extract` saved."""
-    return {split: Activations.load(out_dir / split) for split in SPLITS}
+    return tqdm(total=settings.n_documents, desc="read", unit=" documents", disable=not shown)

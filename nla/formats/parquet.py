@@ -1,0 +1,340 @@
+"""The reference's data sets: a parquet of activations with ``<file>.nla_meta.yaml`` beside it, from and to a store.
+
+A row is ``n_raw_tokens`` (tokens up to and including the one read), ``detokenized_text_truncated`` (the text up to it),
+``activation_vector`` (raw, a list of fixed size), ``activation_layer`` (K, the point ``resid_post.K``) and ``doc_id``.
+The text after the last token read is not there.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from nla.activations import UNKNOWN_STRATUM
+from nla.config import tokenizer_hash
+from nla.errors import (
+    ArgumentError,
+    CorpusError,
+    NonFiniteError,
+    ShapeError,
+    SidecarError,
+    StorageError,
+    TokenizerMismatchError,
+)
+from nla.formats.native import write_atomic
+from nla.points import Point
+from nla.store import SPLITS, Manifest, Store
+from nla.store_shards import Document, is_held_out
+from nla.store_writer import StoreWriter
+from nla.tokens import Span
+
+SIDECAR_SUFFIX = ".nla_meta.yaml"
+TEXT, VECTOR, LENGTH, LAYER, DOCUMENT = (
+    "detokenized_text_truncated",
+    "activation_vector",
+    "n_raw_tokens",
+    "activation_layer",
+    "doc_id",
+)
+COLUMNS = (LENGTH, TEXT, VECTOR, LAYER, DOCUMENT)
+OPENING = 48
+"""Characters by which imported documents are compared: what is drawn of two copies differs, how they begin does not."""
+ROWS_PER_CHUNK = 4096
+_SCHEMAS = (1, 2)
+_EXTRACTION = ("base_model", "d_model", "layer_index", "norm")
+
+
+class _Row(NamedTuple):
+    document: str
+    text: str
+    length: int
+    vector: Tensor
+
+
+def sidecar_path(path: str | Path) -> Path:
+    """Where the sidecar of a parquet file lies."""
+    return Path(f"{path}{SIDECAR_SUFFIX}")
+
+
+def read_sidecar(path: str | Path) -> dict[str, Any]:
+    """The sidecar of a parquet file, checked for what an import needs; further keys are kept.
+
+    Raises:
+        SidecarError: it is missing, not YAML, of another kind or schema, lacks a key, or its vectors are not raw.
+    """
+    import yaml
+
+    place, fix = sidecar_path(path), "take the sidecar that was made with this very file"
+    try:
+        content = yaml.safe_load(place.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise SidecarError(f"no readable {place} ({error})", "the parquet's sidecar", fix) from error
+    content = content if isinstance(content, dict) else {}
+    if content.get("kind") != "nla_dataset" or content.get("schema_version") not in _SCHEMAS:
+        got = f"{place} of kind {content.get('kind')!r} and schema {content.get('schema_version')!r}"
+        raise SidecarError(got, f"kind 'nla_dataset' and schema {' or '.join(map(str, _SCHEMAS))}", fix)
+    extraction = content.get("extraction")
+    extraction = extraction if isinstance(extraction, dict) else {}
+    lacking = [f"extraction.{key}" for key in _EXTRACTION if key not in extraction]
+    lacking += [] if "row_count" in content else ["row_count"]
+    if lacking:
+        raise SidecarError(f"{place} without {', '.join(lacking)}", "all keys of a data set's sidecar", fix)
+    for key in ("d_model", "layer_index"):
+        if not isinstance(extraction[key], int):
+            raise SidecarError(f"{place} with extraction.{key} = {extraction[key]!r}", "a whole number", fix)
+    if extraction["norm"] != "none":
+        got = f"{place} with extraction.norm = {extraction['norm']!r}"
+        raise SidecarError(got, "raw vectors: norm 'none'", "extract them again: their norms are lost")
+    return content
+
+
+def import_parquet(
+    path: str | Path,
+    out_dir: str | Path,
+    tokenizer: Any,
+    *,
+    eval_fraction: float = 0.05,
+    split_key: str = "nla",
+) -> Manifest:
+    """A store from a data set of the reference. It has no splits of its own; documents that begin alike stay together.
+
+    Args:
+        tokenizer: the base model's: tokens are not in the file, so each text is tokenised again. The manifest counts
+            as ``retokenised`` the rows whose text gives another number of tokens than the file says.
+
+    Raises:
+        SidecarError: see :func:`read_sidecar`; or it belongs to another file.
+        CorpusError: the file cannot be read or lacks a column.
+        ShapeError: a vector has another width than the sidecar says.
+        NonFiniteError: a vector holds NaN or infinity, or is missing.
+        TokenizerMismatchError: it is not the base model's tokenizer.
+        StoreError, StorageError: see :class:`nla.store_writer.StoreWriter`.
+    """
+    if not 0 < eval_fraction < 1:
+        raise ArgumentError(f"eval_fraction={eval_fraction}", "between 0 and 1", "choose the share to hold out")
+    path, sidecar = Path(path), read_sidecar(path)
+    _check_tokenizer(sidecar, tokenizer, path)
+    extraction = sidecar["extraction"]
+    groups = _groups(path, sidecar)
+    first = next(groups, None)
+    writer = StoreWriter(
+        out_dir,
+        {
+            "target": str(extraction["base_model"]),
+            "revision": sidecar.get("revision"),
+            "tokenizer_hash": tokenizer_hash(tokenizer),
+            "point": str(Point("resid_post", extraction["layer_index"])),
+            "dtype": "float32",
+            "d_model": extraction["d_model"],
+            "settings": {"eval_fraction": eval_fraction, "split_key": split_key, "sidecar": sidecar},
+            "corpus_files": [[path.name, path.stat().st_size]],
+        },
+    )
+    numbers: dict[str, int] = {}
+    chunk = 0
+    while first is not None:
+        documents, vectors, n_other = _documents(first, numbers, tokenizer)
+        if chunk == 0 and n_other > len(vectors) / 2:
+            raise TokenizerMismatchError(
+                f"a tokenizer that gives {n_other} of the first {len(vectors)} texts of {path} other numbers of tokens",
+                f"the tokenizer of {extraction['base_model']}, which the file was made with",
+                "load that model's tokenizer",
+            )
+        counts = {"read": len({document.number for document in documents}), "retokenised": n_other}
+        writer.write(chunk, _split(documents, vectors, eval_fraction, split_key), counts)
+        first, chunk = next(groups, None), chunk + 1
+    manifest = writer.finish(chunk)
+    if manifest is None:
+        raise StorageError(f"chunks missing from {out_dir}", f"{chunk}, all just written", "check the disk")
+    return manifest
+
+
+def _check_tokenizer(sidecar: Mapping[str, Any], tokenizer: Any, path: Path) -> None:
+    known = sidecar.get("tokenizer_hash")
+    if known is not None and known != tokenizer_hash(tokenizer):
+        raise TokenizerMismatchError(
+            f"a tokenizer with {tokenizer_hash(tokenizer)}",
+            f"{known}, which {path} was made with",
+            f"load the tokenizer of {sidecar['extraction']['base_model']}",
+        )
+
+
+def _split(
+    documents: Sequence[Document], vectors: Tensor, share: float, key: str
+) -> dict[str, tuple[list[Document], Tensor]]:
+    held_out = [is_held_out(document.key or document.text, share, key) for document in documents]
+    owner = torch.repeat_interleave(torch.tensor([len(document.spans) for document in documents]))
+    out = {}
+    for split in SPLITS:
+        inside = [held == (split == "eval") for held in held_out]
+        chosen = [document for document, each in zip(documents, inside, strict=True) if each]
+        out[split] = chosen, vectors[torch.tensor(inside)[owner]]
+    return out
+
+
+def _groups(path: Path, sidecar: Mapping[str, Any]) -> Iterator[list[_Row]]:
+    """Rows of the file in chunks; a document whose rows follow each other is not torn apart."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as table:
+            _check_table(table, sidecar, path)
+            waiting: list[_Row] = []
+            for batch in table.iter_batches(batch_size=ROWS_PER_CHUNK, columns=list(COLUMNS)):
+                waiting += _rows(batch, sidecar["extraction"], path)
+                last = _last_start(waiting)
+                if last:
+                    yield waiting[:last]
+                    waiting = waiting[last:]
+            if waiting:
+                yield waiting
+    except (pa.ArrowException, OSError) as error:
+        raise CorpusError(f"{path}, which cannot be read ({error})", "a whole parquet file", "restore it") from error
+
+
+def _last_start(rows: Sequence[_Row]) -> int:
+    """Where the rows of the last document begin."""
+    borders = (n for n in range(len(rows) - 1, 0, -1) if rows[n].document != rows[n - 1].document)
+    return next(borders, 0)
+
+
+def _check_table(table: Any, sidecar: Mapping[str, Any], path: Path) -> None:
+    lacking = [name for name in COLUMNS if name not in table.schema_arrow.names]
+    if lacking:
+        raise CorpusError(
+            f"{path} with the columns {', '.join(table.schema_arrow.names)}",
+            f"also {', '.join(lacking)}",
+            "give a file that the reference's extraction wrote (base.parquet, or a split of it)",
+        )
+    if table.metadata.num_rows != sidecar["row_count"]:
+        raise SidecarError(
+            f"{path} of {table.metadata.num_rows} rows",
+            f"{sidecar['row_count']}, as its sidecar says",
+            "take the sidecar that was made with this very file",
+        )
+
+
+def _rows(batch: Any, extraction: Mapping[str, Any], path: Path) -> list[_Row]:
+    width, column = extraction["d_model"], batch.column(VECTOR)
+    if column.null_count:
+        raise NonFiniteError(f"{column.null_count} rows of {path} without a vector", "one a row", "extract them again")
+    flat = torch.from_numpy(column.flatten().to_numpy(zero_copy_only=False).copy()).float()
+    if len(flat) != len(column) * width or set(column.value_lengths().unique().to_pylist()) - {width}:
+        got = f"vectors of width {sorted(set(column.value_lengths().to_pylist()))} in {path}"
+        raise ShapeError(got, f"{width}, as its sidecar says", "take the sidecar that was made with this very file")
+    layers = set(batch.column(LAYER).unique().to_pylist())
+    if layers != {extraction["layer_index"]}:
+        got = f"rows of layer {', '.join(map(str, sorted(layers, key=str)))} in {path}"
+        raise SidecarError(got, f"layer {extraction['layer_index']}, as its sidecar says", "split the file by layer")
+    columns = [batch.column(name).to_pylist() for name in (DOCUMENT, TEXT, LENGTH)]
+    return [_Row(*row) for row in zip(*columns, flat.reshape(-1, width), strict=True)]
+
+
+def _documents(rows: Sequence[_Row], numbers: dict[str, int], tokenizer: Any) -> tuple[list[Document], Tensor, int]:
+    """Documents with all their rows, vectors (n, d) in that order, and how many rows tokenise to another length."""
+    spans, n_other = [], 0
+    encoded = tokenizer([row.text for row in rows], padding=False, truncation=False, verbose=False)
+    for row, ids, encoding in zip(rows, encoded["input_ids"], encoded.encodings, strict=True):
+        n_other += len(ids) != row.length
+        at = next((n for n in range(len(ids) - 1, -1, -1) if not encoding.special_tokens_mask[n]), None)
+        start, _ = (0, 0) if at is None else encoding.token_to_chars(at) or (0, 0)
+        # A row's text ends where its token ends, so what can be seen at it is that text, however it is tokenised.
+        spans.append(Span(0 if at is None else ids[at], row.text[start:], start, len(row.text), row.length - 1))
+    members: dict[str, list[int]] = {}
+    for index, row in enumerate(rows):
+        members.setdefault(row.document, []).append(index)
+    documents, order = [], []
+    for name, indexes in members.items():
+        number = numbers.setdefault(name, len(numbers))
+        text = max((rows[index].text for index in indexes), key=len)
+        # A text that ends within a character is no prefix of a longer one; it stands for itself.
+        fits = [index for index in indexes if text.startswith(rows[index].text)]
+        for shared in (fits, *([index] for index in indexes if index not in set(fits))):
+            own = text if shared is fits else rows[shared[0]].text
+            kinds = [UNKNOWN_STRATUM] * len(shared)
+            documents.append(Document(number, own, [spans[index] for index in shared], kinds, text[:OPENING]))
+            order += shared
+    return documents, torch.stack([rows[index].vector for index in order]), n_other
+
+
+def export_parquet(store: Store, path: str | Path) -> None:
+    """Write a split of a store as a data set of the reference, with its sidecar; vectors become float32.
+
+    Raises:
+        StorageError: it could not be written whole.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path, manifest = Path(path), store.manifest
+    width, layer = store.d_model, Point.parse(manifest.point).layer
+    kinds = (pa.int64(), pa.string(), pa.list_(pa.float32(), width), pa.int64(), pa.string())
+    schema = pa.schema(list(zip(COLUMNS, kinds, strict=True)))
+    source, split = _source(manifest), manifest.settings.get("split", store.split)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with pq.ParquetWriter(temporary, schema) as out:
+            for start in range(0, len(store), ROWS_PER_CHUNK):
+                rows = torch.arange(start, min(start + ROWS_PER_CHUNK, len(store)))
+                flat = pa.array(store.vectors[rows].reshape(-1).numpy())
+                lengths = store.token_indexes(rows) + 1
+                columns = [
+                    pa.array(lengths.numpy()),
+                    pa.array(store.prefixes(rows), pa.string()),
+                    pa.FixedSizeListArray.from_arrays(flat, width),
+                    pa.array([layer] * len(rows), pa.int64()),
+                    pa.array([f"{source}:{split}:{number}" for number in store.documents(rows).tolist()]),
+                ]
+                out.write_table(pa.Table.from_arrays(columns, schema=schema))
+        os.replace(temporary, path)
+    except (OSError, pa.ArrowException) as error:
+        raise StorageError(
+            f"{type(error).__name__} while writing {path}: {error}", "room for the whole file", "free space"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    write_atomic(sidecar_path(path), _sidecar(store, source))
+
+
+def _source(manifest: Manifest) -> str:
+    imported = manifest.settings.get("sidecar")
+    return imported["extraction"].get("corpus", "imported") if imported else str(manifest.settings.get("source"))
+
+
+def _sidecar(store: Store, source: str) -> str:
+    import yaml
+
+    manifest = store.manifest
+    n_documents = max(store.manifest.n_documents[store.split], 1)
+    return yaml.safe_dump(
+        {
+            "kind": "nla_dataset",
+            "schema_version": 1,
+            "dataset_id": f"base_{Path(manifest.target).name}_{manifest.point}_{store.identity[:8]}",
+            "stage": "base",
+            "row_count": len(store),
+            "extraction": {
+                "base_model": manifest.target,
+                "d_model": manifest.d_model,
+                "layer_index": Point.parse(manifest.point).layer,
+                "norm": "none",
+                "corpus": source,
+                "corpus_slice": {"start": 0, "length": manifest.counts.get("seen", n_documents)},
+                "positions_per_doc": manifest.settings.get("n_positions", -(-len(store) // n_documents)),
+            },
+            "keep_debug_metadata": True,
+            "created_by": "nla.formats.parquet",
+            "tokenizer_hash": manifest.tokenizer_hash,
+            "revision": manifest.revision,
+        },
+        sort_keys=False,
+        allow_unicode=True,
+    )
