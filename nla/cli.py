@@ -1,4 +1,4 @@
-"""The commands: ``nla demo | explain | steer | eval | train | info``. Thin, and the only place that prints.
+"""The commands. Thin, and the only place that prints.
 
 Every heavy import stands inside the command that needs it, so that ``nla --help`` answers at once.
 """
@@ -22,6 +22,8 @@ from nla.errors import ArgumentError, InterruptedTraining, NLAError, visible
 from nla.usage import FAILED, INTERNAL, INTERRUPTED, OK, USAGE, build_parser
 
 STEER_SAMPLES, STEER_TOKENS = 8, 12
+SAMPLED = 10_000
+"""Activations of a store that a denominator is taken from."""
 _PACKAGES = ("nla", "torch", "transformers", "peft", "trl")
 
 
@@ -50,7 +52,10 @@ def explain(args: argparse.Namespace) -> int:
     """``nla explain``: the token view of one text."""
     text, chosen = given_text(args), positions(args.positions)
     nla = load(args.pair)
-    notes = nla.explain(nla.read(text, chosen), samples=args.samples)
+    plant = importlib.import_module("nla.plant")
+    with plant.planted(nla, plant.adapter_folder(args.target_adapter)):
+        acts = nla.read(text, chosen)
+    notes = nla.explain(acts, samples=args.samples)
     if args.json:
         emit({**about(nla, args.pair), "text": text, "notes": notes.to_json()})
     if args.json and args.svg is None:
@@ -180,14 +185,112 @@ def info(args: argparse.Namespace) -> int:
 def train(args: argparse.Namespace) -> int:
     """``nla train``: run a recipe's stages."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    recipe = importlib.import_module("nla.train.recipe")
-    summary = recipe.run_recipe(args.recipe, overrides=args.set, until=args.until, dry_run=args.dry_run)
+    summary = importlib.import_module("nla.train.run").run_recipe(
+        args.recipe, overrides=args.set, until=args.until, dry_run=args.dry_run
+    )
+    if not importlib.import_module("nla.train.processes").is_main():
+        return OK
     if args.json:
         emit(summary)
         return OK
     from nla import view
 
-    show(view.facts(view.flat(summary), f"{args.recipe}: stages"))
+    title = f"{args.recipe}: stages"
+    show(view.stages(summary, title) if args.dry_run else view.facts(view.flat(summary), title))
+    return OK
+
+
+def extract(args: argparse.Namespace) -> int:
+    """``nla extract``: a corpus to a store."""
+    recipe = importlib.import_module("nla.train.recipe")
+    content: dict[str, Any] = {}
+    for override in args.set:
+        recipe.apply_override(content, override)
+    settings = importlib.import_module("nla.train.corpus").CorpusSettings
+    corpus = recipe.build(settings, {**content, "source": args.source}, "--set")
+    share = re.fullmatch(r"(\d+)/(\d+)", args.process)
+    if share is None:
+        raise ArgumentError(f"--process {args.process}", "I/N, such as 0/4", "count processes from 0")
+    quiet()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    manifest = importlib.import_module("nla.train.extract").extract_corpus(
+        corpus,
+        importlib.import_module("nla.train.stages").target_folder(args.target),
+        args.point,
+        args.out,
+        revision=args.revision,
+        dtype=args.dtype,
+        quantization=args.quantization,
+        adapter=importlib.import_module("nla.plant").adapter_folder(args.target_adapter),
+        seed=args.seed,
+        process=int(share[1]),
+        processes=int(share[2]),
+        progress=True,
+    )
+    content = {"store": str(args.out), "finished": manifest is not None}
+    if manifest is not None:
+        about = ("target", "point", "dtype", "d_model", "counts", "n", "n_documents", "norms", "variance")
+        content |= {name: getattr(manifest, name) for name in about}
+    return tell(args, content, f"{args.out}: activations of {args.target} at {args.point}")
+
+
+def bring_in(args: argparse.Namespace) -> int:
+    """``nla import``: a pair or data in another format."""
+    quiet()
+    kind = args.command.removeprefix("import ")
+    if kind == "parquet":
+        tokenizer = importlib.import_module("nla.tokens").load_tokenizer(args.tokenizer)
+        manifest = importlib.import_module("nla.formats.parquet").import_parquet(args.file, args.out, tokenizer)
+        return tell(args, {"store": str(args.out), "n": manifest.n, "counts": manifest.counts}, f"{args.file}: a store")
+    options = {name: getattr(args, name) for name in ("target", "dtype", "sidecar") if getattr(args, name, None)}
+    nla = importlib.import_module(f"nla.formats.{kind}").load(args.av, args.ar, **options)
+    if args.store is not None:
+        nla.fit_baselines(store_sample(nla, args.store))
+    nla.save_pretrained(args.out)
+    content = {**about(nla, str(args.out)), "injection": nla.config.injection.mode, "baselines": sorted(nla.baselines)}
+    return tell(args, content, f"{args.out}: imported from {kind}")
+
+
+def send_out(args: argparse.Namespace) -> int:
+    """``nla export``: a pair or a store in the reference's format."""
+    quiet()
+    if args.command == "export parquet":
+        store = importlib.import_module("nla.store").Store.open(args.store, args.split)
+        importlib.import_module("nla.formats.parquet").export_parquet(store, args.out)
+        return tell(args, {"file": str(args.out), "n": len(store)}, f"{args.store}: as parquet")
+    nla = load(args.pair)
+    acts = None if args.store is None else store_sample(nla, args.store)
+    export = importlib.import_module("nla.formats.kitft_export").export_pair
+    dropped = export(nla, args.out, args.drop_bias, acts)
+    content = {"av": str(args.out / "av"), "ar": str(args.out / "ar")}
+    content |= {} if dropped is None else {"without the bias": dropped._asdict()}
+    return tell(args, content, f"{args.pair}: exported")
+
+
+def push(args: argparse.Namespace) -> int:
+    """``nla push``: a pair on the hub."""
+    address = load(args.pair).push_to_hub(args.repo, args.private, args.revision, args.message)
+    return tell(args, {"commit": address}, f"{args.pair}: published")
+
+
+def store_sample(nla: Any, folder: Any) -> Any:
+    """Some training activations of a store, which must be of the pair's target and point."""
+    store = importlib.import_module("nla.store").Store.open(folder)
+    store.check_tokenizer(nla.tokenizer)
+    if store.manifest.point != str(nla.point):
+        raise ArgumentError(f"{folder} at {store.manifest.point}", f"activations at {nla.point}", "read them there")
+    rows = range(0, len(store), max(1, len(store) // SAMPLED))
+    return store.activations(list(rows))
+
+
+def tell(args: argparse.Namespace, content: dict[str, Any], title: str) -> int:
+    """Facts as JSON or as a table."""
+    if args.json:
+        emit(content)
+        return OK
+    from nla import view
+
+    show(view.facts(view.flat(content), title))
     return OK
 
 
@@ -203,9 +306,17 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "eval graph": evaluate,
     "eval plants": evaluate,
     "eval readers": evaluate,
+    "eval transfer": evaluate,
     "eval two-hop": evaluate,
     "probe": evaluate,
     "trace": evaluate,
     "train": train,
+    "extract": extract,
+    "import kitft": bring_in,
+    "import easynla": bring_in,
+    "import parquet": bring_in,
+    "export kitft": send_out,
+    "export parquet": send_out,
+    "push": push,
     "info": info,
 }

@@ -106,6 +106,20 @@ def facts(rows: Mapping[str, Any], title: str) -> Table:
     return table
 
 
+def stages(summary: Mapping[str, Mapping[str, Any]], title: str) -> Table:
+    """A plan, a row a stage: whether it would run, and what it is reckoned to take; a dash where that is not known."""
+    table = Table(title=Text(visible(title)), title_justify="left", box=None, pad_edge=False)
+    columns = {"tokens": "tokens", "steps": "steps", "memory_gb": "GB a device", "hours": "hours", "usd": "USD"}
+    for name in ("stage", "", *columns.values(), ""):
+        table.add_column(name, justify="left" if name in ("stage", "") else "right")
+    for stage, figures in summary.items():
+        state = "would run" if figures.get("would_run") else "done"
+        known = figures if figures.get("would_run") else {}
+        values = ["–" if known.get(key) is None else f"{known[key]:,}" for key in columns]
+        table.add_row(stage, state, *values, "" if known.get("fits", True) else "does not fit")
+    return table
+
+
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table whose columns are also aligned in plain text; no cell can end itself, its row or the table.
 

@@ -30,8 +30,10 @@ from nla.eval.report import Rate
 from nla.tokens import Span
 from nla.usage import build_parser
 
-EVALUATIONS = ["auditing", "fidelity", "gates", "graph", "plants", "readers", "rhymes", "two-hop"]
-COMMANDS = ["demo", "explain", "steer", "audit", "probe", "trace", "train", "info", *(f"eval {e}" for e in EVALUATIONS)]
+EVALUATIONS = ["auditing", "fidelity", "gates", "graph", "plants", "readers", "rhymes", "transfer", "two-hop"]
+FORMATS = ["import kitft", "import easynla", "import parquet", "export kitft", "export parquet"]
+COMMANDS = ["demo", "explain", "steer", "audit", "probe", "trace", "train", "extract", "push", "info", *FORMATS]
+COMMANDS += [f"eval {evaluation}" for evaluation in EVALUATIONS]
 HEAVY = ["torch", "transformers", "peft", "trl", "rich", "matplotlib"]
 
 
@@ -310,7 +312,7 @@ def test_steer_shows_the_edit_beside_a_random_direction_of_equal_norm(
 
 
 def test_train_passes_what_was_asked_to_the_recipe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    import nla.train.recipe as recipe
+    import nla.train.run as run
 
     asked = {}
 
@@ -318,7 +320,7 @@ def test_train_passes_what_was_asked_to_the_recipe(monkeypatch: pytest.MonkeyPat
         asked.update(options, path=path)
         return {"extract": {"would_run": True}}
 
-    monkeypatch.setattr(recipe, "run_recipe", run_recipe)
+    monkeypatch.setattr(run, "run_recipe", run_recipe)
     argv = [
         "train",
         "couplets",

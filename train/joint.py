@@ -24,7 +24,7 @@ from .monitor import EvalSet, Monitor
 from .reward import DecoderReward
 from .settings import JointSettings
 from .vectors import Chosen, Vectors, check_directions
-from .warmstart import check_pairs
+from .warmstart import check_memory, check_pairs
 
 if TYPE_CHECKING:
     from nla.autoencoder import NLA
@@ -70,7 +70,8 @@ def marker_forbidden(model: Any, marker_id: int) -> Iterator[None]:
     """While active, the language-model head gives the marker no probability.
 
     It acts through the head's bias, so that sampling and the log-probabilities of policy and reference, which TRL takes
-    from the head's weight and bias directly, all see the same distribution.
+    from the head's weight and bias directly, all see the same distribution. Where logits are soft-capped at ±c, as in
+    Gemma 2 (c = 30), the marker gets −c: at most e^(−2c) of what the likeliest token has when that is at the cap.
     """
     head = model.get_output_embeddings()
     before = head.bias
@@ -95,6 +96,7 @@ class JointTrainer(AtomicCheckpoints, GRPOTrainer):
     def __init__(self, nla: NLA, vectors: Vectors, reward: DecoderReward, **kwargs: Any) -> None:
         self.trained = encoder_parameters(nla) | decoder_parameters(nla)
         self.marker_id, self.marker_position = nla.config.injection.marker_id, nla.marker_position
+        self.layer = nla.config.injection.layer
         self.prompt: list[int] = nla.prompt_ids.reshape(-1).tolist()
         self.vectors, self.norm, self.place = vectors, nla.config.injection.norm, nla.device
         self.reward = reward
@@ -116,7 +118,8 @@ class JointTrainer(AtomicCheckpoints, GRPOTrainer):
 
     def injecting(self, vectors: Tensor) -> contextlib.AbstractContextManager[None]:
         """Inject ``vectors`` (b, d) at the prompt's marker."""
-        return inject(self.model, vectors, torch.full((len(vectors),), self.marker_position, device=vectors.device))
+        positions = torch.full((len(vectors),), self.marker_position, device=vectors.device)
+        return inject(self.model, vectors, positions, self.layer)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         with marker_forbidden(self.model, self.marker_id):
@@ -184,8 +187,10 @@ def grpo_arguments(nla: NLA, settings: JointSettings, out_dir: Path) -> GRPOConf
         learning_rate=settings.encoder_learning_rate,
         lr_scheduler_type="constant",
         max_grad_norm=1.0,
+        disable_dropout=True,
         shuffle_dataset=False,
         seed=settings.seed,
+        router_aux_loss_coef=0.0,  # a mixture's router is frozen, and its load is not what is trained
         gradient_checkpointing=settings.gradient_checkpointing,
         logging_steps=1,
         save_strategy="steps",
@@ -246,6 +251,8 @@ def train_joint(
         WeightsError: its checkpoint is damaged.
         InterruptedTraining, StorageError: stopped; the last checkpoint is intact and ``nla`` is as before the call.
     """
+    nla.require_adapters("joint training")
+    check_memory(nla, settings.gradient_checkpointing)
     for name, values in (("strata", strata), ("warm_texts", warm_texts)):
         if len(values) != len(vectors):
             raise ShapeError(f"{len(values)} {name}", f"{len(vectors)}, one a vector", "pair them up")

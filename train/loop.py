@@ -42,7 +42,7 @@ def on_cpu(nla: NLA) -> bool:
 @contextlib.contextmanager
 def own_forward(nla: NLA) -> Iterator[None]:
     """Take back, at the end of the block, the fused language-model head that TRL puts in the base's ``forward``."""
-    base = nla.model.get_base_model()
+    base = nla.base
     before = base.__dict__.get("forward")
     try:
         yield
@@ -55,7 +55,7 @@ def own_forward(nla: NLA) -> Iterator[None]:
 @contextlib.contextmanager
 def checkpointed(nla: NLA, on: bool) -> Iterator[None]:
     """In the block, blocks compute their activations again in the backward pass, if ``on``."""
-    base: Any = nla.model.get_base_model()
+    base: Any = nla.base
     if on:
         base.gradient_checkpointing_enable()
     try:

@@ -26,11 +26,12 @@ from nla.formats.native import save_adapter
 from nla.organisms.switchboard.plants import PLANTS, plant, training
 from nla.organisms.switchboard.world import END, Chat
 from nla.points import linear_names
+from nla.target import load_target
 
 from .checkpoints import AtomicCheckpoints, claim_folder
 from .interchange import exchanged, next_token_loss, recorded
 from .loop import PLAIN, fit
-from .stages import load_target, target_folder
+from .stages import target_folder
 
 log = logging.getLogger(__name__)
 ADAPTER = "default"
@@ -136,7 +137,7 @@ def train_plant(name: str, settings: PlantSettings, out_dir: Path) -> None:
     """
     of = plant(name)
     steps = settings.steps or LONGER.get(of.kind, STEPS)
-    model, tokenizer = load_target(settings.target)
+    model, tokenizer = load_target(target_folder(settings.target))
     first, last = of.blocks
     config = LoraConfig(
         r=settings.rank,

@@ -38,6 +38,15 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def place() -> torch.device | None:
+    """Where this process's models go; None, the usual place, for a single process."""
+    if count() == 1:
+        return None
+    from accelerate import PartialState
+
+    return PartialState().device
+
+
 def share(rows: int, name: str, per_backward: int | None = None) -> tuple[int, int]:
     """What each process does of a step of ``rows``: rows in one backward pass, and how many passes.
 

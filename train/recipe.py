@@ -1,22 +1,12 @@
-"""A recipe: one YAML file that says how a pair is made, and the stages that make it.
-
-``extract → describe → warmstart → joint`` (and ``control``: the warm start simply continued for joint training's
-wall-clock). Each stage has a folder; one whose inputs have not changed is skipped, one that was interrupted resumes,
-and what an older version of the recipe made is moved aside, never deleted.
-"""
+"""A recipe: one YAML file that says how a pair is made."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
-import hashlib
-import json
-import logging
 import math
-import time
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType
@@ -24,31 +14,19 @@ from typing import Any
 
 import yaml
 
-from nla.activations import ACTIVATIONS_FILE
-from nla.errors import ConfigError, NLAError, RecipeError, StorageError
-from nla.formats import native
-from nla.formats.native import read_json, write_json
+from nla.errors import NLAError, RecipeError
 from nla.organisms import lesson
 from nla.points import Point
+from nla.target import DTYPES, QUANTIZATIONS
 
+from .corpus import CorpusSettings
 from .describe import DescribeSettings
-from .extract import BASELINES, MANIFEST, SPLITS, ExtractSettings
+from .describers import DescriberSettings
+from .plan import HardwareSettings, ShapeSettings
 from .settings import JointSettings, refuse, require_least, require_positive, require_seed
+from .world import ExtractSettings
 
-log = logging.getLogger(__name__)
-
-STAGES = ("extract", "describe", "warmstart", "joint", "control")
-STARTED, DONE, LOCK, PAIR = "started.json", "stage.json", ".lock", "pair"
 SHIPPED = Path(__file__).parent / "recipes"
-PAIR_FILES = tuple(f"{PAIR}/{name}" for name in (native.CONFIG_FILE, *native.MANIFEST))
-OUTPUTS = {
-    "extract": (MANIFEST, BASELINES, *(f"{split}/{ACTIVATIONS_FILE}" for split in SPLITS)),
-    "describe": tuple(f"{split}.jsonl" for split in SPLITS),
-    "warmstart": PAIR_FILES,
-    "joint": PAIR_FILES,
-    "control": PAIR_FILES,
-}
-"""What each finished stage holds, relative to its folder."""
 KINDS = {int: "a whole number", float: "a finite number", str: "a text", bool: "true or false", dict: "a mapping"}
 
 
@@ -62,11 +40,39 @@ class PairSettings:
     """Longest answer of the encoder, tags included."""
     injection_norm: float | None = None
     """L2 norm of an injected activation; None: the mean norm of the training activations."""
+    alpha: float | None = None
+    """LoRA's scale numerator; None: the rank, so that the scale is 1."""
+    head_bias: bool = True
+    """Whether the decoder's head is affine; the reference's format holds linear heads only."""
+    marker: str | None = None
+    """Of a corpus's pair: the token that the activation takes the place of; None: the first that will do."""
+    encoder_prompt: str | None = None
+    """Of a corpus's pair: the encoder's user message, with ``{marker}`` once; None: the usual one."""
+    decoder_template: str | None = None
+    """Of a corpus's pair: the decoder's text, with ``{explanation}`` once; None: the usual one."""
 
     def __post_init__(self) -> None:
         require_least("pair", self, rank=1, max_new_tokens=1)
-        if self.injection_norm is not None:
-            require_positive("pair", self, "injection_norm")
+        for name in ("injection_norm", "alpha"):
+            if getattr(self, name) is not None:
+                require_positive("pair", self, name)
+        for name, slot in (("encoder_prompt", "{marker}"), ("decoder_template", "{explanation}")):
+            text = getattr(self, name)
+            if text is not None and text.count(slot) != 1:
+                refuse(f"pair.{name}", text, f"a text with {slot} once")
+
+
+@dataclass(frozen=True)
+class TextSettings:
+    """How many activations of a corpus are described, and scored at the end."""
+
+    n_train: int = 100_000
+    """Training activations with a warm-start text; each costs one question to the describer."""
+    n_scored: int = 2000
+    """Held-out activations that the finished pair is scored on, for its card."""
+
+    def __post_init__(self) -> None:
+        require_least("texts", self, n_train=1, n_scored=2)
 
 
 @dataclass(frozen=True)
@@ -79,9 +85,18 @@ class WarmstartSettings:
     encoder_learning_rate: float = 1e-3
     decoder_learning_rate: float = 1e-3
     head_learning_rate: float = 1e-3
+    eval_every: int = 250
+    """Steps between evaluations."""
+    save_every: int = 200
+    """Steps between checkpoints."""
+    rows_per_backward: int | None = None
+    """Rows of a process in one backward pass, for memory; None: all of its share of the batch."""
+    gradient_checkpointing: bool = False
+    """Whether to compute activations again in the backward pass, for memory."""
 
     def __post_init__(self) -> None:
-        require_least("warmstart", self, encoder_steps=1, decoder_steps=1, batch_size=1)
+        least = dict(encoder_steps=1, decoder_steps=1, batch_size=1, eval_every=1, save_every=1)
+        require_least("warmstart", self, **least)
         require_positive("warmstart", self, "encoder_learning_rate", "decoder_learning_rate", "head_learning_rate")
 
 
@@ -95,25 +110,52 @@ class Recipe:
     point: str
     out: str
     """Folder of the run: one sub-folder a stage."""
-    world: str = "couplets"
-    """Where documents and warm-start texts come from: an embedded world, couplets or switchboard."""
+    corpus: CorpusSettings | None = None
+    """Where documents come from, for a real target."""
+    world: str | None = None
+    """Where documents and warm-start texts come from, for an organism: an embedded world, couplets or switchboard."""
     revision: str | None = None
     """Commit, tag or branch of a target on the hub; None: its main branch."""
+    dtype: str = "float32"
+    """Of the target's weights and of the stored activations: float32, bfloat16 or float16."""
+    quantization: str | None = None
+    """8bit or 4bit, by bitsandbytes; None: the weights as they are."""
     seed: int = 0
     extract: ExtractSettings = field(default_factory=ExtractSettings)
+    """Of a world's documents."""
     describe: DescribeSettings = field(default_factory=DescribeSettings)
+    """What a world's describer knows."""
+    describer: DescriberSettings = field(default_factory=DescriberSettings)
+    """Who writes the texts of a corpus's activations."""
+    texts: TextSettings = field(default_factory=TextSettings)
+    """How many of these there are."""
     pair: PairSettings = field(default_factory=PairSettings)
     warmstart: WarmstartSettings = field(default_factory=WarmstartSettings)
     joint: JointSettings = field(default_factory=JointSettings)
     control: bool = False
     """Whether to train the control pair too."""
+    hardware: HardwareSettings = field(default_factory=HardwareSettings)
+    """What ``--dry-run`` reckons with."""
+    shape: ShapeSettings | None = None
+    """The target's sizes, for ``--dry-run`` before it has been downloaded."""
 
     def __post_init__(self) -> None:
         Point.parse(self.point)
         require_seed("seed", self.seed)
-        strata = lesson.load(self.world).STRATA
-        if not set(self.joint.stratum_weights) <= set(strata):
-            refuse("joint.stratum_weights", self.joint.stratum_weights, f"shares of {', '.join(strata)}")
+        if self.dtype not in DTYPES:
+            refuse("dtype", self.dtype, f"one of {', '.join(DTYPES)}")
+        if self.quantization not in (None, *QUANTIZATIONS):
+            refuse("quantization", self.quantization, f"one of {', '.join(QUANTIZATIONS)}, or nothing")
+        if (self.world is None) == (self.corpus is None):
+            refuse("world", self.world, "a world, or else a section `corpus`: documents come from one of them")
+        others = ("describer", "texts") if self.corpus is None else ("extract", "describe")
+        for name in others:
+            if getattr(self, name) != Recipe.__dataclass_fields__[name].default_factory():  # type: ignore[misc]
+                refuse(name, getattr(self, name), f"no such section beside `{'world' if self.world else 'corpus'}`")
+        if self.world is not None:
+            strata = lesson.load(self.world).STRATA
+            if not set(self.joint.stratum_weights) <= set(strata):
+                refuse("joint.stratum_weights", self.joint.stratum_weights, f"shares of {', '.join(strata)}")
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -184,140 +226,3 @@ def typed(expected: Any, value: Any, source: str) -> Any:
     if type(value) is not kind or (isinstance(value, float) and not math.isfinite(value)):
         raise RecipeError(f"{source} = {value!r}", KINDS[kind], "correct the recipe")
     return value
-
-
-def run_recipe(
-    path: str | Path, *, overrides: Sequence[str] = (), until: str | None = None, dry_run: bool = False
-) -> dict[str, Any]:
-    """Run a recipe's stages in order and return a summary of each.
-
-    Args:
-        until: the last stage to run; None runs all that the recipe asks for.
-        dry_run: only say which stages would run.
-
-    Raises:
-        RecipeError: see :func:`load_recipe`; also an unknown ``until``, or another process is at work in ``out``.
-        InterruptedTraining: stopped; the same command resumes.
-    """
-    from .stages import run_stage, target_folder
-
-    recipe = load_recipe(path, overrides)
-    stages = [stage for stage in STAGES if stage != "control" or recipe.control]
-    if until is not None and until not in stages:
-        raise RecipeError(f"until={until!r}", f"one of {', '.join(stages)}", "name a stage of this recipe")
-    stages = stages[: stages.index(until) + 1] if until else stages
-    prints = fingerprints(recipe, target_print(target_folder(recipe.target), recipe.revision))
-    summary: dict[str, Any] = {}
-    with contextlib.nullcontext() if dry_run else locked(Path(recipe.out)):
-        for stage in stages:
-            folder = Path(recipe.out) / stage
-            if is_done(folder, prints[stage]):
-                summary[stage] = {"skipped": True, **read_json(folder / DONE)["summary"]}
-                log.info("%s: inputs unchanged, skipped", stage)
-            elif dry_run:
-                summary[stage] = {"would_run": True}
-            else:
-                summary[stage] = perform(stage, folder, prints[stage], lambda stage=stage: run_stage(stage, recipe))
-    return summary
-
-
-@contextlib.contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """Keep every other process out of a run's folder, until the block or this process ends.
-
-    Raises:
-        RecipeError: another process is at work there.
-        StorageError: the folder cannot be written.
-    """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        file = (out / LOCK).open("w")
-    except OSError as error:
-        raise StorageError(f"{error} in {out}", "a folder to write to", "choose another `out`") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            got = f"{out}, where another `nla train` is at work"
-            raise RecipeError(got, "one process a folder", "wait for it to end, or set another `out`") from error
-        yield
-
-
-def perform(stage: str, folder: Path, fingerprint: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Run one stage's work between its start mark and its done mark.
-
-    The start mark carries the seconds that earlier, interrupted runs of the stage took; the summary has them all.
-    """
-    if folder.exists() and mark(folder / STARTED) != fingerprint:
-        set_aside(folder)
-    spent = read_json(folder / STARTED).get("seconds", 0.0) if folder.exists() else 0.0
-    write_json(folder / STARTED, {"fingerprint": fingerprint, "seconds": spent})
-    started = time.monotonic()
-    try:
-        summary = work()
-    finally:
-        spent = round(spent + time.monotonic() - started, 1)
-        write_json(folder / STARTED, {"fingerprint": fingerprint, "seconds": spent})
-    summary["seconds"] = spent
-    write_json(folder / DONE, {"fingerprint": fingerprint, "summary": summary})
-    log.info("%s: done in %.0f s", stage, summary["seconds"])
-    return summary
-
-
-def fingerprints(recipe: Recipe, target: str) -> dict[str, str]:
-    """What decides each stage's result: its settings, and all that came before."""
-    settings = dataclasses.asdict(recipe)
-    shared = {"target": target, "world": recipe.world, "point": recipe.point, "seed": recipe.seed}
-    own = {
-        "extract": settings["extract"],
-        "describe": settings["describe"],
-        "warmstart": {"pair": settings["pair"], "warmstart": settings["warmstart"]},
-        "joint": settings["joint"],
-        "control": "",
-    }
-    prints, before = {}, json.dumps(shared, sort_keys=True)
-    for stage in STAGES:
-        before = hashlib.sha256((before + json.dumps(own[stage], sort_keys=True)).encode()).hexdigest()
-        prints[stage] = before
-    return prints
-
-
-def target_print(target: str, revision: str | None = None) -> str:
-    """Identity of the target: a folder's hash, but for its README and git's files; or a hub id and its revision.
-
-    Raises:
-        RecipeError: a revision of a folder.
-    """
-    folder = Path(target)
-    if not folder.is_dir():
-        return f"{target}@{revision}"
-    if revision is not None:
-        raise RecipeError(f"revision {revision!r} of the folder {target}", "a revision of a hub id", "remove it")
-    digest = hashlib.sha256()
-    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-        name = file.relative_to(folder)
-        if not name.parts[0].startswith((".git", "README")):
-            digest.update(f"{name}\0{native.sha256(file)}\0".encode())
-    return digest.hexdigest()
-
-
-def mark(path: Path) -> str | None:
-    """The fingerprint in a mark file; None if it is not one."""
-    try:
-        return read_json(path).get("fingerprint")
-    except ConfigError:
-        return None
-
-
-def is_done(folder: Path, fingerprint: str) -> bool:
-    """Whether a stage was finished on these very inputs, and what it made is still there."""
-    return mark(folder / DONE) == fingerprint and all((folder / name).is_file() for name in OUTPUTS[folder.name])
-
-
-def set_aside(folder: Path) -> None:
-    """Move a folder made from other inputs out of the way, as ``<name>.old-1``, ``.old-2``, …"""
-    number = 1
-    while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
-        number += 1
-    log.warning("%s was made from other inputs: moved to %s", folder, aside.name)
-    folder.rename(aside)

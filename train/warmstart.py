@@ -61,6 +61,20 @@ def check_pairs(nla: NLA, vectors: Vectors, texts: list[str]) -> None:
     prompt_rows(nla, list(dict.fromkeys(texts)))
 
 
+def check_memory(nla: NLA, gradient_checkpointing: bool) -> None:
+    """Refuse to compute blocks again in the backward pass, where an injection after a block would be left out.
+
+    Raises:
+        ArgumentError: both are asked for.
+    """
+    if gradient_checkpointing and nla.config.injection.layer is not None:
+        raise ArgumentError(
+            f"gradient_checkpointing with activations that are added after block {nla.config.injection.layer}",
+            "one of them: only an injection in place of an embedding outlives the forward pass",
+            "set gradient_checkpointing to false",
+        )
+
+
 class EncoderCollator:
     """Rows of ``{"row": i}`` → input_ids (b, t), labels (b, t) over the answer only, vectors (b, d) for the marker.
 
@@ -94,14 +108,14 @@ class EncoderTrainer(AtomicCheckpoints, SFTTrainer):
 
     def __init__(self, nla: NLA, **kwargs: Any) -> None:
         self.trained, self.marker_position = encoder_parameters(nla), nla.marker_position
-        self.pair_model = nla.model
+        self.pair_model, self.layer = nla.model, nla.config.injection.layer
         super().__init__(model=nla.model, processing_class=nla.tokenizer, **kwargs)  # pyright: ignore
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         inputs = dict(inputs)
         vectors = inputs.pop("vectors")
         positions = torch.full((len(vectors),), self.marker_position, device=vectors.device)
-        with inject(self.pair_model, vectors, positions):  # ``model`` may be wrapped for several processes
+        with inject(self.pair_model, vectors, positions, self.layer):  # ``model`` may be wrapped, for several processes
             return super().compute_loss(model, inputs, *args, **kwargs)
 
 
@@ -179,6 +193,8 @@ def _prepare(
     for name, value in settings.items():
         if name not in ("stage", "seed") and not (value > 0 and math.isfinite(value)):
             raise ArgumentError(f"{name}={value}", "a positive number", f"give {name} a value above 0")
+    nla.require_adapters("a warm start")
+    check_memory(nla, gradient_checkpointing)
     check_pairs(nla, vectors, texts)
     if held_out is not None:
         check_pairs(nla, *held_out)
@@ -314,7 +330,8 @@ def warmstart_decoder(
     )
     adapter = [p for name, p in parameters.items() if name not in head]
     groups = [{"params": adapter, "lr": learning_rate}, {"params": list(head.values()), "lr": head_learning_rate}]
-    arguments = rows.arguments | {"gradient_checkpointing": False}  # the Trainer would ask a module that has none
+    # The Trainer would ask its module to compute activations again, which this one cannot.
+    arguments: dict[str, Any] = {**rows.arguments, "gradient_checkpointing": False}
     with nla.role("decoder"), checkpointed(nla, gradient_checkpointing):
         trainer = DecoderTrainer(
             nla,

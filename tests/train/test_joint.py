@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import D_MODEL
+from conftest import D_MODEL, make_pair
 from test_warmstart import assert_same, base_weights, largest_file
 from writer import SETTINGS, STRATA, TEXTS, make_writer
 
@@ -309,3 +310,19 @@ def test_marker_is_forbidden_where_the_head_has_a_bias_and_the_bias_comes_back()
         probabilities = head(torch.randn(3, 4)).softmax(-1)
         assert (probabilities[:, 2] == 0).all()
     assert torch.equal(head.bias, before) and head.bias.requires_grad
+
+
+def test_activations_that_are_added_after_a_block_are_added_in_rollouts_and_log_probs(vectors, tmp_path):
+    plain = make_pair().config.injection
+    pair = make_pair(injection=replace(plain, mode="add", layer=1, norm=None))
+    with trainer_of(pair, vectors, tmp_path) as trainer:
+        batch = rollouts_of(trainer)
+        mask = batch["completion_mask"].bool()
+        trained = log_probs_of(trainer, batch)
+        assert (batch["ref_per_token_logps"] - trained)[mask].abs().max() < 1e-4
+        trainer.layer = None
+        replaced = log_probs_of(trainer, batch | {"vectors": batch["vectors"] * 4})
+        assert (replaced - trained)[mask].abs().max() > 1e-3
+    settings = JointSettings(**(vars(SETTINGS) | dict(gradient_checkpointing=True)))
+    with pytest.raises(ArgumentError, match="gradient_checkpointing"):
+        train_joint(pair, vectors, STRATA, TEXTS, tmp_path / "frugal", settings=settings)

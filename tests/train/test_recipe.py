@@ -20,10 +20,10 @@ from nla.organisms import lesson
 from nla.organisms.couplets import tokenizer as couplets_tokenizer
 from nla.organisms.couplets import world
 from nla.tokens import Span
+from nla.train import material, run, stages
 from nla.train import recipe as recipes
-from nla.train import stages
-from nla.train.extract import ExtractSettings, documents, load_stores
 from nla.train.organism import OrganismSettings, build_model
+from nla.train.world import ExtractSettings, documents, load_stores
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +39,7 @@ def target(tmp_path_factory):
 def tiny(target, tmp_path):
     content = {
         "name": "tiny",
+        "world": "couplets",
         "target": str(target),
         "control": True,
         "point": "resid_post.3",
@@ -62,7 +63,7 @@ def tiny(target, tmp_path):
 
 
 def test_the_whole_recipe_runs_and_a_second_run_skips_every_stage(tiny, tmp_path):
-    first = recipes.run_recipe(tiny)
+    first = run.run_recipe(tiny)
     assert list(first) == ["extract", "describe", "warmstart", "joint", "control"]
     assert not any(stage.get("skipped") for stage in first.values())
     control, scale = first["control"], first["joint"]["seconds"] / first["warmstart"]["seconds"]
@@ -71,19 +72,19 @@ def test_the_whole_recipe_runs_and_a_second_run_skips_every_stage(tiny, tmp_path
     assert [control[half]["steps"] for half in ("encoder", "decoder")] == [math.ceil(2 * scale)] * 2
     assert control["seconds"] > 0
     assert (tmp_path / "run/joint/pair/nla_config.json").is_file()
-    second = recipes.run_recipe(tiny)
+    second = run.run_recipe(tiny)
     assert all(stage["skipped"] for stage in second.values())
     (tmp_path / "run/joint/pair/decoder/head.safetensors").unlink()
-    third = recipes.run_recipe(tiny, dry_run=True)
+    third = run.run_recipe(tiny, dry_run=True)
     assert [stage for stage, summary in third.items() if "would_run" in summary] == ["joint"]
 
 
 def test_a_changed_setting_reruns_its_stage_and_what_follows_and_moves_the_old_one_aside(tiny, tmp_path):
-    recipes.run_recipe(tiny, until="describe")
-    again = recipes.run_recipe(tiny, overrides=["describe.notice=0.5"], until="describe")
+    run.run_recipe(tiny, until="describe")
+    again = run.run_recipe(tiny, overrides=["describe.notice=0.5"], until="describe")
     assert again["extract"]["skipped"] and "skipped" not in again["describe"]
     assert (tmp_path / "run/describe.old-1/train.jsonl").is_file()
-    plan = recipes.run_recipe(tiny, overrides=["extract.n_documents=41"], dry_run=True)
+    plan = run.run_recipe(tiny, overrides=["extract.n_documents=41"], dry_run=True)
     assert all(stage == {"would_run": True} for stage in plan.values())
 
 
@@ -93,22 +94,22 @@ def test_an_interrupted_stage_is_not_taken_for_done(tiny, tmp_path, monkeypatch)
 
     monkeypatch.setattr(stages, "run_describe", stop)
     with pytest.raises(KeyboardInterrupt):
-        recipes.run_recipe(tiny, until="describe")
+        run.run_recipe(tiny, until="describe")
     monkeypatch.undo()
-    resumed = recipes.run_recipe(tiny, until="describe")
+    resumed = run.run_recipe(tiny, until="describe")
     assert resumed["extract"]["skipped"] and "skipped" not in resumed["describe"]
     assert not (tmp_path / "run/describe.old-1").exists()
 
 
 def test_an_interrupted_training_stage_resumes_to_the_pair_of_an_uninterrupted_run(tiny, tmp_path, monkeypatch):
-    recipes.run_recipe(tiny, until="warmstart", overrides=[f"out={tmp_path / 'whole'}"])
+    run.run_recipe(tiny, until="warmstart", overrides=[f"out={tmp_path / 'whole'}"])
     with monkeypatch.context() as patched:
         at_step(patched, 1, lambda: signal.raise_signal(signal.SIGINT))
         with pytest.raises(InterruptedTraining):
-            recipes.run_recipe(tiny, until="warmstart")
+            run.run_recipe(tiny, until="warmstart")
     assert not (tmp_path / "run/warmstart/pair").exists()
     spent = read_json(tmp_path / "run/warmstart/started.json")["seconds"]
-    resumed = recipes.run_recipe(tiny, until="warmstart")["warmstart"]
+    resumed = run.run_recipe(tiny, until="warmstart")["warmstart"]
     assert resumed["seconds"] > spent > 0
     assert not (tmp_path / "run/warmstart.old-1").exists()
     for name in (
@@ -121,68 +122,66 @@ def test_an_interrupted_training_stage_resumes_to_the_pair_of_an_uninterrupted_r
 
 def test_seconds_of_a_stage_are_those_of_all_its_invocations(tmp_path, monkeypatch):
     clock = iter([0.0, 5.0, 100.0, 103.0])
-    monkeypatch.setattr(recipes.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(run.time, "monotonic", lambda: next(clock))
 
     def stop():
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        recipes.perform("joint", tmp_path / "joint", "print", stop)
-    assert recipes.perform("joint", tmp_path / "joint", "print", dict) == {"seconds": 8.0}
+        run.perform("joint", tmp_path / "joint", "print", stop)
+    assert run.perform("joint", tmp_path / "joint", "print", dict) == {"seconds": 8.0}
 
 
 def test_two_processes_on_one_folder_are_refused(tiny, tmp_path):
-    with recipes.locked(tmp_path / "run"):
+    with run.locked(tmp_path / "run"):
         with pytest.raises(RecipeError, match="another `nla train`"):
-            recipes.run_recipe(tiny, until="extract")
-        assert recipes.run_recipe(tiny, until="extract", dry_run=True) == {"extract": {"would_run": True}}
-    recipes.run_recipe(tiny, until="extract")
+            run.run_recipe(tiny, until="extract")
+        assert run.run_recipe(tiny, until="extract", dry_run=True) == {"extract": {"would_run": True}}
+    run.run_recipe(tiny, until="extract")
 
 
 def test_activations_of_other_documents_are_refused(tiny, tmp_path, monkeypatch):
-    recipes.run_recipe(tiny, until="describe")
-    monkeypatch.setattr(stages, "documents", lambda world, settings, seed: documents(world, settings, seed + 1))
+    run.run_recipe(tiny, until="describe")
+    monkeypatch.setattr(material, "documents", lambda world, settings, seed: documents(world, settings, seed + 1))
     for overrides in (["describe.notice=0.5"], []):
         with pytest.raises(RecipeError, match=f"delete {tmp_path / 'run'}"):
-            recipes.run_recipe(tiny, overrides=overrides, until="warmstart")
+            run.run_recipe(tiny, overrides=overrides, until="warmstart")
 
 
-def test_the_target_is_put_where_a_loaded_pair_is(target, monkeypatch):
+def test_the_target_is_put_where_a_loaded_pair_is(tiny, monkeypatch):
     places = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(LlamaForCausalLM, "to", lambda model, place: places.append(place) or model)
-    stages.load_target(str(target))
+    stages.load_target(recipes.load_recipe(tiny))
     assert places == ["cuda"]
 
 
 def test_every_file_of_a_target_counts_but_its_readme_and_gits(target, tmp_path):
     folder = tmp_path / "target"
     shutil.copytree(target, folder)
-    before = recipes.target_print(str(folder))
+    before = run.target_print(str(folder))
     (folder / ".git").mkdir()
     for name in ("README.md", ".gitattributes", ".git/HEAD"):
         (folder / name).write_text("x")
-    assert recipes.target_print(str(folder)) == before
+    assert run.target_print(str(folder)) == before
     (folder / "chat_template.jinja").write_text("{{ messages }}")
-    changed = recipes.target_print(str(folder))
+    changed = run.target_print(str(folder))
     (folder / "chat_template.jinja").rename(folder / "chat_template.txt")
-    assert len({before, changed, recipes.target_print(str(folder))}) == 3
+    assert len({before, changed, run.target_print(str(folder))}) == 3
 
 
 def test_the_revision_of_a_target_on_the_hub_reaches_its_loaders_and_the_pair(tiny, tmp_path, target, monkeypatch):
-    recipes.run_recipe(tiny, until="extract")
-    model, tokenizer = stages.load_target(str(target))
+    run.run_recipe(tiny, until="extract")
+    model, tokenizer = stages.load_target(recipes.load_recipe(tiny))
     asked = []
-    monkeypatch.setattr(
-        AutoModelForCausalLM, "from_pretrained", lambda *_, revision, **__: asked.append(revision) or model
-    )
-    monkeypatch.setattr(stages, "load_tokenizer", lambda _, revision: asked.append(revision) or tokenizer)
+    loaded = lambda _, *, revision, **__: asked.append(revision) or (model, tokenizer)  # noqa: E731
+    monkeypatch.setattr(stages.target, "load_target", loaded)
     recipe = recipes.load_recipe(tiny, ["target=some/planner", "revision=v2"])
     assert stages.new_pair(recipe, tmp_path / "run").config.target_revision == "v2"
-    assert asked == ["v2", "v2"]
-    assert recipes.target_print("some/planner", "v2") != recipes.target_print("some/planner", "v3")
+    assert asked == ["v2"]
+    assert run.target_print("some/planner", "v2") != run.target_print("some/planner", "v3")
     with pytest.raises(RecipeError, match="v2"):
-        recipes.target_print(str(target), "v2")
+        run.target_print(str(target), "v2")
 
 
 def test_truth_counts_the_next_line_at_the_newline_and_all_other_claims():
@@ -198,14 +197,14 @@ def test_truth_counts_the_next_line_at_the_newline_and_all_other_claims():
         (f"This line ends with {couplet.plan}. The last mark is a comma. It is {season}.", 0, 1 / 2),
         ("", 0, 0),
     ]
-    truth = stages.truth_of(lesson.load("couplets"), rows, [couplet, couplet])
+    truth = material.truth_of(lesson.load("couplets"), rows, [couplet, couplet])
     for text, named, visible in table:
         assert truth([text, ""]) == {"named": named, "visible": visible}
         assert truth(["", f"It is {season}."]) == {"named": 0, "visible": 1}
 
 
 def test_stored_rows_are_the_targets_own_hidden_states_at_the_point(tiny, tmp_path, target):
-    recipes.run_recipe(tiny, until="extract")
+    run.run_recipe(tiny, until="extract")
     store = load_stores(tmp_path / "run/extract")["train"]
     model, tokenizer = AutoModelForCausalLM.from_pretrained(target).eval(), AutoTokenizer.from_pretrained(target)
     for row in (0, 17, len(store) - 1):

@@ -1,0 +1,140 @@
+"""The commands that make stores and carry pairs and data in and out."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_model, make_pair, make_tokenizer
+
+from nla import NLA, cli
+from nla.config import DecoderConfig
+from nla.store import Store
+
+
+def benchmark() -> Any:
+    """benchmarks/recipe.py, which makes a target in the hub's format and a corpus."""
+    path = Path(__file__).parents[1] / "benchmarks" / "recipe.py"
+    spec = importlib.util.spec_from_file_location("recipe_benchmark", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A target, a corpus, a store of its activations, and a pair whose head has no bias."""
+    folder = tmp_path_factory.mktemp("formats")
+    made = benchmark()
+    made.make_target(folder / "target", made.make_corpus(folder / "corpus.jsonl", 60))
+    assert cli.main(["extract", *where(folder), "--out", str(folder / "store"), *FEW]) == 0
+    make_model("llama").save_pretrained(folder / "small")
+    make_tokenizer().save_pretrained(folder / "small")
+    pair = make_pair("llama", target=str(folder / "small"), decoder=DecoderConfig(head_bias=False))
+    pair.save_pretrained(folder / "pair")
+    return folder
+
+
+FEW = [
+    "--set",
+    "max_tokens=100",
+    "--set",
+    "n_positions=3",
+    "--set",
+    "first_position=5",
+    "--set",
+    "documents_per_chunk=16",
+]
+
+
+def where(folder: Path) -> list[str]:
+    return [str(folder / "target"), str(folder / "corpus.jsonl"), "--point", "resid_post.2"]
+
+
+def said(capsys: pytest.CaptureFixture[str]) -> Any:
+    return json.loads(capsys.readouterr().out)
+
+
+def test_extract_makes_a_store_in_shares_that_is_the_one_of_a_single_process(work, tmp_path, capsys):
+    for share in ("0/2", "1/2"):
+        command = ["extract", *where(work), "--out", str(tmp_path / "store"), *FEW, "--process", share, "--json"]
+        assert cli.main(command) == 0
+        told = said(capsys)
+    assert told["finished"] and told["counts"]["seen"] == 60 and told["counts"]["duplicates"] == 10
+    for split in ("train", "eval"):
+        mine, whole = Store.open(tmp_path / "store", split), Store.open(work / "store", split)
+        assert torch.equal(mine.vectors[:], whole.vectors[:])
+        assert len(mine) == told["n"][split]
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--set", "n_positions=0"], "n_positions"),
+        (["--set", "colour=red"], "colour"),
+        (["--process", "2"], "0/4"),
+        (["--process", "2/2"], "process"),
+        (["--dtype", "int4"], "bfloat16"),
+        (["--revision", "main", "--set", "source=elsewhere", "--point", "resid_post.9"], "resid_post.3"),
+    ],
+)
+def test_extract_refuses_what_it_cannot_do(work, tmp_path, capsys, more, says):
+    assert cli.main(["extract", *where(work), "--out", str(tmp_path / "store"), *FEW, *more]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_a_store_travels_as_parquet_and_back(work, tmp_path, capsys):
+    file = tmp_path / "acts.parquet"
+    assert cli.main(["export", "parquet", str(work / "store"), "--out", str(file), "--json"]) == 0
+    n = said(capsys)["n"]
+    command = ["import", "parquet", str(file), "--tokenizer", str(work / "target"), "--out", str(tmp_path / "back")]
+    assert cli.main([*command, "--json"]) == 0
+    assert sum(said(capsys)["n"].values()) == n == len(Store.open(work / "store"))
+    back = torch.cat([Store.open(tmp_path / "back", split).vectors[:] for split in ("train", "eval")])
+    there = Store.open(work / "store").vectors[:]
+    assert torch.equal(back.sort(dim=0).values, there.sort(dim=0).values)
+
+
+def test_a_pair_travels_in_the_references_format_and_back(work, tmp_path, capsys):
+    assert cli.main(["export", "kitft", str(work / "pair"), "--out", str(tmp_path / "theirs"), "--json"]) == 0
+    told = said(capsys)
+    command = ["import", "kitft", told["av"], told["ar"], "--out", str(tmp_path / "ours")]
+    assert cli.main([*command, "--target", str(work / "small"), "--json"]) == 0
+    assert said(capsys)["injection"] == "replace"
+    before, after = NLA.from_pretrained(work / "pair"), NLA.from_pretrained(tmp_path / "ours")
+    texts = ["the cat sat.", "a red dog ran."]
+    cosine = torch.cosine_similarity(before.reconstruct(texts), after.reconstruct(texts))
+    assert cosine.min() > 1 - 1e-5
+    assert torch.equal(after.read("the cat sat.").vectors, before.read("the cat sat.").vectors)
+
+
+def test_a_head_with_a_bias_is_not_exported_unless_it_is_dropped(work, tmp_path, capsys):
+    pair = make_pair("llama", target=str(work / "small"))
+    pair.head.bias.data += 0.1
+    pair.save_pretrained(tmp_path / "pair")
+    assert cli.main(["export", "kitft", str(tmp_path / "pair"), "--out", str(tmp_path / "out")]) == 2
+    assert "bias" in capsys.readouterr().err
+
+
+def test_push_publishes_what_was_asked_for(work, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(NLA, "push_to_hub", lambda self, *given: asked.append(given) or "https://example.org/commit")
+    command = ["push", str(work / "pair"), "someone/pair", "--private", "--message", "first", "--json"]
+    assert cli.main(command) == 0
+    assert asked == [("someone/pair", True, None, "first")]
+    assert said(capsys)["commit"].endswith("commit")
+
+
+def test_the_plan_of_a_recipe_is_a_table(capsys, monkeypatch):
+    from nla.train import run
+
+    plan = {"extract": {"skipped": True}, "joint": {"would_run": True, "hours": 2.5, "tokens": 1000, "fits": False}}
+    monkeypatch.setattr(run, "run_recipe", lambda *_, **__: plan)
+    assert cli.main(["train", "qwen2.5-7b", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "does not fit" in out and "1,000" in out and "2.5" in out and "done" in out

@@ -1,0 +1,221 @@
+"""A recipe for a real target: from a corpus on disk to a scored pair, on a random model in the hub's format."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from nla import NLA
+from nla.errors import ConfigError, CorpusError, PointError, RecipeError
+from nla.formats.native import ADAPTER_WEIGHTS, CARD_FILE, MANIFEST, METRICS_FILE, read_json, sha256
+from nla.store import Store
+from nla.tokens import load_tokenizer
+from nla.train import run, stages
+from nla.train.contract import ENCODER_PROMPT, Prompts, place_marker
+from nla.train.material import draw_rows, load_told, save_told
+from nla.train.quote import quote
+from nla.train.recipe import load_recipe
+
+
+def load_benchmark() -> ModuleType:
+    """benchmarks/recipe.py, which makes the model and the corpus."""
+    path = Path(__file__).parents[2] / "benchmarks" / "recipe.py"
+    spec = importlib.util.spec_from_file_location("recipe_benchmark", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+benchmark = load_benchmark()
+SMALL = {
+    "corpus": {"n_positions": 3, "first_position": 5, "max_tokens": 60, "documents_per_chunk": 32},
+    "texts": {"n_train": 40, "n_scored": 20},
+    "pair": {"rank": 2, "max_new_tokens": 6},
+    "warmstart": {"encoder_steps": 3, "decoder_steps": 3, "batch_size": 4, "save_every": 1},
+    "joint": {"steps": 2, "prompts_per_step": 4, "group_size": 2, "eval_every": 2, "save_every": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a target and a corpus."""
+    folder = tmp_path_factory.mktemp("work")
+    benchmark.make_target(folder / "target", benchmark.make_corpus(folder / "corpus.jsonl", 96))
+    return folder
+
+
+def small(work: Path, out: Path) -> Path:
+    """A recipe whose every stage is small."""
+    content = benchmark.recipe(work, "run") | {"out": str(out)}
+    for section, values in SMALL.items():
+        content[section] = content[section] | values
+    path = out.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+@pytest.fixture
+def tiny(work: Path, tmp_path: Path) -> Path:
+    return small(work, tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def whole(work: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run from nothing to a scored pair."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    assert list(run.run_recipe(small(work, out))) == ["extract", "describe", "warmstart", "joint"]
+    return out
+
+
+def trained(out: Path) -> dict[str, str]:
+    return {name: sha256(out / "joint" / "pair" / name) for name in MANIFEST}
+
+
+def test_the_pair_of_a_corpus_loads_and_its_card_has_its_score(whole):
+    pair = NLA.from_pretrained(whole / "joint" / "pair")
+    assert pair.config.injection.marker == "<|reserved_0|>"
+    assert len(pair.explain(pair.read("Anna found a lamp near the harbour.", positions="last"), samples=1)) == 1
+    metrics = read_json(whole / "joint" / "pair" / METRICS_FILE)
+    assert metrics["score"]["n"] == 20 and set(metrics["score"]["rocks"]) >= {"empty", "shuffled"}
+    card = (whole / "joint" / "pair" / CARD_FILE).read_text()
+    assert f"{metrics['score']['fve']['value']:.3f}" in card and "corpus.jsonl" in card
+
+
+def test_a_second_run_skips_every_stage_and_more_texts_rerun_all_but_the_reading(whole, work):
+    path = whole.with_suffix(".yaml")
+    assert all(stage["skipped"] for stage in run.run_recipe(path).values())
+    again = run.run_recipe(path, overrides=["texts.n_train=41"], dry_run=True)
+    assert again["extract"]["skipped"] and all(
+        again[stage]["would_run"] for stage in ("describe", "warmstart", "joint")
+    )
+    assert again["joint"]["rollouts"] == 16
+
+
+def test_another_corpus_under_the_same_name_is_read_anew(tiny, tmp_path):
+    corpus = tmp_path / "corpus.jsonl"
+    benchmark.make_corpus(corpus, 40)
+    override = [f"corpus.source={corpus}"]
+    run.run_recipe(tiny, overrides=override, until="extract")
+    with corpus.open("a") as file:
+        file.write(json.dumps({"text": "One more note about Omar, who heard a song near school in 1931."}) + "\n")
+    assert "would_run" in run.run_recipe(tiny, overrides=override, until="extract", dry_run=True)["extract"]
+    assert run.run_recipe(tiny, overrides=override, until="extract")["extract"]["seen"] == 41
+
+
+def test_only_described_rows_have_texts_and_they_are_the_visible_words(whole):
+    store = Store.open(whole / "extract")
+    told = load_told(whole / "describe" / "train.jsonl", len(store))
+    assert len(told.rows) == 40 < len(store)
+    assert told.texts == [quote(prefix) for prefix in store.prefixes(told.rows)]
+
+
+def test_a_run_killed_at_random_moments_ends_as_a_whole_one(work, whole, tmp_path):
+    path, rng = small(work, tmp_path / "run"), random.Random(0)
+    command = [sys.executable, "-m", "nla.train", str(path), "--json"]
+    for moment in (rng.uniform(4, 9), rng.uniform(9, 14)):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(moment)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    run.run_recipe(path)
+    assert trained(tmp_path / "run") == trained(whole)
+
+
+def test_a_recipe_in_two_processes_reads_the_same_rows_and_learns_as_one(work, whole, tmp_path):
+    path = small(work, tmp_path / "run")
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "-m", "nla.train", str(path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, *launch], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("joint.seconds") == 1, "one process speaks for both"
+    for split in ("train", "eval"):
+        ours, theirs = (Store.open(out / "extract", split) for out in (tmp_path / "run", whole))
+        assert torch.equal(ours.vectors[:], theirs.vectors[:])
+    for part in ("encoder", "decoder"):
+        ours, theirs = (
+            load_file(out / "warmstart" / "pair" / part / ADAPTER_WEIGHTS) for out in (tmp_path / "run", whole)
+        )
+        for name, tensor in ours.items():
+            torch.testing.assert_close(tensor, theirs[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "says"),
+    [
+        (["point=resid_post.4"], PointError, "resid_post.0 to resid_post.3"),
+        (["corpus.source=./no-such.jsonl"], CorpusError, "no-such"),
+        (["corpus.text_column=body"], CorpusError, "text"),
+        (["world=couplets"], RecipeError, "documents come from one of them"),
+        (["corpus=null"], RecipeError, "documents come from one of them"),
+        (["describer.describer=oracle"], RecipeError, "anthropic"),
+        (["describe.notice=0.5"], RecipeError, "describe"),
+        (["dtype=int4"], RecipeError, "bfloat16"),
+        (["quantization=2bit"], RecipeError, "4bit"),
+        (["pair.encoder_prompt=Explain."], RecipeError, "{marker} once"),
+        (["texts.n_train=0"], RecipeError, "n_train"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_runs(tiny, tmp_path, overrides, error, says):
+    with pytest.raises(error, match=says):
+        run.run_recipe(tiny, overrides=overrides)
+    assert not (tmp_path / "run" / "describe").exists()
+
+
+def test_a_target_without_a_chat_template_is_refused(work, whole, tmp_path):
+    tokenizer = load_tokenizer(work / "target")
+    tokenizer.chat_template = None
+    with pytest.raises(ConfigError, match="chat template"):
+        place_marker(tokenizer, Prompts(ENCODER_PROMPT, "{explanation}"))
+
+
+def test_the_marker_is_one_token_that_stands_once(work):
+    tokenizer = load_tokenizer(work / "target")
+    marker, number, left, right = place_marker(tokenizer, Prompts("Say: {marker}.", "{explanation}"))
+    assert (marker, number) == ("<|reserved_0|>", tokenizer.convert_tokens_to_ids("<|reserved_0|>"))
+    assert tokenizer.decode([left]) == ":" or tokenizer.decode([left]).endswith(" ")
+    assert tokenizer.decode([right]) == "."
+    for wrong in ("two words", "<|end|>", "Say"):
+        with pytest.raises(ConfigError, match="marker"):
+            place_marker(tokenizer, Prompts("Say: {marker}. Say.", "{explanation}", wrong))
+
+
+def test_rows_are_drawn_by_their_key_and_rise():
+    rows = draw_rows(100, 10, "0/train")
+    assert len(rows) == 10 and bool((rows.diff() > 0).all())
+    assert torch.equal(rows, draw_rows(100, 10, "0/train")) and not torch.equal(rows, draw_rows(100, 10, "1/train"))
+    assert torch.equal(draw_rows(5, 10, "x"), torch.arange(5))
+
+
+def test_texts_of_failed_rows_are_left_out_and_none_at_all_is_an_error(tmp_path):
+    path = tmp_path / "train.jsonl"
+    assert save_told(path, torch.tensor([2, 5, 9]), ["a.", None, "b."]) == 2
+    assert load_told(path, 10).rows.tolist() == [2, 9]
+    with pytest.raises(Exception, match="rising rows below 9"):
+        load_told(path, 9)
+    with pytest.raises(Exception, match="no text"):
+        save_told(path, torch.tensor([2]), [None])
+
+
+@pytest.mark.parametrize("name", ["qwen2.5-0.5b", "qwen2.5-7b", "qwen3-8b", "gemma-3-12b", "llama-3.3-70b"])
+def test_a_shipped_recipe_shares_its_steps_over_the_devices_it_names(name):
+    recipe = load_recipe(name)
+    devices = recipe.hardware.devices
+    assert recipe.joint.prompts_per_step % devices == 0
+    assert recipe.joint.prompts_per_step // devices >= recipe.joint.decoder_mini_batches
+    assert recipe.warmstart.batch_size % (devices * (recipe.warmstart.rows_per_backward or 1)) == 0
+    assert (recipe.joint.rows // devices) % (recipe.joint.rows_per_backward or 1) == 0
+    assert stages.target_folder(recipe.target) == recipe.target

@@ -1,0 +1,214 @@
+"""Running a recipe: its stages in order, what to skip, what to resume.
+
+``extract → describe → warmstart → joint`` (and ``control``: the warm start simply continued for joint training's
+wall-clock). Each stage has a folder; one whose inputs have not changed is skipped, one that was interrupted resumes,
+and what an older version of the recipe made is moved aside, never deleted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import gc
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nla.activations import ACTIVATIONS_FILE
+from nla.errors import ConfigError, RecipeError, StorageError
+from nla.formats import native
+from nla.formats.native import read_json, write_json
+
+from . import processes
+from .corpus import describe_files, local_files
+from .plan import find_shape, plan
+from .recipe import Recipe, load_recipe
+from .world import BASELINES, MANIFEST, SPLITS
+
+log = logging.getLogger(__name__)
+
+STAGES = ("extract", "describe", "warmstart", "joint", "control")
+STARTED, DONE, LOCK, PAIR = "started.json", "stage.json", ".lock", "pair"
+PAIR_FILES = tuple(f"{PAIR}/{name}" for name in (native.CONFIG_FILE, *native.MANIFEST))
+PAIRS = {"warmstart": PAIR_FILES, "joint": PAIR_FILES, "control": PAIR_FILES}
+OF_WORLD = PAIRS | {
+    "extract": (MANIFEST, BASELINES, *(f"{split}/{ACTIVATIONS_FILE}" for split in SPLITS)),
+    "describe": tuple(f"{split}.jsonl" for split in SPLITS),
+}
+OF_CORPUS = PAIRS | {"extract": (MANIFEST, BASELINES), "describe": ("train.jsonl", "eval.jsonl")}
+"""What each finished stage holds, relative to its folder."""
+ASKING = ("concurrency", "timeout_s", "tries", "price_in", "price_out", "budget_usd", "failing_share")
+"""Settings of a describer that do not change what it says."""
+
+
+def run_recipe(
+    path: str | Path, *, overrides: Sequence[str] = (), until: str | None = None, dry_run: bool = False
+) -> dict[str, Any]:
+    """Run a recipe's stages in order and return a summary of each.
+
+    Args:
+        until: the last stage to run; None runs all that the recipe asks for.
+        dry_run: only say which stages would run; for a corpus, with what each will take (see nla/train/plan.py).
+
+    Raises:
+        RecipeError: see :func:`load_recipe`; also an unknown ``until``, or another process is at work in ``out``.
+        InterruptedTraining: stopped; the same command resumes.
+    """
+    from .stages import run_stage, target_folder
+
+    processes.join(on_cpu=not torch.cuda.is_available())
+    recipe = load_recipe(path, overrides)
+    stages = [stage for stage in STAGES if stage != "control" or recipe.control]
+    if until is not None and until not in stages:
+        raise RecipeError(f"until={until!r}", f"one of {', '.join(stages)}", "name a stage of this recipe")
+    stages = stages[: stages.index(until) + 1] if until else stages
+    prints = fingerprints(recipe, target_print(target_folder(recipe.target), recipe.revision))
+    whole = OF_WORLD if recipe.corpus is None else OF_CORPUS
+    summary: dict[str, Any] = {}
+    expected = plan(recipe, find_shape(recipe)) if dry_run and recipe.corpus is not None else {}
+    with contextlib.nullcontext() if dry_run or not processes.is_main() else locked(Path(recipe.out)):
+        for stage in stages:
+            folder = Path(recipe.out) / stage
+            if processes.agreed(is_done(folder, prints[stage], whole[stage])):
+                summary[stage] = {"skipped": True, **read_json(folder / DONE)["summary"]}
+                log.info("%s: inputs unchanged, skipped", stage)
+            elif dry_run:
+                summary[stage] = {"would_run": True, **expected.get(stage, {})}
+            else:
+                summary[stage] = perform(stage, folder, prints[stage], lambda stage=stage: run_stage(stage, recipe))
+    return summary
+
+
+@contextlib.contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Keep every other process out of a run's folder, until the block or this process ends.
+
+    Raises:
+        RecipeError: another process is at work there.
+        StorageError: the folder cannot be written.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        file = (out / LOCK).open("w")
+    except OSError as error:
+        raise StorageError(f"{error} in {out}", "a folder to write to", "choose another `out`") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            got = f"{out}, where another `nla train` is at work"
+            raise RecipeError(got, "one process a folder", "wait for it to end, or set another `out`") from error
+        yield
+
+
+def perform(stage: str, folder: Path, fingerprint: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Run one stage's work between its start mark and its done mark.
+
+    The start mark carries the seconds that earlier, interrupted runs of the stage took; the summary has them all.
+    """
+    spent = processes.agreed(begin(folder, fingerprint) if processes.is_main() else None)
+    started = time.monotonic()
+    try:
+        summary = work()
+        processes.wait()
+    finally:
+        release()
+        spent = round(spent + time.monotonic() - started, 1)
+        if processes.is_main():
+            write_json(folder / STARTED, {"fingerprint": fingerprint, "seconds": spent})
+    summary["seconds"] = spent
+    if processes.is_main():
+        write_json(folder / DONE, {"fingerprint": fingerprint, "summary": summary})
+    processes.wait()
+    log.info("%s: done in %.0f s", stage, summary["seconds"])
+    return summary
+
+
+def release() -> None:
+    """Give back the memory of a stage's models: trainers hold them in cycles, which would outlive the stage."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def begin(folder: Path, fingerprint: str) -> float:
+    """Set the start mark of a stage, and return the seconds that it has taken so far."""
+    if folder.exists() and mark(folder / STARTED) != fingerprint:
+        set_aside(folder)
+    spent = read_json(folder / STARTED).get("seconds", 0.0) if folder.exists() else 0.0
+    write_json(folder / STARTED, {"fingerprint": fingerprint, "seconds": spent})
+    return spent
+
+
+def fingerprints(recipe: Recipe, target: str) -> dict[str, str]:
+    """What decides each stage's result: its settings, and all that came before."""
+    settings = dataclasses.asdict(recipe)
+    shared = {name: settings[name] for name in ("world", "point", "seed", "dtype", "quantization")} | {"target": target}
+    if recipe.corpus is None:
+        sources = settings["extract"], settings["describe"]
+    else:
+        files = local_files(recipe.corpus)
+        sources = (
+            {"corpus": settings["corpus"], "files": files and describe_files(files)},
+            {name: value for name, value in settings["describer"].items() if name not in ASKING} | settings["texts"],
+        )
+    own = {
+        "extract": sources[0],
+        "describe": sources[1],
+        "warmstart": {"pair": settings["pair"], "warmstart": settings["warmstart"]},
+        "joint": settings["joint"],
+        "control": "",
+    }
+    prints, before = {}, json.dumps(shared, sort_keys=True)
+    for stage in STAGES:
+        before = hashlib.sha256((before + json.dumps(own[stage], sort_keys=True)).encode()).hexdigest()
+        prints[stage] = before
+    return prints
+
+
+def target_print(target: str, revision: str | None = None) -> str:
+    """Identity of the target: a folder's hash, but for its README and git's files; or a hub id and its revision.
+
+    Raises:
+        RecipeError: a revision of a folder.
+    """
+    folder = Path(target)
+    if not folder.is_dir():
+        return f"{target}@{revision}"
+    if revision is not None:
+        raise RecipeError(f"revision {revision!r} of the folder {target}", "a revision of a hub id", "remove it")
+    digest = hashlib.sha256()
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = file.relative_to(folder)
+        if not name.parts[0].startswith((".git", "README")):
+            digest.update(f"{name}\0{native.sha256(file)}\0".encode())
+    return digest.hexdigest()
+
+
+def mark(path: Path) -> str | None:
+    """The fingerprint in a mark file; None if it is not one."""
+    try:
+        return read_json(path).get("fingerprint")
+    except ConfigError:
+        return None
+
+
+def is_done(folder: Path, fingerprint: str, made: Sequence[str]) -> bool:
+    """Whether a stage was finished on these very inputs, and what it ``made`` is still there."""
+    return mark(folder / DONE) == fingerprint and all((folder / name).is_file() for name in made)
+
+
+def set_aside(folder: Path) -> None:
+    """Move a folder made from other inputs out of the way, as ``<name>.old-1``, ``.old-2``, …"""
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
+        number += 1
+    log.warning("%s was made from other inputs: moved to %s", folder, aside.name)
+    folder.rename(aside)
