@@ -88,7 +88,7 @@ def make(case: str, root: Path) -> Made:
         kitft_export.export_pair(ours, root)
         return Made("kitft", (root / kitft_export.AV_FOLDER, root / kitft_export.AR_FOLDER), ours)
     folders = pairs.full_pair(root, case.removeprefix("kitft "))
-    return Made("kitft", (folders.av, folders.ar), kitft.load(folders.av, folders.ar, folders.target, devices="cpu"))
+    return Made("kitft", (folders.av, folders.ar), kitft.load(folders.av, folders.ar, folders.target, device="cpu"))
 
 
 def adapter_pair(architecture: str, target: Path) -> NLA:

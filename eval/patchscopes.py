@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 
 from nla.activations import device_of
-from nla.encoder import MarkerMask, ends_of, pad_of, plain_settings, strip_tags
+from nla.encoder import MarkerMask, ends_of, pad_of, plain_settings, plainly, strip_tags
 from nla.errors import ArgumentError, ShapeError
 from nla.formats.native import load_adapter, read_adapter_config
 from nla.injection import inject, rescale
@@ -102,7 +102,7 @@ def answers(
         for chunk in rescale(vectors, prompt.norm).split(batch_size):
             ids = prompt.ids.to(device).expand(len(chunk), -1)
             positions = torch.full((len(chunk),), prompt.position, device=device)
-            with inject(model, chunk.to(device), positions, prompt.layer):
+            with inject(model, chunk.to(device), positions, prompt.layer), plainly(model):
                 out = model.generate(
                     input_ids=ids,
                     attention_mask=torch.ones_like(ids),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nla.activations import device_of, inference, pad_left, read
-from nla.encoder import ends_of, pad_of, plain_settings
+from nla.encoder import ends_of, pad_of, plain_settings, plainly
 from nla.errors import ConfigError, ShapeError
 from nla.organisms import TARGETS
 from nla.points import Point, block, blocks
@@ -160,7 +160,7 @@ def generate(
         for chunk in length_batches([len(row) + settings.max_new_tokens for row in ids], _MAX_TOKENS):
             tokens, padding = pad_left([ids[row] for row in chunk], pad_of(target.tokenizer))
             mask = (torch.arange(tokens.shape[1]) >= padding[:, None]).long()
-            with patched(target, patches, torch.tensor(chunk), padding):
+            with patched(target, patches, torch.tensor(chunk), padding), plainly(target.model):
                 out = target.model.generate(
                     input_ids=tokens.to(device), attention_mask=mask.to(device), generation_config=settings
                 )

@@ -22,13 +22,13 @@ from nla.audit import transcripts
 from nla.audit.chat import render, trimmed
 from nla.audit.messages import Transcript
 from nla.decoder import decode
-from nla.errors import ArgumentError
+from nla.errors import ArgumentError, BaselineError
 from nla.metrics import Baseline, Interval, bootstrap, cosine, mse
 from nla.organisms import TARGETS, lesson
 from nla.plant import adapter_folder, planted
 from nla.points import context_length
 from nla.score import GLOBAL
-from nla.tokens import Positions, encode_batch
+from nla.tokens import Positions, Span, encode_batch, select_positions
 
 from .fidelity import open_pair
 from .reading import explain
@@ -156,7 +156,8 @@ def run(
         out_dir: where ``transfer.json``, ``.md`` and ``.png`` go; None: nowhere.
 
     Raises:
-        ArgumentError: no adapter, fewer than two documents, or no texts for a target that is not embedded.
+        ArgumentError: no adapter, fewer than two documents with a chosen position, or no texts for a target that is not
+            embedded.
         ConfigError, WeightsError, NonFiniteError: the adapter does not fit; see :func:`nla.plant.planted`.
         BaselineError: the pair has no baseline for all positions.
     """
@@ -165,13 +166,21 @@ def run(
         got = f"target_adapter={target_adapter}, n_documents={n_documents}, n_activations={n_activations}"
         raise ArgumentError(got, "an adapter, and 2 or more of each", "give --target-adapter, such as switchboard/goal")
     nla = open_pair(model)
+    _baseline(nla, GLOBAL).check()
     read, strata = _texts(nla, texts, chats, n_documents, seed)
-    acts = nla.read(read, positions, strata)
-    rows = torch.randperm(len(acts), generator=torch.Generator().manual_seed(seed))[:n_activations].sort().values
-    acts = acts[rows]
+    columns = _sampled(nla, read, positions, n_activations, seed)
+    _check_several(len(columns))
+    read, numbers = [read[number] for number in columns], list(columns)
+    chosen = list(columns.values())
+
+    def only(document: int, spans: list[Span]) -> list[int]:
+        return chosen[document]
+
+    kinds = None if strata is None else lambda document, spans: strata(numbers[document], spans)
+    acts = nla.read(read, only, kinds)
     progress("transfer", 0.1)
     with planted(nla, folder):
-        tuned = nla.read(read, positions, strata)[rows]
+        tuned = nla.read(read, only, kinds)
     progress("transfer", 0.2)
     said = [explain(nla, each.vectors, seed=seed) for each in (acts, tuned)]
     progress("transfer", 0.9)
@@ -191,9 +200,9 @@ def judged(
         ArgumentError: all of one document, whose intervals would be unknown.
         BaselineError: no baseline for all positions, or no variance.
     """
+    _baseline(nla, GLOBAL)
     n_documents = len(acts.document.unique())
-    if n_documents < 2:
-        raise ArgumentError("activations of one document", "of two or more", "read more texts; a .txt file is one text")
+    _check_several(n_documents)
     predicted = [decode(nla, texts, strict=False) for texts in said]
     names = [name for name in dict.fromkeys(acts.strata) if name in nla.baselines and name != UNKNOWN_STRATUM]
     masks = {name: torch.tensor([stratum == name for stratum in acts.strata]) for name in names}
@@ -201,7 +210,7 @@ def judged(
     masks = {name: m for name, m in masks.items() if m.sum() >= _MIN_ROWS and len(acts.document[m].unique()) > 1}
     masks[GLOBAL] = torch.ones(len(acts), dtype=torch.bool)
     parts = [
-        _part(name, nla.baselines.get(name), acts.vectors[m], tuned.vectors[m], [p[m] for p in predicted],
+        _part(name, _baseline(nla, name), acts.vectors[m], tuned.vectors[m], [p[m] for p in predicted],
               acts.document[m], seed)
         for name, m in masks.items()
     ]  # fmt: skip
@@ -212,6 +221,44 @@ def judged(
         for row in furthest
     ]
     return TransferReport(_checks(parts[-1]), adapter, str(nla.point), n_documents, parts, examples)
+
+
+def _baseline(nla: NLA, stratum: str) -> Baseline:
+    if stratum not in nla.baselines:
+        raise BaselineError(
+            "a pair with no baselines for all positions",
+            "the mean and variance of its training activations",
+            "nla.fit_baselines(acts) on training activations, or `nla import ... --store STORE`",
+        )
+    return nla.baselines[stratum]
+
+
+def _check_several(n_documents: int) -> None:
+    if n_documents < 2:
+        raise ArgumentError(
+            f"activations of {'one document' if n_documents else 'no document'}",
+            "of two or more",
+            "give more texts (a .txt file has one on each line), or sample more activations of them",
+        )
+
+
+def _sampled(nla: NLA, texts: Sequence[str], positions: Positions, n: int, seed: int) -> dict[int, list[int]]:
+    """A sample of the chosen positions, as token indexes by text, in order; nothing is read for it.
+
+    Raises:
+        PositionError, VocabularyError, ContextLengthError: see :func:`nla.activations.read`.
+    """
+    encoded = encode_batch(nla.tokenizer, texts, context_length(nla.model))
+    places = [
+        (number, column)
+        for number, each in enumerate(encoded)
+        for column in select_positions(each.spans, positions, number)
+    ]
+    columns: dict[int, list[int]] = {}
+    for row in torch.randperm(len(places), generator=torch.Generator().manual_seed(seed))[:n].sort().values.tolist():
+        number, column = places[row]
+        columns.setdefault(number, []).append(column)
+    return columns
 
 
 def _texts(
@@ -275,15 +322,13 @@ def _cut(tokenizer: Any, text: str, longest: int) -> str:
 
 def _part(
     stratum: str,
-    baseline: Baseline | None,
+    baseline: Baseline,
     base: Tensor,
     tuned: Tensor,
     predicted: Sequence[Tensor],
     documents: Tensor,
     seed: int,
 ) -> Part:
-    if baseline is None:
-        raise ArgumentError("a pair without baselines", "those of its training", "save the pair with them")
     baseline.check()
     own = [Baseline.fit(vectors).variance for vectors in (base, tuned)]
     errors = [mse(base, predicted[0]), mse(tuned, predicted[1]), mse(tuned, predicted[0])]

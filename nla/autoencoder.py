@@ -16,6 +16,7 @@ from nla.activations import Activations, Intervene, Strata, device_of
 from nla.confidence import Trust, agreement
 from nla.config import NLAConfig
 from nla.decoder import DecoderBatch, Head
+from nla.denominator import denominators
 from nla.encoder import Note, Notes
 from nla.errors import ArgumentError, ShapeError
 from nla.formats import hub
@@ -27,8 +28,9 @@ from nla.metrics import Baseline, cosine, unit
 from nla.points import Point, block
 from nla.roles import DECODER_ADAPTER as DECODER_ADAPTER
 from nla.roles import ENCODER_ADAPTER as ENCODER_ADAPTER
-from nla.roles import Role, Roles, SharedBase, check_role, require_shared
-from nla.score import GLOBAL, Score, fit_baselines, score
+from nla.roles import Role, Roles, SharedBase, check_role, require_shared, unwrapped
+from nla.score import GLOBAL, Score, score
+from nla.store import Store
 from nla.tokens import Positions, render_prompt
 
 
@@ -65,6 +67,8 @@ class NLA:
         """Where a local target lies; :meth:`save_pretrained` writes it relative to the pair's folder."""
         self.weight_folders: dict[str, Path] = {}
         """Where the full weights of a local encoder and decoder lie, by role."""
+        self.origin: tuple[str, str | None] | None = None
+        """What it was loaded from: a folder's absolute path or a hub id, and the revision; None: made here."""
         self.point = Point.parse(config.point)
         self.prompt_ids = torch.tensor([render_prompt(tokenizer, config.encoder_prompt)])
         """The encoder's prompt, (1, t) int64; the same for every activation."""
@@ -90,18 +94,17 @@ class NLA:
 
         Args:
             target_model: a transformers causal LM without adapters; it is wrapped in place.
-            rank: of both adapters.
-            alpha: LoRA's scale numerator; None: ``rank``, so that the scale is 1.
+            rank, alpha: of both adapters; ``alpha`` is LoRA's scale numerator, None: ``rank``, so that the scale is 1.
             baselines: see :attr:`baselines`; :meth:`score` needs "global".
         """
         if rank < 1:
             raise ArgumentError(f"rank={rank}", "1 or more", "give the adapters a positive rank")
         block(target_model, config.point)
-        config = replace(config, files={}, target_weights=hash_weights(config.target))
+        ends = config.end_ids or encoder.ends_of(target_model, tokenizer) or None
+        config = replace(config, files={}, target_weights=hash_weights(config.target), end_ids=ends)
         roles = SharedBase.create(target_model, config, rank, alpha)
         pair = cls(roles, tokenizer, config, baselines)
-        folder = Path(config.target)
-        pair.target_folder = folder.resolve() if folder.is_dir() else None
+        pair.target_folder = Path(config.target).resolve() if Path(config.target).is_dir() else None
         return pair
 
     @classmethod
@@ -128,7 +131,9 @@ class NLA:
             NonFiniteError: weights hold NaN or infinity.
             HubError, AccessError, TargetError: the hub lacks it, does not open it, or cannot be reached.
         """
-        return pair_folder.load(cls, name_or_path, revision, device, trust_remote_code)
+        pair = pair_folder.load(cls, name_or_path, revision, device, trust_remote_code)
+        pair.origin = (hub.place_of(name_or_path), revision)
+        return pair
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the pair as a native folder (see nla/formats/native.py); the target is referred to, not copied.
@@ -147,7 +152,8 @@ class NLA:
     ) -> str:
         """Publish the pair as a repository of its own, with its model card; returns the commit's address.
 
-        The token is that of `hf auth login` or HF_TOKEN. The repository is made if there is none.
+        The token is that of `hf auth login` or HF_TOKEN. The repository is made if there is none. A card that the pair
+        was loaded with is kept, but for its header and generated part.
 
         Args:
             repo_id: such as "someone/pair".
@@ -155,22 +161,23 @@ class NLA:
 
         Raises:
             ConfigError: the target or other weights lie in a folder of this machine.
-            HubError: the hub refuses, or cannot be reached.
+            HubError, AccessError: the hub refuses, or cannot be reached.
         """
         return hub.push(self, repo_id, private, revision, commit_message)
 
-    def fit_baselines(self, acts: Activations) -> None:
+    def fit_baselines(self, acts: Activations | Store) -> None:
         """Take the mean and variance of activations as FVE's denominators, all together and by stratum.
 
         For a pair that came without: the activations must be typical of its training ones, and not those that are
-        scored. Reconstructions are then as long as these activations are on average.
+        scored; a store gives the figures of its training split. Reconstructions are then as long as they on average.
 
         Raises:
+            StoreError, TokenizerMismatchError: a store of another target or point; see nla/denominator.py.
             ShapeError, NonFiniteError: not the pair's width, or not finite.
             BaselineError: fewer than two activations, or no variance.
         """
-        self.baselines = fit_baselines(self.check_width(acts.vectors), acts.strata)
-        self.config = replace(self.config, activation_norm=float(acts.vectors.norm(dim=1).mean()))
+        self.baselines, norm = denominators(self, acts)
+        self.config = replace(self.config, activation_norm=norm)
 
     # Roles
 
@@ -197,11 +204,11 @@ class NLA:
     @property
     def base(self) -> Any:
         """The causal LM of :attr:`model`, without the wrapper that PEFT puts around a shared base."""
-        return _unwrapped(self.model)
+        return unwrapped(self.model)
 
     def base_of(self, name: Role) -> Any:
         """The causal LM that plays a role, in force or not; of a separate decoder its backbone."""
-        return _unwrapped(self.roles.model_of(name))
+        return unwrapped(self.roles.model_of(name))
 
     @property
     def decoder_view(self) -> Any:
@@ -391,7 +398,3 @@ class NLA:
         documents = acts.document if known else torch.arange(len(vectors))
         empty = decoder.decode(self, [""], strict=False)[0]
         return score(vectors, predicted.cpu(), strata, documents, self.baselines, empty, n_boot, seed)
-
-
-def _unwrapped(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -17,13 +17,13 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from nla.console import LINE_WIDTH, about, emit, given_text, load, positions, progress_bar, quiet, show
+from nla.console import LINE_WIDTH, about, emit, given_text, load, places, positions, progress_bar, quiet, show
 from nla.errors import ArgumentError, InterruptedTraining, NLAError, visible
 from nla.usage import FAILED, INTERNAL, INTERRUPTED, OK, USAGE, build_parser
 
 STEER_SAMPLES, STEER_TOKENS = 8, 12
 SAMPLED = 10_000
-"""Activations of a store that a denominator is taken from."""
+"""Activations of a store that the price of a dropped bias is measured on."""
 _PACKAGES = ("nla", "torch", "transformers", "peft", "trl")
 
 
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def explain(args: argparse.Namespace) -> int:
     """``nla explain``: the token view of one text."""
     text, chosen = given_text(args), positions(args.positions)
-    nla = load(args.pair)
+    nla = load(args.pair, args.device)
     plant = importlib.import_module("nla.plant")
     with plant.planted(nla, plant.adapter_folder(args.target_adapter)):
         acts = nla.read(text, chosen)
@@ -78,7 +78,7 @@ def steer(args: argparse.Namespace) -> int:
     if not (old and separator and new):
         raise ArgumentError(f"--replace {args.replace}", "OLD=NEW", "write it like --replace cat=bat")
     text = given_text(args)
-    nla = load(args.pair)
+    nla = load(args.pair, args.device)
     import torch
 
     from nla import steer, view
@@ -157,7 +157,7 @@ def audit(args: argparse.Namespace) -> int:
 
 def info(args: argparse.Namespace) -> int:
     """``nla info``: load a pair, which checks it, and say what it is."""
-    nla = load(args.pair)
+    nla = load(args.pair, args.device)
     from nla import points
 
     content = {
@@ -178,7 +178,8 @@ def info(args: argparse.Namespace) -> int:
         return OK
     from nla import view
 
-    show(view.facts(view.flat(content), "A trained pair: encoder and decoder on one target"))
+    kind = "target, encoder and decoder, each a whole model" if nla.config.separate else "two adapters on one target"
+    show(view.facts(view.flat(content), f"A pair: {kind}"))
     return OK
 
 
@@ -242,10 +243,13 @@ def bring_in(args: argparse.Namespace) -> int:
         tokenizer = importlib.import_module("nla.tokens").load_tokenizer(args.tokenizer)
         manifest = importlib.import_module("nla.formats.parquet").import_parquet(args.file, args.out, tokenizer)
         return tell(args, {"store": str(args.out), "n": manifest.n, "counts": manifest.counts}, f"{args.file}: a store")
-    options = {name: getattr(args, name) for name in ("target", "dtype", "sidecar") if getattr(args, name, None)}
+    names = ("target", "dtype", "sidecar", "quantization")
+    options: dict[str, Any] = {name: getattr(args, name) for name in names if getattr(args, name, None)}
+    if kind == "easynla":
+        options["device"] = places(args.device)
     nla = importlib.import_module(f"nla.formats.{kind}").load(args.av, args.ar, **options)
     if args.store is not None:
-        nla.fit_baselines(store_sample(nla, args.store))
+        nla.fit_baselines(importlib.import_module("nla.store").Store.open(args.store))
     nla.save_pretrained(args.out)
     content = {**about(nla, str(args.out)), "injection": nla.config.injection.mode, "baselines": sorted(nla.baselines)}
     return tell(args, content, f"{args.out}: imported from {kind}")
@@ -258,7 +262,7 @@ def send_out(args: argparse.Namespace) -> int:
         store = importlib.import_module("nla.store").Store.open(args.store, args.split)
         importlib.import_module("nla.formats.parquet").export_parquet(store, args.out)
         return tell(args, {"file": str(args.out), "n": len(store)}, f"{args.store}: as parquet")
-    nla = load(args.pair)
+    nla = load(args.pair, args.device)
     acts = None if args.store is None else store_sample(nla, args.store)
     export = importlib.import_module("nla.formats.kitft_export").export_pair
     dropped = export(nla, args.out, args.drop_bias, acts)
@@ -269,16 +273,17 @@ def send_out(args: argparse.Namespace) -> int:
 
 def push(args: argparse.Namespace) -> int:
     """``nla push``: a pair on the hub."""
-    address = load(args.pair).push_to_hub(args.repo, args.private, args.revision, args.message)
+    quiet()
+    folder, _ = importlib.import_module("nla.formats.pair").find_folder(args.pair)
+    hub = importlib.import_module("nla.formats.hub")
+    address = hub.push_folder(folder, args.repo, args.private, args.revision, args.message)
     return tell(args, {"commit": address}, f"{args.pair}: published")
 
 
 def store_sample(nla: Any, folder: Any) -> Any:
     """Some training activations of a store, which must be of the pair's target and point."""
     store = importlib.import_module("nla.store").Store.open(folder)
-    store.check_tokenizer(nla.tokenizer)
-    if store.manifest.point != str(nla.point):
-        raise ArgumentError(f"{folder} at {store.manifest.point}", f"activations at {nla.point}", "read them there")
+    importlib.import_module("nla.denominator").check_store(nla, store)
     rows = range(0, len(store), max(1, len(store) // SAMPLED))
     return store.activations(list(rows))
 

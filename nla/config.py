@@ -23,7 +23,7 @@ QUANTIZATIONS = ("8bit", "4bit")
 
 _CHECKSUM = "checksum"
 _EXPLANATION_SLOT = "{explanation}"
-_LATER = {"layer", "quantization", "decoder", "encoder_weights", "decoder_weights"}
+_LATER = {"layer", "quantization", "decoder", "encoder_weights", "decoder_weights", "end_ids"}
 """Fields that files of this format may lack: they came later, and their defaults are what was always done."""
 
 
@@ -162,6 +162,9 @@ class NLAConfig:
     max_new_tokens: int
     """Longest answer of the encoder, in tokens."""
 
+    end_ids: list[int] | None = None
+    """Token ids that end an answer; None: those of the tokenizer and the target's generation settings."""
+
     activation_norm: float
     """Mean L2 norm of the raw training activations: the length given to reconstructions. An imported pair has a
     stand-in until :meth:`nla.NLA.fit_baselines`."""
@@ -198,6 +201,8 @@ class NLAConfig:
         )
         for name in ("d_model", "max_new_tokens", "activation_norm"):
             _require_positive(name, getattr(self, name))
+        ends = self.end_ids is None or (bool(self.end_ids) and all(type(i) is int and i >= 0 for i in self.end_ids))
+        _require(ends, "end_ids", self.end_ids, "token ids, 0 or more, at least one")
         count = self.encoder_prompt.count(self.injection.marker)
         _require(
             count == 1, "encoder_prompt", self.encoder_prompt, f"the marker {self.injection.marker!r} exactly once"

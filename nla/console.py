@@ -9,7 +9,7 @@ import json
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from nla.errors import ArgumentError
@@ -40,12 +40,31 @@ def positions(which: str) -> str | list[int]:
     return [int(part) for part in which.split(",")] if re.fullmatch(r"-?\d+(,-?\d+)*", which) else which
 
 
-def load(pair: str) -> NLA:
-    """A pair, without the chatter of the libraries underneath."""
+def load(pair: str, device: Sequence[str] | None = None) -> NLA:
+    """A pair, without the chatter of the libraries underneath. ``device`` is what --device was given."""
+    place = places(device)
     quiet()
     from nla.autoencoder import NLA
 
-    return NLA.from_pretrained(pair)
+    return NLA.from_pretrained(pair, device=place)
+
+
+def places(given: Sequence[str] | None) -> str | dict[str, str] | None:
+    """What --device means: one place for all, or a place by role.
+
+    Raises:
+        ArgumentError: one place and others, or a role twice.
+    """
+    if not given:
+        return None
+    pairs = [tuple(part.strip() for part in each.split("=", 1)) for each in given]
+    if len(given) == 1 and len(pairs[0]) == 1:
+        return pairs[0][0]
+    roles = [pair[0] for pair in pairs]
+    if not all(len(pair) == 2 and all(pair) for pair in pairs) or len(set(roles)) != len(roles):
+        shown = " ".join(f"--device {each}" for each in given)
+        raise ArgumentError(shown, "one PLACE, or ROLE=PLACE once a role", "such as --device encoder=cuda:1")
+    return {pair[0]: pair[1] for pair in pairs}
 
 
 def quiet() -> None:

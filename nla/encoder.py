@@ -56,8 +56,8 @@ class Rollouts(NamedTuple):
 
 
 def end_ids(nla: NLA) -> list[int]:
-    """Token ids that end an answer: the tokenizer's end of text and those that the target names."""
-    return ends_of(nla.base_of("encoder"), nla.tokenizer)
+    """Token ids that end an answer: those that the pair names, or else :func:`ends_of` the encoder."""
+    return list(nla.config.end_ids or ()) or ends_of(nla.base_of("encoder"), nla.tokenizer)
 
 
 def ends_of(base: Any, tokenizer: Any) -> list[int]:
@@ -115,14 +115,18 @@ def generate(
     settings = plain_settings(end_ids(nla), nla.pad_id, length, None if greedy else temperature)
     chunks: list[Tensor] = []
     place = device_of(model)
-    with _seeded(seed, place), nla.role("encoder"), inference(model):
+    with _seeded(seed, place), nla.role("encoder"), inference(model), plainly(model):
         for chunk in rows.split(batch_size) if len(rows) else ():
             chunks.append(_answers(nla, model, chunk.to(place), settings))
     return _rollouts(nla, chunks)
 
 
 def plain_settings(ends: list[int], pad: int, max_new_tokens: int, temperature: float | None) -> GenerationConfig:
-    """Sampling from the plain distribution, or greedy for None: a model's own top-p or penalties are overridden."""
+    """Sampling from the plain distribution, or greedy for None: a model's own top-p or penalties are overridden.
+
+    What is left open here (a least probability, suppressed tokens, a static cache, …) transformers takes from the model
+    unless it generates :func:`plainly`.
+    """
     sampling: dict[str, Any] = {"temperature": temperature, "top_k": 0, "top_p": 1.0, "typical_p": 1.0}
     return GenerationConfig(
         do_sample=temperature is not None,
@@ -135,6 +139,22 @@ def plain_settings(ends: list[int], pad: int, max_new_tokens: int, temperature: 
         use_cache=True,
         **({} if temperature is None else sampling),
     )
+
+
+@contextlib.contextmanager
+def plainly(base: Any) -> Iterator[None]:
+    """While active, a causal LM (in PEFT's wrapper or not) has no generation settings; on exit its own are back.
+
+    transformers fills every open field of the settings that a call gives from the model's, so that rollouts would not
+    be of its plain distribution. Ask for :func:`ends_of` before: in here the model names no end tokens.
+    """
+    base = base.get_base_model() if hasattr(base, "get_base_model") else base  # PEFT's wrapper shows the base's
+    own = base.generation_config
+    base.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        base.generation_config = own
 
 
 def _answers(nla: NLA, model: Any, vectors: Tensor, settings: GenerationConfig) -> Tensor:

@@ -158,3 +158,7 @@ class MissingExtraError(NLAError, ImportError):
 
 class InterruptedTraining(NLAError):
     """Training was stopped; what it had reached is saved and the same command resumes it."""
+
+
+class OutOfMemoryError(NLAError):
+    """A device has no room for what was asked of it."""

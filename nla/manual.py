@@ -25,6 +25,7 @@ examples:
   printf 'In spring Anna left a red ribbon near the rat,\\n' | nla explain - --positions last
   nla explain --file poem.txt --positions '/\\n/' --samples 8
   nla explain --file chat.txt --pair switchboard --target-adapter switchboard/goal
+  nla explain --file poem.txt --pair pairs/27b --device target=cuda:0 --device encoder=cuda:1 --device decoder=cuda:2
   nla explain --file poem.txt --json | jq '.notes[] | [.token, .texts[0], .trust]'
 
 positions:
@@ -165,7 +166,8 @@ examples:
   nla import easynla ckpts/av ckpts/ar --out pairs/qwen8b
   nla import parquet data/rl_shuf.parquet --tokenizer Qwen/Qwen2.5-7B-Instruct --out runs/acts
 
-FVE needs a denominator, which published pairs do not bring: --store takes it from activations of the same target.
+FVE needs a denominator, which published pairs do not bring: --store takes it from the training split of a store of the
+same target, revision, point and tokenizer, and refuses any other.
 """
 EXPORT = """\
 A pair of adapters as the two full-weight folders that the reference's client loads, or a store as its parquet.
@@ -176,7 +178,9 @@ examples:
   nla export parquet runs/acts --out data/acts.parquet
 """
 PUSH = """\
-The token is that of `hf auth login` or HF_TOKEN. The card is made from the pair's metrics.json.
+The token is that of `hf auth login` or HF_TOKEN. The folder is checked and published as it lies there; no model is
+loaded. Of its card the header and the part between <!-- card --> and <!-- /card -->, which comes from metrics.json, are
+made anew; what you wrote and what `nla eval ... --card` put there stays.
 
 examples:
   nla push runs/qwen2.5-7b/joint/pair someone/nla-qwen2.5-7b --private

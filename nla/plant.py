@@ -115,12 +115,13 @@ def _fitted(folder: Path, model: Any) -> tuple[Any, dict[str, Tensor]]:
     stack, n_blocks = backbone(base), len(blocks(base))
     place = re.compile(rf"^(?!.*vision).*?\b({layout(stack.config.model_type).blocks}\.(\d+)\..+)$")
     known = {found[1]: name for name, _ in base.named_modules() if (found := place.match(name))}
-    layers, state, strange = set(), {}, []
+    layers: dict[str, str] = {}
+    state, strange = {}, []
     for name, tensor in stored.items():
         path, _, part = name.rpartition(".lora_")
         found = place.match(path)
         if found is not None and found[1] in known:
-            layers.add(known[found[1]])
+            layers[known[found[1]]] = path.removeprefix("base_model.model.")
             state[f"base_model.model.{known[found[1]]}.lora_{part}"] = tensor
         elif not _beyond(name, found, base is stack, n_blocks):
             strange.append(name)
@@ -130,8 +131,21 @@ def _fitted(folder: Path, model: Any) -> tuple[Any, dict[str, Tensor]]:
             "an adapter of the pair's target",
             "train the adapter on this target, or use the pair of the other one",
         )
-    config.target_modules, config.layers_to_transform = layers, None
+    for name, default in (("rank_pattern", config.r), ("alpha_pattern", config.lora_alpha)):
+        setattr(config, name, _by_layer(getattr(config, name) or {}, layers, default))
+    config.target_modules, config.layers_to_transform = set(layers), None
     return config, state
+
+
+def _by_layer(patterns: dict[str, Any], layers: dict[str, str], default: Any) -> dict[str, Any]:
+    """Patterns over the names that layers had in training, ``layers``' values, as values by their names now, its keys.
+
+    A name that is written out in full, as PEFT's data-driven starts write them, would match no layer of a cut target.
+    """
+    from peft.utils.other import get_pattern_key
+
+    found = {now: patterns.get(get_pattern_key(list(patterns), before), default) for now, before in layers.items()}
+    return {f"^{re.escape(name)}": value for name, value in found.items() if value != default}
 
 
 def _beyond(name: str, place: re.Match[str] | None, is_cut: bool, n_blocks: int) -> bool:

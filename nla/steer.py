@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nla import decoder
 from nla.activations import device_of, inference, pad_left
-from nla.encoder import ends_of, pad_of, plain_settings
+from nla.encoder import ends_of, pad_of, plain_settings, plainly
 from nla.errors import ArgumentError, ContextLengthError, PositionError, ShapeError
 from nla.injection import check_finite
 from nla.metrics import unit
@@ -163,7 +163,7 @@ def generate_patched(
             if vectors is not None:
                 place = (base, point, where[batch] + padding, vectors[batch])
                 edit = patch(*place) if strength is None else add(*place, strength)
-            with edit:
+            with edit, plainly(base):
                 found = base.generate(input_ids=tokens.to(mask.device), attention_mask=mask, generation_config=settings)
             for row, answer in zip(batch, found[:, tokens.shape[1] :].tolist(), strict=True):
                 stop = next((i for i, token in enumerate(answer) if token in ends), len(answer))

@@ -16,7 +16,6 @@ import json
 import typing
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -27,10 +26,12 @@ from torch import Tensor
 
 from nla.activations import Activations
 from nla.config import tokenizer_hash
-from nla.errors import ArgumentError, ConfigError, ShapeError, StoreError, TokenizerMismatchError
-from nla.formats.native import read_json, sha256
+from nla.errors import ArgumentError, ShapeError, StoreError, TokenizerMismatchError
+from nla.formats.native import sha256
 from nla.metrics import Baseline
-from nla.store_shards import HASH_BYTES, Shard, ShardEntry
+from nla.store_manifest import MANIFEST_FILE as MANIFEST_FILE
+from nla.store_manifest import Manifest as Manifest
+from nla.store_shards import HASH_BYTES, Shard
 from nla.tokens import Span
 
 if TYPE_CHECKING:
@@ -38,78 +39,9 @@ if TYPE_CHECKING:
 
 SPLITS = ("train", "eval")
 GLOBAL = "global"
-STORE_VERSION = 1
-MANIFEST_FILE, SETTINGS_FILE, BASELINES_FILE = "manifest.json", "store.json", "baselines.safetensors"
-CHUNKS_FOLDER = "chunks"
+BASELINES_FILE, CHUNKS_FOLDER = "baselines.safetensors", "chunks"
 _MOST_OPEN = 512
 """Shards that stay mapped; opening one again is cheap."""
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What a finished store says of itself."""
-
-    target: str
-    """Folder or hub id of the target."""
-    revision: str | None
-    """Commit, branch or tag of the target on the hub."""
-    tokenizer_hash: str
-    """Fingerprint of its tokenizer."""
-    point: str
-    """Where vectors were read, such as "resid_post.20"."""
-    dtype: str
-    """Of the stored vectors: the target's own."""
-    d_model: int
-    """Their width."""
-    counts: dict[str, int]
-    """Of documents: seen, read, left out and why, cut, duplicates; and the tokens that were run."""
-    n: dict[str, int]
-    """Vectors of each split."""
-    n_documents: dict[str, int]
-    """Documents of each split."""
-    norms: dict[str, float]
-    """Mean and quantiles of the L2 norms of the training vectors."""
-    variance: dict[str, float]
-    """Of the unit-normalised training vectors, all ("global") and by stratum: FVE's denominators."""
-    mean_norm: dict[str, float]
-    """L2 norm of their mean, which baselines.safetensors holds."""
-    settings: dict[str, Any]
-    """How documents and positions were chosen."""
-    baselines_sha256: str
-    """Of baselines.safetensors."""
-    shards: dict[str, list[ShardEntry]]
-    """The files of each split, in order."""
-    version: int = STORE_VERSION
-    """Of the layout."""
-
-    def to_json(self) -> dict[str, Any]:
-        """A JSON-ready dict, which :meth:`load` reads."""
-        shards = {split: [entry._asdict() for entry in entries] for split, entries in self.shards.items()}
-        return {**asdict(self), "shards": shards}
-
-    @classmethod
-    def load(cls, folder: str | Path) -> Manifest:
-        """The manifest of a finished store.
-
-        Raises:
-            StoreError: there is none, or it is of another version.
-        """
-        path = Path(folder) / MANIFEST_FILE
-        try:
-            content = read_json(path)
-        except ConfigError as error:
-            begun = (Path(folder) / SETTINGS_FILE).exists()
-            what = "a store that is not finished" if begun else "no store"
-            fix = "run the command that makes it again: it continues" if begun else "correct the folder"
-            raise StoreError(f"{what} in {folder}", f"a readable {MANIFEST_FILE} there", fix) from error
-        if content.get("version") != STORE_VERSION or set(content) != set(typing.get_type_hints(cls)):
-            raise StoreError(
-                f"{path} of version {content.get('version')!r}",
-                f"a store of version {STORE_VERSION}",
-                "install the version of nla that wrote it, or read the corpus again",
-            )
-        shards = {split: [ShardEntry(**entry) for entry in entries] for split, entries in content["shards"].items()}
-        return cls(**{**content, "shards": shards})
 
 
 class Rows:
@@ -134,6 +66,11 @@ class Rows:
     def dtype(self) -> torch.dtype:
         """What indexing gives; on disk the vectors have the target's own, ``store.manifest.dtype``."""
         return torch.float32
+
+    @property
+    def identity(self) -> str:
+        """A hash that stands for their content."""
+        return self._store.identity
 
     def __getitem__(self, index: int | slice | Tensor | Sequence[int]) -> Tensor:
         """Rows as float32 on the CPU: (k, d); of a single int, (d,)."""
@@ -210,8 +147,7 @@ class Store:
     def by_shard(self, rows: Tensor) -> typing.Iterator[tuple[Shard, Tensor, Tensor]]:
         """For each shard that holds some of ``rows``: the shard, where they stand in ``rows``, and in the shard."""
         owner = torch.bucketize(rows, torch.tensor(self._starts), right=True) - 1
-        for number in torch.unique(owner).tolist():
-            places = (owner == number).nonzero().flatten()
+        for number, places in _grouped(owner):
             yield self._shard(number), places, rows[places] - self._starts[number]
 
     def _shard(self, number: int) -> Shard:
@@ -230,9 +166,9 @@ class Store:
         for shard, places, inside in self.by_shard(chosen):
             documents = shard.tensor("document")[inside]
             fields = shard.tensor("span")[inside].tolist()
-            for document in torch.unique(documents).tolist():
+            for document, members in _grouped(documents):
                 text = shard.text(document)
-                for at in (documents == document).nonzero().flatten().tolist():
+                for at in members.tolist():
                     token, start, end, index, added = fields[at]
                     place = int(places[at])
                     spans[place] = Span(token, text[start:end], start, end, index, bool(added))
@@ -345,6 +281,13 @@ class Store:
             }
 
         return Dataset.from_dict({"row": torch.arange(len(self)).numpy()}).with_transform(gather)
+
+
+def _grouped(values: Tensor) -> typing.Iterator[tuple[int, Tensor]]:
+    """Each value of (n,) int64 in order, and the places where it stands; the time is that of one sort."""
+    ordered, places = values.sort(stable=True)
+    found, counts = torch.unique_consecutive(ordered, return_counts=True)
+    yield from zip(found.tolist(), places.split(counts.tolist()), strict=True)
 
 
 def open_splits(folder: str | Path, splits: Sequence[str] = SPLITS) -> dict[str, Store]:

@@ -20,16 +20,8 @@ from torch import Tensor
 from nla.errors import BaselineError, StorageError, StoreError
 from nla.formats.native import read_json, sha256, write_json
 from nla.metrics import Baseline
-from nla.store import (
-    BASELINES_FILE,
-    CHUNKS_FOLDER,
-    GLOBAL,
-    MANIFEST_FILE,
-    SETTINGS_FILE,
-    SPLITS,
-    STORE_VERSION,
-    Manifest,
-)
+from nla.store import BASELINES_FILE, CHUNKS_FOLDER, GLOBAL, SPLITS
+from nla.store_manifest import MANIFEST_FILE, SETTINGS_FILE, STORE_VERSION, Manifest
 from nla.store_shards import Document, Shard, ShardEntry, write_shard
 
 QUANTILES = (0.0, 0.01, 0.25, 0.5, 0.75, 0.99, 1.0)

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from nla.config import DTYPES, QUANTIZATIONS
-from nla.errors import AccessError, ArgumentError, MissingExtraError, NonFiniteError, TargetError, WeightsError
+from nla.errors import ArgumentError, MissingExtraError, NonFiniteError, TargetError, WeightsError
+from nla.formats.hub import access_error
 from nla.formats.native import read_json, write_json
 from nla.points import Layout, Point, cut_config, layout
 from nla.tokens import load_tokenizer
@@ -29,7 +30,7 @@ def load_target(
     source: str | Path,
     *,
     revision: str | None = None,
-    dtype: str = "float32",
+    dtype: str | None = "float32",
     device: str | torch.device | None = None,
     quantization: str | None = None,
     adapter: str | Path | None = None,
@@ -40,9 +41,10 @@ def load_target(
     Args:
         source: a folder or a hub id.
         revision: branch, tag or commit on the hub; None: main.
-        dtype: one of :data:`nla.config.DTYPES`, for all weights.
+        dtype: one of :data:`nla.config.DTYPES`, for all weights; None: the checkpoint's own, or float32 if its
+            configuration names none of these.
         device: where to put it; None: the first GPU if there is one, else the CPU.
-        quantization: "8bit" or "4bit" by bitsandbytes; None: as stored.
+        quantization: by bitsandbytes, "8bit", or "4bit" (NF4, its constants quantised too); None: as stored.
         adapter: a PEFT folder, or a hub id, with a plain LoRA adapter, which is merged into the weights.
         trust_remote_code: let a tokenizer bring its own code; a model never does, since only known types are loaded.
 
@@ -50,21 +52,17 @@ def load_target(
         TargetError: there is no such target, it cannot be reached, or it has no safetensors.
         AccessError: it is gated or private, and no token opens it.
         ArchitectureError: a type of model whose blocks are not known.
-        WeightsError: weights are truncated or corrupt, or do not cover the model.
+        WeightsError: weights or tokenizer are missing, truncated or corrupt, or do not cover the model.
         NonFiniteError: a weight is NaN or infinite.
-        ArgumentError, MissingExtraError: a keyword is of no known value, or bitsandbytes is not installed.
+        ArgumentError, MissingExtraError: a keyword is of no known value, there is no such device, or bitsandbytes is
+            not installed.
         ConfigError: the adapter does not fit.
     """
     place = _place(device)
-    settings = _settings(dtype, place, quantization, adapter)
+    _check_keywords(dtype, quantization, adapter)
     found = _find(str(source), revision)
-    model = _load(found, None, settings)
-    try:
-        tokenizer = load_tokenizer(found.source, found.commit or revision, trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise WeightsError(
-            f"a target in {source} without a usable tokenizer ({error})", "tokenizer.json beside it", _RESTORE
-        ) from error
+    tokenizer = load_tokenizer(found.source, found.commit or revision, trust_remote_code)
+    model = _load(found, None, _settings(dtype or found.dtype, place, quantization))
     return _finish(model, found, adapter, None if quantization else place), tokenizer
 
 
@@ -73,7 +71,7 @@ def load_truncated(
     point: str | Point,
     *,
     revision: str | None = None,
-    dtype: str = "float32",
+    dtype: str | None = "float32",
     device: str | torch.device | None = None,
     quantization: str | None = None,
     adapter: str | Path | None = None,
@@ -88,10 +86,10 @@ def load_truncated(
         PointError: the model has no such block.
     """
     place = _place(device)
-    settings = _settings(dtype, place, quantization, adapter)
+    _check_keywords(dtype, quantization, adapter)
     found = _find(str(source), revision)
     n_blocks = Point.parse(point).within(found.config.num_hidden_layers).layer + 1
-    model = _load(found, n_blocks, settings)
+    model = _load(found, n_blocks, _settings(dtype or found.dtype, place, quantization))
     setattr(model, layout(model.config.model_type).norm, nn.Identity())
     return _finish(model, found, adapter, None if quantization else place)
 
@@ -112,6 +110,12 @@ class _Found:
     config: Any
     """Of its text side."""
 
+    dtype: str
+    """What its configuration says of its weights, one of ``DTYPES``."""
+
+    generation: Any
+    """How it generates, by its whole configuration; a file of its own comes before this."""
+
     parts: Layout
     """Where it keeps its parts."""
 
@@ -120,7 +124,7 @@ class _Found:
 
 
 def _find(source: str, revision: str | None) -> _Found:
-    from transformers import AutoConfig
+    from transformers import AutoConfig, GenerationConfig
 
     folder = Path(source).expanduser()
     source = str(folder) if folder.is_dir() else source
@@ -138,11 +142,24 @@ def _find(source: str, revision: str | None) -> _Found:
     config = whole.get_text_config()
     if getattr(whole, "quantization_config", None) is not None:
         config.quantization_config = whole.quantization_config
-    return _Found(source, revision, commit, config, parts, _weight_files(source, commit or revision))
+    dtype = str(whole.dtype or config.dtype).removeprefix("torch.")
+    return _Found(
+        source=source,
+        revision=revision,
+        commit=commit,
+        config=config,
+        dtype=dtype if dtype in DTYPES else "float32",
+        generation=GenerationConfig.from_model_config(whole),
+        parts=parts,
+        files=_weight_files(source, commit or revision),
+    )
 
 
-def fetch_file(source: str, revision: str | None, name: str) -> Path | None:
+def fetch_file(source: str, revision: str | None, name: str, optional: bool = False) -> Path | None:
     """A file of a folder or hub repository, downloaded if need be; None if there is no such file.
+
+    Args:
+        optional: without the hub, a copy that was downloaded before and lacks the file is one that has none.
 
     Raises:
         TargetError, AccessError: there is no such source, or it cannot be reached.
@@ -152,29 +169,22 @@ def fetch_file(source: str, revision: str | None, name: str) -> Path | None:
         return path if path.is_file() else None
     if re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source) is None:
         raise TargetError(f"no target {source!r}", "a folder, or a hub id such as 'someone/model'", "check the name")
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import (
         EntryNotFoundError,
-        GatedRepoError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
     )
 
     try:
         return Path(hf_hub_download(source, name, revision=revision))
-    except GatedRepoError as error:
-        raise AccessError(
-            f"{source!r}, whose files are gated",
-            "a token of an account that has been let in",
-            "accept its terms on its page on the hub, then log in with `hf auth login` or set HF_TOKEN",
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise AccessError(
-            f"{source!r}, which is on the hub for nobody, or not for you",
-            "a public repository, or one that your token opens",
-            "check the name; if it is private, log in with `hf auth login` or set HF_TOKEN",
-        ) from error
+    except RepositoryNotFoundError as error:  # a gated one is a kind of it
+        raise access_error(source, error) from error
     except LocalEntryNotFoundError as error:
+        noted = try_to_load_from_cache(source, name, revision=revision)  # a marker, not None: the hub had no such file
+        copied = optional and try_to_load_from_cache(source, "config.json", revision=revision) is not None
+        if noted is not None or copied:
+            return None
         raise TargetError(
             f"{source!r}, which is not on this machine, and a hub that cannot be reached",
             "a network, or a copy that was downloaded before",
@@ -194,7 +204,7 @@ def _weight_files(source: str, revision: str | None) -> dict[str, str]:
     """The safetensors file of each tensor."""
     from safetensors import SafetensorError, safe_open
 
-    index = fetch_file(source, revision, _INDEX)
+    index = fetch_file(source, revision, _INDEX, optional=True)
     if index is not None:
         files = read_json(index).get("weight_map")
         if not isinstance(files, dict) or not all(
@@ -238,8 +248,10 @@ def _load(found: _Found, n_blocks: int | None, settings: dict[str, Any]) -> Any:
                 raise WeightsError(f"{found.source} without {file}", "every file that its index names", _RESTORE)
             (Path(folder) / file).symlink_to(path.resolve())
         write_json(Path(folder) / _INDEX, {"metadata": {}, "weight_map": needed})
-        generation = fetch_file(found.source, found.commit or found.revision, "generation_config.json")
-        if generation is not None:
+        generation = fetch_file(found.source, found.commit or found.revision, "generation_config.json", optional=True)
+        if generation is None:
+            settings = {**settings, "generation_config": found.generation}
+        else:
             (Path(folder) / generation.name).symlink_to(generation.resolve())
         kind: Any = AutoModelForCausalLM if n_blocks is None else AutoModel
         try:
@@ -295,19 +307,32 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def _place(device: str | torch.device | None) -> str | torch.device:
-    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+def _place(device: str | torch.device | None) -> torch.device:
+    """Where to put a target.
+
+    Raises:
+        ArgumentError: there is no such device here.
+    """
+    try:
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=place)
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        raise ArgumentError(
+            f"device={str(device)!r}, which is not here ({str(error).splitlines()[0][:120]})",
+            "'cpu', or a device that torch reaches: 'cuda', 'cuda:1', 'mps'",
+            f"use another; torch sees {torch.cuda.device_count()} GPU(s)",
+        ) from error
+    if place.type == "meta":
+        raise ArgumentError("device='meta', which holds no weights", "'cpu' or 'cuda'", "use one of these")
+    return place
 
 
-def _settings(
-    dtype: str, place: str | torch.device, quantization: str | None, adapter: str | Path | None
-) -> dict[str, Any]:
-    """What transformers is told of types."""
-    if dtype not in DTYPES:
+def _check_keywords(dtype: str | None, quantization: str | None, adapter: str | Path | None) -> None:
+    """Refuse before anything is downloaded what cannot be loaded."""
+    if dtype is not None and dtype not in DTYPES:
         raise ArgumentError(f"dtype={dtype!r}", f"one of {', '.join(DTYPES)}", "use one of these")
-    settings: dict[str, Any] = {"dtype": getattr(torch, dtype)}
     if quantization is None:
-        return settings
+        return
     if quantization not in QUANTIZATIONS:
         raise ArgumentError(f"quantization={quantization!r}", f"one of {', '.join(QUANTIZATIONS)}", "use one of these")
     if adapter is not None:
@@ -322,16 +347,27 @@ def _settings(
             "bitsandbytes, which does the arithmetic",
             "pip install bitsandbytes, or use dtype='bfloat16'",
         )
+
+
+def _settings(dtype: str, place: torch.device, quantization: str | None) -> dict[str, Any]:
+    """What transformers is told of types."""
+    kind = getattr(torch, dtype)
+    if quantization is None:
+        return {"dtype": kind}
     from transformers import BitsAndBytesConfig
 
-    bits = {"8bit": {"load_in_8bit": True}, "4bit": {"load_in_4bit": True, "bnb_4bit_compute_dtype": settings["dtype"]}}
-    return {**settings, "quantization_config": BitsAndBytesConfig(**bits[quantization]), "device_map": {"": place}}
+    bits: dict[str, Any] = {"load_in_8bit": True}
+    if quantization == "4bit":  # as QLoRA's authors have it; bitsandbytes' own default, FP4, loses more
+        bits = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+        bits["bnb_4bit_compute_dtype"] = kind
+    return {"dtype": kind, "quantization_config": BitsAndBytesConfig(**bits), "device_map": {"": place}}
 
 
-def _finish(model: Any, found: _Found, adapter: str | Path | None, place: str | torch.device | None) -> Any:
-    """The model with its adapter, checked, named after where it came from, and in its place (None: it is there)."""
+def _finish(model: Any, found: _Found, adapter: str | Path | None, place: torch.device | None) -> Any:
+    """The model in its place (None: it is there), checked, with its adapter, and named after where it came from."""
+    model = model if place is None else model.to(place)
     for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not torch.isfinite(parameter).all():
+        if parameter.is_floating_point() and not _is_finite(parameter.detach()):
             raise NonFiniteError(
                 f"NaN or infinity in {name} of the target in {found.source}", "finite weights", _RESTORE
             )
@@ -341,4 +377,9 @@ def _finish(model: Any, found: _Found, adapter: str | Path | None, place: str | 
         merge_adapter(model, adapter)
     model.name_or_path = model.config._name_or_path = found.source
     model.config._commit_hash = found.commit
-    return (model if place is None else model.to(place)).eval()
+    return model.eval()
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    """Whether no value is NaN or infinite: a finite sum says so in one pass, and only another needs a second look."""
+    return bool(tensor.sum(dtype=torch.float32).isfinite()) or bool(tensor.isfinite().all())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,9 +13,11 @@ from nla.errors import (
     ConfigError,
     ContextLengthError,
     EmptyTextError,
+    NLAError,
     PositionError,
     TemplateError,
     VocabularyError,
+    WeightsError,
 )
 
 
@@ -41,7 +44,14 @@ class Encoded(NamedTuple):
 
 
 PROMPT_DATE = "26 Jul 2024"
-"""The day of every encoder prompt, where a chat template asks for today's."""
+"""The day of every prompt and transcript, where a chat template asks for today's. See :func:`undated`."""
+
+_DAY = datetime.datetime(2024, 7, 26)
+_DATE_FORMAT = re.compile(r"""(['"])([^'"{}\\\n]*%-?[A-Za-z][^'"{}\\\n]*)\1""")
+"""A string in a template that may be a format of dates; what is none does no harm."""
+
+_VOCABULARIES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
+"""Files that hold a tokenizer's vocabulary, any of these."""
 
 Positions = str | Sequence[int] | Callable[[int, list[Span]], Sequence[int]]
 """Which tokens: "all", "last", token indexes, a pattern such as "/\\n/", or a function of document index and spans."""
@@ -51,15 +61,40 @@ def load_tokenizer(source: str | Path, revision: str | None = None, trust_remote
     """The tokenizer of a folder or hub id, as its tokenizer.json says.
 
     transformers' ``AutoTokenizer`` gives every folder with a Qwen2 config Qwen's own splitting rules, whatever its
-    tokenizer.json holds; a tokenizer that was saved as generic is therefore loaded as generic.
+    tokenizer.json holds; a tokenizer that was saved as generic is therefore loaded as generic. To a folder that holds
+    no vocabulary it gives a tokenizer that knows no words, which is refused here.
+
+    Raises:
+        TargetError, AccessError: there is no such folder or hub id, or it cannot be reached.
+        WeightsError: it holds no vocabulary (its own code may do without, if it is trusted), or one that does not load.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-    saved_as = get_tokenizer_config(source, revision=revision or "main").get("tokenizer_class")
-    generic = saved_as in ("TokenizersBackend", "PreTrainedTokenizerFast")
-    arguments: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
-    return (PreTrainedTokenizerFast if generic else AutoTokenizer).from_pretrained(source, **arguments)
+    from nla.target import fetch_file  # which imports this module
+
+    folder = Path(source).expanduser()
+    source = str(folder) if folder.is_dir() else str(source)
+    has_words = any(all(fetch_file(source, revision, name, optional=True) for name in names) for names in _VOCABULARIES)
+    if not has_words and not trust_remote_code:
+        raise WeightsError(
+            f"a tokenizer in {source} without a vocabulary",
+            "tokenizer.json, tokenizer.model, or vocab.json and merges.txt",
+            "put the target's tokenizer beside it: load it with transformers and call save_pretrained",
+        )
+    try:
+        saved_as = get_tokenizer_config(source, revision=revision or "main").get("tokenizer_class")
+        generic = saved_as in ("TokenizersBackend", "PreTrainedTokenizerFast")
+        arguments: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
+        return (PreTrainedTokenizerFast if generic else AutoTokenizer).from_pretrained(source, **arguments)
+    except NLAError:
+        raise
+    except Exception as error:  # the parsers of its files raise errors of many types, Exception itself among them
+        raise WeightsError(
+            f"a tokenizer in {source} that does not load ({type(error).__name__}: {str(error)[:200]})",
+            "whole tokenizer files",
+            "restore the folder, or download it again",
+        ) from error
 
 
 def encode(tokenizer: Any, text: str, max_length: int) -> Encoded:
@@ -117,7 +152,7 @@ def encode_batch(
     plain = {"padding": False, "truncation": False, "verbose": False}
     batch = tokenizer(list(texts), return_offsets_mapping=True, return_special_tokens_mask=True, **plain)
     columns = (batch["input_ids"], batch["offset_mapping"], batch["special_tokens_mask"])
-    unknown = tokenizer.unk_token_id
+    unknown = unknown_id(tokenizer)
     out: list[Encoded] = []
     for number, (text, ids, offsets, added) in enumerate(zip(texts, *columns, strict=True)):
         if max_length is not None and len(ids) > max_length:
@@ -132,10 +167,20 @@ def encode_batch(
         ]
         if all(span.added for span in spans):
             raise _empty(number, text)
-        if unknown is not None and unknown in ids and not allow_unknown:
-            _refuse_unknown(number, [span for span in spans if span.token_id == unknown])
+        strange = [span for span in spans if span.token_id == unknown and not span.added]
+        if strange and not allow_unknown:
+            _refuse_unknown(number, strange)
         out.append(Encoded(ids, spans))
     return out
+
+
+def unknown_id(tokenizer: Any) -> int | None:
+    """The token that unknown words become; None if there is none, or if it has another meaning too.
+
+    Tokenizers of GPT-2's family know every text, and name one token beginning, end and unknown.
+    """
+    others = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    return None if tokenizer.unk_token_id in others else tokenizer.unk_token_id
 
 
 def _empty(number: int, text: str) -> EmptyTextError:
@@ -207,21 +252,18 @@ def _named_positions(spans: list[Span], positions: str, document: int) -> list[i
 def render_prompt(tokenizer: Any, content: str) -> list[int]:
     """Token ids of a one-message chat prompt, up to where the assistant's answer begins.
 
-    Rendered to text and encoded without special tokens: the template writes its own, so BOS stands exactly once. Some
-    templates ask for today's date; here it is always ``PROMPT_DATE``, so that a pair's prompt is the same every day.
+    Rendered to text and encoded without special tokens: the template writes its own, so BOS stands exactly once. The
+    prompt is the same every day (see :func:`undated`).
 
     Raises:
         ConfigError: the tokenizer has no chat template.
         TemplateError: the template refuses the message, or edits it.
     """
-    if not tokenizer.chat_template:
-        raise ConfigError(
-            "a tokenizer without a chat template", "one that has it", "use an instruction-tuned target's tokenizer"
-        )
+    template = undated(tokenizer)
     messages = [{"role": "user", "content": content}]
     try:
         text = tokenizer.apply_chat_template(
-            messages, chat_template=_undated(tokenizer.chat_template), tokenize=False, add_generation_prompt=True
+            messages, chat_template=template, tokenize=False, add_generation_prompt=True
         )
     except Exception as error:  # a template is a program: it may raise anything
         raise TemplateError(
@@ -238,11 +280,34 @@ def render_prompt(tokenizer: Any, content: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def _undated(template: Any) -> Any:
-    """A chat template in which every call for today's date gives ``PROMPT_DATE``."""
-    if not isinstance(template, str) or "strftime_now" not in template:
+def undated(tokenizer: Any) -> str:
+    """A tokenizer's chat template, in which today is ``PROMPT_DATE``, in the format that the template asks for.
+
+    To be given to ``apply_chat_template`` as ``chat_template``: what a template writes would change from day to day.
+
+    Raises:
+        ConfigError: there is no chat template, or several without a default.
+    """
+    if not tokenizer.chat_template:
+        raise ConfigError(
+            "a tokenizer without a chat template", "one that has it", "use an instruction-tuned target's tokenizer"
+        )
+    try:
+        template: str = tokenizer.get_chat_template()
+    except ValueError as error:
+        raise ConfigError(
+            f"a tokenizer with the chat templates {', '.join(sorted(tokenizer.chat_template))}",
+            "one template, or one that is named default",
+            "set tokenizer.chat_template to the one that the target was tuned with",
+        ) from error
+    if "strftime_now" not in template:
         return template
-    return "{%- macro strftime_now(format) -%}" + PROMPT_DATE + "{%- endmacro -%}" + template
+    formats = dict.fromkeys(found[1] for found in _DATE_FORMAT.findall(template))
+    cases = "".join(
+        f"{{%- if format == '{each}' -%}}{{{{ '{_DAY.strftime(each)}' }}}}{{%- else -%}}" for each in formats
+    )
+    macro = f"{{%- macro strftime_now(format) -%}}{cases}{PROMPT_DATE}{'{%- endif -%}' * len(formats)}{{%- endmacro %}}"
+    return macro + "\n" + template  # transformers' templates lose the line break after a block
 
 
 def length_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:

@@ -32,10 +32,12 @@ def build_parser() -> Parser:
     command.add_argument("--samples", type=int, default=4, metavar="N", help="explanations per token (default 4)")
     command.add_argument("--target-adapter", metavar="FOLDER", help="a LoRA adapter on the target while it is read")
     command.add_argument("--svg", type=Path, metavar="FILE", help="also write the token view as a picture")
+    _placed(command)
     command = _command(commands, "steer", "edit an explanation and steer the target by the difference", manual.STEER)
     _text_options(command)
     command.add_argument("--replace", required=True, metavar="OLD=NEW", help="the word to replace, wherever it stands")
     command.add_argument("--strength", type=float, default=1.0, help="of the difference, over the activation's norm")
+    _placed(command)
     _eval_commands(commands)
     _audit_command(commands)
     _tool_commands(commands)
@@ -43,6 +45,7 @@ def build_parser() -> Parser:
     _format_commands(commands)
     command = _command(commands, "info", "what a pair is: target, point, sizes, figures, versions", manual.INFO)
     command.add_argument("pair", nargs="?", default="couplets", metavar="PAIR", help="name, folder or hub id")
+    _placed(command)
     return parser
 
 
@@ -58,7 +61,7 @@ def _making_commands(commands: Any) -> None:
     command.add_argument("source", metavar="CORPUS", help="a datasets name, or files: parquet, JSON lines, text, chats")
     command.add_argument("--point", required=True, help="such as resid_post.20, the output of block 20")
     command.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the store; continues what is there")
-    command.add_argument("--dtype", default="float32", help="float32 (the default), bfloat16 or float16")
+    command.add_argument("--dtype", help="float32, bfloat16 or float16 (default: the target's own)")
     command.add_argument("--quantization", help="8bit or 4bit")
     command.add_argument("--revision", help="of the target on the hub")
     command.add_argument("--target-adapter", metavar="FOLDER", help="a LoRA adapter on the target")
@@ -74,12 +77,14 @@ def _format_commands(commands: Any) -> None:
     command = _command(kinds, "kitft", "a pair of full weights, AV and AR", manual.IMPORT, group="import")
     command.add_argument("av", metavar="AV", help="folder or hub id of the encoder")
     command.add_argument("ar", metavar="AR", help="folder or hub id of the decoder")
+    command.add_argument("--quantization", help="8bit or 4bit, of all three models (default: as they are)")
     _imported(command)
     command = _command(kinds, "easynla", "a pair of LoRA adapters", manual.IMPORT, group="import")
     command.add_argument("av", metavar="AV", help="folder or hub id of the encoder's adapter")
     command.add_argument("ar", nargs="?", metavar="AR", help="folder of the decoder's weights (default: AV/critic)")
     command.add_argument("--sidecar", type=Path, metavar="FILE", help="nla_meta.yaml of the data it was trained on")
     _imported(command)
+    _placed(command)
     command = _command(kinds, "parquet", "a data set of activations, as a store", manual.IMPORT, group="import")
     command.add_argument("file", type=Path, metavar="FILE", help="parquet, its sidecar beside it")
     command.add_argument("--tokenizer", required=True, metavar="TARGET", help="folder or hub id of the base model")
@@ -90,6 +95,7 @@ def _format_commands(commands: Any) -> None:
     command.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for the folders av and ar")
     command.add_argument("--drop-bias", action="store_true", help="leave out the head's bias, and measure what it did")
     command.add_argument("--store", type=Path, metavar="FOLDER", help="activations to measure that on")
+    _placed(command)
     command = _command(kinds, "parquet", "a store as parquet with a sidecar", manual.EXPORT, group="export")
     command.add_argument("store", type=Path, metavar="STORE", help="a folder that `nla extract` made")
     command.add_argument("--split", default="train", help="train (the default) or eval")
@@ -119,6 +125,11 @@ def _command(commands: Any, name: str, about: str, epilog: str, group: str = "")
     command.set_defaults(command=f"{group} {name}".strip())
     command.add_argument("--json", action="store_true", help="print JSON, for programs")
     return command
+
+
+def _placed(command: Parser) -> None:
+    about = "where to put it (default: the first GPU, or the CPU); of whole models ROLE=PLACE, such as encoder=cuda:1"
+    command.add_argument("--device", action="append", metavar="PLACE", help=about)
 
 
 def _text_options(command: Parser) -> None:

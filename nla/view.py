@@ -116,7 +116,8 @@ def stages(summary: Mapping[str, Mapping[str, Any]], title: str) -> Table:
         state = "would run" if figures.get("would_run") else "done"
         known = figures if figures.get("would_run") else {}
         values = ["–" if known.get(key) is None else f"{known[key]:,}" for key in columns]
-        table.add_row(stage, state, *values, "" if known.get("fits", True) else "does not fit")
+        note = f"not known without {known['not_known']}" if "not_known" in known else ""
+        table.add_row(stage, state, *values, note if known.get("fits", True) else "does not fit")
     return table
 
 

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import make_model, make_pair, make_tokenizer
+from conftest import WORDS, make_model, make_pair, make_tokenizer
 
 from nla import NLA, cli
 from nla.config import DecoderConfig
+from nla.errors import RecipeError
+from nla.formats import hub
 from nla.store import Store
+from nla.store_shards import Shard
 
 
 def benchmark() -> Any:
@@ -121,13 +125,76 @@ def test_a_head_with_a_bias_is_not_exported_unless_it_is_dropped(work, tmp_path,
     assert "bias" in capsys.readouterr().err
 
 
-def test_push_publishes_what_was_asked_for(work, monkeypatch, capsys):
+def test_push_publishes_the_folder_as_it_was_asked_for(work, monkeypatch, capsys):
     asked = []
-    monkeypatch.setattr(NLA, "push_to_hub", lambda self, *given: asked.append(given) or "https://example.org/commit")
+    monkeypatch.setattr(hub, "push_folder", lambda *given: asked.append(given) or "https://example.org/commit")
+    monkeypatch.setattr(NLA, "from_pretrained", lambda *_, **__: pytest.fail("a model is loaded"))
     command = ["push", str(work / "pair"), "someone/pair", "--private", "--message", "first", "--json"]
     assert cli.main(command) == 0
-    assert asked == [("someone/pair", True, None, "first")]
+    assert asked == [(work / "pair", "someone/pair", True, None, "first")]
     assert said(capsys)["commit"].endswith("commit")
+
+
+def test_extract_reads_in_the_targets_own_type_unless_told(work, tmp_path, capsys):
+    from transformers import AutoModelForCausalLM
+
+    shutil.copytree(work / "target", tmp_path / "target")
+    AutoModelForCausalLM.from_pretrained(work / "target").bfloat16().save_pretrained(tmp_path / "target")
+    command = ["extract", str(tmp_path / "target"), *where(work)[1:], *FEW, "--json"]
+    for more, dtype in (([], torch.bfloat16), (["--dtype", "float32"], torch.float32)):
+        folder = tmp_path / str(dtype)
+        assert cli.main([*command, "--out", str(folder), *more]) == 0
+        name = str(dtype).removeprefix("torch.")
+        assert said(capsys)["dtype"] == name == Store.open(folder).manifest.dtype
+        assert Shard(folder / Store.open(folder).entries[0].file).vectors.dtype == dtype
+
+
+def test_a_denominator_comes_from_a_store_of_the_same_target_alone(work, tmp_path, capsys):
+    assert cli.main(["export", "kitft", str(work / "pair"), "--out", str(tmp_path / "theirs"), "--json"]) == 0
+    told = said(capsys)
+    command = ["import", "kitft", told["av"], told["ar"], "--target", str(work / "small"), "--json"]
+    assert cli.main([*command, "--out", str(tmp_path / "no"), "--store", str(work / "store")]) == 2
+    assert "another target" in capsys.readouterr().err and not (tmp_path / "no").exists()
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text("\n".join(json.dumps({"text": f"{one} {two} sat."}) for one in WORDS for two in WORDS[:8]))
+    store = ["extract", str(work / "small"), str(corpus), "--point", "resid_post.1", "--out", str(tmp_path / "acts")]
+    small = ["--set", "max_tokens=20", "--set", "n_positions=2", "--set", "first_position=1"]
+    assert cli.main([*store, *small, "--set", "eval_fraction=0.2", "--json"]) == 0
+    assert cli.main([*command, "--out", str(tmp_path / "yes"), "--store", str(tmp_path / "acts")]) == 0
+    pair, acts = NLA.from_pretrained(tmp_path / "yes"), Store.open(tmp_path / "acts")
+    assert pair.baselines["global"].variance == acts.manifest.variance["global"]
+    assert pair.config.activation_norm == acts.manifest.norms["mean"]
+    capsys.readouterr()
+    assert cli.main(["info", str(tmp_path / "yes")]) == 0
+    assert "each a whole model" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("given", "place"),
+    [
+        ([], None),
+        (["cpu"], "cpu"),
+        (["target=cuda:0", "encoder=cuda:1"], {"target": "cuda:0", "encoder": "cuda:1"}),
+    ],
+)
+def test_a_device_is_one_place_or_one_for_each_role(
+    given: list[str], place: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def load(_pair: str, **options: object) -> None:
+        assert options == {"device": place}
+        raise RecipeError("seen", "nothing", "stop")
+
+    monkeypatch.setattr(NLA, "from_pretrained", load)
+    argv = [part for each in given for part in ("--device", each)]
+    for command in (["explain", "the cat"], ["steer", "the cat", "--replace", "a=b"], ["info"]):
+        assert cli.main([*command, *argv]) == cli.USAGE
+        assert "seen" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", [["cpu", "cuda"], ["encoder=cpu", "encoder=cuda"], ["encoder=", "target=cpu"]])
+def test_a_device_that_is_said_twice_or_not_at_all_is_refused(given: list[str], capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["info", *[part for each in given for part in ("--device", each)]]) == cli.USAGE
+    assert "ROLE=PLACE" in capsys.readouterr().err
 
 
 def test_the_plan_of_a_recipe_is_a_table(capsys, monkeypatch):

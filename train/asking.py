@@ -19,7 +19,7 @@ from nla.errors import BudgetError, DescriberError, NLAError, visible
 
 from .describers import CHARS_PER_TOKEN, DescriberSettings, Reply
 from .description import CUT, Question
-from .endpoints import REFUSED, Endpoint, Malformed, endpoint_of, open_client, read_body, said_by, send
+from .endpoints import REFUSED, Endpoint, Malformed, endpoint_of, open_client, read_body, said_by, send, shown_variable
 
 PASSING = (408, 409, 425, 429)
 """Statuses, beside 500 and above, after which the same request may well succeed."""
@@ -58,6 +58,7 @@ class EndpointDescriber:
     def __post_init__(self) -> None:
         self.endpoint: Endpoint = endpoint_of(self.settings)
         self.counted_by = f"characters / {CHARS_PER_TOKEN}"
+        self.together = 1
 
     @property
     def identity(self) -> Mapping[str, Any]:
@@ -273,7 +274,7 @@ class _Run:
 
     def _refusal(self, cause: str) -> DescriberError:
         variable = self.endpoint.key_variable
-        key = "no key" if variable is None else f"the key in {visible(variable)[:80]}"
+        key = "no key" if variable is None else f"the key in {shown_variable(variable)}"
         return DescriberError(
             f"{cause} from {visible(self.endpoint.host)[:80]}, asked for {visible(self.settings.model or '')[:80]}",
             "an endpoint that answers",

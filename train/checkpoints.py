@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -21,7 +22,7 @@ from nla.errors import ConfigError, NonFiniteError, RecipeError, StorageError, W
 from nla.formats.native import read_json, sha256, write_json
 
 from . import processes
-from .vectors import Vectors, chunks
+from .vectors import Vectors, identity
 
 if TYPE_CHECKING:
     from nla.autoencoder import NLA
@@ -56,9 +57,15 @@ def head_parameters(nla: NLA) -> dict[str, torch.nn.Parameter]:
     return {f"head.{name}": p for name, p in nla.head.named_parameters()}
 
 
+def keep_float32(parameters: dict[str, torch.nn.Parameter]) -> None:
+    """Train in float32: TRL casts the adapters of quantised targets to bfloat16, which cannot hold small updates."""
+    for parameter in parameters.values():
+        parameter.data = parameter.data.float()
+
+
 def snapshot(parameters: dict[str, torch.nn.Parameter]) -> dict[str, Tensor]:
-    """Detached copies of ``parameters``."""
-    return {name: p.detach().clone() for name, p in parameters.items()}
+    """Copies of ``parameters`` on the CPU, where they take no room that training needs."""
+    return {name: p.detach().to("cpu", copy=True) for name, p in parameters.items()}
 
 
 def restore(parameters: dict[str, torch.nn.Parameter], tensors: dict[str, Tensor]) -> None:
@@ -84,7 +91,7 @@ def swapped(parameters: dict[str, torch.nn.Parameter], tensors: dict[str, Tensor
     held = {name: p.data for name, p in parameters.items()}
     try:
         for name, parameter in parameters.items():
-            parameter.data = tensors[name]
+            parameter.data = tensors[name].to(parameter.device)
         yield
     finally:
         for name, parameter in parameters.items():
@@ -96,7 +103,7 @@ def claim_folder(
     settings: dict[str, Any],
     tensors: Mapping[str, Tensor],
     texts: Iterable[str],
-    vectors: Iterable[Tensor] = (),
+    vectors: Iterable[Tensor | str] = (),
 ) -> None:
     """Write down in ``out_dir/run.json`` what this run starts from, or check that a resumed run starts from the same.
 
@@ -111,9 +118,9 @@ def claim_folder(
     settings = settings | {"processes": processes.count()}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     named = ((name, tensors[name]) for name in sorted(tensors))
-    for name, tensor in (*named, *(("vectors", part) for part in vectors)):
+    for name, part in itertools.chain(named, (("vectors", part) for part in vectors)):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().float().contiguous().numpy().data)
+        digest.update(part.encode() if isinstance(part, str) else _bytes(part))
     for text in texts:
         digest.update(text.encode() + b"\0")
     path, identity = out_dir / RUN, digest.hexdigest()
@@ -122,10 +129,14 @@ def claim_folder(
     processes.wait()
     if read_json(path).get("identity") != identity:
         raise RecipeError(
-            f"{out_dir}, which holds a run with other settings, data or starting weights",
+            f"{out_dir}, which holds a run with other settings, processes, data or starting weights",
             "an empty folder, or the one this very run began in",
             f"choose another folder, or delete {out_dir}",
         )
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.detach().cpu().float().contiguous().numpy().data
 
 
 def claim_run(
@@ -138,12 +149,14 @@ def claim_run(
 ) -> None:
     """Claim ``out_dir`` for a training run of a pair; call it once everything else about the run is found valid.
 
-    The identity covers ``settings``, the pair's contract (but for where its target lies), the target's weights, the
-    ``vectors`` (n, d) and ``texts`` to train on, and the starting weights ``trained``, of which the KL's reference is
-    a copy. It raises what :func:`claim_folder` does.
+    The identity covers ``settings``, the pair's contract (but for where its target lies), the target's weights (by the
+    contract's hash or commit of them, where it has one), the ``vectors`` (n, d) and ``texts`` to train on, and the
+    starting weights ``trained``, of which the KL's reference is a copy. It raises what :func:`claim_folder` does.
     """
     contract = {name: value for name, value in dataclasses.asdict(nla.config).items() if name != "target"}
-    claim_folder(out_dir, settings | {"pair": contract}, base_parameters(nla) | dict(trained), texts, chunks(vectors))
+    known = nla.config.target_weights is not None or nla.config.target_revision is not None
+    tensors = dict(trained) if known else base_parameters(nla) | dict(trained)
+    claim_folder(out_dir, settings | {"pair": contract}, tensors, texts, identity(vectors))
 
 
 def latest_checkpoint(out_dir: Path) -> Path | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ SUFFIXES = (*TABLES, ".txt", *CHATS)
 """Of the files that are taken from a folder."""
 
 _EDGE = 1 << 20
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -131,15 +133,18 @@ class Corpus(NamedTuple):
             chunk += 1
 
 
-def open_corpus(settings: CorpusSettings) -> Corpus:
+def open_corpus(settings: CorpusSettings, commit: str | None = None) -> Corpus:
     """The corpus that settings name.
+
+    Args:
+        commit: of a ``datasets`` name, what to read; None: what its revision is now.
 
     Raises:
         CorpusError: there is none, it cannot be read, or it has not the column.
     """
     files = local_files(settings)
     if files is None:
-        return _hub(settings)
+        return _hub(settings, commit or hub_commit(settings))
 
     def entries() -> Iterator[Callable[[], Content]]:
         for file in files:
@@ -316,16 +321,32 @@ def _json_lines(file: Path, settings: CorpusSettings) -> Iterator[Callable[[], C
                 yield lambda line=line, number=number: parse(line, number)
 
 
-def _hub(settings: CorpusSettings) -> Corpus:
+def hub_commit(settings: CorpusSettings) -> str | None:
+    """The commit that a ``datasets`` name is at; None, with a warning, where the hub does not say."""
+    from huggingface_hub import HfApi
+
+    try:
+        return HfApi().dataset_info(settings.source, revision=settings.revision, timeout=30).sha
+    except Exception as error:  # whatever keeps the hub from answering; what is in a cache can be read all the same
+        log.warning(
+            "The hub does not say at which commit the dataset %s is (%s): a call that continues later cannot tell "
+            "whether it has changed.",
+            settings.source,
+            type(error).__name__,
+        )
+        return None
+
+
+def _hub(settings: CorpusSettings, commit: str | None) -> Corpus:
     import datasets
 
-    where, revision = f"the dataset {settings.source}", settings.revision
+    where, revision = f"the dataset {settings.source}", commit or settings.revision
     try:
         data: Any = datasets.load_dataset(
             settings.source, settings.config, split=settings.split, revision=revision, streaming=settings.streaming
         )
         example: Mapping[str, Any] = next(iter(data), {})
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # the hub, its cache and each format raise errors of their own
         raise CorpusError(
             f"{where}, configuration {settings.config}, split {settings.split}, which cannot be loaded "
             f"({type(error).__name__}: {visible(str(error))[:300]})",
@@ -336,7 +357,7 @@ def _hub(settings: CorpusSettings) -> Corpus:
     data = data.select_columns([column])
 
     def entries() -> Iterator[Callable[[], Content]]:
-        rows = enumerate(data) if settings.streaming else ((n, n) for n in range(len(data)))
+        rows = enumerate(_unbroken(data, where)) if settings.streaming else ((n, n) for n in range(len(data)))
         for number, row in rows:
 
             def parse(row: Any = row, number: int = number) -> Content:
@@ -345,4 +366,23 @@ def _hub(settings: CorpusSettings) -> Corpus:
 
             yield parse
 
-    return Corpus({"dataset": settings.source, "rows": None if settings.streaming else len(data)}, entries)
+    rows = None if settings.streaming else len(data)
+    return Corpus({"dataset": settings.source, "commit": commit, "rows": rows}, entries)
+
+
+def _unbroken(rows: Any, where: str) -> Iterator[Any]:
+    """The rows of a stream, whose breaking off is an error of its own: it must not pass for the end."""
+    stream, number = iter(rows), 0
+    while True:
+        try:
+            row = next(stream)
+        except StopIteration:
+            return
+        except Exception as error:  # of the network, of a compression, of a format
+            raise CorpusError(
+                f"{where}, which breaks off after {number} rows ({type(error).__name__}: {visible(str(error))[:200]})",
+                "a stream to its end, or to n_documents",
+                "run the same command again, which continues; without `streaming` the corpus is downloaded first",
+            ) from error
+        yield row
+        number += 1

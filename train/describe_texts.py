@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,8 @@ ADVICE = {
     "timeout": "raise describer.timeout_s or lower describer.concurrency; the same run goes on",
     "HTTP 429": "lower describer.concurrency, or wait; the same run goes on",
 }
+_SAMPLE = 1000
+"""Prompts whose tokens are counted for the estimate: a tokenizer takes as long for all of them as for asking them."""
 _log = logging.getLogger(__name__)
 
 
@@ -65,7 +68,7 @@ class Summary:
     failed: Counter[str] = field(default_factory=Counter)
     """Texts without an explanation after all tries, by reason."""
     n_requests: int = 0
-    """Requests made; of a local model, answers written."""
+    """Requests made; of a local model, answers written, some of them anew for the sake of others in their batch."""
     retried: Counter[str] = field(default_factory=Counter)
     """Requests that were followed by another for the same text, by cause."""
     tokens_in: int = 0
@@ -80,6 +83,50 @@ class Summary:
     """What was expected before."""
     describer: dict[str, Any] = field(default_factory=dict)
     """The describer's identity."""
+
+    @classmethod
+    def merged(cls, shares: Sequence[Summary]) -> Summary:
+        """What several processes did, each with its own share of the prefixes.
+
+        A text that stands in two shares counts in both.
+        """
+        counts = ("n_rows", "n_texts", "n_cached", "n_answered", "n_open", "n_requests")
+        counts += ("tokens_in", "tokens_out", "n_estimated", "n_unknown")
+        sums: dict[str, Any] = {name: sum(getattr(share, name) for share in shares) for name in counts}
+        for name in ("failed", "retried"):
+            sums[name] = sum((getattr(share, name) for share in shares), Counter[str]())
+        estimates = [share.estimate for share in shares if share.estimate is not None]
+        return cls(
+            **sums,
+            cost=_added([share.cost for share in shares]),
+            estimate=Estimate(
+                sum(one.n_texts for one in estimates),
+                sum(one.tokens_in for one in estimates),
+                sum(one.tokens_out_most for one in estimates),
+                _added([one.cost_most for one in estimates]),
+                estimates[0].counted_by,
+            )
+            if estimates
+            else None,
+            describer=dict(shares[0].describer) if shares else {},
+        )
+
+    def check(self, failing_share: float, n: int | None = None) -> None:
+        """Refuse too many failures.
+
+        Args:
+            n: of how many texts; None: of these.
+
+        Raises:
+            DescriberError: more than the share of the texts failed.
+        """
+        if self.failed.total() > failing_share * (self.n_texts if n is None else n):
+            reason, count = self.failed.most_common(1)[0]
+            raise DescriberError(
+                f"{self.failed.total()} of {self.n_texts} texts without an explanation, most often: {reason} ({count})",
+                f"at most the share {failing_share:g}",
+                ADVICE.get(reason, "look at what the describer answers; answers are kept and not asked for again"),
+            )
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dict."""
@@ -112,15 +159,20 @@ def describe_texts(
     cache_dir: str | Path,
     *,
     refused: Collection[str] = (),
+    n_all: int | None = None,
     progress: Callable[[Summary], None] | None = None,
 ) -> Described:
     """An explanation of each visible prefix, as an outsider would write it.
 
     Equal prefixes are asked for once, and none whose answer is in ``cache_dir``. An answer that is whole but has not
-    the right form is kept too: its text has failed, and only under another seed is the same asked again.
+    the right form is kept too: its text has failed, and only under another seed is the same asked again. Where texts
+    sway one another's answers they are asked in groups that follow from ``prefixes`` alone, and a group of which an
+    answer is missing is asked as a whole: an interrupted call ends with the answers of one that was not.
 
     Args:
         refused: what no explanation may hold, see :func:`nla.train.description.pair_marks`.
+        n_all: of how many texts ``prefixes`` are one process's share. Only failures that are too many for all of them
+            are then an error; the sum is for the caller to look at: :meth:`Summary.merged`, :meth:`Summary.check`.
         progress: called with the running totals after each text; they change afterwards.
 
     Raises:
@@ -134,18 +186,18 @@ def describe_texts(
     """
     stop = StopOnInterrupt()
     with TextCache(cache_dir) as cache, stop.catching():
-        work = _Work(prefixes, describer, cache, tuple(refused))
+        work = _Work(prefixes, describer, cache, tuple(refused), n_all)
         work.look_up()
-        work.raise_if_too_many()
+        work.check()
         _log.info("%s", work.summary.estimate)
-        replies: Any = describer.ask(work.questions(), lambda: stop.asked or work.too_many() is not None)
+        replies: Any = describer.ask(work.questions(), lambda: stop.asked or work.too_many())
         try:
             for reply in replies if work.open else ():
                 work.take(reply)
                 if progress is not None:
                     progress(work.summary)
             work.take_from_others()
-            work.raise_if_too_many()
+            work.check()  # when requests under way are through: they are paid for, and their answers are kept
         finally:
             replies.close()  # ends the requests, after an error of our own too
             _log.info("%s", work.summary)
@@ -159,14 +211,22 @@ class _Work:
     """The rows of each distinct text, and what is known of it so far."""
 
     def __init__(
-        self, prefixes: Sequence[str], describer: Describer, cache: TextCache, refused: tuple[str, ...]
+        self,
+        prefixes: Sequence[str],
+        describer: Describer,
+        cache: TextCache,
+        refused: tuple[str, ...],
+        n_all: int | None,
     ) -> None:
+        self.n_all = n_all
         self.prefixes, self.describer, self.cache, self.refused = prefixes, describer, cache, refused
         self.settings, self.identity = describer.settings, dict(describer.identity)
         self.texts: list[str | None] = [None] * len(prefixes)
         self.rows: dict[str, list[int]] = {}
         self.open: dict[int, str] = {}
         """Keys of the texts without an outcome, by the first row that has the text."""
+        self.groups: list[list[tuple[int, str]]] = []
+        """Rows, each the first of its text, and keys of what is asked together; those with an answer missing."""
         self.from_others: SimpleQueue[tuple[Question, str]] = SimpleQueue()
         self.summary = Summary(n_rows=len(prefixes), describer=self.identity)
 
@@ -176,36 +236,53 @@ class _Work:
 
     def look_up(self) -> None:
         """Find equal texts and those on disk, and estimate the rest."""
-        tokens = 0
+        lengths: dict[int, int] = {}
         for row in range(len(self.prefixes)):
-            question = self.question(row)
-            key = cache_key(self.identity, question.prompt)
+            prompt = self.question(row).prompt
+            key = cache_key(self.identity, prompt)
             if key in self.rows:
                 self.rows[key].append(row)
-                continue
-            self.rows[key], self.open[row] = [row], key
-            if self.cache.get(key) is None:
-                tokens += self.describer.count(question.prompt)
-        s = self.summary
+            else:
+                self.rows[key], self.open[row], lengths[row] = [row], key, len(prompt)
+        s, size = self.summary, self.describer.together
         s.n_texts = s.n_open = len(self.rows)
+        # What sways one another is sorted by length, for little padding, whatever has been answered by now.
+        order = list(self.open.items())
+        if size > 1:
+            order.sort(key=lambda item: (-lengths[item[0]], item[1]))
         for row, key in list(self.open.items()):  # once all rows of a text are known
             if (answer := self.cache.get(key)) is not None:
                 self._use_kept(self.question(row), answer)
-        s.cost, most = self.settings.cost(0, 0), len(self.open) * self.settings.max_tokens
-        s.estimate = Estimate(s.n_open, tokens, most, self.settings.cost(tokens, most), self.describer.counted_by)
+        groups = [order[start : start + size] for start in range(0, len(order), size)]
+        self.groups = [group for group in groups if any(row in self.open for row, _ in group)]
+        s.cost, s.estimate = self.settings.cost(0, 0), self._estimate()
+
+    def _estimate(self) -> Estimate:
+        """What is to be asked, from the tokens of some of it."""
+        rows = [row for group in self.groups for row, _ in group]
+        sample = rows[:: math.ceil(len(rows) / _SAMPLE)] if rows else []
+        tokens = sum(self.describer.count(self.question(row).prompt) for row in sample)
+        counted_by = self.describer.counted_by
+        if len(sample) < len(rows):
+            tokens = round(tokens / len(sample) * len(rows))
+            counted_by += f", from {len(sample):,} of them"
+        most = len(rows) * self.settings.max_tokens
+        return Estimate(len(rows), tokens, most, self.settings.cost(tokens, most), counted_by)
 
     def questions(self) -> Iterator[Question]:
         """What is still to be asked when its turn comes: another process may have asked since. Runs in any thread."""
-        for row, key in list(self.open.items()):
-            question, answer = self.question(row), self.cache.get(key)
-            if answer is None:
-                yield question
-            else:
-                self.from_others.put((question, answer))
+        for group in self.groups:
+            answers = {row: self.cache.get(key) for row, key in group}
+            for row, _ in group:
+                if None in answers.values():
+                    yield self.question(row)
+                elif (answer := answers[row]) is not None:
+                    self.from_others.put((self.question(row), answer))
 
     def take(self, reply: Reply) -> None:
-        """Keep a reply on disk, then count it."""
-        if reply.answer is not None and reply.settled:
+        """Keep a reply on disk, then count it; one that was asked again for the sake of its group has its outcome."""
+        known = reply.number not in self.open
+        if not known and reply.answer is not None and reply.settled:
             self.cache.put(self.open[reply.number], reply.answer)
         s = self.summary
         s.n_requests += reply.n_requests
@@ -215,7 +292,7 @@ class _Work:
         s.n_estimated += reply.n_estimated
         s.n_unknown += reply.n_unknown
         s.cost = self.settings.cost(s.tokens_in, s.tokens_out)
-        if reply.settled:
+        if reply.settled and not known:
             s.n_answered += reply.text is not None
             self._settle(reply.number, reply.text, reply.problem)
         self.take_from_others()
@@ -226,6 +303,8 @@ class _Work:
             self._use_kept(*self.from_others.get())
 
     def _use_kept(self, question: Question, answer: str) -> None:
+        if question.number not in self.open:
+            return
         found = question.read(answer)
         self.summary.n_cached += found.text is not None
         self._settle(question.number, found.text, found.problem)
@@ -237,22 +316,20 @@ class _Work:
         for row in self.rows[self.open.pop(number)]:
             self.texts[row] = text
 
-    def too_many(self) -> tuple[str, int] | None:
-        """The main reason of the failures and its count, once more texts have failed than may."""
+    def too_many(self) -> bool:
+        """Whether more texts have failed than may."""
         s = self.summary
-        over = s.failed.total() > self.settings.failing_share * s.n_texts
-        return s.failed.most_common(1)[0] if over else None
+        return s.failed.total() > self.settings.failing_share * (s.n_texts if self.n_all is None else self.n_all)
 
-    def raise_if_too_many(self) -> None:
-        """Raised when requests under way are through: they are paid for, and their answers are kept."""
-        if (found := self.too_many()) is not None:
-            reason, count = found
-            s = self.summary
-            raise DescriberError(
-                f"{s.failed.total()} of {s.n_texts} texts without an explanation, most often: {reason} ({count})",
-                f"at most the share {self.settings.failing_share:g}",
-                ADVICE.get(reason, "look at what the describer answers; answers are kept and not asked for again"),
-            )
+    def check(self) -> None:
+        """Raise when that is so."""
+        self.summary.check(self.settings.failing_share, self.n_all)
+
+
+def _added(costs: Sequence[float | None]) -> float | None:
+    """USD together; None: one of them is not known."""
+    known = [cost for cost in costs if cost is not None]
+    return sum(known) if len(known) == len(costs) else None
 
 
 def _by(counts: Counter[str]) -> str:

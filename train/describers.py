@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from nla.config import DTYPES, QUANTIZATIONS
 from nla.errors import ArgumentError, DescriberError, visible
 
 from .description import Question
@@ -34,10 +36,11 @@ class DescriberSettings:
     """The endpoint's name of its model; of ``local`` a folder or hub id, None: the target itself."""
     url: str | None = None
     """Base of the endpoint's API, such as ``http://localhost:8000/v1``; None: the provider's own."""
-    key_variable: str | None = None
-    """Environment variable that holds the key. None: the provider's own at its own address, no key anywhere else."""
+    key_variable: str | None = field(default=None, repr=False)
+    """Environment variable that holds the key. None: the provider's own at its own address, no key anywhere else. Not
+    shown, lest somebody puts the key itself here."""
     concurrency: int = 16
-    """Requests in flight at once; of ``local``, rows of a batch."""
+    """Requests in flight at once; of ``local``, rows of a batch, which in less than float32 sway what is written."""
     timeout_s: float = 60.0
     """Of one request, from its start to the last byte of the answer."""
     tries: int = 6
@@ -58,6 +61,14 @@ class DescriberSettings:
     """Stop when more than this share of the texts has failed."""
     seed: int = 0
     """Of ``local``'s sampling. Endpoints are not sent it, but under another seed they are asked anew."""
+    dtype: str | None = None
+    """Of the weights of ``local``'s own ``model``; None: the target's."""
+    revision: str | None = None
+    """Commit, tag or branch of that model on the hub; None: its main branch."""
+    quantization: str | None = None
+    """8bit or 4bit, by bitsandbytes; None: its weights as they are."""
+    parameters_b: float | None = None
+    """Billions of its parameters, for ``--dry-run`` alone; None: what it takes is not known."""
 
     def __post_init__(self) -> None:
         if self.describer not in DESCRIBERS:
@@ -66,23 +77,48 @@ class DescriberSettings:
         require_least("describer", self, concurrency=1, tries=1, max_tokens=1, max_chars=40)
         require_positive("describer", self, "timeout_s")
         require_seed("describer.seed", self.seed)
-        for name in ("timeout_s", "temperature", "price_in", "price_out", "budget_usd"):
+        self._check_key_variable()
+        for name in ("timeout_s", "temperature", "price_in", "price_out", "budget_usd", "parameters_b"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= 0):
                 refuse(f"describer.{name}", value, "a finite number, 0 or more")
         if not 0 <= self.failing_share < 1:
             refuse("describer.failing_share", self.failing_share, "a share from 0 to below 1")
-        for name in ("model", "url", "key_variable"):
+        for name in ("model", "url", "revision"):
             if getattr(self, name) == "":
                 refuse(f"describer.{name}", "", "a text, or null")
         if self.describer in ("local", "quote"):
-            for name in ("url", "key_variable", "budget_usd"):
+            for name in ("url", "budget_usd"):
                 if getattr(self, name) is not None:
                     refuse(f"describer.{name}", getattr(self, name), f"null: {self.describer} has none")
         elif self.model is None:
             refuse("describer.model", None, f"the name of the model to ask at the {self.describer} endpoint")
         if self.budget_usd is not None and None in (self.price_in, self.price_out):
             raise ArgumentError("budget_usd without prices", "price_in and price_out", "set both, or no budget")
+        self._check_own_model()
+
+    def _check_key_variable(self) -> None:
+        """Refuse what cannot be a variable's name; it may be the key itself, so no message repeats it."""
+        name: Any = self.key_variable
+        if name is None:
+            return
+        fix = "export the key under a name, and put that name here"
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            got = "a describer.key_variable that is no name (not shown: it may be a key)"
+            raise ArgumentError(got, "the name of an environment variable, such as MY_KEY", fix)
+        if self.describer in ("local", "quote"):
+            raise ArgumentError(f"a describer.key_variable for {self.describer}", "null: it has no key", "remove it")
+
+    def _check_own_model(self) -> None:
+        """Refuse what is said of a model that ``local`` loads where it loads none, or what it cannot be loaded as."""
+        for name in ("dtype", "revision", "quantization", "parameters_b"):
+            if getattr(self, name) is not None and (self.describer != "local" or self.model is None):
+                refuse(f"describer.{name}", getattr(self, name), "null: it is said of a local describer's own `model`")
+        for name, known in (("dtype", DTYPES), ("quantization", QUANTIZATIONS)):
+            if getattr(self, name) not in (None, *known):
+                refuse(f"describer.{name}", getattr(self, name), f"one of {', '.join(known)}, or null")
+        if self.parameters_b == 0:
+            refuse("describer.parameters_b", 0, "above 0, or null")
 
     def cost(self, tokens_in: int, tokens_out: int) -> float | None:
         """USD of so many tokens; 0 for what asks nobody, None where a price is not known."""
@@ -133,12 +169,22 @@ class Describer(Protocol):
         """How :meth:`count` counts."""
         ...
 
+    @property
+    def together(self) -> int:
+        """How many questions decide one another's answers, if ever so little: so many in a row are asked together.
+
+        1: each stands for itself.
+        """
+        ...
+
     def count(self, text: str) -> int:
         """Tokens of a prompt, for the estimate."""
         ...
 
     def ask(self, questions: Iterator[Question], stop: Callable[[], bool]) -> Iterator[Reply]:
         """A reply to each question as soon as it is there; questions are taken from their iterator as they are needed.
+
+        Of a describer with ``together`` above 1, each so many questions in a row are one group.
 
         Args:
             stop: asked all the time; once true, no new request is made, and those under way are finished.
@@ -149,15 +195,25 @@ class Describer(Protocol):
         ...
 
 
-def open_describer(settings: DescriberSettings, model: Any = None, tokenizer: Any = None) -> Describer:
+def open_describer(
+    settings: DescriberSettings,
+    model: Any = None,
+    tokenizer: Any = None,
+    *,
+    dtype: str = "float32",
+    device: Any = None,
+) -> Describer:
     """The describer that the settings name.
 
     Args:
         model, tokenizer: the target, already loaded, for ``local`` without a ``model`` of its own.
+        dtype: of the weights of ``local``'s own ``model``, unless the settings say it.
+        device: where to put that model; None: the first GPU if there is one, else the CPU.
 
     Raises:
         DescriberError: the address or the key is not one to be used.
         MissingExtraError: the provider's client is not installed.
+        The rest is as for :func:`nla.target.load_target`.
     """
     if settings.describer != "local":
         from .asking import EndpointDescriber
@@ -168,7 +224,13 @@ def open_describer(settings: DescriberSettings, model: Any = None, tokenizer: An
     if settings.model is not None:
         from nla.target import load_target
 
-        model, tokenizer = load_target(settings.model)
+        model, tokenizer = load_target(
+            settings.model,
+            revision=settings.revision,
+            dtype=settings.dtype or dtype,
+            device=device,
+            quantization=settings.quantization,
+        )
     if model is None or tokenizer is None:
         got, expected = "a local describer without a model", "the loaded target and its tokenizer, or a model's name"
         raise DescriberError(got, expected, "pass model and tokenizer, or set describer.model")

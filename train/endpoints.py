@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 import urllib.parse
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from nla.errors import DescriberError, MissingExtraError, visible
 from .describers import DescriberSettings
 
 REFUSED = "the describer refuses"
+_LONGEST_NAME = 40
 _PART = 6
 """A server's words that hold so many characters of the key in a row are not repeated."""
 _HEADERS = {"host", "accept", "accept-encoding", "connection", "content-type", "content-length", "user-agent"}
@@ -87,7 +89,7 @@ def endpoint_of(settings: DescriberSettings) -> Endpoint:
         read_key(variable)
         if parts.scheme == "http" and not is_loopback(host):
             raise DescriberError(
-                f"the describer {visible(host)[:80]} over plain http with the key in {visible(variable)[:80]}",
+                f"the describer {visible(host)[:80]} over plain http with the key in {shown_variable(variable)}",
                 "https: anyone on the way could read the key",
                 "use https, or set describer.key_variable to null",
             )
@@ -102,9 +104,21 @@ def read_key(variable: str) -> str:
     """
     key = os.environ.get(variable, "").strip()
     if not key or not key.isascii() or not key.isprintable() or " " in key:
-        got = f"no usable key in the environment variable {visible(variable)[:80]}"
-        raise DescriberError(got, "a key of printable ASCII", f"export {visible(variable)[:80]}=… and run again")
+        got = f"no usable key in {shown_variable(variable)}"
+        raise DescriberError(got, "a key of printable ASCII", "export the variable with the key, and run again")
     return key
+
+
+def shown_variable(variable: str) -> str:
+    """A variable's name for a message, where it looks like one: many a key has the form of a name, too.
+
+    >>> shown_variable("OPENAI_API_KEY")
+    'the environment variable OPENAI_API_KEY'
+    >>> shown_variable("gsk_0123abcd")
+    'the environment variable that describer.key_variable names'
+    """
+    usual = re.fullmatch(r"[A-Z][A-Z0-9]*(_[A-Z0-9]+)*", variable) and len(variable) <= _LONGEST_NAME
+    return f"the environment variable {variable if usual else 'that describer.key_variable names'}"
 
 
 def is_loopback(host: str) -> bool:

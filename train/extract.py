@@ -20,8 +20,9 @@ from torch import Tensor
 from nla.activations import device_of, inference, pad_right
 from nla.config import tokenizer_hash
 from nla.errors import ArgumentError, ContextLengthError
+from nla.formats.native import read_json
 from nla.points import context_length
-from nla.store import Manifest
+from nla.store_manifest import SETTINGS_FILE, Manifest
 from nla.store_writer import StoreWriter
 from nla.target import load_truncated
 from nla.tokens import length_batches, load_tokenizer
@@ -39,7 +40,7 @@ def extract_corpus(
     out_dir: str | Path,
     *,
     revision: str | None = None,
-    dtype: str = "float32",
+    dtype: str | None = "float32",
     device: str | torch.device | None = None,
     quantization: str | None = None,
     adapter: str | Path | None = None,
@@ -51,12 +52,15 @@ def extract_corpus(
 ) -> Manifest | None:
     """Read a corpus into the store ``out_dir``; after a kill, the same call continues to the same bytes.
 
+    A ``datasets`` name is read at one commit, also by a call that continues when its main branch has moved on.
+
     Several processes share the work when each is called with its own ``process`` of ``processes``, on one ``out_dir``:
     the store is, row for row and bit for bit, the one that a single process of as many threads makes.
 
     Args:
         target: folder or hub id; blocks above the point are never loaded.
-        revision, dtype, device, quantization, adapter: see :func:`nla.target.load_truncated`.
+        revision, dtype, device, quantization, adapter: see :func:`nla.target.load_truncated`. The manifest holds the
+            type that they were read in, also where ``dtype`` is None: the checkpoint's own.
         max_tokens_per_batch: tokens with padding in one forward pass. It may change between a kill and the call that
             continues; activations then differ at rounding error.
         seed: decides the positions, with each document's text.
@@ -73,7 +77,7 @@ def extract_corpus(
     """
     if not 0 <= process < processes:
         raise ArgumentError(f"process {process} of {processes}", "0 ≤ process < processes", "count them from 0")
-    corpus = open_corpus(settings)
+    corpus = open_corpus(settings, _begun_at(out_dir, settings))
     loading = {"revision": revision, "dtype": dtype, "quantization": quantization, "adapter": adapter}
     folder = Path(target).expanduser()
     source = str(folder) if folder.is_dir() else str(target)
@@ -90,6 +94,13 @@ def extract_corpus(
         shown = ", ".join(f"{count} {name}" for name, count in manifest.counts.items())
         log.info("%s is whole: %s; vectors %s.", out_dir, shown, manifest.n)
     return manifest
+
+
+def _begun_at(out_dir: str | Path, settings: CorpusSettings) -> str | None:
+    """The commit of a ``datasets`` name that a store was begun with: it continues there, wherever main is by now."""
+    path = Path(out_dir) / SETTINGS_FILE
+    about: Any = read_json(path).get("corpus_files") if path.is_file() else None
+    return about.get("commit") if isinstance(about, dict) and about.get("dataset") == settings.source else None
 
 
 class Share(NamedTuple):
@@ -159,7 +170,7 @@ def _about(
         "revision": getattr(view.config, "_commit_hash", None) or loading["revision"],
         "tokenizer_hash": tokenizer_hash(tokenizer),
         "point": str(point),
-        "dtype": loading["dtype"],
+        "dtype": str(view.dtype).removeprefix("torch."),
         "d_model": view.config.hidden_size,
         "settings": {
             **asdict(settings),

@@ -13,16 +13,17 @@ from datasets import Dataset
 from torch import Tensor, nn
 from trl import GRPOConfig, GRPOTrainer
 
+from nla.encoder import end_ids, plainly
 from nla.errors import ArgumentError, ShapeError
 from nla.injection import inject, rescale
 
 from . import processes
-from .checkpoints import AtomicCheckpoints, claim_run, decoder_parameters, encoder_parameters, snapshot
+from .checkpoints import AtomicCheckpoints, claim_run, decoder_parameters, encoder_parameters, keep_float32, snapshot
 from .loop import PLAIN, checkpointed, fit, on_cpu, own_forward
 from .metrics_log import MetricsLog
 from .monitor import EvalSet, Monitor
 from .reward import DecoderReward
-from .settings import JointSettings
+from .settings import FRUGAL, JointSettings
 from .vectors import Chosen, Vectors, check_directions
 from .warmstart import check_memory, check_pairs
 
@@ -101,7 +102,11 @@ class JointTrainer(AtomicCheckpoints, GRPOTrainer):
         self.vectors, self.norm, self.place = vectors, nla.config.injection.norm, nla.device
         self.reward = reward
         self.rows_in_use: Tensor = torch.empty(0, nla.config.d_model)
+        self.base = nla.base_of("encoder")
         super().__init__(model=nla.model, reward_funcs=[reward], processing_class=nla.tokenizer, **kwargs)  # pyright: ignore
+        keep_float32(self.trained)
+        self.eos_token_ids = end_ids(nla)  # the pair's; TRL takes the model's
+        self.generation_config.eos_token_id = self.eos_token_ids
 
     def injected(self, rows: Sequence[int]) -> Tensor:
         """The vectors of ``rows``, (b, d), at the injection norm, where the model is."""
@@ -129,7 +134,7 @@ class JointTrainer(AtomicCheckpoints, GRPOTrainer):
         return [self.prompt] * len(prompts), None, {}
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
-        with self.injecting(self.rows_in_use):
+        with self.injecting(self.rows_in_use), plainly(self.base):
             return super()._generate_single_turn(*args, **kwargs)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -168,9 +173,25 @@ class JointTrainer(AtomicCheckpoints, GRPOTrainer):
         self.reward.load_state(state)
 
 
+def share_step(settings: JointSettings) -> tuple[int, int]:
+    """Rollouts of a process in one backward pass, and the passes of a step: groups stay whole in one process.
+
+    Raises:
+        ArgumentError: the prompts or rollouts do not divide evenly, or a process has fewer groups than mini-batches.
+    """
+    groups, _ = processes.share(settings.prompts_per_step, "prompts_per_step")
+    if groups < settings.decoder_mini_batches:
+        raise ArgumentError(
+            f"decoder_mini_batches={settings.decoder_mini_batches} with {groups} prompts a process",
+            f"at most {groups}: groups stay whole",
+            "lower decoder_mini_batches, raise prompts_per_step, or use fewer processes",
+        )
+    return processes.share(settings.rows, "rows", settings.rows_per_backward)
+
+
 def grpo_arguments(nla: NLA, settings: JointSettings, out_dir: Path) -> GRPOConfig:
     """TRL's arguments; its defaults for precision, checkpointing, the KL and the learning rate do not fit here."""
-    per_backward, passes = processes.share(settings.rows, "rows", settings.rows_per_backward)
+    per_backward, passes = share_step(settings)
     return GRPOConfig(
         output_dir=str(out_dir),
         max_steps=settings.steps,
@@ -261,7 +282,7 @@ def train_joint(
         check_pairs(nla, Chosen(vectors, torch.tensor(told)), [warm_texts[row] or "" for row in told])
     check_directions(vectors)
     folder, trained = Path(out_dir), encoder_parameters(nla) | decoder_parameters(nla)
-    identity = {name: value for name, value in dataclasses.asdict(settings).items() if name != "steps"}
+    identity = {name: value for name, value in dataclasses.asdict(settings).items() if name not in ("steps", *FRUGAL)}
     with nla.role("encoder"), own_forward(nla), checkpointed(nla, settings.gradient_checkpointing):
         try:
             trainer = build_trainer(nla, vectors, strata, warm_texts, folder, settings)
@@ -269,7 +290,8 @@ def train_joint(
             watch = []
             if held_out is not None:
                 warm_decoder = snapshot(decoder_parameters(nla))
-                watch = [Monitor(nla, held_out, warm_decoder, log, settings.eval_every, settings.seed)]
+                at_once = settings.rows // processes.count()  # what a rollout holds at once: it fits the memory
+                watch = [Monitor(nla, held_out, warm_decoder, log, settings.eval_every, settings.seed, at_once)]
             claim_run(folder, nla, identity, vectors, trained, [*(text or "" for text in warm_texts), *strata])
             return fit(trainer, folder, settings.steps, "joint training", ("reward", "kl", "length"), tuple(watch))
         finally:

@@ -13,27 +13,29 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from nla.activations import device_of, inference, pad_left
-from nla.encoder import ends_of, pad_of, plain_settings
+from nla.encoder import ends_of, pad_of, plain_settings, plainly
 from nla.errors import ConfigError, ContextLengthError, TemplateError
 from nla.fingerprint import digest, tokenizer_hash
 from nla.points import context_length
+from nla.tokens import undated
 
 from .describers import DescriberSettings, Reply
 from .description import CUT, Question
 
 _PLACE = "\N{OBJECT REPLACEMENT CHARACTER}here\N{OBJECT REPLACEMENT CHARACTER}"
-_CHUNK = 16
-"""Batches that are sorted by length together."""
+_BATCHES = 16
+"""Whose failed samples are drawn again together: fewer, and most of a later try would be spent on a few rows."""
 _TAIL_TOKENS = 16
 """The closing tag is looked for in so many tokens at the end; it has fewer in any tokenizer."""
 
 
 @dataclass
 class LocalDescriber:
-    """Asks a loaded model in batches of similar length; see :class:`nla.train.describers.Describer`.
+    """Asks a loaded model in batches; see :class:`nla.train.describers.Describer`.
 
-    The answer starts behind the opening tag, which small models would forget. Sampling is keyed by text, so neither the
-    batch nor the order nor an interruption changes what is drawn.
+    The answer starts behind the opening tag, which small models would forget. Sampling is keyed by text, so in float32
+    neither batch nor order changes what is drawn, but for ties within rounding. In bfloat16 and float16 a row's numbers
+    follow from the others of its batch, too: what is written is a function of a whole group of ``together`` questions.
     """
 
     settings: DescriberSettings
@@ -42,7 +44,7 @@ class LocalDescriber:
     tokenizer: Any
 
     def __post_init__(self) -> None:
-        """Raises: ConfigError: the tokenizer has no chat template."""
+        """Raises: ConfigError, TemplateError: the tokenizer has no chat template, or one that edits messages."""
         if not self.tokenizer.chat_template:
             raise ConfigError(
                 "a local describer whose tokenizer has no chat template",
@@ -58,6 +60,10 @@ class LocalDescriber:
             "temperature": self.settings.temperature or 0.0,
             "seed": self.settings.seed if self.settings.temperature else None,
         }
+        if self.model.dtype != torch.float32:  # the size of a batch is part of what is drawn
+            self._identity["concurrency"] = self.settings.concurrency
+        self._before, self._after = self._render()
+        self.together = self.settings.concurrency * (_BATCHES if self.settings.temperature else 1)
 
     @property
     def identity(self) -> Mapping[str, Any]:
@@ -71,22 +77,22 @@ class LocalDescriber:
     def ask(self, questions: Iterator[Question], stop: Callable[[], bool]) -> Iterator[Reply]:
         """See :meth:`nla.train.describers.Describer.ask`; ``stop`` is asked between batches.
 
+        A batch is so many questions in a row, so those in a row should be of similar length.
+
         Raises:
             ContextLengthError: a prompt and the longest answer do not fit the model's context.
         """
         s = self.settings
-        while chunk := list(itertools.islice(questions, _CHUNK * s.concurrency)):
-            waiting = [(question, Reply(question.number)) for question in chunk]
+        while group := list(itertools.islice(questions, self.together)):
+            waiting = [(question, Reply(question.number)) for question in group]
             for attempt in range(s.tries if s.temperature else 1):  # the likeliest text is the same each time
-                ids = [self._ids(question.prompt, question.tag) for question, _ in waiting]
-                order = sorted(range(len(waiting)), key=lambda row: len(ids[row]), reverse=True)
                 again = []
-                for start in range(0, len(order), s.concurrency):
+                for start in range(0, len(waiting), s.concurrency):
                     if stop():
                         return
-                    rows = order[start : start + s.concurrency]
-                    self._answer([waiting[row] for row in rows], [ids[row] for row in rows], attempt)
-                    for question, reply in (waiting[row] for row in rows):
+                    batch = waiting[start : start + s.concurrency]
+                    self._answer(batch, [self._ids(question.prompt, question.tag) for question, _ in batch], attempt)
+                    for question, reply in batch:
                         if reply.text is None and s.temperature and attempt + 1 < s.tries:
                             reply.retried[reply.problem] += 1
                             again.append((question, reply))
@@ -96,15 +102,24 @@ class LocalDescriber:
 
     def _ids(self, prompt: str, tag: str) -> list[int]:
         """Token ids of the chat up to where the claims begin; control tokens that the prompt spells stay plain text."""
+        after = self._after + (f"<{tag}>" if tag else "")
+        parts = (self._before, False), (prompt, True), (after, False)
+        encoded = [self.tokenizer(t, add_special_tokens=False, split_special_tokens=plain) for t, plain in parts]
+        return [token for part in encoded for token in part["input_ids"]]
+
+    def _render(self) -> tuple[str, str]:
+        """What the chat template writes before and after a message."""
         chat = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": _PLACE}], tokenize=False, add_generation_prompt=True, enable_thinking=False
+            [{"role": "user", "content": _PLACE}],
+            chat_template=undated(self.tokenizer),
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=False,
         )
         before, place, after = chat.partition(_PLACE)
         if not place:
             raise TemplateError("a chat template that edits messages", "one that shows them", "use another describer")
-        parts = ((before, False), (prompt, True), (after + (f"<{tag}>" if tag else ""), False))
-        encoded = [self.tokenizer(t, add_special_tokens=False, split_special_tokens=plain) for t, plain in parts]
-        return [token for part in encoded for token in part["input_ids"]]
+        return before, after
 
     def _answer(self, waiting: Sequence[tuple[Question, Reply]], ids: list[list[int]], attempt: int) -> None:
         """Write one batch's answers into their replies."""
@@ -124,7 +139,7 @@ class LocalDescriber:
         if s.temperature:
             keys = [f"{s.seed}/{attempt}/{question.prompt}" for question, _ in waiting]
             processors.append(KeyedSampling(keys, s.temperature, prompt.device))
-        with inference(self.model):
+        with inference(self.model), plainly(self.model):
             out = self.model.generate(
                 input_ids=prompt,
                 attention_mask=mask,

@@ -15,6 +15,7 @@ from nla.encoder import generate, strip_tags
 from nla.errors import ShapeError
 from nla.metrics import fve_from_errors, mse
 
+from . import processes
 from .checkpoints import decoder_parameters, swapped
 from .metrics_log import MetricsLog
 from .reward import ORTHOGONAL, explanations
@@ -49,7 +50,9 @@ class EvalSet:
                 raise ShapeError(f"{len(values)} {name}", f"{len(self.vectors)}, one a vector", "pair them up")
 
 
-def evaluate(nla: NLA, held_out: EvalSet, warm_decoder: dict[str, Tensor], seed: int) -> dict[str, float]:
+def evaluate(
+    nla: NLA, held_out: EvalSet, warm_decoder: dict[str, Tensor], seed: int, batch_size: int = 512
+) -> dict[str, float]:
     """Figures of the encoder's sampled explanations (one each, temperature 1) and of the decoder.
 
     ``fve/…`` has each stratum over its own baseline and ``global`` over the global one; ``fve_global_variance/…`` has
@@ -58,7 +61,8 @@ def evaluate(nla: NLA, held_out: EvalSet, warm_decoder: dict[str, Tensor], seed:
     under the joint decoder; ``honest/…``: FVE of the joint decoder on warm-start texts. An answer without an
     explanation counts as a vector at right angles.
     """
-    answers = generate(nla, held_out.vectors, samples=1, temperature=1.0, seed=seed).texts
+    mine = processes.share_of(held_out.vectors)
+    answers = processes.gathered(generate(nla, mine, samples=1, seed=seed, batch_size=batch_size).texts)
     texts = explanations(nla, answers)
     joint = errors_of(nla, held_out.vectors, texts)
     with swapped(decoder_parameters(nla), warm_decoder):
@@ -111,10 +115,17 @@ class Monitor(TrainerCallback):
     """Evaluates before the first step, every ``every`` steps, and after the last."""
 
     def __init__(
-        self, nla: NLA, held_out: EvalSet, warm_decoder: dict[str, Tensor], log: MetricsLog, every: int, seed: int
+        self,
+        nla: NLA,
+        held_out: EvalSet,
+        warm_decoder: dict[str, Tensor],
+        log: MetricsLog,
+        every: int,
+        seed: int,
+        batch_size: int = 512,
     ) -> None:
         self.nla, self.held_out, self.warm_decoder = nla, held_out, warm_decoder
-        self.log, self.every, self.seed = log, every, seed
+        self.log, self.every, self.seed, self.batch_size = log, every, seed, batch_size
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 0:
@@ -125,4 +136,5 @@ class Monitor(TrainerCallback):
             self._evaluate(state.global_step)
 
     def _evaluate(self, step: int) -> None:
-        self.log.write(step, "eval", evaluate(self.nla, self.held_out, self.warm_decoder, self.seed))
+        found = evaluate(self.nla, self.held_out, self.warm_decoder, self.seed, self.batch_size)
+        self.log.write(step, "eval", found)

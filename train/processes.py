@@ -6,7 +6,9 @@ Without a launcher there is one process, and everything here answers at once.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from datetime import timedelta
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -14,13 +16,16 @@ from torch import Tensor, distributed
 
 from nla.errors import ArgumentError
 
+PATIENCE = timedelta(days=30)
+"""How long processes wait for each other: one may ask an endpoint for hours while the others have nothing to do."""
+
 
 def join(on_cpu: bool) -> None:
     """Meet the other processes of a launcher, if there is one; NCCL between GPUs, gloo between CPUs."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not distributed.is_initialized():
         from accelerate import PartialState
 
-        PartialState(cpu=on_cpu)
+        PartialState(cpu=on_cpu, timeout=PATIENCE)
 
 
 def count() -> int:
@@ -78,6 +83,21 @@ def agreed(value: Any) -> Any:
     box = [value]
     distributed.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def share_of(items: Any) -> Any:
+    """What this process takes of a sequence or tensor: every n-th, from its own number."""
+    return items[rank() :: count()]
+
+
+def gathered(mine: Sequence[Any]) -> list[Any]:
+    """In every process, what all took with :func:`share_of`, in the order of the whole."""
+    if count() == 1:
+        return list(mine)
+    parts: list[Any] = [None] * count()
+    distributed.all_gather_object(parts, list(mine))
+    missing = object()
+    return [item for group in zip_longest(*parts, fillvalue=missing) for item in group if item is not missing]
 
 
 def total(value: float) -> float:

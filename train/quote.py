@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Sequence
 
-N_BEFORE = 8
+N_BEFORE = 5
 """Words before the last that are repeated."""
 
 

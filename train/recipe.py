@@ -27,6 +27,8 @@ from .settings import JointSettings, refuse, require_least, require_positive, re
 from .world import ExtractSettings
 
 SHIPPED = Path(__file__).parent / "recipes"
+SECRET = "key_variable"
+"""A setting whose value is not shown: a key may have been typed where its variable's name belongs."""
 KINDS = {int: "a whole number", float: "a finite number", str: "a text", bool: "true or false", dict: "a mapping"}
 
 
@@ -224,5 +226,6 @@ def typed(expected: Any, value: Any, source: str) -> Any:
     if kind is dict and isinstance(value, dict):
         return {typed(parts[0], k, source): typed(parts[1], v, f"{source}.{k}") for k, v in value.items()}
     if type(value) is not kind or (isinstance(value, float) and not math.isfinite(value)):
-        raise RecipeError(f"{source} = {value!r}", KINDS[kind], "correct the recipe")
+        shown = f"a {type(value).__name__}" if source.endswith(SECRET) else repr(value)
+        raise RecipeError(f"{source} = {shown}", KINDS[kind], "correct the recipe")
     return value

@@ -15,14 +15,14 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from nla.activations import ACTIVATIONS_FILE
-from nla.errors import ConfigError, RecipeError, StorageError
+from nla.errors import ConfigError, OutOfMemoryError, RecipeError, StorageError
 from nla.formats import native
 from nla.formats.native import read_json, write_json
 
@@ -30,6 +30,7 @@ from . import processes
 from .corpus import describe_files, local_files
 from .plan import find_shape, plan
 from .recipe import Recipe, load_recipe
+from .settings import FRUGAL
 from .world import BASELINES, MANIFEST, SPLITS
 
 log = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ OF_WORLD = PAIRS | {
 }
 OF_CORPUS = PAIRS | {"extract": (MANIFEST, BASELINES), "describe": ("train.jsonl", "eval.jsonl")}
 """What each finished stage holds, relative to its folder."""
-ASKING = ("concurrency", "timeout_s", "tries", "price_in", "price_out", "budget_usd", "failing_share")
+ASKING = ("concurrency", "timeout_s", "tries", "price_in", "price_out", "budget_usd", "failing_share", "parameters_b")
 """Settings of a describer that do not change what it says."""
 
 
@@ -61,7 +62,7 @@ def run_recipe(
         RecipeError: see :func:`load_recipe`; also an unknown ``until``, or another process is at work in ``out``.
         InterruptedTraining: stopped; the same command resumes.
     """
-    from .stages import run_stage, target_folder
+    from .stages import preflight, run_stage, target_folder
 
     processes.join(on_cpu=not torch.cuda.is_available())
     recipe = load_recipe(path, overrides)
@@ -72,11 +73,15 @@ def run_recipe(
     prints = fingerprints(recipe, target_print(target_folder(recipe.target), recipe.revision))
     whole = OF_WORLD if recipe.corpus is None else OF_CORPUS
     summary: dict[str, Any] = {}
+    done = [is_done(Path(recipe.out) / stage, prints[stage], whole[stage]) for stage in stages]
+    done = processes.agreed(done)
     expected = plan(recipe, find_shape(recipe)) if dry_run and recipe.corpus is not None else {}
+    if recipe.corpus is not None and not all(done):
+        preflight(recipe, "describe" in stages and not done[stages.index("describe")], offline=dry_run)
     with contextlib.nullcontext() if dry_run or not processes.is_main() else locked(Path(recipe.out)):
-        for stage in stages:
+        for stage, finished in zip(stages, done, strict=True):
             folder = Path(recipe.out) / stage
-            if processes.agreed(is_done(folder, prints[stage], whole[stage])):
+            if finished:
                 summary[stage] = {"skipped": True, **read_json(folder / DONE)["summary"]}
                 log.info("%s: inputs unchanged, skipped", stage)
             elif dry_run:
@@ -111,13 +116,23 @@ def locked(out: Path) -> Iterator[None]:
 def perform(stage: str, folder: Path, fingerprint: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """Run one stage's work between its start mark and its done mark.
 
-    The start mark carries the seconds that earlier, interrupted runs of the stage took; the summary has them all.
+    The start mark carries the seconds that earlier, interrupted runs of the stage took; the summary has them all, but
+    for those that a SIGKILL cut off.
+
+    Raises:
+        OutOfMemoryError: the device is too small for the stage's settings.
     """
     spent = processes.agreed(begin(folder, fingerprint) if processes.is_main() else None)
     started = time.monotonic()
     try:
         summary = work()
         processes.wait()
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemoryError(
+            f"a device that is full in the stage {stage} ({str(error).splitlines()[0]})",
+            "room for its weights and rows: `--dry-run` says how much",
+            "lower rows_per_backward, describer.concurrency or prompts_per_step, or set gradient_checkpointing",
+        ) from error
     finally:
         release()
         spent = round(spent + time.monotonic() - started, 1)
@@ -157,13 +172,13 @@ def fingerprints(recipe: Recipe, target: str) -> dict[str, str]:
         files = local_files(recipe.corpus)
         sources = (
             {"corpus": settings["corpus"], "files": files and describe_files(files)},
-            {name: value for name, value in settings["describer"].items() if name not in ASKING} | settings["texts"],
+            without(settings["describer"], ASKING) | settings["texts"],
         )
     own = {
         "extract": sources[0],
         "describe": sources[1],
-        "warmstart": {"pair": settings["pair"], "warmstart": settings["warmstart"]},
-        "joint": settings["joint"],
+        "warmstart": {"pair": settings["pair"], "warmstart": without(settings["warmstart"], FRUGAL)},
+        "joint": without(settings["joint"], FRUGAL),
         "control": "",
     }
     prints, before = {}, json.dumps(shared, sort_keys=True)
@@ -171,6 +186,11 @@ def fingerprints(recipe: Recipe, target: str) -> dict[str, str]:
         before = hashlib.sha256((before + json.dumps(own[stage], sort_keys=True)).encode()).hexdigest()
         prints[stage] = before
     return prints
+
+
+def without(settings: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Settings but for some."""
+    return {name: value for name, value in settings.items() if name not in names}
 
 
 def target_print(target: str, revision: str | None = None) -> str:

@@ -7,6 +7,8 @@ from typing import Any, NoReturn
 
 from nla.errors import ArgumentError
 
+FRUGAL = ("rows_per_backward", "gradient_checkpointing", "eval_every", "save_every")
+"""Settings of training that decide its memory and its reports, and its result only within rounding."""
 REWARDS = ("neg_log_mse", "neg_mse")
 
 

@@ -12,24 +12,26 @@ import torch
 from nla import target
 from nla.autoencoder import NLA
 from nla.encoder import generate, parse, strip_tags
-from nla.errors import RecipeError, TargetError
+from nla.errors import AccessError, ContextLengthError, RecipeError, TargetError
 from nla.formats.native import read_json
 from nla.formats.pair import load_baselines
 from nla.organisms import TARGETS, lesson
-from nla.points import d_model
+from nla.points import Point, d_model
 from nla.store import Store, open_splits
-from nla.tokens import load_tokenizer
+from nla.store_manifest import MANIFEST_FILE as STORE_MANIFEST
+from nla.tokens import load_tokenizer, render_prompt
 
 from . import processes, world
-from .contract import contract
+from .contract import SLOT, contract, place_marker, read_config
 from .describe import describe, save_texts
-from .describe_texts import describe_texts
+from .describe_texts import Summary, describe_texts
 from .describers import open_describer
 from .description import pair_marks
 from .extract import extract_corpus
-from .joint import train_joint
+from .joint import share_step, train_joint
 from .material import (
     CORPUS_SPLITS,
+    N_WATCHED,
     Material,
     activation_norm,
     draw_rows,
@@ -45,8 +47,6 @@ from .warmstart import warmstart_decoder, warmstart_encoder
 
 ANSWERS = "answers"
 """Folder of a run with every answer of a describer: kept when the stage is made anew, since answers may have cost."""
-N_WATCHED_TEXTS = 600
-"""Held-out activations that are described: the ones that training is watched on."""
 
 
 def target_folder(name: str) -> str:
@@ -65,7 +65,14 @@ def run_stage(stage: str, recipe: Recipe) -> dict[str, Any]:
     }[stage](recipe, Path(recipe.out))
 
 
-def load_target(recipe: Recipe) -> tuple[Any, Any]:
+def revision_of(recipe: Recipe, out: Path) -> str | None:
+    """The revision of the target that later stages load: the very commit that the corpus was read with."""
+    if recipe.corpus is not None and (out / "extract" / STORE_MANIFEST).is_file():
+        return Store.open(out / "extract").manifest.revision
+    return recipe.revision
+
+
+def load_target(recipe: Recipe, revision: str | None) -> tuple[Any, Any]:
     """The recipe's target and its tokenizer, where this process works.
 
     Raises:
@@ -75,11 +82,13 @@ def load_target(recipe: Recipe) -> tuple[Any, Any]:
     try:
         return target.load_target(
             target_folder(recipe.target),
-            revision=recipe.revision,
+            revision=revision,
             dtype=recipe.dtype,
             quantization=recipe.quantization,
             device=processes.place(),
         )
+    except AccessError:
+        raise
     except TargetError as error:
         known = ", ".join(TARGETS)
         raise RecipeError(
@@ -87,12 +96,48 @@ def load_target(recipe: Recipe) -> tuple[Any, Any]:
         ) from error
 
 
+def preflight(recipe: Recipe, describing: bool, offline: bool) -> None:
+    """Refuse what can be known before anything runs: marker, describer's key, context, shares of a step.
+
+    Args:
+        describing: the describer is still to be asked.
+        offline: leave out what needs a target that cannot be reached now.
+
+    Raises:
+        ConfigError, TemplateError: no token can be the marker, or there is no chat template.
+        DescriberError, MissingExtraError: the describer's address, key or client is missing.
+        PointError, ContextLengthError: the target is not deep, or not long, enough.
+        ArgumentError: the rows of a step do not divide over the processes.
+    """
+    share_step(recipe.joint)
+    processes.share(recipe.warmstart.batch_size, "batch_size", recipe.warmstart.rows_per_backward)
+    if describing and recipe.describer.describer not in ("local", "quote"):
+        open_describer(recipe.describer)
+    source = target_folder(recipe.target)
+    try:
+        config = read_config(source, recipe.revision)
+    except TargetError as error:
+        if offline and not isinstance(error, AccessError):
+            return
+        raise
+    Point.parse(recipe.point).within(config.num_hidden_layers)
+    tokenizer, prompts = load_tokenizer(source, recipe.revision), prompts_of(recipe)
+    marker, *_ = place_marker(tokenizer, prompts)
+    longest = len(render_prompt(tokenizer, prompts.encoder.replace(SLOT, marker))) + recipe.pair.max_new_tokens
+    if longest > config.max_position_embeddings:
+        raise ContextLengthError(
+            f"pair.max_new_tokens={recipe.pair.max_new_tokens} after the encoder's prompt: {longest} tokens",
+            f"at most {config.max_position_embeddings}, the target's context",
+            "lower pair.max_new_tokens",
+        )
+
+
 def run_extract(recipe: Recipe, out: Path) -> dict[str, Any]:
     """Activations of the world's or the corpus's documents."""
     if recipe.corpus is not None:
         return extract_store(recipe, out)
     if processes.is_main():
-        model, tokenizer = load_target(recipe)
+        model, tokenizer = load_target(recipe, recipe.revision)
         told = lesson.load(str(recipe.world))
         world.extract(told, model, tokenizer, recipe.point, recipe.extract, recipe.seed, out / "extract")
     processes.wait()
@@ -137,7 +182,7 @@ def run_describe(recipe: Recipe, out: Path) -> dict[str, Any]:
 def describe_store(recipe: Recipe, out: Path) -> dict[str, Any]:
     """Ask the describer about some rows of each split. Of a local one each process asks its share."""
     stores = open_splits(out / "extract", CORPUS_SPLITS)
-    wanted = {"train": recipe.texts.n_train, "eval": N_WATCHED_TEXTS}
+    wanted = {"train": recipe.texts.n_train, "eval": N_WATCHED}
     rows = {split: draw_rows(len(stores[split]), wanted[split], f"{recipe.seed}/{split}") for split in CORPUS_SPLITS}
     prefixes = [text for split in CORPUS_SPLITS for text in stores[split].prefixes(rows[split])]
     texts, summary = ask(recipe, out, prefixes, pair_marks(new_config(recipe, out)))
@@ -152,19 +197,26 @@ def describe_store(recipe: Recipe, out: Path) -> dict[str, Any]:
 def ask(
     recipe: Recipe, out: Path, prefixes: list[str], refused: Sequence[str]
 ) -> tuple[Sequence[str | None], dict[str, Any]]:
-    """The describer's text of each prefix, where it has one, and what the asking took; in the main process."""
+    """The describer's text of each prefix, where it has one, and what the asking took; in the main process.
+
+    Of a local describer each process asks its share; an endpoint is asked by the main process alone.
+    """
     if recipe.describer.describer == "quote":
         return quote_all(prefixes, refused), {}
     local = recipe.describer.describer == "local"
-    model, tokenizer = (None, None) if not local or recipe.describer.model else load_target(recipe)
-    describer = open_describer(recipe.describer, model, tokenizer)
-    if local and processes.count() > 1:
-        describe_texts(prefixes[processes.rank() :: processes.count()], describer, out / ANSWERS, refused=refused)
-        processes.wait()
-    if not processes.is_main():
+    own = local and recipe.describer.model is None
+    model, tokenizer = load_target(recipe, revision_of(recipe, out)) if own else (None, None)
+    if not local and not processes.is_main():
         return [], {}
-    found = describe_texts(prefixes, describer, out / ANSWERS, refused=refused)
-    return found.texts, found.summary.to_json()
+    describer = open_describer(recipe.describer, model, tokenizer, dtype=recipe.dtype, device=processes.place())
+    if not local:
+        found = describe_texts(prefixes, describer, out / ANSWERS, refused=refused)
+        return found.texts, found.summary.to_json()
+    mine = processes.share_of(prefixes)
+    found = describe_texts(mine, describer, out / ANSWERS, refused=refused, n_all=len(prefixes))
+    summary = Summary.merged(processes.gathered([found.summary]))
+    summary.check(recipe.describer.failing_share)
+    return processes.gathered(found.texts), summary.to_json()
 
 
 def new_config(recipe: Recipe, out: Path, model: Any = None, tokenizer: Any = None) -> Any:
@@ -173,11 +225,14 @@ def new_config(recipe: Recipe, out: Path, model: Any = None, tokenizer: Any = No
     Raises:
         ConfigError: no token of the tokenizer can be the marker, or the one asked for cannot.
     """
-    tokenizer = tokenizer or load_tokenizer(target_folder(recipe.target), recipe.revision)
+    revision = revision_of(recipe, out)
+    tokenizer = tokenizer or load_tokenizer(target_folder(recipe.target), revision)
+    if model is not None:
+        revision = getattr(model.config, "_commit_hash", None) or revision
     width = Store.open(out / "extract").d_model if model is None else d_model(model)
     return contract(
         target_folder(recipe.target),
-        recipe.revision,
+        revision,
         tokenizer,
         recipe.point,
         prompts_of(recipe),
@@ -193,7 +248,7 @@ def new_config(recipe: Recipe, out: Path, model: Any = None, tokenizer: Any = No
 
 def new_pair(recipe: Recipe, out: Path) -> NLA:
     """An untrained pair for the recipe's target."""
-    model, tokenizer = load_target(recipe)
+    model, tokenizer = load_target(recipe, revision_of(recipe, out))
     config = new_config(recipe, out, model, tokenizer)
     torch.manual_seed(recipe.seed)
     baselines = load_baselines(out / "extract" / world.BASELINES, d_model(model))
@@ -281,7 +336,9 @@ def measure(nla: NLA, recipe: Recipe, out: Path) -> dict[str, Any]:
     assert recipe.corpus is not None
     store = Store.open(out / "extract", "eval")
     acts = store.activations(draw_rows(len(store), recipe.texts.n_scored, f"{recipe.seed}/score"))
-    answers = generate(nla, acts.vectors, samples=1, seed=recipe.seed).texts
+    at_once = recipe.joint.rows // processes.count()
+    mine = processes.share_of(acts.vectors)
+    answers = processes.gathered(generate(nla, mine, samples=1, seed=recipe.seed, batch_size=at_once).texts)
     texts = [parse(answer, nla.config) or strip_tags(answer, nla.config) for answer in answers]
     score = nla.score(acts, nla.reconstruct(texts, strict=False), seed=recipe.seed)
     counts = store.manifest.n_documents

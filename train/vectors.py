@@ -64,11 +64,29 @@ def chunks(vectors: Vectors) -> Iterator[Tensor]:
         yield vectors[torch.arange(start, min(start + CHUNK, len(vectors)))].float()
 
 
+def identity(vectors: Vectors) -> Iterator[Tensor | str]:
+    """What tells these vectors from others: of a store its hash, which stands for its content, otherwise themselves."""
+    if isinstance(vectors, Chosen):
+        yield vectors.rows
+        yield from identity(vectors.vectors)
+    elif isinstance(vectors, Joined):
+        yield from identity(vectors.first)
+        yield from identity(vectors.second)
+    elif isinstance(own := getattr(vectors, "identity", None), str):
+        yield own
+    else:
+        yield from chunks(vectors)
+
+
 def check_directions(vectors: Vectors) -> None:
-    """Refuse vectors of which one has no direction.
+    """Refuse vectors of which one has no direction; those of a store were checked when they were written.
 
     Raises:
         NonFiniteError: a vector holds NaN, infinity, or only zeros.
     """
-    for chunk in chunks(vectors):
-        rescale(chunk, 1.0)
+    inner = vectors
+    while isinstance(inner, Chosen):
+        inner = inner.vectors
+    if getattr(inner, "identity", None) is None:
+        for chunk in chunks(vectors):
+            rescale(chunk, 1.0)

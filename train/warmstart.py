@@ -18,7 +18,14 @@ from nla.injection import inject, rescale
 from nla.metrics import mse
 
 from . import processes
-from .checkpoints import AtomicCheckpoints, claim_run, decoder_parameters, encoder_parameters, head_parameters
+from .checkpoints import (
+    AtomicCheckpoints,
+    claim_run,
+    decoder_parameters,
+    encoder_parameters,
+    head_parameters,
+    keep_float32,
+)
 from .loop import PLAIN, checkpointed, fit, on_cpu, own_forward
 from .vectors import Joined, Vectors, check_directions
 
@@ -110,6 +117,7 @@ class EncoderTrainer(AtomicCheckpoints, SFTTrainer):
         self.trained, self.marker_position = encoder_parameters(nla), nla.marker_position
         self.pair_model, self.layer = nla.model, nla.config.injection.layer
         super().__init__(model=nla.model, processing_class=nla.tokenizer, **kwargs)  # pyright: ignore
+        keep_float32(self.trained)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         inputs = dict(inputs)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nla.audit.messages import Message, Transcript
 from nla.errors import ArgumentError, ConfigError, TemplateError, VocabularyError
-from nla.tokens import Span
+from nla.tokens import Span, undated, unknown_id
 
 CONTROL, CONTENT, CALLS = "control", "content", "calls"
 SECTIONS = (CONTROL, CONTENT, CALLS)
@@ -125,9 +125,12 @@ def render(tokenizer: Any, transcript: Transcript) -> Chat:
 
 
 def _apply(tokenizer: Any, messages: Sequence[Message], transcript: Transcript) -> str:
+    template = undated(tokenizer)
     try:
         entries = [message.for_template() for message in messages]
-        return tokenizer.apply_chat_template(entries, tokenize=False, add_generation_prompt=False)
+        return tokenizer.apply_chat_template(
+            entries, chat_template=template, tokenize=False, add_generation_prompt=False
+        )
     except Exception as error:  # a template is a program: it may raise anything
         raise TemplateError(
             f"{transcript.source or transcript.id}: the chat template refuses it ({str(error)[:200]})",
@@ -244,7 +247,7 @@ def _tokens(tokenizer: Any, transcript: Transcript, text: str, regions: list[Reg
     ids, offsets = torch.tensor(batch["input_ids"]), torch.tensor(batch["offset_mapping"]).reshape(-1, 2)
     borders = torch.tensor([region.end for region in regions])
     region = torch.searchsorted(borders, offsets[:, 0].contiguous(), right=True).clamp(max=len(regions) - 1)
-    unknown = tokenizer.unk_token_id
+    unknown = unknown_id(tokenizer)
     if unknown is not None and bool((ids == unknown).any()):
         rows = (ids == unknown).nonzero().flatten()[:10].tolist()
         words = ", ".join(dict.fromkeys(repr(text[offsets[row, 0] : offsets[row, 1]].strip()) for row in rows))

@@ -6,8 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nla.config import NLAConfig
+from nla.errors import ConfigError
+from nla.formats.native import CARD_FILE
 
 ABSENT = "not measured"
+BEGIN, END = "<!-- card -->", "<!-- /card -->"
+"""Around what is generated; :func:`renewed` leaves all else as it is."""
 _TAGS = ("interpretability", "natural-language-autoencoder")
 _DENOMINATOR = (
     "FVE = 1 − E|h − ĥ|² / E|h − h̄|², with h and ĥ scaled to unit length and h̄ the mean of the unit-length training "
@@ -28,8 +32,50 @@ def card(metrics: Mapping[str, Any], config: NLAConfig, name: str = "<this folde
         name: what the pair is loaded by.
         local: the target lies in a folder; the header then names no base model.
     """
-    parts = [_header(config, local), _what(config, name), _figures(metrics), _rocks(metrics), _public(metrics)]
-    return "\n\n".join([*parts, _data(metrics), _limits(config)]) + "\n"
+    parts = [_what(config, name), _figures(metrics), _rocks(metrics), _public(metrics), _data(metrics), _limits(config)]
+    body = "\n\n".join(parts)
+    return f"{_header(config, local)}\n\n{BEGIN}\n{body}\n{END}\n"
+
+
+def renewed(old: str, new: str) -> str:
+    """A card ``old`` with the header and the generated part of ``new``, a card that :func:`card` just made.
+
+    Everything else is kept: what stands before and after the generated part, and lines of the header such as a
+    licence. Where the marks of the generated part are gone, somebody wrote the card anew: only its header is renewed.
+
+    Raises:
+        ConfigError: the header of ``old`` is not YAML.
+    """
+    import yaml
+
+    (old_header, old_body), (header, body) = _parted(old), _parted(new)
+    if not old_body.strip():
+        return new
+    try:
+        kept = yaml.safe_load(old_header) or {}
+        if not isinstance(kept, dict):
+            raise ValueError(f"a {type(kept).__name__}")
+    except (ValueError, yaml.YAMLError) as error:
+        raise ConfigError(
+            f"a {CARD_FILE} whose header cannot be read ({error})", "YAML between two lines of ---", "correct the card"
+        ) from error
+    fresh = yaml.safe_load(header)
+    tags = kept.get("tags") or []
+    merged = {**kept, **fresh, "tags": [*fresh["tags"], *(t for t in tags if t not in fresh["tags"])]}
+    before, begin, rest = old_body.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if begin and end:
+        old_body = before + body[body.index(BEGIN) : body.index(END)] + end + after
+    return f"---\n{yaml.safe_dump(merged, sort_keys=False, allow_unicode=True)}---\n{old_body}"
+
+
+def _parted(text: str) -> tuple[str, str]:
+    """The YAML of a card's header, and what follows it."""
+    lines = text.splitlines(keepends=True)
+    ends = [n for n, line in enumerate(lines) if line.rstrip() == "---"]
+    if len(ends) < 2 or ends[0] != 0:
+        return "", text
+    return "".join(lines[1 : ends[1]]), "".join(lines[ends[1] + 1 :])
 
 
 def _header(config: NLAConfig, local: bool) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +17,11 @@ from torch import Tensor
 
 from nla.activations import device_of
 from nla.config import DecoderConfig, NLAConfig, tokenizer_hash
-from nla.errors import SidecarError, WeightsError
+from nla.errors import ArgumentError, SidecarError, WeightsError
 from nla.formats import hub
-from nla.formats.kitft import (
+from nla.formats.kitft import MAX_NEW_TOKENS
+from nla.formats.kitft_sidecar import (
     EXPLANATION_TAGS,
-    MAX_NEW_TOKENS,
     SIDECAR,
     Sidecar,
     decoder_template,
@@ -40,6 +41,7 @@ from nla.formats.native import (
     write_atomic,
     write_json,
 )
+from nla.formats.separate import Devices, expand
 from nla.points import blocks
 from nla.target import load_target
 
@@ -64,7 +66,7 @@ def load(
     revision: str | None = None,
     target_revision: str | None = None,
     dtype: str = "bfloat16",
-    device: str | None = None,
+    device: Devices = None,
     max_new_tokens: int = MAX_NEW_TOKENS,
 ) -> NLA:
     """An EasyNLA pair as an NLA of two adapters on its base, ready for ``save_pretrained``.
@@ -75,6 +77,7 @@ def load(
         target: folder or hub id of the base; None: the one that the AV's adapter and the sidecar name.
         sidecar: ``nla_meta.yaml`` of the data it was trained on; None: the one in ``av``, or else in ``ar``.
         dtype: type of the base's weights; they are bfloat16 in EasyNLA.
+        device: where to put it; one place, since both adapters share the base.
         max_new_tokens: longest answer of the encoder; the sidecar does not say it.
 
     The pair has no baselines, and reconstructions have the length √d: see :meth:`nla.NLA.fit_baselines`.
@@ -83,13 +86,17 @@ def load(
         SidecarError: a description is missing, lacks a key, or is of other weights.
         WeightsError, NonFiniteError: weights are missing, broken, or not of this base.
         ConfigError: the AV's adapter is not plain LoRA, or its base is another.
+        ArgumentError: several devices.
         TokenizerMismatchError, MarkerError: the base's tokenizer is not that of the sidecar.
         HubError, TargetError, AccessError: the hub lacks something, does not open it, or cannot be reached.
     """
     from nla.autoencoder import NLA
     from nla.formats.pair import load_shared
 
-    av_folder = Path(av) if Path(av).is_dir() else hub.download(str(av), revision)
+    if isinstance(device, Mapping):
+        raise ArgumentError(f"device {dict(device)} for a pair whose roles share one base", "one place", "name one")
+    av, (ar, target, sidecar) = expand(av), (each and expand(each) for each in (ar, target, sidecar))
+    av_folder = Path(av) if Path(av).is_dir() else hub.download(av, revision)
     ar_folder = av_folder / AR_FOLDER if ar is None else Path(ar)
     meta = _read_meta(ar_folder / AR_META)
     about = read_sidecar(_find_sidecar(sidecar, av_folder, ar_folder))

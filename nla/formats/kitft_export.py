@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
+import shutil
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,7 +17,8 @@ from torch import Tensor, nn
 from nla import decoder
 from nla.activations import Activations
 from nla.errors import ArgumentError, ExportError, StorageError
-from nla.formats.kitft import EXPLANATION_TAGS, SIDECAR, VALUE_HEAD
+from nla.formats.kitft import VALUE_HEAD
+from nla.formats.kitft_sidecar import EXPLANATION_TAGS, SIDECAR
 from nla.formats.native import save_tensors, write_atomic
 from nla.metrics import cosine
 from nla.points import backbone, blocks, cut_config, layout
@@ -45,10 +49,12 @@ def export_pair(
     """Write ``out``/av and ``out``/ar, which the reference's client loads.
 
     The adapters are merged in float32 into copies of the target, on its device, which needs room for one such copy
-    beside it; the weights are then written in the pair's own type. The pair stays as it is.
+    beside it; the weights are then written in the pair's own type. The pair stays as it is. Both folders are written
+    aside first: until they are whole, an earlier export stays as it is; and a mixture of the two has no sidecars, so
+    that it is refused.
 
     Args:
-        out: a folder; the two in it are written over.
+        out: a folder; weights, sidecars and what else has the same name in its two folders are written over.
         drop_bias: write a head that has a bias without it, since the format has no place for one. What that changes is
             measured on ``acts`` and returned.
         acts: activations to measure it on.
@@ -70,13 +76,12 @@ def export_pair(
         if acts is None:
             raise ArgumentError("drop_bias without activations", "some to measure the change on", "pass acts=...")
         dropped = _without_bias(nla, acts)
-    out = Path(out)
-    with _storing(out):
-        _save(_merged(shared.model, ENCODER_ADAPTER, nla.config.dtype), out / AV_FOLDER, nla)
-        _save(_cut(_merged(shared.model, DECODER_ADAPTER, nla.config.dtype), nla), out / AR_FOLDER, nla)
-    save_tensors(out / AR_FOLDER / VALUE_HEAD, {"weight": nla.head.weight})
-    for folder, role in ((AV_FOLDER, "av"), (AR_FOLDER, "ar")):
-        write_atomic(out / folder / SIDECAR, _yaml(sidecar_of(nla, role)))
+    with _aside(Path(out)) as new:
+        _save(_merged(shared.model, ENCODER_ADAPTER, nla.config.dtype), new / AV_FOLDER, nla)
+        _save(_cut(_merged(shared.model, DECODER_ADAPTER, nla.config.dtype), nla), new / AR_FOLDER, nla)
+        save_tensors(new / AR_FOLDER / VALUE_HEAD, {"weight": nla.head.weight})
+        for folder, role in ((AV_FOLDER, "av"), (AR_FOLDER, "ar")):
+            write_atomic(new / folder / SIDECAR, _yaml(sidecar_of(nla, role)))
     return dropped
 
 
@@ -196,14 +201,33 @@ def _yaml(content: dict[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def _storing(folder: Path) -> Iterator[None]:
+def _aside(folder: Path) -> Iterator[Path]:
+    """Give an empty folder beside ``folder``; on a clean exit its files are moved into ``folder``, the sidecars last.
+
+    Sidecars and weights of an earlier export go first: no sidecar ever stands beside weights of another pair, and no
+    shard is left over.
+    """
     from safetensors import SafetensorError
 
+    new = folder.resolve().with_name(f".{folder.resolve().name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        yield
+        new.mkdir(parents=True)
+        yield new
+        for pattern in (SIDECAR, "*.safetensors", "*.safetensors.index.json"):
+            for old in [path for name in (AV_FOLDER, AR_FOLDER) for path in (folder / name).glob(pattern)]:
+                old.unlink()
+        files = [path for path in new.rglob("*") if path.is_file()]
+        for source in sorted(files, key=lambda path: (path.name == SIDECAR, path)):
+            place = folder / source.relative_to(new)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(source, place)
+    except StorageError:
+        raise
     except (OSError, SafetensorError) as error:
         raise StorageError(
             f"{type(error).__name__} while writing {folder}: {error}",
             "room and permission to write the whole pair",
             "free space or choose another folder and export again",
         ) from error
+    finally:
+        shutil.rmtree(new, ignore_errors=True)

@@ -56,7 +56,14 @@ SEPARATE_MANIFEST = (f"{DECODER_FOLDER}/{HEAD_FILE}", BASELINES_FILE)
 
 _ADAPTER_SIZES = {"r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern"}
 _ADAPTER_PLACES = {"target_modules", "layers_to_transform", "fan_in_fan_out"}
-_ADAPTER_NOTES = {"task_type", "inference_mode", "base_model_name_or_path", "revision", "peft_version"}
+_ADAPTER_NOTES = {"task_type", "inference_mode", "base_model_name_or_path", "revision", "peft_version", "eva_config"}
+_PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva", "mica")
+"""Ways to start an adapter that leave the base weights as they are; PEFT's others move a part of them into it."""
+
+_INDEX_FILE, _SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
+_REMEMBERED_BYTES = 64 * 2**20
+"""Files of so many bytes or more are not hashed again while they stay as they are."""
+_REMEMBERED_FILES = 1000
 
 _CHECKSUM = "sha256"
 
@@ -142,14 +149,67 @@ def sha256(path: str | Path) -> str:
 def hash_weights(source: str | Path) -> str | None:
     """SHA-256 over config.json and the weights of a model's folder; None for a hub id, whose revision says it.
 
-    Every byte counts, since a fine-tuned model may differ anywhere: about a second for each GB.
+    The weights are the files that the index names, or model.safetensors, or, with neither, all safetensors; copies of
+    them in another layout do not count. Every byte does, since a fine-tuned model may differ anywhere: about a second
+    for each GB, once for each large file (see :func:`_remembered_sha256`).
+
+    Raises:
+        WeightsError: a file that the index names is missing or cannot be read.
+        ConfigError: the index is not JSON.
     """
     folder = Path(source)
     if not folder.is_dir():
         return None
-    paths = sorted(path for path in folder.iterdir() if path.name == "config.json" or path.suffix == ".safetensors")
-    listing = "\n".join(f"{sha256(path)} {path.name}" for path in paths)
+    if (folder / _INDEX_FILE).is_file():
+        weights = read_json(folder / _INDEX_FILE).get("weight_map")
+        names = {Path(str(name)).name for name in weights.values()} if isinstance(weights, dict) else set()
+    else:
+        names = {_SINGLE_FILE} if (folder / _SINGLE_FILE).is_file() else {p.name for p in folder.glob("*.safetensors")}
+    names |= {"config.json"} if (folder / "config.json").is_file() else set()
+    listing = "\n".join(f"{_remembered_sha256(folder / name)} {name}" for name in sorted(names))
     return hashlib.sha256(listing.encode()).hexdigest()
+
+
+def _remembered_sha256(path: Path) -> str:
+    """SHA-256 of a file; of a large one, what it was when a file of this place, size, times and inode was last hashed.
+
+    The notes lie in nla/sha256.json of the user's cache folder; where they cannot be read or written, files are hashed
+    each time.
+
+    Raises:
+        WeightsError: the file is missing or cannot be read.
+    """
+
+    def mark() -> list[int]:
+        found = path.stat()
+        return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
+
+    try:
+        before = mark()
+    except OSError:
+        return sha256(path)  # says what is wrong
+    if before[0] < _REMEMBERED_BYTES:
+        return sha256(path)
+    notes = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "nla" / "sha256.json"
+    key = str(path.resolve())
+    known = _notes(notes)
+    if known.get(key, [None])[0] == before:
+        return str(known[key][1])
+    found = sha256(path)
+    with contextlib.suppress(OSError):  # StorageError is one
+        if mark() == before:
+            known = {name: entry for name, entry in _notes(notes).items() if name != key}
+            write_json(notes, dict([*known.items(), (key, [before, found])][-_REMEMBERED_FILES:]))
+    return found
+
+
+def _notes(path: Path) -> dict[str, list[Any]]:
+    """The notes of :func:`_remembered_sha256` that have their form; none if there are none, or they are damaged."""
+    try:
+        content = read_json(path)
+    except ConfigError:
+        return {}
+    return {name: entry for name, entry in content.items() if isinstance(entry, list) and len(entry) == 2}
 
 
 def _bytes(tensor: Tensor) -> memoryview:
@@ -264,16 +324,25 @@ def save_adapter(folder: str | Path, model: PeftModel, adapter: str) -> None:
 def read_adapter_config(folder: str | Path) -> PeftConfig:
     """The PEFT configuration in an adapter folder: plain LoRA, that leaves the base as it is.
 
-    Some of PEFT's ways to start an adapter change the base weights. An adapter's values come from its file, so however
-    it was started in training, it is made here with PEFT's own start.
+    Some of PEFT's ways to start an adapter (PiSSA, OLoRA, …) change the base weights, which the adapter's values then
+    count on: they are refused. Of the others the values come from the file, so the adapter is made with PEFT's default.
 
     Raises:
-        ConfigError: it is missing, malformed, of another kind than LoRA, or reaches beyond its own low-rank matrices.
+        ConfigError: it is missing, malformed, of another kind than LoRA, reaches beyond its own low-rank matrices, or
+            was trained on a changed base.
     """
     from peft import LoraConfig, PeftConfig
 
     path = Path(folder) / ADAPTER_CONFIG
-    content = {**read_json(path), "init_lora_weights": True}
+    content = read_json(path)
+    start = content.get("init_lora_weights", True)
+    if (start.lower() if isinstance(start, str) else start) not in _PLAIN_STARTS:
+        raise ConfigError(
+            got=f"{path} with init_lora_weights={start!r}, whose training began by changing the base weights",
+            expected="a plain LoRA adapter, which leaves the base weights as they are",
+            fix="convert it first (PEFT: save_pretrained with path_initial_model_for_weight_conversion)",
+        )
+    content = {**content, "init_lora_weights": True}
     try:
         config = PeftConfig.from_peft_type(**content)
     except (KeyError, TypeError, ValueError) as error:
@@ -290,7 +359,7 @@ def read_adapter_config(folder: str | Path) -> PeftConfig:
         raise ConfigError(
             got=f"{path} with {', '.join(f'{key}={found.get(key)!r}' for key in other[:3])}",
             expected="a plain LoRA adapter, which leaves the base weights as they are",
-            fix="do not use this pair, or train one with `nla train`, whose adapters are plain",
+            fix="use plain LoRA adapters, as `nla train` makes them: no DoRA, no biases, no modules_to_save",
         )
     return config
 

@@ -16,6 +16,7 @@ import torch
 
 from nla.activations import device_of
 from nla.config import NLAConfig, WeightsConfig
+from nla.encoder import end_ids
 from nla.errors import ArgumentError, ConfigError, StorageError, WeightsError
 from nla.formats import hub
 from nla.formats.card import card
@@ -254,6 +255,8 @@ def save_baselines(path: Path, baselines: dict[str, Baseline]) -> None:
 def save(pair: NLA, folder: Path) -> None:
     """What ``NLA.save_pretrained`` promises."""
     config = _moved(pair, folder)
+    if not config.separate:  # a pair of whole models would load its encoder for it
+        config = replace(config, end_ids=end_ids(pair) or None)
     with _aside(folder) as new:
         if not config.separate:
             for part, adapter in ((ENCODER_FOLDER, ENCODER_ADAPTER), (DECODER_FOLDER, DECODER_ADAPTER)):

@@ -44,7 +44,8 @@ TEXT, VECTOR, LENGTH, LAYER, DOCUMENT = (
 )
 COLUMNS = (LENGTH, TEXT, VECTOR, LAYER, DOCUMENT)
 OPENING = 48
-"""Characters by which imported documents are compared: what is drawn of two copies differs, how they begin does not."""
+"""Characters by which imported documents are compared, after those that all begin with: what is drawn of two copies
+differs, how they begin does not."""
 ROWS_PER_CHUNK = 4096
 _SCHEMAS = (1, 2)
 _EXTRACTION = ("base_model", "d_model", "layer_index", "norm")
@@ -104,6 +105,10 @@ def import_parquet(
 ) -> Manifest:
     """A store from a data set of the reference. It has no splits of its own; documents that begin alike stay together.
 
+    Alike are documents whose first 48 characters are the same, counted from where the first two documents of the file
+    part: what all begin with tells none apart. A document that ends before that stands for itself. If a few ways to
+    begin are left, such as two system prompts, the splits are as coarse as they are, or one is empty, which is refused.
+
     Args:
         tokenizer: the base model's: tokens are not in the file, so each text is tokenised again. The manifest counts
             as ``retokenised`` the rows whose text gives another number of tokens than the file says.
@@ -121,6 +126,7 @@ def import_parquet(
     path, sidecar = Path(path), read_sidecar(path)
     _check_tokenizer(sidecar, tokenizer, path)
     extraction = sidecar["extraction"]
+    openings = _openings(path, sidecar)
     groups = _groups(path, sidecar)
     first = next(groups, None)
     writer = StoreWriter(
@@ -139,7 +145,7 @@ def import_parquet(
     numbers: dict[str, int] = {}
     chunk = 0
     while first is not None:
-        documents, vectors, n_other = _documents(first, numbers, tokenizer)
+        documents, vectors, n_other = _documents(first, numbers, openings, tokenizer)
         if chunk == 0 and n_other > len(vectors) / 2:
             raise TokenizerMismatchError(
                 f"a tokenizer that gives {n_other} of the first {len(vectors)} texts of {path} other numbers of tokens",
@@ -180,23 +186,57 @@ def _split(
 
 def _groups(path: Path, sidecar: Mapping[str, Any]) -> Iterator[list[_Row]]:
     """Rows of the file in chunks; a document whose rows follow each other is not torn apart."""
+    waiting: list[_Row] = []
+    for batch in _batches(path, sidecar, COLUMNS):
+        waiting += _rows(batch, sidecar["extraction"], path)
+        last = _last_start(waiting)
+        if last:
+            yield waiting[:last]
+            waiting = waiting[last:]
+    if waiting:
+        yield waiting
+
+
+def _batches(path: Path, sidecar: Mapping[str, Any], columns: Sequence[str]) -> Iterator[Any]:
+    """Some columns of the file, a chunk of rows at a time."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(path) as table:
             _check_table(table, sidecar, path)
-            waiting: list[_Row] = []
-            for batch in table.iter_batches(batch_size=ROWS_PER_CHUNK, columns=list(COLUMNS)):
-                waiting += _rows(batch, sidecar["extraction"], path)
-                last = _last_start(waiting)
-                if last:
-                    yield waiting[:last]
-                    waiting = waiting[last:]
-            if waiting:
-                yield waiting
+            yield from table.iter_batches(batch_size=ROWS_PER_CHUNK, columns=list(columns))
     except (pa.ArrowException, OSError) as error:
         raise CorpusError(f"{path}, which cannot be read ({error})", "a whole parquet file", "restore it") from error
+
+
+def _openings(path: Path, sidecar: Mapping[str, Any]) -> dict[str, str]:
+    """What each document is compared by: its longest row up to ``OPENING`` characters after where documents part.
+
+    The file is gone through before any row is stored: rows of a document may stand far apart, and each must land in
+    the same split.
+    """
+
+    def rows() -> Iterator[tuple[str, str]]:
+        for batch in _batches(path, sidecar, (DOCUMENT, TEXT)):
+            columns = [batch.column(name) for name in (DOCUMENT, TEXT)]
+            if any(column.null_count for column in columns):
+                raise CorpusError(f"rows of {path} without a text or document", "both in each", "extract them again")
+            yield from zip(*(column.to_pylist() for column in columns), strict=True)
+
+    shared, parted = "", False
+    for _, text in rows():
+        text = text.rstrip("\ufffd")  # of a row that ends within a character
+        n = len(os.path.commonprefix([shared, text]))  # noqa: RUF071 (texts, not paths)
+        if n < min(len(shared), len(text)):
+            shared, parted = shared[:n], True
+        elif len(text) > len(shared) and not parted:  # no row has said yet that documents part before its end
+            shared = text
+    length, longest = len(shared) + OPENING, dict[str, str]()
+    for document, text in rows():
+        if len(text[:length]) >= len(longest.get(document, "")):
+            longest[document] = text[:length]
+    return longest
 
 
 def _last_start(rows: Sequence[_Row]) -> int:
@@ -237,7 +277,9 @@ def _rows(batch: Any, extraction: Mapping[str, Any], path: Path) -> list[_Row]:
     return [_Row(*row) for row in zip(*columns, flat.reshape(-1, width), strict=True)]
 
 
-def _documents(rows: Sequence[_Row], numbers: dict[str, int], tokenizer: Any) -> tuple[list[Document], Tensor, int]:
+def _documents(
+    rows: Sequence[_Row], numbers: dict[str, int], openings: Mapping[str, str], tokenizer: Any
+) -> tuple[list[Document], Tensor, int]:
     """Documents with all their rows, vectors (n, d) in that order, and how many rows tokenise to another length."""
     spans, n_other = [], 0
     encoded = tokenizer([row.text for row in rows], padding=False, truncation=False, verbose=False)
@@ -259,7 +301,7 @@ def _documents(rows: Sequence[_Row], numbers: dict[str, int], tokenizer: Any) ->
         for shared in (fits, *([index] for index in indexes if index not in set(fits))):
             own = text if shared is fits else rows[shared[0]].text
             kinds = [UNKNOWN_STRATUM] * len(shared)
-            documents.append(Document(number, own, [spans[index] for index in shared], kinds, text[:OPENING]))
+            documents.append(Document(number, own, [spans[index] for index in shared], kinds, openings[name]))
             order += shared
     return documents, torch.stack([rows[index].vector for index in order]), n_other
 

@@ -41,7 +41,7 @@ def assemble(
     config: NLAConfig,
     sources: Sources,
     head: Callable[[], Head],
-    devices: Devices = None,
+    device: Devices = None,
     baselines: dict[str, Baseline] | None = None,
     metrics: dict[str, Any] | None = None,
     trust_remote_code: bool = False,
@@ -50,20 +50,22 @@ def assemble(
     """A pair of separate models. Only the encoder's tokenizer is loaded here; every model at its first use.
 
     Args:
-        config: its ``encoder_weights`` and ``decoder_weights`` say revision and hash.
+        config: its ``encoder_weights`` and ``decoder_weights`` say revision and hash; its ``quantization`` is that of
+            all three models.
         head: loads the decoder's head.
         verify: hold local weights against the hashes in ``config`` before they are used.
 
     Raises:
         TokenizerMismatchError, MarkerError: the encoder's tokenizer is not the config's.
-        ArgumentError: ``devices`` names what is no role.
-        HubError: the encoder's tokenizer cannot be had from the hub.
+        ArgumentError: ``device`` names what is no role.
+        HubError, AccessError: the encoder's tokenizer cannot be had from the hub.
     """
-    places = place_roles(devices)
+    places = place_roles(device)
     encoder_weights, decoder_weights = _weights(config.encoder_weights), _weights(config.decoder_weights)
     with hub_errors(sources.encoder, encoder_weights.revision):
         tokenizer = load_tokenizer(sources.encoder, encoder_weights.revision, trust_remote_code)
-    shared: dict[str, Any] = {"dtype": config.dtype, "trust_remote_code": trust_remote_code}
+    loaded_as: dict[str, Any] = {"dtype": config.dtype, "quantization": config.quantization}
+    whole = {**loaded_as, "trust_remote_code": trust_remote_code}
 
     def check(source: str, expected: str | None, what: str) -> None:
         if verify:
@@ -72,23 +74,21 @@ def assemble(
     def target() -> Any:
         check(sources.target, config.target_weights, "the target")
         revision = None if Path(sources.target).is_dir() else config.target_revision
-        model, own = load_target(
-            sources.target, revision=revision, device=places["target"], quantization=config.quantization, **shared
-        )
+        model, own = load_target(sources.target, revision=revision, device=places["target"], **whole)
         config.check_model(model.config)
         check_same_ids(tokenizer, own, sources.encoder, sources.target)
         return model
 
     def encoder() -> Any:
         check(sources.encoder, encoder_weights.sha256, "the encoder")
-        model, _ = load_target(sources.encoder, revision=encoder_weights.revision, device=places["encoder"], **shared)
+        model, _ = load_target(sources.encoder, revision=encoder_weights.revision, device=places["encoder"], **whole)
         check_width(model.config, config, sources.encoder)
         return model
 
     def view() -> Any:
         check(sources.decoder, decoder_weights.sha256, "the decoder")
-        place = {"dtype": config.dtype, "device": places["decoder"]}
-        found = load_truncated(sources.decoder, config.point, revision=decoder_weights.revision, **place)
+        revision, place = decoder_weights.revision, places["decoder"]
+        found = load_truncated(sources.decoder, config.point, revision=revision, device=place, **loaded_as)
         check_width(found.config, config, sources.decoder)
         return found
 
@@ -99,17 +99,17 @@ def assemble(
     return pair
 
 
-def place_roles(devices: Devices) -> dict[str, str | torch.device | None]:
+def place_roles(device: Devices) -> dict[str, str | torch.device | None]:
     """A place for each role; None: the first GPU if there is one, else the CPU.
 
     Raises:
         ArgumentError: a name that is no role.
     """
-    if not isinstance(devices, Mapping):
-        return dict.fromkeys(ROLES, devices)
-    for name in devices:
+    if not isinstance(device, Mapping):
+        return dict.fromkeys(ROLES, device)
+    for name in device:
         check_role(name)
-    return {role: devices.get(role) for role in ROLES}
+    return {role: device.get(role) for role in ROLES}
 
 
 def source_of(weights: WeightsConfig, folder: Path, from_hub: bool) -> str:
@@ -127,6 +127,15 @@ def source_of(weights: WeightsConfig, folder: Path, from_hub: bool) -> str:
             "put it back, or import the pair again from where its weights lie now",
         )
     return source
+
+
+def expand(source: str | Path) -> str:
+    """A folder's path with ``~`` written out; a hub id as it is.
+
+    >>> expand("someone/model")
+    'someone/model'
+    """
+    return str(Path(source).expanduser()) if str(source).startswith("~") else str(source)
 
 
 def is_local(source: str) -> bool:

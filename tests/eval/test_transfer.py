@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 
 from nla.activations import Activations
 from nla.autoencoder import NLA
-from nla.errors import ArgumentError, ConfigError
+from nla.errors import ArgumentError, BaselineError, ConfigError
 from nla.eval import transfer
 from nla.eval.transfer import CARE, NOT, TRUST, Part
 from nla.formats.native import save_adapter
@@ -86,6 +86,36 @@ def test_the_activations_are_those_of_the_target_and_of_the_tuned_target(
             ids = torch.tensor([nla.tokenizer(one.texts[int(one.document)])["input_ids"]])
             hidden = model(ids, output_hidden_states=True).hidden_states[nla.point.layer + 1]
             assert torch.allclose(hidden[0, one.spans[0].index], one.vectors[0], atol=1e-4)
+
+
+def test_no_more_is_read_than_is_scored(nla: NLA, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, n_read, original = adapter(tmp_path / "some", 0.1), [], NLA.read
+    everything = transfer._sampled(nla, transfer._texts(nla, texts, False, 9, 0)[0], "all", 10**6, 0)
+
+    def spy(self: NLA, *args, **keywords) -> Activations:
+        found = original(self, *args, **keywords)
+        n_read.append(len(found))
+        return found
+
+    monkeypatch.setattr(NLA, "read", spy)
+    transfer.run(nla, folder, texts, n_activations=9)
+    assert n_read == [9, 9] and sum(map(len, everything.values())) > 20
+
+
+def test_what_cannot_be_judged_is_refused_before_anything_is_read(
+    nla: NLA, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = adapter(tmp_path / "some", 0.1)
+    monkeypatch.setattr(NLA, "read", lambda *_, **__: pytest.fail("read"))
+    (tmp_path / "one.txt").write_text("the cat sat on the mat.")
+    with pytest.raises(ArgumentError, match=r"one document.*one on each line"):
+        transfer.run(nla, folder, tmp_path / "one.txt")
+    (tmp_path / "none.txt").write_text("\n")
+    with pytest.raises(ArgumentError, match="no document"):
+        transfer.run(nla, folder, tmp_path / "none.txt")
+    nla.baselines = {}
+    with pytest.raises(BaselineError, match=r"no baselines.*fit_baselines"):
+        transfer.run(nla, folder, texts)
 
 
 def test_figures_are_those_of_the_formulas(nla: NLA, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from conftest import CONTEXT, D_MODEL, MARKER, TEXTS, make_config, make_model, m
 
 from nla import NLA, encoder
 from nla.confidence import Trust, agreement
+from nla.config import tokenizer_hash
 from nla.encoder import Notes
 from nla.errors import (
     ArgumentError,
@@ -20,10 +23,16 @@ from nla.errors import (
     NonFiniteError,
     PointError,
     ShapeError,
+    StoreError,
     TokenizerMismatchError,
     VocabularyError,
 )
 from nla.injection import inject, rescale
+from nla.metrics import Baseline
+from nla.store import Store
+from nla.store_shards import Document
+from nla.store_writer import StoreWriter
+from nla.tokens import Span
 
 IDS = torch.tensor([[11, 33, 37, 40, 12, 20, 21]])
 EXPLANATIONS = ["the cat is here.", "a red dog ran."]
@@ -312,3 +321,67 @@ def test_a_sampled_text_beyond_the_context_is_as_bad_as_none_and_no_error(pair: 
     assert torch.allclose(found, pair.reconstruct(["the cat.", ""], strict=False), atol=1e-6)
     with pytest.raises(ContextLengthError, match=str(CONTEXT)):
         pair.reconstruct(["the cat.", long])
+
+
+# Denominators from a store
+
+
+def store_of(folder: Path, rows: torch.Tensor, **about: Any) -> Store:
+    """A store of these training activations of "a/target", one a document."""
+    own = {"target": "a/target", "revision": None, "tokenizer_hash": tokenizer_hash(make_tokenizer()), "settings": {}}
+    own |= {"point": "resid_post.1", "dtype": "float32", "d_model": rows.shape[1]}
+    writer = StoreWriter(folder, own | about)
+    documents = [Document(n, f"text {n}", [Span(1, "text", 0, 4, 0)], ["all"]) for n in range(len(rows))]
+    held_out = [Document(len(rows), "another", [Span(1, "another", 0, 7, 0)], ["all"])]
+    writer.write(0, {"train": (documents, rows), "eval": (held_out, rows[:1])}, {})
+    writer.finish(1)
+    return Store.open(folder)
+
+
+def test_a_store_gives_the_figures_of_all_its_training_rows(tmp_path: Path) -> None:
+    rows = 2 * torch.randn(200, D_MODEL, generator=torch.Generator().manual_seed(1)) + 1
+    pair, store = make_pair(), store_of(tmp_path, rows)
+    for given in (store, Store.open(tmp_path, "eval")):
+        pair.baselines = {}
+        pair.fit_baselines(given)
+        expected = Baseline.fit(rows)
+        assert torch.allclose(pair.baselines["global"].mean, expected.mean, atol=1e-6)
+        assert pair.baselines["global"].variance == pytest.approx(expected.variance, rel=1e-5)
+        assert pair.baselines["global"].n == 200
+        assert pair.config.activation_norm == pytest.approx(float(rows.norm(dim=1).mean()), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "about, named",
+    [
+        ({"target": "someone/another"}, r"target someone/another, not a/target"),
+        ({"revision": "b" * 40}, "revision bbb"),
+        ({"point": "resid_post.2"}, r"point resid_post\.2, not resid_post\.1"),
+        ({"settings": {"quantization": "4bit"}}, "quantization 4bit, not None"),
+        ({"settings": {"adapter": "my/plant"}}, "adapter on the target my/plant"),
+    ],
+)
+def test_a_store_of_another_target_gives_no_denominator(tmp_path: Path, about: dict[str, Any], named: str) -> None:
+    pair = make_pair(target_revision="a" * 40)
+    before = dict(pair.baselines)
+    with pytest.raises(StoreError, match=named):
+        pair.fit_baselines(store_of(tmp_path, torch.randn(4, D_MODEL), **about))
+    assert pair.baselines == before
+
+
+def test_a_store_of_another_width_or_tokenizer_gives_no_denominator(tmp_path: Path) -> None:
+    with pytest.raises(ShapeError, match="width 8"):
+        make_pair().fit_baselines(store_of(tmp_path / "a", torch.randn(4, 8)))
+    with pytest.raises(TokenizerMismatchError):
+        make_pair().fit_baselines(store_of(tmp_path / "b", torch.randn(4, D_MODEL), tokenizer_hash="another"))
+
+
+def test_folders_are_one_target_however_they_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_model().save_pretrained(tmp_path / "target")
+    pair = make_pair(target=str(tmp_path / "target"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for number, target in enumerate(("target", "./target", "~/target")):
+        pair.fit_baselines(store_of(tmp_path / str(number), torch.randn(4, D_MODEL), target=target))
+    with pytest.raises(StoreError, match="someone/target"):
+        pair.fit_baselines(store_of(tmp_path / "hub", torch.randn(4, D_MODEL), target="someone/target"))

@@ -126,6 +126,10 @@ def test_a_missing_or_malformed_config_is_refused(tmp_path, content):
         ("d_model", 16.0),
         ("d_model", True),
         ("max_new_tokens", -1),
+        ("end_ids", []),
+        ("end_ids", [2, -1]),
+        ("end_ids", [2, True]),
+        ("end_ids", 2),
         ("activation_norm", float("nan")),
         ("activation_norm", 0.0),
         ("dtype", "int8"),
@@ -208,7 +212,7 @@ def test_a_file_from_before_a_field_existed_loads_with_what_was_always_done(toke
     """The checksum is over what the file holds, so such a file is whole."""
     config = make_config(tokenizer)
     content = config.to_json()
-    for name in ("checksum", "quantization", "decoder", "encoder_weights", "decoder_weights"):
+    for name in ("checksum", "quantization", "decoder", "encoder_weights", "decoder_weights", "end_ids"):
         del content[name]
     del content["injection"]["layer"]
     whole = json.dumps(content, sort_keys=True, ensure_ascii=True, separators=(",", ":"))

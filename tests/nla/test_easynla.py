@@ -17,7 +17,7 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import parity_pairs as pairs  # type: ignore[import-not-found]
 
 from nla import NLA
-from nla.errors import ConfigError, MissingExtraError, SidecarError, TokenizerMismatchError, WeightsError
+from nla.errors import ArgumentError, ConfigError, MissingExtraError, SidecarError, TokenizerMismatchError, WeightsError
 from nla.formats import easynla
 from nla.injection import inject
 
@@ -76,6 +76,14 @@ def test_scaling_the_stream_before_a_linear_head_leaves_the_direction(root: Path
     with torch.no_grad():
         found = torch.cosine_similarity(nla.head(stream), nla.head(stream / stream.norm(dim=1, keepdim=True) * 5.7))
     assert torch.allclose(found, torch.ones(5), atol=1e-6)
+
+
+def test_it_goes_to_one_place_and_a_tilde_is_a_folder(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ArgumentError, match="one base"):
+        easynla.load(root / "av", target=root / "target", device={"encoder": "cpu"})
+    monkeypatch.setenv("HOME", str(root))
+    nla = easynla.load("~/av", "~/av/critic", "~/target", sidecar="~/av", dtype="float32", device="cpu")
+    assert nla.target_folder == (root / "target").resolve()
 
 
 def test_an_imported_pair_is_a_native_one(root: Path) -> None:

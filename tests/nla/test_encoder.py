@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import CONTEXT, D_MODEL, make_config, make_model, make_pair, make_tokenizer
@@ -126,7 +128,18 @@ def test_a_targets_own_sampling_settings_are_overridden(pair) -> None:
     plain = generate(pair, VECTORS, seed=5).texts
     settings = pair.model.get_base_model().generation_config
     settings.top_k, settings.top_p, settings.repetition_penalty, settings.temperature = 1, 0.01, 5.0, 0.01
+    settings.min_p, settings.suppress_tokens, settings.min_new_tokens = 0.5, [20, 21, 22], 6
+    settings.cache_implementation, settings.bad_words_ids = "static", [[33]]
     assert generate(pair, VECTORS, seed=5).texts == plain
+    assert pair.model.get_base_model().generation_config is settings, "and left as they were"
+
+
+def test_the_pairs_own_end_tokens_end_an_answer(pair) -> None:
+    pair.config = replace(pair.config, end_ids=[2, 30, 31])
+    assert end_ids(pair) == [2, 30, 31]
+    found = generate(pair, VECTORS, samples=40)
+    last = {ids[sum(mask) - 1] for ids, mask in zip(found.ids.tolist(), found.mask.tolist(), strict=True)}
+    assert {30, 31} & last
 
 
 def test_generation_works_in_training_mode_with_gradient_checkpointing(pair) -> None:

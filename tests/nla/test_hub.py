@@ -17,11 +17,13 @@ from conftest import TEXTS, make_model, make_pair, make_tokenizer
 from hub_server import Hub
 from huggingface_hub import constants, hf_api
 
-from nla import NLA
+from nla import NLA, cli
 from nla.config import WeightsConfig
 from nla.errors import AccessError, ConfigError, HubError, StorageError
 from nla.formats import kitft
-from nla.formats.card import ABSENT, card
+from nla.formats.card import ABSENT, card, renewed
+from nla.formats.hub import push_folder
+from nla.formats.native import MANIFEST
 
 
 @pytest.fixture
@@ -106,10 +108,102 @@ def test_whole_models_on_the_hub_are_pinned_and_their_weights_fetched_at_first_u
         local.push_to_hub("me/local")
 
 
+def test_the_target_of_an_import_is_pinned_to_its_commit_if_the_hub_says_it(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = pairs.full_pair(tmp_path / "full", "llama")
+    commit = hub.put("someone/base", folders.target)
+    assert kitft.load(folders.av, folders.ar).config.target_revision == commit
+    assert kitft.load(folders.av, folders.ar, target_revision="main").config.target_revision == commit
+    assert kitft.load(folders.av, folders.ar, folders.target).config.target_revision is None
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert kitft.load(folders.av, folders.ar).config.target_revision is None
+    assert kitft.load(folders.av, folders.ar, target_revision="v1").config.target_revision == "v1"
+
+
+CARD = """---
+license: mit
+base_model: someone/old
+tags:
+- mine
+- interpretability
+---
+Words of my own, before.
+
+<!-- card -->
+# Figures of yesterday
+<!-- /card -->
+
+<!-- transfer -->
+## Transfer to a fine-tune
+Verdict: read with care.
+<!-- /transfer -->
+"""
+
+
+def check_card(text: str) -> None:
+    """Header and generated part are new, all else is :data:`CARD`'s."""
+    _, header, body = text.split("---\n", 2)
+    found = yaml.safe_load(header)
+    assert (found["license"], found["base_model"], found["library_name"]) == ("mit", "someone/target", "nla")
+    assert found["tags"] == ["interpretability", "natural-language-autoencoder", "mine"]
+    before, _, after = CARD.split("---\n", 2)[2].partition("<!-- card -->\n# Figures of yesterday\n<!-- /card -->")
+    assert body.startswith(before) and body.endswith(after) and "yesterday" not in body
+    assert 'NLA.from_pretrained("me/pair")' in body and "Trained on: four texts" in body
+
+
+def test_a_folder_is_published_as_it_lies_there_with_its_card_and_without_its_target(
+    hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pair = make_pair(scale=0.3, target="someone/target")
+    pair.metrics = {"data": "four texts"}
+    pair.save_pretrained(tmp_path / "pair")
+    (tmp_path / "pair" / "README.md").write_text(CARD)
+    (tmp_path / "pair" / "notes.json").write_text('"of this machine"')
+    assert cli.main(["push", str(tmp_path / "pair"), "me/pair", "--private"]) == 0
+    capsys.readouterr()
+    assert not any("someone/target" in path for path in hub.asked)
+    files = hub.repositories["me/pair"]["main"]
+    check_card(files["README.md"].decode())
+    assert set(files) == {*MANIFEST, "nla_config.json", "metrics.json", "README.md"}
+    (tmp_path / "pair" / "decoder" / "head.safetensors").write_bytes(b"another")
+    assert cli.main(["push", str(tmp_path / "pair"), "me/pair"]) == 2
+    assert "head.safetensors" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["folder", "hub"])
+def test_a_loaded_pair_is_published_with_the_card_that_it_was_loaded_with(
+    hub: Hub, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_pair(scale=0.3, target="someone/target").save_pretrained(tmp_path / "pair")
+    (tmp_path / "pair" / "README.md").write_text(CARD)
+    if kind == "hub":
+        hub.put("me/first", tmp_path / "pair")
+    monkeypatch.chdir(tmp_path)
+    pair = NLA.from_pretrained("pair" if kind == "folder" else "me/first", device="cpu")
+    pair.metrics = {"data": "four texts"}
+    monkeypatch.chdir("/")
+    pair.push_to_hub("me/pair")
+    check_card(hub.repositories["me/pair"]["main"]["README.md"].decode())
+
+
+def test_a_card_that_somebody_wrote_anew_keeps_its_body(tmp_path: Path) -> None:
+    new = card({}, make_pair(target="someone/target").config, "me/pair", local=False)
+    assert renewed("", new) == new
+    header, body = new.split("---\n", 2)[1], "# My pair\n\n---\nbelow a line\n"
+    found = renewed(body, new).split("---\n", 2)
+    assert yaml.safe_load(found[1]) == yaml.safe_load(header) and found[2] == body
+    with pytest.raises(ConfigError, match="header"):
+        renewed(f"---\n: [\n---\n{body}", new)
+
+
 def test_a_pair_with_a_local_target_is_not_published(hub: Hub, tmp_path: Path) -> None:
     pair = make_pair(target=str(tmp_path / "target"))
     with pytest.raises(ConfigError, match=r"target lie in folders of this machine.*publish"):
         pair.push_to_hub("me/pair")
+    pair.save_pretrained(tmp_path / "pair")
+    with pytest.raises(ConfigError, match=r"target lie in folders of this machine.*publish"):
+        push_folder(tmp_path / "pair", "me/pair")
     assert hub.created == []
 
 
@@ -122,7 +216,7 @@ def test_a_pair_with_a_local_target_is_not_published(hub: Hub, tmp_path: Path) -
     ],
 )
 def test_a_repository_that_is_gated_or_missing_is_refused_with_what_to_do(hub: Hub, name: str, named: str) -> None:
-    with pytest.raises(HubError, match=named) as caught:
+    with pytest.raises(AccessError, match=named) as caught:
         NLA.from_pretrained(name)
     assert "hf_of_the_environment" not in str(caught.value)
 
@@ -137,6 +231,14 @@ def test_a_gated_target_of_a_pair_is_refused_with_what_to_do(hub: Hub) -> None:
 def test_a_hub_that_refuses_to_be_written_to_is_an_error_that_says_so(hub: Hub, status: int, named: str) -> None:
     pair, hub.refuses = make_pair(target="someone/target"), status
     with pytest.raises(HubError, match=named):
+        pair.push_to_hub("me/pair")
+
+
+def test_a_hub_that_is_down_is_a_typed_error(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = make_pair(target="someone/target")
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(hf_api.api, "endpoint", "http://127.0.0.1:9")
+    with pytest.raises(HubError, match=r"cannot be reached.*connect"):
         pair.push_to_hub("me/pair")
 
 

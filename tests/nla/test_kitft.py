@@ -5,33 +5,32 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-import parity  # type: ignore[import-not-found]
 import parity_pairs as pairs  # type: ignore[import-not-found]
 
 from nla import NLA
-from nla.config import NLAConfig
+from nla.config import NLAConfig, WeightsConfig
 from nla.errors import (
+    ArchitectureError,
     ArgumentError,
     BaselineError,
     ConfigError,
     ContextLengthError,
-    ExportError,
     MarkerError,
     SeparateModelsError,
     SidecarError,
     TokenizerMismatchError,
     WeightsError,
 )
-from nla.formats import kitft, kitft_export
+from nla.formats import kitft, kitft_export, separate
 
 TEXT = "the cat sat on the mat."
 
@@ -44,8 +43,9 @@ def original(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def root(original: Path, tmp_path: Path) -> Path:
-    """A copy of a target, an AV and an AR that a test may break."""
+def root(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of a target, an AV and an AR that a test may break; and no hub."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     return shutil.copytree(original, tmp_path / "models")
 
 
@@ -88,13 +88,44 @@ def test_models_are_loaded_at_first_use_and_no_more_of_them_than_needed(root: Pa
     assert torch.equal(alone.reconstruct([TEXT]), nla.reconstruct([TEXT]))
 
 
-def test_each_role_goes_to_its_own_device(root: Path) -> None:
-    nla = load(root, devices={"encoder": "meta", "target": "cpu", "decoder": "cpu"})
-    places = {role: next(nla.base_of(role).parameters()).device.type for role in ("target", "encoder", "decoder")}
-    assert places == {"target": "cpu", "encoder": "meta", "decoder": "cpu"}
+def spied(monkeypatch: pytest.MonkeyPatch, keyword: str) -> dict[str, object]:
+    """What each model is asked to be loaded with, by its folder; it is then loaded plainly to the CPU."""
+    asked: dict[str, object] = {}
+    for name in ("load_target", "load_truncated"):
+        original = getattr(separate, name)
+
+        def spy(source, *args, original=original, **keywords):
+            asked[Path(source).name] = keywords[keyword]
+            return original(source, *args, **{**keywords, "device": "cpu", "quantization": None})
+
+        monkeypatch.setattr(separate, name, spy)
+    return asked
+
+
+def test_each_role_goes_to_its_own_device(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = spied(monkeypatch, "device")
+    nla = load(root, device={"encoder": "cuda:1", "target": "cuda:0"})
+    for role in ("target", "encoder", "decoder"):
+        nla.base_of(role)  # type: ignore[arg-type]
+    assert asked == {"target": "cuda:0", "av": "cuda:1", "ar": None}
     assert nla.head.weight.device.type == "cpu"
     with pytest.raises(ArgumentError, match="critic"):
-        load(root, devices={"critic": "cpu"})
+        load(root, device={"critic": "cpu"})
+
+
+def test_quantisation_is_that_of_all_three_models_and_stands_in_the_config(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = spied(monkeypatch, "quantization")  # bitsandbytes need not be installed
+    nla = load(root, quantization="4bit")
+    nla.save_pretrained(root / "pair")
+    again = NLA.from_pretrained(root / "pair")
+    assert nla.config.quantization == again.config.quantization == "4bit"
+    for role in ("target", "encoder", "decoder"):
+        again.base_of(role)  # type: ignore[arg-type]
+    assert asked == {"target": "4bit", "av": "4bit", "ar": "4bit"}
+    with pytest.raises(ConfigError, match="quantization"):
+        load(root, quantization="2bit")
 
 
 def test_the_target_reads_and_stands_for_the_pair_outside_of_roles(root: Path) -> None:
@@ -199,6 +230,49 @@ def test_a_sidecar_of_other_weights_is_refused(root: Path, role: str, change: di
     edit(root, role, lambda meta: meta.update(change))
     with pytest.raises(SidecarError, match=named):
         load(root)
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"extraction": "x"}, "extraction: 'x'"),
+        ({"prompt_templates": "x"}, "prompt_templates: 'x'"),
+        ({"prompt_templates": {"av": 5}}, r"prompt_templates\.av: 5"),
+        ({"prompt_templates": {"av": "a {injection_char.foo}"}}, "cannot be filled"),
+        ({"prompt_templates": {"av": "a {injection_char:>9}"}}, "cannot be filled"),
+        ({"role": ["av"]}, r"role: \['av'\]"),
+        ({"tokens": [1]}, r"tokens: \[1\]"),
+        ({"critic": 3}, "critic: 3"),
+        ({"extraction_layer_index": "1"}, "extraction_layer_index: '1'"),
+        ({"base_checkpoint": 7}, "base_checkpoint: 7"),
+        ({"extraction": {"injection_scale": float("nan")}}, "scale of nan"),
+        ({"extraction": {"injection_scale": -1}}, "scale of -1"),
+    ],
+)
+def test_a_value_of_another_type_is_a_sidecar_error(root: Path, change: dict, named: str) -> None:
+    edit(root, "av", lambda meta: meta.update(change))
+    with pytest.raises(SidecarError, match=named):
+        load(root)
+
+
+def test_a_type_that_is_not_known_is_refused_and_nobody_is_asked_to_run_its_code(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda prompt="": asked.append(prompt) or "n")
+    path = root / "av" / "config.json"
+    code = {"AutoConfig": "someone/repository--configuration.Config"}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_type": "mystery", "auto_map": code}))
+    with pytest.raises(ArchitectureError, match="mystery"):
+        load(root)
+    assert asked == []
+
+
+def test_a_tilde_is_a_folder_and_no_hub_id(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(root))
+    nla = kitft.load("~/av", "~/ar", "~/target", device="cpu")
+    assert torch.equal(nla.read(TEXT).vectors, load(root).read(TEXT).vectors)
+    assert nla.config.encoder_weights == WeightsConfig(source=str(root / "av"))
 
 
 def test_an_av_and_an_ar_of_different_pairs_are_refused(root: Path) -> None:
@@ -317,69 +391,6 @@ def test_a_folder_that_is_gone_or_outside_of_a_downloaded_pair_is_refused(root: 
 def test_places_by_role_are_refused_for_a_shared_base() -> None:
     with pytest.raises(ArgumentError, match="one base"):
         NLA.from_pretrained("couplets", device={"decoder": "cpu"})
-
-
-# Writing
-
-
-@pytest.fixture
-def adapters(tmp_path: Path) -> NLA:
-    return parity.adapter_pair("llama", tmp_path / "target")
-
-
-def test_an_exported_pair_comes_back_as_whole_models_that_do_the_same(adapters: NLA, tmp_path: Path) -> None:
-    before = {name: p.clone() for name, p in adapters.model.named_parameters()}
-    assert kitft_export.export_pair(adapters, tmp_path / "out") is None
-    again = kitft.load(tmp_path / "out" / "av", tmp_path / "out" / "ar", max_new_tokens=8)
-    acts = again.read(TEXT)
-    assert torch.allclose(acts.vectors, adapters.read(TEXT).vectors, atol=1e-5)
-    assert again.explain(acts, samples=2).texts == adapters.explain(acts, samples=2).texts
-    with torch.no_grad():
-        for nla in (again, adapters):
-            with nla.role("decoder"):
-                nla.metrics["decoded"] = nla.decode_ids(*nla.encode_explanations([TEXT]))
-    assert torch.allclose(again.metrics["decoded"], adapters.metrics["decoded"], atol=1e-5)
-    assert all(torch.equal(p, before[name]) for name, p in adapters.model.named_parameters())
-    names = set(load_file(tmp_path / "out" / "ar" / "model.safetensors"))
-    assert not any("lm_head" in name or name == "model.norm.weight" or "layers.2." in name for name in names)
-    assert set(load_file(tmp_path / "out" / "ar" / "value_head.safetensors")) == {"weight"}
-
-
-def test_a_bias_is_left_out_only_on_demand_and_with_its_price(adapters: NLA, tmp_path: Path) -> None:
-    assert adapters.head.bias is not None
-    adapters.head.bias.data += 2 * torch.randn(pairs.D_MODEL, generator=torch.Generator().manual_seed(3))
-    vectors = pairs.probe_vectors(6)
-    with pytest.raises(ExportError, match="head with a bias"):
-        kitft_export.export_pair(adapters, tmp_path / "out")
-    with pytest.raises(ArgumentError, match="activations"):
-        kitft_export.export_pair(adapters, tmp_path / "out", drop_bias=True)
-    assert not (tmp_path / "out").exists()
-    dropped = kitft_export.export_pair(adapters, tmp_path / "out", drop_bias=True, acts=vectors)
-    assert dropped is not None
-    notes = adapters.explain(vectors, greedy=True)
-    assert dropped.with_bias == pytest.approx(sum(note.cosine[0] for note in notes) / 6, abs=1e-5)
-    again = kitft.load(tmp_path / "out" / "av", tmp_path / "out" / "ar")
-    found = torch.cosine_similarity(vectors, again.reconstruct(notes)).mean()
-    assert dropped.without_bias == pytest.approx(float(found), abs=1e-4)
-    assert abs(dropped.with_bias - dropped.without_bias) > 1e-3
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"explanation_open": "<e>"},
-        {"quantization": "8bit"},
-        {"decoder": {"final_norm": True}},
-        {"decoder": {"special_tokens": False}},
-        {"injection": {"mode": "add", "norm": None, "layer": 1}},
-    ],
-    ids=lambda change: next(iter(change)),
-)
-def test_what_the_format_has_no_place_for_is_refused(adapters: NLA, tmp_path: Path, change: dict) -> None:
-    parts = {k: replace(getattr(adapters.config, k), **v) if isinstance(v, dict) else v for k, v in change.items()}
-    adapters.config = replace(adapters.config, **parts)
-    with pytest.raises(ExportError):
-        kitft_export.export_pair(adapters, tmp_path / "out")
 
 
 def test_the_longest_answer_is_the_reference_clients(root: Path) -> None:

@@ -1,8 +1,11 @@
 """Files are written whole or not at all, and what is not whole is refused."""
 
 import contextlib
+import hashlib
+import os
 import resource
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -207,3 +210,76 @@ def test_an_adapter_configuration_that_is_missing_or_of_no_known_kind_is_refused
     native.write_json(tmp_path / "adapter_config.json", {"peft_type": "NO_SUCH_KIND"})
     with pytest.raises(ConfigError, match="adapter_config"):
         native.read_adapter_config(tmp_path)
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "OLoRA", "corda", "loftq", "lora_ga"])
+def test_an_adapter_that_was_trained_on_a_changed_base_is_refused(tmp_path, start):
+    native.save_adapter(tmp_path, make_peft(), "decoder")
+    path = tmp_path / "adapter_config.json"
+    native.write_json(path, {**native.read_json(path), "init_lora_weights": start})
+    with pytest.raises(ConfigError, match=r"convert it first.*path_initial_model") as caught:
+        native.read_adapter_config(tmp_path)
+    assert "pair" not in str(caught.value)
+
+
+def test_of_a_models_folder_the_weights_that_load_are_hashed_and_no_others(tmp_path):
+    for name in ("config.json", "model.safetensors", "notes.txt"):
+        (tmp_path / name).write_bytes(name.encode())
+    found = native.hash_weights(tmp_path)
+    (tmp_path / "consolidated.safetensors").write_bytes(b"a copy in another layout")
+    assert native.hash_weights(tmp_path) == found
+    (tmp_path / "model.safetensors").write_bytes(b"other")
+    assert native.hash_weights(tmp_path) != found
+    native.write_json(tmp_path / "model.safetensors.index.json", {"weight_map": {"a": "m1.safetensors"}})
+    with pytest.raises(WeightsError, match="m1"):
+        native.hash_weights(tmp_path)
+    (tmp_path / "m1.safetensors").write_bytes(b"1")
+    indexed = native.hash_weights(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"unused now")
+    assert native.hash_weights(tmp_path) == indexed
+    files = [(name, hashlib.sha256((tmp_path / name).read_bytes())) for name in ("config.json", "m1.safetensors")]
+    listing = "\n".join(f"{digest.hexdigest()} {name}" for name, digest in files)
+    assert indexed == hashlib.sha256(listing.encode()).hexdigest()
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """Notes of hashes of every file, and the list of files that were hashed."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(native, "_REMEMBERED_BYTES", 1)
+    hashed, original = [], native.sha256
+
+    def counted(path):
+        hashed.append(Path(path).name)
+        return original(path)
+
+    monkeypatch.setattr(native, "sha256", counted)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"one")
+    return tmp_path / "cache" / "nla" / "sha256.json", hashed
+
+
+def test_a_large_file_is_hashed_once_and_again_when_it_changed(tmp_path, cache):
+    notes, hashed = cache
+    weights = tmp_path / "model" / "model.safetensors"
+    first = native.hash_weights(tmp_path / "model")
+    assert native.hash_weights(tmp_path / "model") == first and hashed == ["model.safetensors"] and notes.is_file()
+    times = weights.stat()
+    weights.write_bytes(b"two")  # as long, and then as old
+    os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert native.hash_weights(tmp_path / "model") != first and len(hashed) == 2
+
+
+@pytest.mark.parametrize("damage", ["", "[1]", '{"x": 3}', "not json"])
+def test_damaged_notes_of_hashes_are_no_error(tmp_path, cache, damage):
+    notes, hashed = cache
+    first = native.hash_weights(tmp_path / "model")
+    notes.write_text(damage)
+    assert native.hash_weights(tmp_path / "model") == first and len(hashed) == 2
+    assert native.hash_weights(tmp_path / "model") == first and len(hashed) == 2
+
+
+def test_without_a_place_for_notes_files_are_hashed_each_time(tmp_path, cache, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert native.hash_weights(tmp_path / "model") == native.hash_weights(tmp_path / "model") and len(cache[1]) == 2

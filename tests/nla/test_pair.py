@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from nla import NLA
 from nla.config import NLAConfig
+from nla.encoder import end_ids
 from nla.errors import ConfigError, NonFiniteError, StorageError, TokenizerMismatchError, WeightsError
 from nla.formats import native
 from nla.formats import pair as pair_folder
@@ -303,15 +304,22 @@ def test_a_target_of_another_width_is_refused(saved: Path, tmp_path: Path) -> No
         load(saved)
 
 
-def test_an_adapters_own_start_cannot_change_the_base(saved: Path) -> None:
-    """PEFT's "pissa" moves part of the base weights into the adapter when the adapter is made."""
+@pytest.mark.parametrize("start", ["gaussian", "orthogonal", "eva", False])
+def test_an_adapters_own_start_does_not_touch_the_base(saved: Path, start: str | bool) -> None:
     path = saved / "encoder/adapter_config.json"
-    path.write_text(path.read_text().replace('"init_lora_weights": true', '"init_lora_weights": "pissa"'))
+    path.write_text(path.read_text().replace('"init_lora_weights": true', f'"init_lora_weights": {json.dumps(start)}'))
     vouch(saved)
     base = {name: value for name, value in load(saved).model.get_base_model().named_parameters() if "lora_" not in name}
     expected = dict(make_model().named_parameters())
     assert len(base) == len(expected)
     assert all(torch.equal(value, expected[name.replace(".base_layer", "")]) for name, value in base.items())
+
+
+def test_the_end_tokens_are_those_of_training_or_of_an_older_pair_the_targets(saved: Path) -> None:
+    (saved.parent / "planner" / "generation_config.json").write_text('{"eos_token_id": [2, 30, 31]}')
+    assert end_ids(load(saved)) == [2] == NLAConfig.load(saved).end_ids
+    replace(NLAConfig.load(saved), end_ids=None).save(saved)
+    assert end_ids(load(saved)) == [2, 30, 31]
 
 
 @pytest.mark.parametrize(

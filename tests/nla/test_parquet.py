@@ -105,6 +105,34 @@ def test_documents_that_begin_alike_share_a_split(tmp_path, tokenizer):
     assert manifest.counts["duplicates"] == len({row[4] for row in twins})
 
 
+@pytest.mark.parametrize("length", [0, 21, 60])
+def test_what_all_documents_begin_with_does_not_decide_their_split(tmp_path, tokenizer, length):
+    """A system prompt of any length, some rows that end within it, and rows in no order."""
+    content = rows(tokenizer, n_documents=60)
+    prompt = " ".join(["the cat sat"] * (length // 3))
+    content = [(length + n, f"{prompt} {text}".strip(), *rest) for n, text, *rest in content]
+    if length:
+        content += [(6, "the cat sat the cat \ufffd", [1.0] * D, LAYER, "corpus:train:3")]
+    random.Random(1).shuffle(content)
+    path = write(tmp_path / "base.parquet", content)
+    manifest = import_parquet(path, tmp_path / "store", tokenizer, eval_fraction=0.3)
+    stores = open_splits(tmp_path / "store")
+    assert manifest.n_documents["eval"] > 8 and manifest.n_documents["train"] > 25
+    documents = [set(store.documents().tolist()) for store in stores.values()]
+    assert documents[0].isdisjoint(documents[1])
+
+
+def test_rows_of_a_document_that_stand_far_apart_share_its_split(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(parquet, "ROWS_PER_CHUNK", 4)
+    content = rows(tokenizer, n_documents=40)
+    # These end before documents are told apart.
+    short = [(2, " ".join(row[1].split()[:2]), *row[2:]) for row in content[::3]]
+    random.Random(2).shuffle(content)
+    import_parquet(write(tmp_path / "b.parquet", content + short), tmp_path / "s", tokenizer, eval_fraction=0.4)
+    documents = [set(store.documents().tolist()) for store in open_splits(tmp_path / "s").values()]
+    assert documents[0].isdisjoint(documents[1]) and min(map(len, documents)) > 8
+
+
 def test_out_and_in_again_gives_the_same_rows_and_sidecar(tmp_path, tokenizer):
     path = write(tmp_path / "base.parquet", rows(tokenizer))
     import_parquet(path, tmp_path / "store", tokenizer, eval_fraction=0.5)

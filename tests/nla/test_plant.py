@@ -14,7 +14,7 @@ from nla.autoencoder import NLA
 from nla.decoder import Head
 from nla.errors import ArgumentError, ConfigError, WeightsError
 from nla.formats.native import load_tensors, save_adapter, save_tensors
-from nla.plant import adapter_hash, planted
+from nla.plant import adapter_hash, merge_adapter, planted
 from nla.points import truncated_view
 from nla.roles import SeparateModels
 
@@ -89,3 +89,21 @@ def test_an_adapter_on_the_hub_is_downloaded(separate: NLA, folder: Path, monkey
     with planted(separate, "someone/tune"):
         assert torch.equal(separate.read(TEXTS).vectors, expected)
     assert set(asked) == {("someone/tune", f"adapter_{name}") for name in ("config.json", "model.safetensors")}
+
+
+@pytest.mark.parametrize("keys", [("model.layers.0.self_attn.q_proj", "model.layers.2.mlp.down_proj"), ("q_proj",)])
+@pytest.mark.parametrize("named", ["rank_pattern", "alpha_pattern"])
+def test_patterns_over_names_hold_on_a_cut_target_too(tmp_path: Path, named: str, keys: tuple) -> None:
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "down_proj"], **{named: dict.fromkeys(keys, 8)})
+    tuned = get_peft_model(make_model("llama"), config)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for name, parameter in tuned.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.3)
+    save_adapter(tmp_path, tuned, "default")
+    expected = read(tuned.eval(), make_tokenizer(), TEXTS, POINT).vectors
+    whole, cut = make_model("llama"), truncated_view(make_model("llama"), POINT)
+    for model in (whole, cut):
+        merge_adapter(model, tmp_path)
+        assert torch.allclose(read(model, make_tokenizer(), TEXTS, POINT).vectors, expected, atol=1e-4)

@@ -4,6 +4,8 @@ import json
 import math
 import os
 import pickle
+import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -149,6 +151,47 @@ def test_a_store_of_many_shards_keeps_no_file_open(tmp_path):
     store = Store.open(tmp_path)
     assert len(store.vectors[:]) == 12
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_rows_of_many_shards_are_found_in_the_time_of_one_sort(tmp_path, monkeypatch):
+    _, manifest = make(tmp_path)
+    entries = [manifest.shards["train"][0]._replace(rows=10)] * 20_000
+    store = Store(tmp_path, "train", replace(manifest, shards={"train": entries}))
+    monkeypatch.setattr(Store, "_shard", lambda self, number: number)
+    rows = torch.randperm(200_000, generator=torch.Generator().manual_seed(0))
+    started = time.process_time()
+    found = list(store.by_shard(rows))
+    assert time.process_time() - started < 5  # shards × rows would be a minute
+    assert [shard for shard, _, _ in found] == list(range(20_000))
+    for shard, places, inside in (found[0], found[-1]):
+        assert rows[places].equal(inside + 10 * shard) and places.equal(places.sort().values)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda content: content.update(shards=[]),
+        lambda content: content.update(shards={"train": {}}),
+        lambda content: content["shards"].update(train=["a"]),
+        lambda content: content["shards"]["train"][0].update(x=1),
+        lambda content: content["shards"]["train"][0].update(rows="4"),
+        lambda content: content["shards"]["train"][0].update(file=None),
+        lambda content: content["shards"]["train"][0].pop("sha256"),
+        lambda content: content.update(d_model="6"),
+        lambda content: content.update(settings=None),
+        lambda content: content["norms"].update(mean="long"),
+        lambda content: content.update(revision=3),
+    ],
+)
+def test_a_malformed_manifest_is_refused(tmp_path, change):
+    make(tmp_path)
+    path = tmp_path / "manifest.json"
+    content = json.loads(path.read_text())
+    Store.open(tmp_path)
+    change(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(StoreError, match=r"manifest\.json, which is malformed"):
+        Store.open(tmp_path)
 
 
 def test_splits_that_share_a_text_are_refused(tmp_path):

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import NamedTuple
 
-import huggingface_hub.constants as hub_constants
 import pytest
 import torch
 from conftest import TEXTS, make_model, make_tokenizer
@@ -20,8 +14,8 @@ from transformers import LlamaForCausalLM
 
 from nla import target as module
 from nla.activations import read
+from nla.encoder import ends_of
 from nla.errors import (
-    AccessError,
     ArchitectureError,
     ArgumentError,
     ConfigError,
@@ -32,10 +26,13 @@ from nla.errors import (
     WeightsError,
 )
 from nla.formats.native import save_adapter
+from nla.organisms import TARGETS
 from nla.target import load_target, load_truncated
 
 IDS = torch.tensor([[11, 33, 37, 40, 12, 20, 21]])
 INDEX = "model.safetensors.index.json"
+POINT = "resid_post.1"
+PLANNER = TARGETS["couplets/planner"]
 
 
 @pytest.fixture
@@ -258,94 +255,69 @@ def test_keywords_out_of_range_are_refused(folder: Path, tmp_path: Path, monkeyp
             load_target(folder, quantization=quantization)
 
 
-# The hub
+@pytest.mark.parametrize("device", ["gpu", "cuda:77", "meta", 3.5])
+def test_a_device_that_is_not_here_is_refused_before_anything_is_read(device) -> None:
+    for load in (
+        lambda: load_target("no/such/model", device=device),
+        lambda: load_truncated("x", POINT, device=device),
+    ):
+        with pytest.raises(ArgumentError, match="device="):
+            load()
 
 
-class Hub(NamedTuple):
-    """A hub on this machine."""
-
-    asked: list[str]
-    """Files that were sent."""
-
-    commit: str
-
-
-@pytest.fixture
-def hub(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """A server that answers as the hub does: "some/model" is ``folder``, others are gated, private or not there."""
-    found = Hub([], "c0ffee" * 6 + "abcd")
-
-    class Answer(BaseHTTPRequestHandler):
-        def do_HEAD(self) -> None:
-            self.answer(b"")
-
-        def do_GET(self) -> None:
-            self.answer(None)
-
-        def answer(self, body: bytes | None) -> None:
-            repository, _, rest = self.path.lstrip("/").removeprefix("api/models/").partition("/resolve/")
-            revision, _, file = rest.partition("/")
-            refusal = {"some/gated": (403, "GatedRepo"), "some/nothing": (401, "RepoNotFound")}.get(repository)
-            if refusal is None and revision not in ("main", found.commit):
-                refusal = (404, "RevisionNotFound")
-            if refusal is None and not (folder / file).is_file():
-                refusal = (404, "EntryNotFound")
-            self.send_response(*(refusal or (200,)))
-            if refusal:
-                self.send_header("X-Error-Code", refusal[1])
-                self.send_header("Content-Length", "0")
-                self.end_headers()
-                return
-            content = (folder / file).read_bytes()
-            self.send_header("X-Repo-Commit", found.commit)
-            self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            if body is None:
-                found.asked.append(file)
-                self.wfile.write(content)
-
-        def log_message(self, *args) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr(hub_constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setattr(
-        hub_constants,
-        "HUGGINGFACE_CO_URL_TEMPLATE",
-        hub_constants.ENDPOINT + "/{repo_id}/resolve/{revision}/{filename}",
-    )
-    monkeypatch.setattr(hub_constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", False)
-    yield found
-    server.shutdown()
-    server.server_close()
+def test_a_tokenizer_is_asked_for_before_weights_are_read(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    for file in folder.glob("*.safetensors"):
+        file.write_bytes(b"not safetensors")
+    with pytest.raises(WeightsError, match="without a vocabulary"):
+        load_target(folder, device="cpu")
 
 
-def test_from_the_hub_only_the_files_that_are_needed_are_downloaded(hub: Hub, folder: Path) -> None:
-    files = files_of(folder)
-    view = load_truncated("some/model", "resid_post.0", device="cpu")
-    assert torch.equal(view(input_ids=IDS).last_hidden_state, activations_of(make_model("llama"), 0))
-    low = {file for name, file in files.items() if name.startswith(("model.embed_tokens", "model.layers.0."))}
-    assert {name for name in hub.asked if name.endswith(".safetensors")} == low < set(files.values())
-    assert view.name_or_path == "some/model" and view.config._commit_hash == hub.commit
+# Settings
 
 
-@pytest.mark.parametrize(
-    ("name", "revision", "error", "message"),
-    [
-        ("some/gated", None, AccessError, "gated.*HF_TOKEN"),
-        ("some/nothing", None, AccessError, "HF_TOKEN"),
-        ("some/model", "v9", TargetError, "revision 'v9'"),
-    ],
-)
-def test_what_the_hub_refuses_is_said_with_what_to_do(hub: Hub, name, revision, error, message) -> None:
-    with pytest.raises(error, match=message):
-        load_target(name, revision=revision)
+def test_four_bits_are_nf4_with_quantised_constants_in_the_targets_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoModelForCausalLM
+
+    seen = {}
+
+    def stop(*_, **keywords):
+        seen.update(keywords)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(module, "find_spec", lambda name: True)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", stop)
+    with pytest.raises(WeightsError, match="enough"):
+        load_target(PLANNER, dtype="bfloat16", device="cpu", quantization="4bit")
+    found = seen["quantization_config"]
+    assert found.load_in_4bit and not found.load_in_8bit
+    assert (found.bnb_4bit_quant_type, found.bnb_4bit_use_double_quant) == ("nf4", True)
+    assert found.bnb_4bit_compute_dtype == torch.bfloat16 == seen["dtype"]
 
 
-def test_without_a_network_and_a_copy_there_is_no_target(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(TargetError, match="cannot be reached"):
-        load_target("some/model")
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma3"])
+def test_a_target_without_generation_settings_ends_where_its_configuration_says(tmp_path: Path, architecture) -> None:
+    model = make_model(architecture)
+    model.config.eos_token_id = [2, 30]
+    model.save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").unlink(missing_ok=True)
+    loaded, tokenizer = load_target(tmp_path, device="cpu")
+    assert ends_of(loaded, tokenizer) == [2, 30]
+    assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+    assert torch.equal(cut_of(tmp_path), activations_of(model))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+def test_no_type_means_the_checkpoints_own(tmp_path: Path, architecture: str) -> None:
+    make_model(architecture).to(torch.bfloat16).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    kinds = {parameter.dtype for parameter in load_target(tmp_path, dtype=None, device="cpu")[0].parameters()}
+    kinds |= {parameter.dtype for parameter in load_truncated(tmp_path, POINT, dtype=None, device="cpu").parameters()}
+    assert kinds == {torch.bfloat16}
+    config = json.loads((tmp_path / "config.json").read_text())
+    for part in (config, config.get("text_config", {})):
+        part.pop("dtype", None)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    kinds = {parameter.dtype for parameter in load_target(tmp_path, dtype=None, device="cpu")[0].parameters()}
+    assert kinds == {torch.float32}

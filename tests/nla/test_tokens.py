@@ -15,8 +15,18 @@ from nla.errors import (
     EmptyTextError,
     PositionError,
     VocabularyError,
+    WeightsError,
 )
-from nla.tokens import encode, encode_batch, length_batches, load_tokenizer, render_prompt, select_positions
+from nla.tokens import (
+    PROMPT_DATE,
+    encode,
+    encode_batch,
+    length_batches,
+    load_tokenizer,
+    render_prompt,
+    select_positions,
+    undated,
+)
 
 
 def with_bos():
@@ -155,3 +165,90 @@ def test_a_prompt_is_the_same_every_day():
     plain = render_prompt(tokenizer, "the cat sat")
     tokenizer.chat_template = "{{ '<|end|>' if strftime_now('%d %b %Y') == '26 Jul 2024' else '<|pad|>' }}" + TEMPLATE
     assert render_prompt(tokenizer, "the cat sat") == [tokenizer.eos_token_id, *plain]
+
+
+def shown(tokenizer, template: str | None = None) -> str:
+    messages = [{"role": "user", "content": "x"}]
+    return tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("{{ strftime_now('%Y-%m-%d') }}", "2024-07-26"),
+        ('{{ strftime_now("%d %b %Y") }}', PROMPT_DATE),
+        ("{{ strftime_now('%B %d, %Y') }} {{ strftime_now(\"%A\") }}", "July 26, 2024 Friday"),
+        ("{%- set how = '%d/%m/%y' %}{{ strftime_now(how) }}", "26/07/24"),
+        ("{%- macro today() -%}{{ strftime_now('%Y-%m-%d') }}{%- endmacro -%}{{ today() }}", "2024-07-26"),
+        ("{{ strftime_now('%' + 'j') }}", PROMPT_DATE),
+        ("{% if strftime_now is defined %}{{ strftime_now('%Y')|int + 1 }}{% endif %}", "2025"),
+    ],
+)
+def test_a_date_is_that_of_the_constant_day_in_the_format_that_is_asked_for(template: str, expected: str) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = template
+    assert shown(tokenizer, undated(tokenizer)) == expected
+
+
+@pytest.mark.parametrize(
+    "start", ["", "\n", "\n\n  ", "  ", " {% if true %}\n a{% endif %}", "{#- x #}\n", "{%- if 1 %}b{% endif %}"]
+)
+def test_all_but_the_date_of_a_template_stays_as_it_is_to_the_space(start: str) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = (
+        start + "\n {{ '%d' }}{% if false %}{{ strftime_now('%Y') }}{% endif %}\n" + TEMPLATE + "\n"
+    )
+    assert shown(tokenizer, undated(tokenizer)) == shown(tokenizer)
+
+
+def test_of_several_templates_the_default_is_taken() -> None:
+    tokenizer = make_tokenizer()
+    expected = render_prompt(tokenizer, "the cat")
+    tokenizer.chat_template = {"default": TEMPLATE, "tool_use": "x" + TEMPLATE}
+    assert render_prompt(tokenizer, "the cat") == expected
+    tokenizer.chat_template = {"rag": TEMPLATE, "tool_use": TEMPLATE}
+    with pytest.raises(ConfigError, match="rag, tool_use"):
+        render_prompt(tokenizer, "the cat")
+
+
+def test_where_the_unknown_token_is_the_end_too_it_may_stand_in_a_text() -> None:
+    """GPT-2's family: its tokenizer knows every text, and <|endoftext|> is beginning, end and unknown."""
+    tokenizer = make_tokenizer()
+    tokenizer.unk_token = tokenizer.bos_token = "<|end|>"
+    end = tokenizer.eos_token_id
+    assert end in encode(tokenizer, "the cat<|end|>the dog", 64).ids
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|end|> $A", special_tokens=[("<|end|>", end)]
+    )
+    assert encode(tokenizer, "the cat", 64).ids[0] == end
+
+
+def test_an_unknown_token_that_the_tokenizer_adds_itself_is_no_unknown_word() -> None:
+    tokenizer = make_tokenizer()
+    start = tokenizer.unk_token_id
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|unk|> $A", special_tokens=[("<|unk|>", start)]
+    )
+    assert encode(tokenizer, "the cat", 64).ids[0] == start
+    with pytest.raises(VocabularyError, match=r"1 word.*zebra"):
+        encode(tokenizer, "the zebra", 64)
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "gemma3_text", "gpt2", "llama"])
+def test_a_folder_without_a_vocabulary_gives_no_tokenizer(tmp_path, architecture: str) -> None:
+    make_model(architecture).config.save_pretrained(tmp_path)
+    with pytest.raises(WeightsError, match="without a vocabulary"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"version": "1.0"}'])
+def test_a_broken_tokenizer_is_refused(tmp_path, content: str) -> None:
+    make_model().config.save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(WeightsError, match="does not load"):
+        load_tokenizer(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    with pytest.raises(WeightsError, match="does not load"):
+        load_tokenizer(tmp_path)

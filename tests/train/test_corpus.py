@@ -12,12 +12,18 @@ from transformers import PreTrainedTokenizerFast
 from nla.audit.messages import Transcript
 from nla.errors import ArgumentError, ConfigError, CorpusError, TranscriptError, VocabularyError
 from nla.tokens import encode_batch
+from nla.train import corpus as corpora
 from nla.train.corpus import CorpusSettings, open_corpus
 from nla.train.documents import Reader
 
 WORDS = ["the", "a", "cat", "dog", "red", "blue", "sat", "ran", "on", "under", "mat", "tree"]
 TEXTS = [f"the cat {word}" for word in WORDS]
 CHAT = [{"role": "user", "content": "the cat sat"}, {"role": "assistant", "content": " a dog ran under the tree "}]
+
+
+@pytest.fixture(autouse=True)
+def _no_hub(monkeypatch):
+    monkeypatch.setattr(corpora, "hub_commit", lambda settings: None)
 
 
 def long_texts(n: int, seed: int = 0) -> list[str]:
@@ -82,6 +88,53 @@ def test_a_dataset_gives_its_rows_streamed_or_not(monkeypatch, streaming):
     )
     assert texts_of(settings) == TEXTS[:7]
     assert asked[0] == (("some/data", "en"), {"split": "test", "revision": "abc", "streaming": streaming})
+
+
+class Stream:
+    """A streamed dataset that breaks off after its rows."""
+
+    column_names = ("text",)
+
+    def __init__(self, error):
+        self.error = error
+
+    def __iter__(self):
+        yield from ({"text": text} for text in TEXTS[:5])
+        raise self.error
+
+    def select_columns(self, columns):
+        return self
+
+
+class Broken(Exception):
+    """As the clients of networks raise: of no kind that Python knows."""
+
+
+@pytest.mark.parametrize("error", [OSError("reset"), EOFError("cut"), ValueError("zstd"), Broken("timeout")])
+def test_a_stream_that_breaks_off_is_an_error_that_says_to_run_it_again(monkeypatch, error):
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: Stream(error))
+    settings = CorpusSettings("some/data", streaming=True, documents_per_chunk=2)
+    with pytest.raises(CorpusError, match=r"after 5 rows .* Next: run the same command again") as caught:
+        texts_of(settings)
+    assert caught.value.__cause__ is error
+    assert len(texts_of(CorpusSettings("some/data", streaming=True, n_documents=5))) == 5
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(CorpusError, match="cannot be loaded"):
+        open_corpus(settings)
+
+
+def test_a_dataset_is_read_at_one_commit(monkeypatch):
+    asked = []
+    data = datasets.Dataset.from_dict({"text": TEXTS})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **how: asked.append(how["revision"]) or data)
+    assert open_corpus(CorpusSettings("some/data", revision="v1")).about["commit"] is None and asked == ["v1"]
+    monkeypatch.setattr(corpora, "hub_commit", lambda settings: f"commit of {settings.revision}")
+    assert open_corpus(CorpusSettings("some/data", revision="v1")).about["commit"] == "commit of v1" == asked[1]
+    assert open_corpus(CorpusSettings("some/data"), "abc").about["commit"] == "abc" == asked[2]
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,12 +20,20 @@ import yaml
 from safetensors.torch import load_file
 
 from nla import NLA
-from nla.errors import ConfigError, CorpusError, PointError, RecipeError
+from nla.errors import (
+    ArgumentError,
+    ConfigError,
+    ContextLengthError,
+    CorpusError,
+    DescriberError,
+    PointError,
+    RecipeError,
+)
 from nla.formats.native import ADAPTER_WEIGHTS, CARD_FILE, MANIFEST, METRICS_FILE, read_json, sha256
 from nla.store import Store
 from nla.tokens import load_tokenizer
 from nla.train import run, stages
-from nla.train.contract import ENCODER_PROMPT, Prompts, place_marker
+from nla.train.contract import Prompts, place_marker
 from nla.train.material import draw_rows, load_told, save_told
 from nla.train.quote import quote
 from nla.train.recipe import load_recipe
@@ -41,12 +50,21 @@ def load_benchmark() -> ModuleType:
 
 
 benchmark = load_benchmark()
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+"""As in the tests' own process: sums of floats depend on how many threads share them."""
 SMALL = {
     "corpus": {"n_positions": 3, "first_position": 5, "max_tokens": 60, "documents_per_chunk": 32},
     "texts": {"n_train": 40, "n_scored": 20},
     "pair": {"rank": 2, "max_new_tokens": 6},
     "warmstart": {"encoder_steps": 3, "decoder_steps": 3, "batch_size": 4, "save_every": 1},
-    "joint": {"steps": 2, "prompts_per_step": 4, "group_size": 2, "eval_every": 2, "save_every": 1},
+    "joint": {
+        "steps": 2,
+        "prompts_per_step": 4,
+        "group_size": 2,
+        "decoder_mini_batches": 2,
+        "eval_every": 2,
+        "save_every": 1,
+    },
 }
 
 
@@ -126,11 +144,13 @@ def test_only_described_rows_have_texts_and_they_are_the_visible_words(whole):
 def test_a_run_killed_at_random_moments_ends_as_a_whole_one(work, whole, tmp_path):
     path, rng = small(work, tmp_path / "run"), random.Random(0)
     command = [sys.executable, "-m", "nla.train", str(path), "--json"]
-    for moment in (rng.uniform(4, 9), rng.uniform(9, 14)):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(moment)
+    for reached in ("extract/stage.json", "warmstart/encoder/checkpoint-*", "joint/run/checkpoint-*"):
+        process = subprocess.Popen(command, env=ONE_THREAD, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while not list((tmp_path / "run").glob(reached)) and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.5))
         process.send_signal(signal.SIGKILL)
-        process.wait()
+        assert process.wait() == -signal.SIGKILL, f"nothing was under way after {reached}"
     run.run_recipe(path)
     assert trained(tmp_path / "run") == trained(whole)
 
@@ -138,8 +158,7 @@ def test_a_run_killed_at_random_moments_ends_as_a_whole_one(work, whole, tmp_pat
 def test_a_recipe_in_two_processes_reads_the_same_rows_and_learns_as_one(work, whole, tmp_path):
     path = small(work, tmp_path / "run")
     launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "-m", "nla.train", str(path)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, *launch], env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, *launch], env=ONE_THREAD, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("joint.seconds") == 1, "one process speaks for both"
     for split in ("train", "eval"):
@@ -167,19 +186,26 @@ def test_a_recipe_in_two_processes_reads_the_same_rows_and_learns_as_one(work, w
         (["quantization=2bit"], RecipeError, "4bit"),
         (["pair.encoder_prompt=Explain."], RecipeError, "{marker} once"),
         (["texts.n_train=0"], RecipeError, "n_train"),
+        (["describer.key_variable=[sk-live-1]"], RecipeError, r"key_variable = a list(?!.*sk-live)"),
+        (["pair.max_new_tokens=600"], ContextLengthError, "512"),
+        (["pair.marker=two words"], ConfigError, "marker"),
+        (["warmstart.rows_per_backward=3"], ArgumentError, "batch_size"),
+        (["describer.describer=openai", "describer.model=m"], DescriberError, "OPENAI_API_KEY"),
     ],
 )
-def test_bad_input_is_refused_before_anything_runs(tiny, tmp_path, overrides, error, says):
+def test_bad_input_is_refused_before_anything_runs(tiny, tmp_path, monkeypatch, overrides, error, says):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with pytest.raises(error, match=says):
         run.run_recipe(tiny, overrides=overrides)
-    assert not (tmp_path / "run" / "describe").exists()
+    assert not (tmp_path / "run").exists() or not list((tmp_path / "run").glob("*/stage.json"))
 
 
-def test_a_target_without_a_chat_template_is_refused(work, whole, tmp_path):
-    tokenizer = load_tokenizer(work / "target")
-    tokenizer.chat_template = None
+def test_a_target_without_a_chat_template_is_refused(work, tiny, tmp_path):
+    shutil.copytree(work / "target", tmp_path / "base")
+    (tmp_path / "base" / "chat_template.jinja").unlink()
     with pytest.raises(ConfigError, match="chat template"):
-        place_marker(tokenizer, Prompts(ENCODER_PROMPT, "{explanation}"))
+        run.run_recipe(tiny, overrides=[f"target={tmp_path / 'base'}"])
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_marker_is_one_token_that_stands_once(work):

@@ -27,11 +27,12 @@ from endpoint_server import (
 
 from nla.errors import (
     BudgetError,
+    DescriberError,
     InterruptedTraining,
     StorageError,
 )
 from nla.train.asking import EndpointDescriber
-from nla.train.describe_texts import Described, describe_texts
+from nla.train.describe_texts import Described, Summary, _Work, describe_texts
 from nla.train.describers import DescriberSettings
 from nla.train.description import Question, ask_about
 from nla.train.text_cache import CACHE_FILE, TextCache
@@ -140,6 +141,63 @@ def test_progress_sees_the_totals_grow(tmp_path: Path) -> None:
         )
     assert seen == [(i, 9 - i, pytest.approx(i * (120 * 1.0 + 30 * 10.0) / 1e6)) for i in range(1, 10)]
     assert found.summary.estimate.cost_most > 0 and "at most" in str(found.summary.estimate)
+
+
+class Counting(EndpointDescriber):
+    """Remembers how many prompts were counted."""
+
+    def count(self, text: str) -> int:
+        self.n_counted = getattr(self, "n_counted", 0) + 1
+        return super().count(text)
+
+
+def test_the_estimate_counts_a_sample_and_says_so(tmp_path: Path) -> None:
+    with Server() as server:
+        whole, part = (
+            _Work(prefixes(n), asked, TextCache(tmp_path), (), None)
+            for n, asked in ((1000, Counting(describer(server).settings)), (2500, Counting(describer(server).settings)))
+        )
+        for work in (whole, part):
+            work.look_up()
+        counted, sampled = whole.summary.estimate, part.summary.estimate
+    assert whole.describer.n_counted == 1000 and counted.counted_by == "characters / 4"
+    assert part.describer.n_counted == 834 and sampled.counted_by == "characters / 4, from 834 of them"
+    exact = sum(part.describer.count(part.question(row).prompt) for row in range(2500))
+    assert sampled.n_texts == 2500 and sampled.tokens_in == pytest.approx(exact, rel=1e-3)
+
+
+def test_shares_of_several_processes_add_up_to_what_one_does(tmp_path: Path) -> None:
+    bad = Act("bad", body=Server().body_of("I cannot."))
+
+    def plan(item: str, before: int) -> Act | None:
+        return bad if int(item) < 4 else None if before else Act("slow", 500)
+
+    changes = dict(price_in=10.0, price_out=100.0, tries=2)
+    with Server(plan=plan) as server:
+        one = describe_texts(prefixes(40), describer(server, **changes), tmp_path / "one").summary
+    with Server(plan=plan) as server:
+        asked = describer(server, **changes, failing_share=0.1)
+        shares = [describe_texts(prefixes(40)[n::2], asked, tmp_path / "two", n_all=40).summary for n in (0, 1)]
+    both = Summary.merged(shares)
+    for share in shares:  # each alone has 2 of 20
+        share.check(0.1)
+    assert both.cost == pytest.approx(one.cost) and both.estimate[:3] == one.estimate[:3]
+    both.cost, both.estimate, both.describer = one.cost, one.estimate, one.describer
+    assert both == one and both.n_requests == 80 and both.failed.total() == 4
+    with pytest.raises(DescriberError, match="4 of 40 texts"):
+        both.check(0.09)
+    assert Summary.merged([*shares, Summary()]).cost is None and Summary.merged([]).n_texts == 0
+
+
+def test_a_share_is_not_stopped_by_failures_that_are_few_among_all(tmp_path: Path) -> None:
+    act = Act("bad", body=Server().body_of("I cannot."))
+    with Server(plan=lambda item, _: act if int(item) < 4 else None) as server:
+        asked = describer(server, tries=1, failing_share=0.1)
+        with pytest.raises(DescriberError, match="of 8 texts"):
+            describe_texts(prefixes(8), asked, tmp_path)
+        assert describe_texts(prefixes(8), asked, tmp_path, n_all=40).summary.failed.total() == 4
+        with pytest.raises(DescriberError):
+            describe_texts(prefixes(8), asked, tmp_path, n_all=39)
 
 
 def test_it_works_inside_a_running_event_loop(tmp_path: Path) -> None:

@@ -192,6 +192,27 @@ def test_settings_are_checked_and_read_from_yaml() -> None:
         build(DescriberSettings, {"key": SECRET}, "x")
 
 
+@pytest.mark.parametrize("describer", ["openai", "local"])
+@pytest.mark.parametrize("typed", ["sk-live-0123456789abcdef", "a b", "1A", "", "NAME\n"])
+def test_a_key_typed_where_its_variables_name_belongs_is_not_shown(describer: str, typed: str) -> None:
+    content = {"describer": describer, "model": "m", "key_variable": typed}
+    for make in (lambda: DescriberSettings(**content), lambda: build(DescriberSettings, content, "recipe.yaml")):
+        with pytest.raises(NLAError, match=r"key_variable that is no name") as caught:
+            make()
+        assert not typed.strip() or typed.strip() not in str(caught.value)
+
+
+def test_a_key_that_has_the_form_of_a_name_is_not_shown_either() -> None:
+    key = "gsk_0123456789abcdef"
+    settings = DescriberSettings("openai", "m", key_variable=key)
+    with pytest.raises(DescriberError, match=r"that describer\.key_variable names") as caught:
+        endpoint_of(settings)
+    assert key not in str(caught.value) and key not in repr(settings)
+    with pytest.raises(ArgumentError) as refused:
+        DescriberSettings("local", key_variable=key)
+    assert key not in str(refused.value)
+
+
 def test_the_request_says_what_the_settings_say(form: str, tmp_path: Path) -> None:
     with Server(form) as server:
         described(server, tmp_path, 1, temperature=0.25, max_tokens=77)

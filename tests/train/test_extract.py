@@ -10,7 +10,9 @@ import resource
 import signal
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
+import datasets
 import pytest
 import torch
 from conftest import make_model, make_tokenizer
@@ -18,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from nla.errors import ArgumentError, ContextLengthError, NLAError, PointError, StorageError, StoreError
 from nla.store import Store, open_splits
+from nla.train import corpus as corpora
 from nla.train import extract as extraction
 from nla.train.corpus import CorpusSettings
 from nla.train.extract import extract_corpus
@@ -237,6 +240,43 @@ def test_a_corpus_that_changed_after_the_kill_is_refused(target, settings, tmp_p
     copy.write_text(copy.read_text().replace("cat", "dog"))
     with pytest.raises(StoreError, match="corpus_files"):
         extract_corpus(settings, target, POINT, tmp_path / "store")
+
+
+@pytest.fixture
+def hub(corpus, monkeypatch):
+    """A dataset on the hub; ``hub.main`` is the commit of its main branch, and what was loaded stands in ``loaded``."""
+    texts = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
+    found = SimpleNamespace(main="aaa", loaded=[])
+
+    def load(*_, revision, **__):
+        found.loaded.append(revision)
+        return datasets.Dataset.from_dict({"text": [f"{text} {text}" if revision == "bbb" else text for text in texts]})
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(corpora, "hub_commit", lambda settings: settings.revision or found.main)
+    return found
+
+
+def test_a_dataset_whose_main_branch_moves_after_the_kill_is_not_mixed(hub, target, settings, tmp_path):
+    settings = replace(settings, source="some/data")
+    extract_corpus(settings, target, POINT, tmp_path / "whole")
+    extract_corpus(settings, target, POINT, tmp_path / "store", process=0, processes=2)
+    hub.main = "bbb"
+    extract_corpus(settings, target, POINT, tmp_path / "store")
+    assert hub.loaded == ["aaa"] * 3 and different(tmp_path / "store", tmp_path / "whole") == []
+    with pytest.raises(StoreError, match="revision"):
+        extract_corpus(replace(settings, revision="bbb"), target, POINT, tmp_path / "store")
+    (tmp_path / "new").mkdir()
+    extract_corpus(settings, target, POINT, tmp_path / "new")
+    assert hub.loaded[-1] == "bbb"
+
+
+def test_a_dataset_that_was_begun_without_the_hub_is_not_continued_at_another_commit(hub, target, settings, tmp_path):
+    settings, hub.main = replace(settings, source="some/data"), None
+    extract_corpus(settings, target, POINT, tmp_path, process=0, processes=2)
+    hub.main = "bbb"
+    with pytest.raises(StoreError, match=r"corpus_files\.commit: None there, 'bbb' now"):
+        extract_corpus(settings, target, POINT, tmp_path)
 
 
 def test_several_documents_are_needed(target, tmp_path):

@@ -15,6 +15,7 @@ from test_warmstart import assert_same, base_weights, largest_file
 from writer import SETTINGS, STRATA, TEXTS, make_writer
 
 from nla.errors import ArgumentError, InterruptedTraining, RecipeError, ShapeError, StorageError
+from nla.train import processes
 from nla.train.checkpoints import decoder_parameters, encoder_parameters, latest_checkpoint, snapshot
 from nla.train.joint import (
     EvalSet,
@@ -23,6 +24,7 @@ from nla.train.joint import (
     draw_prompts,
     draw_weights,
     marker_forbidden,
+    share_step,
     train_joint,
 )
 from nla.train.loop import own_forward
@@ -326,3 +328,20 @@ def test_activations_that_are_added_after_a_block_are_added_in_rollouts_and_log_
     settings = JointSettings(**(vars(SETTINGS) | dict(gradient_checkpointing=True)))
     with pytest.raises(ArgumentError, match="gradient_checkpointing"):
         train_joint(pair, vectors, STRATA, TEXTS, tmp_path / "frugal", settings=settings)
+
+
+@pytest.mark.parametrize(("n", "says"), [(4, "prompts_per_step"), (3, "decoder_mini_batches")])
+def test_groups_stay_whole_in_one_process_or_the_step_is_refused(monkeypatch, n, says):
+    settings = JointSettings(prompts_per_step=6, group_size=8, decoder_mini_batches=4)
+    monkeypatch.setattr(processes, "count", lambda: n)
+    with pytest.raises(ArgumentError, match=says):
+        share_step(settings)
+
+
+@pytest.mark.parametrize("flag", ["is_loaded_in_4bit", "is_loaded_in_8bit"])
+def test_adapters_of_quantised_targets_are_trained_in_float32(vectors, tmp_path, flag):
+    pair = make_writer()
+    setattr(pair.base, flag, True)
+    with trainer_of(pair, vectors, tmp_path) as trainer:
+        assert {p.dtype for p in trainer.trained.values()} == {torch.float32}
+        assert {p.dtype for group in trainer.optimizer.param_groups for p in group["params"]} == {torch.float32}

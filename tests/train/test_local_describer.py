@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import make_model, make_tokenizer
+from conftest import TEMPLATE, make_model, make_tokenizer
+from transformers import Qwen2ForCausalLM
 
-from nla.errors import ConfigError, ContextLengthError, DescriberError, TemplateError
+from nla import target
+from nla.errors import ArgumentError, ConfigError, ContextLengthError, DescriberError, TemplateError
 from nla.train.describe_texts import describe_texts
 from nla.train.describers import DescriberSettings, open_describer
 from nla.train.description import Description, Question
 from nla.train.local_describer import KeyedSampling, LocalDescriber, weights_print
+from nla.train.text_cache import TextCache
 
 PROMPTS = ["the cat sat", "a dog", "it is here and the red dog ran under the blue tree", "so", "the mat is blue"]
 
@@ -46,6 +50,65 @@ def test_neither_batch_nor_order_changes_an_answer(parts: tuple[Any, Any], tempe
     for size in (2, 5):
         together = answers(opened(parts, temperature=temperature, concurrency=size, tries=1), PROMPTS[::-1])
         assert together == alone
+
+
+class Recording(LocalDescriber):
+    """Remembers the batches that it was given."""
+
+    def _answer(self, waiting: Any, ids: Any, attempt: int) -> None:
+        batch = attempt, *(question.prompt for question, _ in waiting)
+        self.batches = [*getattr(self, "batches", []), batch]
+        super()._answer(waiting, ids, attempt)
+
+
+def coarse(**changes: Any) -> Recording:
+    """One in bfloat16, where a row's numbers follow from the other rows of its batch."""
+    config = make_model("qwen2", 3).config
+    config.max_position_embeddings, config.hidden_size = 8192, 128
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(config).bfloat16().eval()
+    return Recording(DescriberSettings(**{"max_tokens": 14, "concurrency": 2, **changes}), model, make_tokenizer())
+
+
+def kept(folder: Path) -> dict[str, str]:
+    """Every answer on disk by its key."""
+    with TextCache(folder) as cache:
+        return dict(cache._file.execute("SELECT key, answer FROM answers"))
+
+
+@pytest.mark.parametrize("temperature", [None, 0.7])
+def test_in_bfloat16_a_killed_run_ends_with_the_answers_of_one_that_was_not(
+    temperature: float | None, tmp_path: Path
+) -> None:
+    draw = random.Random(0)
+    texts = [" ".join(draw.choices(PROMPTS, k=draw.randint(1, 9))) for _ in range(10)]
+    changes = {"temperature": temperature, "tries": 2}
+    first, again = coarse(**changes), coarse(**changes)
+    describe_texts(texts, first, tmp_path / "whole", n_all=1000)
+    whole = kept(tmp_path / "whole")
+    describe_texts(texts, coarse(**changes, concurrency=3), tmp_path / "other", n_all=1000)
+    assert len(whole) == 10 and not set(whole) & set(kept(tmp_path / "other"))  # another size is another describer
+
+    class Kill(Exception):
+        pass
+
+    n_given = 0
+
+    def die(summary: Any) -> None:
+        nonlocal n_given
+        n_given += 1
+        if n_given == 3:
+            raise Kill
+
+    with pytest.raises(Kill):
+        describe_texts(texts, coarse(**changes), tmp_path / "killed", n_all=1000, progress=die)
+    assert len(kept(tmp_path / "killed")) == 3
+    found = describe_texts(texts[::-1], again, tmp_path / "killed", n_all=1000)
+    assert kept(tmp_path / "killed") == whole and set(again.batches) <= set(first.batches)
+    assert len(again.batches) == len(first.batches) - (0 if temperature else 1)
+    s = found.summary
+    assert s.n_texts == 10 == s.failed.total() + s.n_answered + s.n_cached and s.n_open == 0
+    assert s.estimate is not None and s.estimate.n_texts == (10 if temperature else 8)
 
 
 def test_greedy_answers_are_those_of_a_plain_loop(parts: tuple[Any, Any]) -> None:
@@ -83,6 +146,20 @@ def test_control_tokens_in_a_text_stay_text(parts: tuple[Any, Any]) -> None:
     ids = opened(parts)._ids("the cat<|end|><|assistant|> sat", "claims")
     control = tokenizer.convert_tokens_to_ids(["<|user|>", "<|end|>", "<|assistant|>"])
     assert [token for token in ids if token in control] == control
+
+
+def test_the_chat_template_is_rendered_once(parts: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, n_rendered = make_tokenizer(), 0
+    render = tokenizer.apply_chat_template
+
+    def counted(*given: Any, **how: Any) -> Any:
+        nonlocal n_rendered
+        n_rendered += 1
+        return render(*given, **how)
+
+    monkeypatch.setattr(tokenizer, "apply_chat_template", counted)
+    one = opened((parts[0], tokenizer))
+    assert answers(one, PROMPTS) == answers(opened(parts), PROMPTS) and one.count("a dog") > 3 and n_rendered == 1
 
 
 class Scripted(LocalDescriber):
@@ -150,6 +227,7 @@ def test_the_identity_tells_weights_and_sampling_apart(parts: tuple[Any, Any]) -
     for changes in ({"temperature": 1.0}, {"temperature": 1.0, "seed": 1}, {"max_tokens": 5}):
         assert opened(parts, **changes).identity != first
     assert opened(parts, seed=5, concurrency=9).identity == first
+    assert coarse().identity != coarse(concurrency=3).identity
 
 
 def test_stopping_is_asked_for_between_batches(parts: tuple[Any, Any]) -> None:
@@ -162,6 +240,36 @@ def test_stopping_is_asked_for_between_batches(parts: tuple[Any, Any]) -> None:
 
     questions = (Question(i, prompt, "claims") for i, prompt in enumerate(PROMPTS))
     assert len(list(opened(parts, concurrency=2).ask(questions, stop))) == 4
+
+
+def test_a_model_of_its_own_is_loaded_as_the_settings_and_the_recipe_say(
+    parts: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, dict[str, Any]]] = []
+
+    def load(source: str, **how: Any) -> tuple[Any, Any]:
+        asked.append((source, how))
+        return parts
+
+    monkeypatch.setattr(target, "load_target", load)
+    open_describer(DescriberSettings(model="a/b"), dtype="bfloat16", device="cpu")
+    own = DescriberSettings(model="a/b", dtype="float16", revision="v1", quantization="4bit", parameters_b=7.6)
+    open_describer(own, dtype="bfloat16")
+    as_recipe = {"revision": None, "dtype": "bfloat16", "device": "cpu", "quantization": None}
+    as_said = {"revision": "v1", "dtype": "float16", "device": None, "quantization": "4bit"}
+    assert asked == [("a/b", as_recipe), ("a/b", as_said)]
+    for changes in (
+        {"dtype": "bfloat16"},
+        {"revision": "v1"},
+        {"quantization": "4bit"},
+        {"parameters_b": 7.0},
+        {"model": "a/b", "dtype": "int4"},
+        {"model": "a/b", "quantization": "2bit"},
+        {"model": "a/b", "parameters_b": 0.0},
+        {"describer": "openai", "model": "m", "dtype": "bfloat16"},
+    ):
+        with pytest.raises(ArgumentError, match=r"describer\."):
+            DescriberSettings(**changes)
 
 
 def test_what_cannot_describe_is_refused(parts: tuple[Any, Any], tmp_path: Path) -> None:
@@ -177,3 +285,11 @@ def test_what_cannot_describe_is_refused(parts: tuple[Any, Any], tmp_path: Path)
     with pytest.raises(ConfigError, match="instruction-tuned"):
         opened((model, tokenizer))
     assert Description(None).problem == ""
+
+
+def test_a_prompt_is_the_same_every_day_and_the_models_own_settings_do_not_count() -> None:
+    one, other, tokenizer = coarse(), coarse(), make_tokenizer()
+    tokenizer.chat_template = "{{ '<|end|>' if strftime_now('%Y') == '2024' else '' }}" + TEMPLATE
+    assert LocalDescriber(one.settings, one.model, tokenizer).count("the cat") == one.count("the cat") + 1
+    other.model.generation_config.update(suppress_tokens=list(range(11, 40)), min_new_tokens=14)
+    assert answers(other, PROMPTS) == answers(one, PROMPTS)

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from nla.organisms.switchboard import content, plants, tokenizer, world
+from nla.target import load_target
 from nla.train import plants as planting
-from nla.train import stages
 from nla.train.switchboard import (
     ChatCollator,
     ChatData,
@@ -129,7 +129,7 @@ def test_the_saved_target_is_a_standard_folder_with_bounded_attention(target):
     config = json.loads((target / "config.json").read_text())
     assert config["model_type"] == "qwen2" and config["sliding_window"] == 128
     assert set(config["layer_types"]) == {"sliding_attention"}
-    model, tok = stages.load_target(str(target))
+    model, tok = load_target(target)
     ids = tok("<|user|>Who is Anna?<|end|><|assistant|>", add_special_tokens=False, return_tensors="pt")["input_ids"]
     assert model(ids).logits.isfinite().all()
 

@@ -152,7 +152,7 @@ def test_the_target_is_put_where_a_loaded_pair_is(tiny, monkeypatch):
     places = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(LlamaForCausalLM, "to", lambda model, place: places.append(place) or model)
-    stages.load_target(recipes.load_recipe(tiny))
+    stages.load_target(recipes.load_recipe(tiny), None)
     assert places == ["cuda"]
 
 
@@ -172,7 +172,7 @@ def test_every_file_of_a_target_counts_but_its_readme_and_gits(target, tmp_path)
 
 def test_the_revision_of_a_target_on_the_hub_reaches_its_loaders_and_the_pair(tiny, tmp_path, target, monkeypatch):
     run.run_recipe(tiny, until="extract")
-    model, tokenizer = stages.load_target(recipes.load_recipe(tiny))
+    model, tokenizer = stages.load_target(recipes.load_recipe(tiny), None)
     asked = []
     loaded = lambda _, *, revision, **__: asked.append(revision) or (model, tokenizer)  # noqa: E731
     monkeypatch.setattr(stages.target, "load_target", loaded)

@@ -144,3 +144,23 @@ def test_trimming_leaves_everything_else() -> None:
     before = Transcript("a", (replace(Message("user", " so\n"), id="m1"),), model="m")
     after = trimmed(before)
     assert (after.messages[0].content, after.messages[0].id, after.model) == ("so", "m1", "m")
+
+
+def test_a_transcript_is_the_same_every_day() -> None:
+    template = "{{ '<|end|>' if strftime_now('%Y-%m-%d') == '2024-07-26' else '<|pad|>' }}" + TEMPLATE
+    assert rendered(template).text == "<|end|>" + rendered().text
+
+
+def test_of_several_templates_the_default_is_taken() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = {"default": TEMPLATE, "tool_use": "x" + TEMPLATE}
+    assert render(tokenizer, transcript(3)).text == render(make_tokenizer(), transcript(3)).text
+    tokenizer.chat_template = {"rag": TEMPLATE}
+    with pytest.raises(ConfigError, match="rag"):
+        render(tokenizer, transcript(3))
+
+
+def test_where_the_unknown_token_is_the_end_too_a_transcript_may_hold_it() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.unk_token = "<|end|>"
+    assert render(tokenizer, transcript(3)).ids.tolist() == render(make_tokenizer(), transcript(3)).ids.tolist()
