@@ -172,7 +172,7 @@ def main() -> None:
     print(f"{args.documents} documents, one process, from nothing to a scored pair: {seconds:.0f} s")
     rng, killed = random.Random(args.seed), 0
     while killed < args.kills:
-        moment = rng.uniform(0.15, 0.9) * seconds
+        moment = rng.uniform(0.08, 0.4) * seconds
         if run(work, "killed", moment) is not None:
             print("the run ended before the kill: the rest of the moments would meet a finished run")
             break

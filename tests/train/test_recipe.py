@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from test_warmstart import assert_same, at_step
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nla.activations import Activations
 from nla.errors import ArgumentError, InterruptedTraining, RecipeError
@@ -148,12 +148,11 @@ def test_activations_of_other_documents_are_refused(tiny, tmp_path, monkeypatch)
             run.run_recipe(tiny, overrides=overrides, until="warmstart")
 
 
-def test_the_target_is_put_where_a_loaded_pair_is(tiny, monkeypatch):
+def test_a_single_process_leaves_the_place_of_the_target_to_its_loader(tiny, monkeypatch):
     places = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(LlamaForCausalLM, "to", lambda model, place: places.append(place) or model)
+    monkeypatch.setattr(stages.target, "_place", lambda device: places.append(device) or torch.device("cpu"))
     stages.load_target(recipes.load_recipe(tiny), None)
-    assert places == ["cuda"]
+    assert places == [None]
 
 
 def test_every_file_of_a_target_counts_but_its_readme_and_gits(target, tmp_path):
