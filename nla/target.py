@@ -123,22 +123,37 @@ class _Found:
     """The file of each tensor of the checkpoint, by name."""
 
 
-def _find(source: str, revision: str | None) -> _Found:
-    from transformers import AutoConfig, GenerationConfig
+def read_config(source: str, revision: str | None) -> Any:
+    """The configuration of a target's text side; nothing else of it is read.
 
-    folder = Path(source).expanduser()
-    source = str(folder) if folder.is_dir() else source
+    Raises:
+        TargetError, AccessError, ArchitectureError, WeightsError: as for :func:`load_target`.
+    """
+    return _config(source, revision)[1].get_text_config()
+
+
+def _config(source: str, revision: str | None) -> tuple[Path, Any]:
+    """Where a target's config.json lies, and the configuration, a wrapper's included."""
+    from transformers import AutoConfig
+
     path = fetch_file(source, revision, "config.json")
     if path is None:
         raise TargetError(f"{source} without config.json", "a model in the form of transformers", _RESTORE)
-    parts = layout(str(read_json(path).get("model_type")))
-    commit = None if folder.is_dir() else path.parent.name
+    layout(str(read_json(path).get("model_type")))
     try:
-        whole = AutoConfig.from_pretrained(path.parent, trust_remote_code=False)
+        return path, AutoConfig.from_pretrained(path.parent, trust_remote_code=False)
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise WeightsError(
-            f"{source} with a config.json that does not load ({error})", "one that does", _RESTORE
-        ) from error
+        got = f"{source} with a config.json that does not load ({error})"
+        raise WeightsError(got, "one that does", _RESTORE) from error
+
+
+def _find(source: str, revision: str | None) -> _Found:
+    from transformers import GenerationConfig
+
+    folder = Path(source).expanduser()
+    source = str(folder) if folder.is_dir() else source
+    path, whole = _config(source, revision)
+    commit = None if folder.is_dir() else path.parent.name
     config = whole.get_text_config()
     if getattr(whole, "quantization_config", None) is not None:
         config.quantization_config = whole.quantization_config
@@ -150,7 +165,7 @@ def _find(source: str, revision: str | None) -> _Found:
         config=config,
         dtype=dtype if dtype in DTYPES else "float32",
         generation=GenerationConfig.from_model_config(whole),
-        parts=parts,
+        parts=layout(whole.model_type),
         files=_weight_files(source, commit or revision),
     )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import WORDS, make_model, make_pair, make_tokenizer
+from conftest import WORDS, load_benchmark, make_model, make_pair, make_tokenizer
 
 from nla import NLA, cli
 from nla.config import DecoderConfig
@@ -20,21 +19,11 @@ from nla.store import Store
 from nla.store_shards import Shard
 
 
-def benchmark() -> Any:
-    """benchmarks/recipe.py, which makes a target in the hub's format and a corpus."""
-    path = Path(__file__).parents[1] / "benchmarks" / "recipe.py"
-    spec = importlib.util.spec_from_file_location("recipe_benchmark", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A target, a corpus, a store of its activations, and a pair whose head has no bias."""
     folder = tmp_path_factory.mktemp("formats")
-    made = benchmark()
+    made = load_benchmark("recipe")
     made.make_target(folder / "target", made.make_corpus(folder / "corpus.jsonl", 60))
     assert cli.main(["extract", *where(folder), "--out", str(folder / "store"), *FEW]) == 0
     make_model("llama").save_pretrained(folder / "small")

@@ -7,10 +7,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from nla.config import DecoderConfig, InjectionConfig, NLAConfig, tokenizer_hash
-from nla.errors import ConfigError, TargetError
-from nla.formats.native import read_json
-from nla.points import layout
-from nla.target import fetch_file
+from nla.errors import ConfigError
 from nla.tokens import render_prompt
 
 SLOT = "{marker}"
@@ -38,21 +35,6 @@ class Prompts(NamedTuple):
     """The decoder's text, with ``{explanation}`` once."""
     marker: str | None = None
     """The marker; None: the first token that will do."""
-
-
-def read_config(source: str, revision: str | None) -> Any:
-    """The configuration of a target's text side; nothing else of it is read.
-
-    Raises:
-        TargetError, AccessError, ArchitectureError: it is not there, not for you, or of an unknown type.
-    """
-    from transformers import AutoConfig
-
-    path = fetch_file(source, revision, "config.json")
-    if path is None:
-        raise TargetError(f"{source} without config.json", "a model in the form of transformers", "name another target")
-    layout(str(read_json(path).get("model_type")))
-    return AutoConfig.from_pretrained(path.parent, trust_remote_code=False).get_text_config()
 
 
 def candidates(tokenizer: Any) -> Iterator[str]:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nla.errors import TargetError
-from nla.formats.native import read_json
 from nla.points import Point
 
 from .settings import require_least, require_positive
@@ -160,16 +159,12 @@ def find_shape(recipe: Recipe) -> Shape:
 def count_shape(source: str, revision: str | None) -> Shape:
     """The shape of a target, counted on a model without memory."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    from nla.points import blocks, layout, linear_names
-    from nla.target import fetch_file
+    from nla.points import blocks, linear_names
+    from nla.target import read_config
 
-    path = fetch_file(source, revision, "config.json")
-    if path is None:
-        raise TargetError(f"{source} without config.json", "a model in the form of transformers", "name another target")
-    layout(str(read_json(path).get("model_type")))
-    config = AutoConfig.from_pretrained(path.parent).get_text_config()
+    config = read_config(source, revision)
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config)
     first, names = blocks(model)[0], set(linear_names(model))

@@ -75,9 +75,11 @@ def run_recipe(
     summary: dict[str, Any] = {}
     done = [is_done(Path(recipe.out) / stage, prints[stage], whole[stage]) for stage in stages]
     done = processes.agreed(done)
-    expected = plan(recipe, find_shape(recipe)) if dry_run and recipe.corpus is not None else {}
+    shape = find_shape(recipe) if dry_run and recipe.corpus is not None else None
+    expected = {} if shape is None else plan(recipe, shape)
     if recipe.corpus is not None and not all(done):
-        preflight(recipe, "describe" in stages and not done[stages.index("describe")], offline=dry_run)
+        describing = "describe" in stages and not done[stages.index("describe")]
+        preflight(recipe, describing, reachable=shape is None or shape.source == "counted")
     with contextlib.nullcontext() if dry_run or not processes.is_main() else locked(Path(recipe.out)):
         for stage, finished in zip(stages, done, strict=True):
             folder = Path(recipe.out) / stage

@@ -22,7 +22,7 @@ from nla.store_manifest import MANIFEST_FILE as STORE_MANIFEST
 from nla.tokens import load_tokenizer, render_prompt
 
 from . import processes, world
-from .contract import SLOT, contract, place_marker, read_config
+from .contract import SLOT, contract, place_marker
 from .describe import describe, save_texts
 from .describe_texts import Summary, describe_texts
 from .describers import open_describer
@@ -96,12 +96,12 @@ def load_target(recipe: Recipe, revision: str | None) -> tuple[Any, Any]:
         ) from error
 
 
-def preflight(recipe: Recipe, describing: bool, offline: bool) -> None:
+def preflight(recipe: Recipe, describing: bool, reachable: bool) -> None:
     """Refuse what can be known before anything runs: marker, describer's key, context, shares of a step.
 
     Args:
         describing: the describer is still to be asked.
-        offline: leave out what needs a target that cannot be reached now.
+        reachable: the target is here, or there is a network; a plan is made without it too.
 
     Raises:
         ConfigError, TemplateError: no token can be the marker, or there is no chat template.
@@ -113,13 +113,10 @@ def preflight(recipe: Recipe, describing: bool, offline: bool) -> None:
     processes.share(recipe.warmstart.batch_size, "batch_size", recipe.warmstart.rows_per_backward)
     if describing and recipe.describer.describer not in ("local", "quote"):
         open_describer(recipe.describer)
+    if not reachable:
+        return
     source = target_folder(recipe.target)
-    try:
-        config = read_config(source, recipe.revision)
-    except TargetError as error:
-        if offline and not isinstance(error, AccessError):
-            return
-        raise
+    config = target.read_config(source, recipe.revision)
     Point.parse(recipe.point).within(config.num_hidden_layers)
     tokenizer, prompts = load_tokenizer(source, recipe.revision), prompts_of(recipe)
     marker, *_ = place_marker(tokenizer, prompts)

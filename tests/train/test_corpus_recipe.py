@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import random
@@ -12,11 +11,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 import yaml
+from conftest import load_benchmark
 from safetensors.torch import load_file
 
 from nla import NLA
@@ -38,18 +37,7 @@ from nla.train.material import draw_rows, load_told, save_told
 from nla.train.quote import quote
 from nla.train.recipe import load_recipe
 
-
-def load_benchmark() -> ModuleType:
-    """benchmarks/recipe.py, which makes the model and the corpus."""
-    path = Path(__file__).parents[2] / "benchmarks" / "recipe.py"
-    spec = importlib.util.spec_from_file_location("recipe_benchmark", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-benchmark = load_benchmark()
+benchmark = load_benchmark("recipe")
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 """As in the tests' own process: sums of floats depend on how many threads share them."""
 SMALL = {
