@@ -15,6 +15,7 @@ test: lint
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	rm -rf build/typing && mkdir -p build/typing && cp -r nla build/typing/ && cp -r train eval build/typing/nla/
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 clean:

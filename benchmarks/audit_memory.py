@@ -23,8 +23,8 @@ def audit_once(turns: int, window: int | None) -> None:
     """Audit one transcript and print its tokens, seconds and peak memory, above that of the loaded pair."""
     import torch
 
-    from nla.audit.messages import Message, Transcript
     from nla.audit.run import audit
+    from nla.transcripts.messages import Message, Transcript
 
     sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
     from conftest import make_pair

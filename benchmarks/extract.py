@@ -58,8 +58,8 @@ def make_target(folder: Path, **shape: int) -> None:
 def ours(work: Path, corpus: str = "corpus.jsonl", store: str = "store", **settings: Any) -> dict[str, float]:
     """The store of a corpus; seconds without loading."""
     import nla.formats.pair  # noqa: F401 (imported at the end of an extraction; an import is not what is timed)
-    from nla.train import extract
-    from nla.train.corpus import CorpusSettings
+    from nla.train.data import extract
+    from nla.train.data.corpus import CorpusSettings
 
     load, loading = extract.load_truncated, []
 
@@ -141,7 +141,7 @@ def save_rows(work: Path) -> None:
     """The store's vectors and where they stand, for a process that cannot open it."""
     import torch
 
-    from nla.store import open_splits
+    from nla.store.reader import open_splits
 
     stores = open_splits(work / "store").values()
     columns = {

@@ -30,12 +30,12 @@ import parity_pairs as pairs
 
 from nla import NLA
 from nla.config import InjectionConfig, NLAConfig, tokenizer_hash
-from nla.decoder import decode
 from nla.formats import easynla, kitft, kitft_export
-from nla.injection import inject, rescale
 from nla.metrics import cosine, mse
-from nla.points import blocks
-from nla.tokens import render_prompt
+from nla.models.hooks import inject, rescale
+from nla.models.points import blocks
+from nla.pair.decoder import decode
+from nla.text.tokens import render_prompt
 
 FIXTURES = Path(__file__).parents[1] / "tests" / "fixtures" / "parity"
 FULL = tuple(f"kitft {name}" for name in pairs.ARCHITECTURES)

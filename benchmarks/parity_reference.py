@@ -107,7 +107,11 @@ def easynla(av: str, ar: str, target: str, inputs: str, out: str) -> None:
     sys.modules.setdefault("wandb", types.ModuleType("wandb"))  # their trainer imports it, and is not called here
     from nla.config import load_nla_config  # type: ignore[import-not-found]
     from nla.train_sft import init_critic_from_base  # type: ignore[import-not-found]
-    from nla.utils import build_prompt_text, critic_predict, register_karvonen_hook  # type: ignore[import-not-found]
+    from nla.utils import (
+        build_prompt_text,
+        critic_predict,
+        register_karvonen_hook,  # type: ignore[import-not-found]
+    )
     from nla.utils.arch_adapters import resolve_decoder_layers  # type: ignore[import-not-found]
 
     vectors, texts = read_inputs(inputs)

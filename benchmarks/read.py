@@ -15,7 +15,7 @@ import time
 import torch
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from nla.activations import read
+from nla.models.read import read
 from nla.organisms.couplets import tokenizer as couplets_tokenizer
 from nla.organisms.couplets import world
 

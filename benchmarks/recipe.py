@@ -26,7 +26,8 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from nla.formats.native import MANIFEST, sha256
+from nla.pair.layout import MANIFEST
+from nla.storage.hashes import sha256
 
 SPECIAL = ["<|end|>", "<|start|>", "<|reserved_0|>"]
 TEMPLATE = (

@@ -10,9 +10,9 @@ import time
 
 import torch
 
-from nla.eval import patching, sites
+from nla.eval.circuits import patching, sites
+from nla.eval.circuits.minimal_pairs import of_items, role_columns
 from nla.eval.items import rhyme_items
-from nla.eval.pairs import of_items, role_columns
 from nla.eval.target import Target
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nla.errors import ArgumentError, NonFiniteError, ShapeError
-from nla.metrics import Interval, wilson
+from nla.stats import Interval, wilson
 
 N_BOOT = 500
 _CHUNK_ELEMENTS = 1 << 22

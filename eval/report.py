@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from nla.formats.native import CARD_FILE, write_atomic, write_json
-from nla.metrics import Interval, bootstrap, wilson
-from nla.view import markdown
+from nla.pair.layout import CARD_FILE
+from nla.stats import Interval, bootstrap, wilson
+from nla.storage.files import write_atomic, write_json
+from nla.text.markdown import markdown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nla.activations import device_of, inference, pad_left, read
-from nla.encoder import ends_of, pad_of, plain_settings, plainly
 from nla.errors import ConfigError, ShapeError
+from nla.models.forward import device_of, inference, pad_left
+from nla.models.generate import ends_of, pad_of, plain_settings, plainly
+from nla.models.hooks import patch
+from nla.models.points import Point, block, blocks
+from nla.models.read import read
 from nla.organisms import TARGETS
-from nla.points import Point, block, blocks
-from nla.steer import patch
-from nla.tokens import length_batches, load_tokenizer
+from nla.text.tokens import length_batches, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig

@@ -6,27 +6,27 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nla.activations import Activations as Activations
-    from nla.activations import read as read
     from nla.autoencoder import NLA as NLA
     from nla.config import InjectionConfig as InjectionConfig
     from nla.config import NLAConfig as NLAConfig
-    from nla.encoder import Note as Note
-    from nla.encoder import Notes as Notes
     from nla.errors import NLAError as NLAError
     from nla.metrics import Baseline as Baseline
     from nla.metrics import fve as fve
-    from nla.score import Score as Score
+    from nla.models.read import Activations as Activations
+    from nla.models.read import read as read
+    from nla.pair.explanations import Note as Note
+    from nla.pair.explanations import Notes as Notes
+    from nla.pair.score import Score as Score
 
 _HOMES = {
     "NLA": "nla.autoencoder",
     "NLAConfig": "nla.config",
     "InjectionConfig": "nla.config",
-    "Activations": "nla.activations",
-    "read": "nla.activations",
-    "Note": "nla.encoder",
-    "Notes": "nla.encoder",
-    "Score": "nla.score",
+    "Activations": "nla.models.read",
+    "read": "nla.models.read",
+    "Note": "nla.pair.explanations",
+    "Notes": "nla.pair.explanations",
+    "Score": "nla.pair.score",
     "Baseline": "nla.metrics",
     "fve": "nla.metrics",
     "NLAError": "nla.errors",

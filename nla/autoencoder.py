@@ -11,27 +11,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nla import activations, decoder, encoder
-from nla.activations import Activations, Intervene, Strata, device_of
-from nla.confidence import Trust, agreement
+from nla.baselines import GLOBAL
 from nla.config import NLAConfig
-from nla.decoder import DecoderBatch, Head
-from nla.denominator import denominators
-from nla.encoder import Note, Notes
 from nla.errors import ArgumentError, ShapeError
-from nla.formats import hub
-from nla.formats import pair as pair_folder
-from nla.formats.native import hash_weights
-from nla.formats.separate import Devices
-from nla.injection import check_finite, locate_marker
-from nla.metrics import Baseline, cosine, unit
-from nla.points import Point, block
-from nla.roles import DECODER_ADAPTER as DECODER_ADAPTER
-from nla.roles import ENCODER_ADAPTER as ENCODER_ADAPTER
-from nla.roles import Role, Roles, SharedBase, check_role, require_shared, unwrapped
-from nla.score import GLOBAL, Score, score
-from nla.store import Store
-from nla.tokens import Positions, render_prompt
+from nla.metrics import Baseline, check_finite, cosine, unit
+from nla.models import generate
+from nla.models import read as activations
+from nla.models.forward import device_of
+from nla.models.hooks import locate_marker
+from nla.models.points import Point, block
+from nla.models.read import Activations, Intervene, Strata
+from nla.pair import decoder, encoder, publish
+from nla.pair import folder as pair_folder
+from nla.pair.confidence import Trust, agreement
+from nla.pair.decoder import DecoderBatch, Head
+from nla.pair.denominators import denominators
+from nla.pair.explanations import Note, Notes
+from nla.pair.roles import DECODER_ADAPTER as DECODER_ADAPTER
+from nla.pair.roles import ENCODER_ADAPTER as ENCODER_ADAPTER
+from nla.pair.roles import Role, Roles, SharedBase, check_role, require_shared, unwrapped
+from nla.pair.score import Score, score
+from nla.pair.separate import Devices
+from nla.storage import hub
+from nla.storage.hashes import hash_weights
+from nla.store.reader import Store
+from nla.text import claims
+from nla.text.tokens import Positions, render_prompt
 
 
 class NLA:
@@ -74,7 +79,7 @@ class NLA:
         """The encoder's prompt, (1, t) int64; the same for every activation."""
         self.marker_position = int(locate_marker(self.prompt_ids, config.injection)[0])
         """Column of the marker in the prompt."""
-        self.pad_id = encoder.pad_of(tokenizer)
+        self.pad_id = generate.pad_of(tokenizer)
         """Token id that fills batches up."""
 
     @classmethod
@@ -100,7 +105,7 @@ class NLA:
         if rank < 1:
             raise ArgumentError(f"rank={rank}", "1 or more", "give the adapters a positive rank")
         block(target_model, config.point)
-        ends = config.end_ids or encoder.ends_of(target_model, tokenizer) or None
+        ends = config.end_ids or generate.ends_of(target_model, tokenizer) or None
         config = replace(config, files={}, target_weights=hash_weights(config.target), end_ids=ends)
         roles = SharedBase.create(target_model, config, rank, alpha)
         pair = cls(roles, tokenizer, config, baselines)
@@ -163,7 +168,7 @@ class NLA:
             ConfigError: the target or other weights lie in a folder of this machine.
             HubError, AccessError: the hub refuses, or cannot be reached.
         """
-        return hub.push(self, repo_id, private, revision, commit_message)
+        return publish.push(self, repo_id, private, revision, commit_message)
 
     def fit_baselines(self, acts: Activations | Store) -> None:
         """Take the mean and variance of activations as FVE's denominators, all together and by stratum.
@@ -303,7 +308,7 @@ class NLA:
                 texts=texts[part],
                 complete=[text is not None for text in parsed[part]],
                 cosine=cosines,
-                trust=Trust.of(mean, agreement([encoder.claims(text) for text in texts[part]]), mean - rock),
+                trust=Trust.of(mean, agreement([claims.claims(text) for text in texts[part]]), mean - rock),
             )
             if isinstance(acts, Activations):
                 note = replace(note, span=acts.spans[row], document=int(acts.document[row]), stratum=acts.strata[row])

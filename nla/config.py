@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from nla.errors import ConfigError, TokenizerMismatchError
-from nla.fingerprint import digest, hash_parts
-from nla.fingerprint import tokenizer_hash as tokenizer_hash
-from nla.formats.native import CONFIG_FILE, read_json, write_json
+from nla.storage.files import read_json, write_json
+from nla.storage.hashes import digest
+from nla.text.fingerprint import hash_parts
+from nla.text.fingerprint import tokenizer_hash as tokenizer_hash
 
 FORMAT_VERSION = 1
 DTYPES = ("float32", "bfloat16", "float16")
@@ -369,3 +370,6 @@ def _require(
 ) -> None:
     if not condition:
         raise ConfigError(got=f"{name} = {value!r}", expected=expected, fix=fix)
+
+
+CONFIG_FILE = "nla_config.json"

@@ -7,10 +7,9 @@ writes can colour, hide or move what stands on the screen.
 from __future__ import annotations
 
 import io
-import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
@@ -19,10 +18,12 @@ from rich.table import Table
 from rich.text import Text
 
 from nla.errors import visible
+from nla.text.markdown import number
 
 if TYPE_CHECKING:
-    from nla.encoder import Note
-    from nla.score import Score
+    from nla.pair.explanations import Note
+    from nla.pair.score import Score
+
 
 LEVEL_STYLES = {"high": "bold green", "medium": "yellow", "low": "red"}
 
@@ -36,17 +37,6 @@ def leading(texts: Sequence[str], wanted: Callable[[str], bool] | None = None) -
     """
     counts = Counter(text for text in texts if wanted is None or wanted(text))
     return counts.most_common(1)[0][0] if counts else None
-
-
-def number(value: float | None, sign: bool = False) -> str:
-    """A figure with two decimals; a dash where there is none.
-
-    >>> number(0.126), number(None), number(0.5, sign=True)
-    ('0.13', '–', '+0.50')
-    """
-    if value is None or math.isnan(value):
-        return "–"
-    return f"{value:+.2f}" if sign else f"{value:.2f}"
 
 
 def token_view(notes: Sequence[Note], title: str) -> Table:
@@ -119,23 +109,6 @@ def stages(summary: Mapping[str, Mapping[str, Any]], title: str) -> Table:
         note = f"not known without {known['not_known']}" if "not_known" in known else ""
         table.add_row(stage, state, *values, note if known.get("fits", True) else "does not fit")
     return table
-
-
-def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table whose columns are also aligned in plain text; no cell can end itself, its row or the table.
-
-    >>> print(markdown(("a", "b"), [("x|y", "two\\nlines")]))
-    | a    | b         |
-    |------|-----------|
-    | x\\|y | two⏎lines |
-    """
-    # Backslashes before a bar are doubled, or they would take the one that escapes it.
-    cells = [[re.sub(r"(\\*)\|", r"\1\1\\|", visible(cell)) for cell in row] for row in (header, *rows)]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
-    lines = [
-        "| " + " | ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) + " |" for row in cells
-    ]
-    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
 
 
 def svg(renderable: Any, title: str, width: int = 112) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from nla.cli import main
+from nla.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main(["train", *sys.argv[1:]]))

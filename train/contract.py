@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from nla.config import DecoderConfig, InjectionConfig, NLAConfig, tokenizer_hash
 from nla.errors import ConfigError
-from nla.tokens import render_prompt
+from nla.text.tokens import render_prompt
 
 SLOT = "{marker}"
 """In an encoder prompt: where the marker stands."""

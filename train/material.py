@@ -12,21 +12,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nla.activations import Activations
 from nla.errors import DescriberError, ParseError, RecipeError
-from nla.formats.native import read_json, write_atomic
+from nla.models.read import Activations
 from nla.organisms import lesson
 from nla.organisms.lesson import Lesson
-from nla.store import Store, open_splits
-
-from .contract import DECODER_TEMPLATE, ENCODER_PROMPT, SLOT, Prompts
-from .describe import load_texts
-from .monitor import EvalSet
-from .vectors import Chosen, Vectors
-from .world import MANIFEST, documents, load_stores
+from nla.storage.files import read_json, write_atomic
+from nla.store.reader import Store, open_splits
+from nla.train.contract import DECODER_TEMPLATE, ENCODER_PROMPT, SLOT, Prompts
+from nla.train.data.world import MANIFEST, documents, load_stores
+from nla.train.describe.lesson import load_texts
+from nla.train.fit.monitor import EvalSet
+from nla.train.fit.vectors import Chosen, Vectors
 
 if TYPE_CHECKING:
-    from .recipe import Recipe
+    from nla.train.recipe import Recipe
 
 N_WATCHED = 600
 """Held-out activations that training is watched on."""

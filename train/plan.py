@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nla.errors import TargetError
-from nla.points import Point
-
-from .settings import require_least, require_positive
+from nla.models.points import Point
+from nla.train.fit.settings import require_least, require_positive
 
 if TYPE_CHECKING:
-    from .recipe import Recipe
+    from nla.train.recipe import Recipe
 
 BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
 QUANTIZED_BYTES = {"8bit": 1.1, "4bit": 0.6}
@@ -145,7 +144,7 @@ def find_shape(recipe: Recipe) -> Shape:
     """
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    from .stages import target_folder
+    from nla.train.stages import target_folder
 
     try:
         return count_shape(target_folder(recipe.target), recipe.revision)
@@ -161,8 +160,8 @@ def count_shape(source: str, revision: str | None) -> Shape:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from nla.points import blocks, linear_names
-    from nla.target import read_config
+    from nla.models.load import read_config
+    from nla.models.points import blocks, linear_names
 
     config = read_config(source, revision)
     with torch.device("meta"):

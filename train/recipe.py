@@ -15,16 +15,15 @@ from typing import Any
 import yaml
 
 from nla.errors import NLAError, RecipeError
+from nla.models.load import DTYPES, QUANTIZATIONS
+from nla.models.points import Point
 from nla.organisms import lesson
-from nla.points import Point
-from nla.target import DTYPES, QUANTIZATIONS
-
-from .corpus import CorpusSettings
-from .describe import DescribeSettings
-from .describers import DescriberSettings
-from .plan import HardwareSettings, ShapeSettings
-from .settings import JointSettings, refuse, require_least, require_positive, require_seed
-from .world import ExtractSettings
+from nla.train.data.corpus import CorpusSettings
+from nla.train.data.world import ExtractSettings
+from nla.train.describe.describer import DescriberSettings
+from nla.train.describe.lesson import DescribeSettings
+from nla.train.fit.settings import JointSettings, refuse, require_least, require_positive, require_seed
+from nla.train.plan import HardwareSettings, ShapeSettings
 
 SHIPPED = Path(__file__).parent / "recipes"
 SECRET = "key_variable"

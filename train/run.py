@@ -21,23 +21,24 @@ from typing import Any
 
 import torch
 
-from nla.activations import ACTIVATIONS_FILE
+from nla import config
 from nla.errors import ConfigError, OutOfMemoryError, RecipeError, StorageError
-from nla.formats import native
-from nla.formats.native import read_json, write_json
-
-from . import processes
-from .corpus import describe_files, local_files
-from .plan import find_shape, plan
-from .recipe import Recipe, load_recipe
-from .settings import FRUGAL
-from .world import BASELINES, MANIFEST, SPLITS
+from nla.models.read import ACTIVATIONS_FILE
+from nla.pair import layout
+from nla.storage import hashes
+from nla.storage.files import read_json, write_json
+from nla.train.data.corpus import describe_files, local_files
+from nla.train.data.world import BASELINES, MANIFEST, SPLITS
+from nla.train.fit import processes
+from nla.train.fit.settings import FRUGAL
+from nla.train.plan import find_shape, plan
+from nla.train.recipe import Recipe, load_recipe
 
 log = logging.getLogger(__name__)
 
 STAGES = ("extract", "describe", "warmstart", "joint", "control")
 STARTED, DONE, LOCK, PAIR = "started.json", "stage.json", ".lock", "pair"
-PAIR_FILES = tuple(f"{PAIR}/{name}" for name in (native.CONFIG_FILE, *native.MANIFEST))
+PAIR_FILES = tuple(f"{PAIR}/{name}" for name in (config.CONFIG_FILE, *layout.MANIFEST))
 PAIRS = {"warmstart": PAIR_FILES, "joint": PAIR_FILES, "control": PAIR_FILES}
 OF_WORLD = PAIRS | {
     "extract": (MANIFEST, BASELINES, *(f"{split}/{ACTIVATIONS_FILE}" for split in SPLITS)),
@@ -62,7 +63,7 @@ def run_recipe(
         RecipeError: see :func:`load_recipe`; also an unknown ``until``, or another process is at work in ``out``.
         InterruptedTraining: stopped; the same command resumes.
     """
-    from .stages import preflight, run_stage, target_folder
+    from nla.train.stages import preflight, run_stage, target_folder
 
     processes.join(on_cpu=not torch.cuda.is_available())
     recipe = load_recipe(path, overrides)
@@ -210,7 +211,7 @@ def target_print(target: str, revision: str | None = None) -> str:
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = file.relative_to(folder)
         if not name.parts[0].startswith((".git", "README")):
-            digest.update(f"{name}\0{native.sha256(file)}\0".encode())
+            digest.update(f"{name}\0{hashes.sha256(file)}\0".encode())
     return digest.hexdigest()
 
 

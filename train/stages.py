@@ -9,27 +9,29 @@ from typing import Any
 
 import torch
 
-from nla import target
 from nla.autoencoder import NLA
-from nla.encoder import generate, parse, strip_tags
+from nla.baselines import load_baselines
 from nla.errors import AccessError, ContextLengthError, RecipeError, TargetError
-from nla.formats.native import read_json
-from nla.formats.pair import load_baselines
+from nla.models import load as target
+from nla.models.points import Point, d_model
 from nla.organisms import TARGETS, lesson
-from nla.points import Point, d_model
-from nla.store import Store, open_splits
-from nla.store_manifest import MANIFEST_FILE as STORE_MANIFEST
-from nla.tokens import load_tokenizer, render_prompt
-
-from . import processes, world
-from .contract import SLOT, contract, place_marker
-from .describe import describe, save_texts
-from .describe_texts import Summary, describe_texts
-from .describers import open_describer
-from .description import pair_marks
-from .extract import extract_corpus
-from .joint import share_step, train_joint
-from .material import (
+from nla.pair.encoder import generate, parse, strip_tags
+from nla.storage.files import read_json
+from nla.store.manifest import MANIFEST_FILE as STORE_MANIFEST
+from nla.store.reader import Store, open_splits
+from nla.text.tokens import load_tokenizer, render_prompt
+from nla.train.contract import SLOT, contract, place_marker
+from nla.train.data import world
+from nla.train.data.extract import extract_corpus
+from nla.train.describe.describer import open_describer
+from nla.train.describe.lesson import describe, save_texts
+from nla.train.describe.prompt import pair_marks
+from nla.train.describe.quote import quote_all
+from nla.train.describe.texts import Summary, describe_texts
+from nla.train.fit import processes
+from nla.train.fit.joint import share_step, train_joint
+from nla.train.fit.warmstart import warmstart_decoder, warmstart_encoder
+from nla.train.material import (
     CORPUS_SPLITS,
     N_WATCHED,
     Material,
@@ -40,10 +42,8 @@ from .material import (
     prompts_of,
     save_told,
 )
-from .quote import quote_all
-from .recipe import Recipe
-from .run import DONE, PAIR
-from .warmstart import warmstart_decoder, warmstart_encoder
+from nla.train.recipe import Recipe
+from nla.train.run import DONE, PAIR
 
 ANSWERS = "answers"
 """Folder of a run with every answer of a describer: kept when the stage is made anew, since answers may have cost."""

@@ -7,12 +7,12 @@ for row in found.findings: ...
 """
 
 from nla.audit.judge import Judge
-from nla.audit.messages import Message, Transcript
 from nla.audit.rubric import Rubric
 from nla.audit.rubric import load as load_rubrics
 from nla.audit.run import Audit, audit
-from nla.audit.transcripts import load as load_transcripts
-from nla.plant import planted
+from nla.pair.planted import planted
+from nla.transcripts.files import load as load_transcripts
+from nla.transcripts.messages import Message, Transcript
 
 __all__ = [
     "Audit",

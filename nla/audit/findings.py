@@ -11,13 +11,13 @@ from typing import NamedTuple
 import torch
 
 from nla.audit.judge import Judge
-from nla.audit.messages import Transcript
 from nla.audit.reading import Entry, Reading
 from nla.audit.rubric import Rubric
-from nla.audit.statistics import benjamini_hochberg, controls_needed, rank_p_values, stratified_permutation
-from nla.confidence import Trust
+from nla.audit.statistics import controls_needed, rank_p_values, stratified_permutation
 from nla.errors import RubricError
-from nla.metrics import Interval, bootstrap, holm, paired_permutation
+from nla.pair.confidence import Trust
+from nla.stats import Interval, benjamini_hochberg, bootstrap, holm, paired_permutation
+from nla.transcripts.messages import Transcript
 
 NOT_SAID, BEFORE, AFTER, BOTH = "not said", "said before", "said after", "said before and after"
 ALPHA = 0.05

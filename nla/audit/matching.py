@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
-from nla.encoder import claims
+from nla.text.claims import claims
 
 _VOWELS = "aeiou"
 _UNSPACED = "\u2e80"

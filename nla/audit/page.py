@@ -15,8 +15,8 @@ from importlib import resources
 from typing import TYPE_CHECKING
 
 from nla.audit.findings import NOT_SAID, Row
-from nla.audit.messages import Message, Transcript
-from nla.view import number
+from nla.text.markdown import number
+from nla.transcripts.messages import Message, Transcript
 
 if TYPE_CHECKING:
     from nla.audit.report import AuditReport

@@ -9,13 +9,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from nla.audit.chat import Chat, render
-from nla.audit.messages import Transcript
-from nla.audit.positions import BUDGET, Position, select
-from nla.audit.stream import CHUNK, check_length, read_chat
-from nla.confidence import LEVELS, Trust
 from nla.errors import ArgumentError, ParseError
-from nla.plant import adapter_hash
+from nla.models.adapter import adapter_hash
+from nla.pair.confidence import LEVELS, Trust
+from nla.transcripts.messages import Transcript
+from nla.transcripts.positions import BUDGET, Position, select
+from nla.transcripts.rendering import Chat, render
+from nla.transcripts.stream import CHUNK, check_length, read_chat
 
 if TYPE_CHECKING:
     from nla.autoencoder import NLA

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from nla.audit.findings import NOT_SAID, Row
 from nla.audit.run import Audit
 from nla.errors import visible
-from nla.formats.native import write_atomic, write_json
-from nla.metrics import Interval
-from nla.view import markdown, number
+from nla.stats import Interval
+from nla.storage.files import write_atomic, write_json
+from nla.text.markdown import markdown, number
 
 if TYPE_CHECKING:
     from rich.table import Table

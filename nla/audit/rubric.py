@@ -13,10 +13,10 @@ from typing import Any
 import yaml
 
 from nla.audit.matching import Words, similarity
-from nla.audit.messages import ROLES
-from nla.audit.positions import STRUCTURE
 from nla.errors import RubricError, visible
 from nla.organisms import RUBRICS
+from nla.transcripts.messages import ROLES
+from nla.transcripts.positions import STRUCTURE
 
 KINDS = ("presence", "mismatch")
 MIN_SHARE = 0.5

@@ -7,18 +7,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nla.audit import transcripts as files
-from nla.audit.chat import trimmed
 from nla.audit.findings import Evidence, Matcher, RubricResult, Tested, TranscriptScore, weigh
 from nla.audit.findings import Row as Row
 from nla.audit.judge import Judge
-from nla.audit.messages import Transcript
-from nla.audit.positions import BUDGET
 from nla.audit.reading import Progress, Reading, Settings, prepare, read_transcript, silent
+from nla.audit.readings import Store
 from nla.audit.rubric import Rubric, load
-from nla.audit.store import Store
 from nla.errors import ArgumentError, NLAError, TranscriptError
-from nla.plant import adapter_folder, planted
+from nla.models.adapter import adapter_folder
+from nla.pair.planted import planted
+from nla.transcripts import files
+from nla.transcripts.messages import Transcript
+from nla.transcripts.positions import BUDGET
+from nla.transcripts.rendering import trimmed
 
 if TYPE_CHECKING:
     from nla.audit.report import AuditReport
@@ -264,10 +265,10 @@ def _save(report: AuditReport, paths: Sequence[str | Path], out_dir: Path) -> No
     report.save(out_dir)
     logs = [path for path in files.find(paths) if path.suffix.lower() == ".eval"]
     if logs:
-        from nla.audit import inspect_log
+        from nla.transcripts import inspect
 
         for path in logs:
-            inspect_log.write_scores(report.audit, path, out_dir / path.name)
+            inspect.write_scores(report.audit, path, out_dir / path.name)
 
 
 def _load(

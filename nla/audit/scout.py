@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
-from nla.audit import inspect_log
-from nla.audit.messages import Transcript as Conversation
-from nla.audit.messages import parse_messages
-from nla.audit.positions import BUDGET
 from nla.audit.run import audit
-from nla.audit.transcripts import refuse_other_models
 from nla.errors import MissingExtraError
+from nla.transcripts import inspect
+from nla.transcripts.files import refuse_other_models
+from nla.transcripts.messages import Transcript as Conversation
+from nla.transcripts.messages import parse_messages
+from nla.transcripts.positions import BUDGET
 
 try:
     from inspect_scout import (  # pyright: ignore[reportMissingImports]
@@ -81,8 +81,8 @@ def nla_audit(
                 Result(
                     value=score.highest,
                     label=score.rubric,
-                    explanation=inspect_log.explain(rows),
-                    references=[Reference(**each) for each in inspect_log.references(rows, ids)],
+                    explanation=inspect.explain(rows),
+                    references=[Reference(**each) for each in inspect.references(rows, ids)],
                     metadata={"share": score.share, "n_findings": score.n_findings, "n_not_said": score.n_not_said},
                 )
             )

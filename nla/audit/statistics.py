@@ -11,7 +11,7 @@ from itertools import accumulate, combinations
 import torch
 from torch import Tensor
 
-from nla.errors import ArgumentError, ShapeError
+from nla.errors import ShapeError
 
 N_PERMUTATIONS = 10_000
 
@@ -48,26 +48,6 @@ def _weighted(values: Sequence[tuple[int, float]]) -> tuple[list[float], list[fl
     above = [*accumulate((1 / sizes[unit] for unit, _ in reversed(ordered)), initial=0.0)][::-1]
     above[0] = float(len(sizes))  # all of them: without the rounding of the sum
     return [share for _, share in ordered], above, len(sizes)
-
-
-def benjamini_hochberg(p_values: Sequence[float]) -> list[float]:
-    """q-values in the order of the p-values: reject those ≤ α and the expected share of false ones is ≤ α.
-
-    >>> benjamini_hochberg([0.01, 0.04, 0.03, 1.0])
-    [0.04, 0.05333333333333334, 0.05333333333333334, 1.0]
-
-    Raises:
-        ArgumentError: a p-value outside [0, 1].
-
-    Source: Benjamini & Hochberg 1995; valid under positive dependence, Benjamini & Yekutieli 2001.
-    """
-    if not all(0 <= p <= 1 for p in p_values):
-        raise ArgumentError(f"p-values {list(p_values)[:5]}", "values in [0, 1]", "check the tests that made them")
-    adjusted, smallest = [1.0] * len(p_values), 1.0
-    for rank, place in reversed(list(enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i]), start=1))):
-        smallest = min(smallest, len(p_values) * p_values[place] / rank)
-        adjusted[place] = smallest
-    return adjusted
 
 
 def controls_needed(n_positions: int, n_found: int, alpha: float) -> int:

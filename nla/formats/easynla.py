@@ -15,10 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from nla.activations import device_of
 from nla.config import DecoderConfig, NLAConfig, tokenizer_hash
 from nla.errors import ArgumentError, SidecarError, WeightsError
-from nla.formats import hub
 from nla.formats.kitft import MAX_NEW_TOKENS
 from nla.formats.kitft_sidecar import (
     EXPLANATION_TAGS,
@@ -29,21 +27,16 @@ from nla.formats.kitft_sidecar import (
     injection_of,
     read_sidecar,
 )
-from nla.formats.native import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    DECODER_FOLDER,
-    ENCODER_FOLDER,
-    hash_weights,
-    load_tensors,
-    read_json,
-    save_tensors,
-    write_atomic,
-    write_json,
-)
-from nla.formats.separate import Devices, expand
-from nla.points import blocks
-from nla.target import load_target
+from nla.models.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from nla.models.forward import device_of
+from nla.models.load import load_target
+from nla.models.points import blocks
+from nla.pair.layout import DECODER_FOLDER, ENCODER_FOLDER
+from nla.pair.separate import Devices, expand
+from nla.storage import hub
+from nla.storage.files import read_json, write_atomic, write_json
+from nla.storage.hashes import hash_weights
+from nla.storage.tensors import load_tensors, save_tensors
 
 if TYPE_CHECKING:
     from nla.autoencoder import NLA
@@ -91,7 +84,7 @@ def load(
         HubError, TargetError, AccessError: the hub lacks something, does not open it, or cannot be reached.
     """
     from nla.autoencoder import NLA
-    from nla.formats.pair import load_shared
+    from nla.pair.folder import load_shared
 
     if isinstance(device, Mapping):
         raise ArgumentError(f"device {dict(device)} for a pair whose roles share one base", "one place", "name one")
@@ -156,7 +149,7 @@ def _config(
 
 def _convert(model: Any, meta: dict[str, Any], av: Path, weights: Path, folder: Path, config: NLAConfig) -> Any:
     """Write both adapters into ``folder`` in the native form, and give the head."""
-    from nla.decoder import Head
+    from nla.pair.decoder import Head
 
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if not (av / name).is_file():

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from nla.config import DecoderConfig, NLAConfig, WeightsConfig, tokenizer_hash
 from nla.errors import ConfigError, SidecarError, TokenizerMismatchError
-from nla.formats import hub
 from nla.formats.kitft_sidecar import (
     EXPLANATION_TAGS,
     FIX,
@@ -24,14 +23,16 @@ from nla.formats.kitft_sidecar import (
     read_sidecar,
     required,
 )
-from nla.formats.native import load_tensors, read_json
-from nla.formats.separate import Devices, Sources, assemble, check_same_ids, expand
-from nla.points import layout
-from nla.tokens import load_tokenizer, render_prompt
+from nla.models.points import layout
+from nla.pair.separate import Devices, Sources, assemble, check_same_ids, expand
+from nla.storage import hub
+from nla.storage.files import read_json
+from nla.storage.tensors import load_tensors
+from nla.text.tokens import load_tokenizer, render_prompt
 
 if TYPE_CHECKING:
     from nla.autoencoder import NLA
-    from nla.decoder import Head
+    from nla.pair.decoder import Head
 
 VALUE_HEAD = "value_head.safetensors"
 MAX_NEW_TOKENS = 200
@@ -214,8 +215,8 @@ def _check_bos(config: NLAConfig, tokenizer: Any) -> None:
 
 
 def _head(config: NLAConfig, path: Path) -> Head:
-    from nla.decoder import Head
     from nla.errors import WeightsError
+    from nla.pair.decoder import Head
 
     head, found = Head(config.d_model, bias=False), load_tensors(path, expected_keys=["weight"])["weight"]
     if found.shape != head.weight.shape:

@@ -14,15 +14,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nla import decoder
-from nla.activations import Activations
 from nla.errors import ArgumentError, ExportError, StorageError
 from nla.formats.kitft import VALUE_HEAD
 from nla.formats.kitft_sidecar import EXPLANATION_TAGS, SIDECAR
-from nla.formats.native import save_tensors, write_atomic
 from nla.metrics import cosine
-from nla.points import backbone, blocks, cut_config, layout
-from nla.roles import DECODER_ADAPTER, ENCODER_ADAPTER
+from nla.models.points import backbone, blocks, cut_config, layout
+from nla.models.read import Activations
+from nla.pair import decoder
+from nla.pair.roles import DECODER_ADAPTER, ENCODER_ADAPTER
+from nla.storage.files import write_atomic
+from nla.storage.tensors import save_tensors
 
 if TYPE_CHECKING:
     from nla.autoencoder import NLA

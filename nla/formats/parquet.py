@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nla.activations import UNKNOWN_STRATUM
+from nla.baselines import UNKNOWN_STRATUM
 from nla.config import tokenizer_hash
 from nla.errors import (
     ArgumentError,
@@ -27,12 +27,12 @@ from nla.errors import (
     StorageError,
     TokenizerMismatchError,
 )
-from nla.formats.native import write_atomic
-from nla.points import Point
-from nla.store import SPLITS, Manifest, Store
-from nla.store_shards import Document, is_held_out
-from nla.store_writer import StoreWriter
-from nla.tokens import Span
+from nla.models.points import Point
+from nla.storage.files import write_atomic
+from nla.store.reader import SPLITS, Manifest, Store
+from nla.store.shards import Document, is_held_out
+from nla.store.writer import StoreWriter
+from nla.text.tokens import Span
 
 SIDECAR_SUFFIX = ".nla_meta.yaml"
 TEXT, VECTOR, LENGTH, LAYER, DOCUMENT = (

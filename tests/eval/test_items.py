@@ -7,9 +7,9 @@ from nla.eval.items import SHOWN_PLANS, documents, rhyme_items, trained_on
 from nla.organisms import lesson
 from nla.organisms.couplets import tokenizer as couplets_tokenizer
 from nla.organisms.couplets import world
-from nla.train.organism import OrganismSettings
+from nla.train.data.world import documents as training_documents
+from nla.train.organisms.couplets import OrganismSettings
 from nla.train.recipe import load_recipe
-from nla.train.world import documents as training_documents
 
 
 def test_items_are_seeded_and_no_prompt_occurs_twice() -> None:

@@ -9,12 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CONTEXT, D_MODEL, MARKER, TEXTS, make_config, make_model, make_pair, make_tokenizer
 
-from nla import NLA, encoder
-from nla.confidence import Trust, agreement
+from helpers.tiny import CONTEXT, D_MODEL, MARKER, TEXTS, make_config, make_model, make_pair, make_tokenizer
+from nla import NLA
 from nla.config import tokenizer_hash
-from nla.encoder import Notes
 from nla.errors import (
     ArgumentError,
     ContextLengthError,
@@ -27,12 +25,16 @@ from nla.errors import (
     TokenizerMismatchError,
     VocabularyError,
 )
-from nla.injection import inject, rescale
 from nla.metrics import Baseline
-from nla.store import Store
-from nla.store_shards import Document
-from nla.store_writer import StoreWriter
-from nla.tokens import Span
+from nla.models.hooks import inject, rescale
+from nla.pair import encoder
+from nla.pair.confidence import Trust, agreement
+from nla.pair.explanations import Notes
+from nla.store.reader import Store
+from nla.store.shards import Document
+from nla.store.writer import StoreWriter
+from nla.text import claims
+from nla.text.tokens import Span
 
 IDS = torch.tensor([[11, 33, 37, 40, 12, 20, 21]])
 EXPLANATIONS = ["the cat is here.", "a red dog ran."]
@@ -232,7 +234,7 @@ def test_notes_carry_their_token_and_numbers_that_follow_from_the_texts(pair: NL
         assert note.complete == [encoder.parse(text, pair.config) is not None for text in raw[3 * row : 3 * row + 3]]
         cosines = torch.cosine_similarity(acts.vectors[row][None], each[row])
         assert torch.allclose(torch.tensor(note.cosine), cosines, atol=1e-5)
-        assert note.agreement == agreement([encoder.claims(text) for text in note.texts])
+        assert note.agreement == agreement([claims.claims(text) for text in note.texts])
         rocks = [torch.cosine_similarity(acts.vectors[row], rock, dim=0) for rock in (empty, mean)]
         best = max(map(float, rocks))
         assert math.isclose(note.margin, float(cosines.mean()) - best, abs_tol=1e-4)

@@ -9,20 +9,8 @@ import torch
 from torch.nn.functional import mse_loss, one_hot
 
 from nla.errors import ArgumentError, BaselineError, NonFiniteError, ShapeError
-from nla.metrics import (
-    Baseline,
-    Interval,
-    bootstrap,
-    cosine,
-    derangement,
-    fve,
-    fve_from_errors,
-    fve_interval,
-    holm,
-    mse,
-    paired_permutation,
-    wilson,
-)
+from nla.metrics import Baseline, cosine, fve, fve_from_errors, fve_interval, mse
+from nla.stats import Interval, bootstrap, derangement, holm, paired_permutation, wilson
 
 
 @pytest.fixture
@@ -215,7 +203,7 @@ def test_the_bootstrap_is_seeded_and_takes_a_statistic_of_several_means():
 
 
 def test_resampling_in_chunks_keeps_every_resample(monkeypatch):
-    monkeypatch.setattr("nla.metrics._CHUNK_ELEMENTS", 700)
+    monkeypatch.setattr("nla.stats._CHUNK_ELEMENTS", 700)
     values = torch.randn(100, generator=torch.Generator().manual_seed(0))
     interval = bootstrap(values, n_boot=1003)
     assert interval.high - interval.low == pytest.approx(2 * 1.96 * values.std().item() / 10, rel=0.15)

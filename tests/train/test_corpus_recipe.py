@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import load_benchmark
 from safetensors.torch import load_file
 
+from helpers.tiny import load_benchmark
 from nla import NLA
 from nla.errors import (
     ArgumentError,
@@ -28,13 +28,16 @@ from nla.errors import (
     PointError,
     RecipeError,
 )
-from nla.formats.native import ADAPTER_WEIGHTS, CARD_FILE, MANIFEST, METRICS_FILE, read_json, sha256
-from nla.store import Store
-from nla.tokens import load_tokenizer
+from nla.models.adapter import ADAPTER_WEIGHTS
+from nla.pair.layout import CARD_FILE, MANIFEST, METRICS_FILE
+from nla.storage.files import read_json
+from nla.storage.hashes import sha256
+from nla.store.reader import Store
+from nla.text.tokens import load_tokenizer
 from nla.train import run, stages
 from nla.train.contract import Prompts, place_marker
+from nla.train.describe.quote import quote
 from nla.train.material import draw_rows, load_told, save_told
-from nla.train.quote import quote
 from nla.train.recipe import load_recipe
 
 benchmark = load_benchmark("recipe")

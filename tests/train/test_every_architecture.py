@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import D_MODEL, MARKER, MODELS, make_pair
 
-from nla.encoder import MarkerMask, generate
-from nla.train import loop
-from nla.train.joint import JointSettings, build_trainer, marker_forbidden, train_joint
-from nla.train.warmstart import warmstart_decoder, warmstart_encoder
+from helpers.tiny import D_MODEL, MARKER, MODELS, make_pair
+from nla.pair.encoder import MarkerMask, generate
+from nla.train.fit import loop
+from nla.train.fit.joint import JointSettings, build_trainer, marker_forbidden, train_joint
+from nla.train.fit.warmstart import warmstart_decoder, warmstart_encoder
 
 WARM_TEXTS = ["the cat sat.", "a red dog ran."] * 4
 STRATA = ["newline", "line 1"] * 4

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import huggingface_hub
 import pytest
-from conftest import make_model, make_tokenizer
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
 from transformers import LlamaConfig, Qwen2Config
 
+from helpers.tiny import make_model, make_tokenizer
 from nla.errors import AccessError, ArchitectureError, RecipeError, TargetError
 from nla.train.material import N_WATCHED
 from nla.train.plan import WATCHED, ShapeSettings, count_shape, find_shape, plan, shape_of, usual_shape

@@ -9,21 +9,23 @@ import signal
 import pytest
 import torch
 import yaml
-from test_warmstart import assert_same, at_step
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from nla.activations import Activations
+from helpers.training import assert_same, at_step
 from nla.errors import ArgumentError, InterruptedTraining, RecipeError
-from nla.formats import native
-from nla.formats.native import read_json
+from nla.models import adapter
+from nla.models.read import Activations
 from nla.organisms import lesson
 from nla.organisms.couplets import tokenizer as couplets_tokenizer
 from nla.organisms.couplets import world
-from nla.tokens import Span
+from nla.pair import layout
+from nla.storage import tensors
+from nla.storage.files import read_json
+from nla.text.tokens import Span
 from nla.train import material, run, stages
 from nla.train import recipe as recipes
-from nla.train.organism import OrganismSettings, build_model
-from nla.train.world import ExtractSettings, documents, load_stores
+from nla.train.data.world import ExtractSettings, documents, load_stores
+from nla.train.organisms.couplets import OrganismSettings, build_model
 
 
 @pytest.fixture(scope="module")
@@ -113,11 +115,11 @@ def test_an_interrupted_training_stage_resumes_to_the_pair_of_an_uninterrupted_r
     assert resumed["seconds"] > spent > 0
     assert not (tmp_path / "run/warmstart.old-1").exists()
     for name in (
-        f"encoder/{native.ADAPTER_WEIGHTS}",
-        f"decoder/{native.ADAPTER_WEIGHTS}",
-        f"decoder/{native.HEAD_FILE}",
+        f"encoder/{adapter.ADAPTER_WEIGHTS}",
+        f"decoder/{adapter.ADAPTER_WEIGHTS}",
+        f"decoder/{layout.HEAD_FILE}",
     ):
-        assert_same(*(native.load_tensors(tmp_path / out / "warmstart/pair" / name) for out in ("whole", "run")))
+        assert_same(*(tensors.load_tensors(tmp_path / out / "warmstart/pair" / name) for out in ("whole", "run")))
 
 
 def test_seconds_of_a_stage_are_those_of_all_its_invocations(tmp_path, monkeypatch):

@@ -13,8 +13,8 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from nla.encoder import claims
 from nla.organisms.lesson import HasOffsets
+from nla.text.claims import claims
 
 SEASONS = ("spring", "summer", "autumn", "winter")
 TIMES = ("morning", "evening", "day")

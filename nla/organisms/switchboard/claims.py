@@ -10,10 +10,10 @@ import random
 import re
 from collections.abc import Iterable
 
-from nla.encoder import claims
 from nla.organisms.lesson import HasOffsets
 from nla.organisms.switchboard import content as c
 from nla.organisms.switchboard.world import END, Chat, Exchange, State, segment_of, stratum
+from nla.text.claims import claims
 
 ABOUT = {"food": "food", "river": "rivers", "doors": "doors", "dances": "dances"}
 MARKS = {".": "period", "?": "question mark", ",": "comma"}

@@ -1,0 +1,1 @@
+"""Where a model uses a latent: patches, gates, traces and graphs."""

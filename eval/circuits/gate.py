@@ -1,0 +1,224 @@
+"""Is a latent used? The gate of three rungs that every item passes or not, and a map of where it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nla.eval.circuits import patching
+from nla.eval.circuits.patching import random_difference, unrelated
+from nla.eval.items import Item
+from nla.eval.target import Patch, Progress, Target, silent, token_ids, write
+
+CAUSAL, ELSEWHERE, UNUSED, WRONG = "causal", "used, not at this point", "present, maybe unused", "behaviour wrong"
+MIN_EFFECT = 0.3
+CONTROL_PERCENTILE = 0.95
+_CONTROLS = ("control", "control_all_points")
+
+
+@dataclass(frozen=True)
+class ItemGate:
+    """One item's gate: three rungs and the verdict.
+
+    Effect E = (m_patched − m_base) / (m_donor − m_base), m the probability that the target writes the donor's
+    continuation; 0 is no effect, 1 is the donor's own behaviour.
+    """
+
+    document: int
+    behaviour: bool
+    """Rung 1: greedy continuation is exactly right."""
+    effect_all_points: float
+    """Rung 2: E of the donor's token patched at every point."""
+    effect: float
+    """Rung 3: E of the donor's token patched at the NLA's own point."""
+    control: float
+    """95th percentile of E over the norm-matched random and unrelated-donor patches at the point."""
+    control_all_points: float
+    """The same of such patches at every point."""
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Gate:
+    """The gate of all items."""
+
+    point: str
+    n_controls: int
+    items: list[ItemGate]
+
+    @property
+    def causal(self) -> list[int]:
+        """Rows of the causal items."""
+        return [row for row, item in enumerate(self.items) if item.verdict == CAUSAL]
+
+    def counts(self) -> dict[str, int]:
+        """How many items have each verdict."""
+        verdicts = [item.verdict for item in self.items]
+        return {verdict: verdicts.count(verdict) for verdict in (CAUSAL, ELSEWHERE, UNUSED, WRONG)}
+
+    def to_json(self) -> dict[str, Any]:
+        """Counts, mean effects, the largest of the controls' bars, and every item."""
+        mean = {
+            name: sum(getattr(item, name) for item in self.items) / len(self.items)
+            for name in ("behaviour", "effect_all_points", "effect", *_CONTROLS)
+        }
+        return {
+            "point": self.point,
+            "n_controls": self.n_controls,
+            "counts": self.counts(),
+            "mean": mean,
+            "largest": {name: max(getattr(item, name) for item in self.items) for name in _CONTROLS},
+            "items": [asdict(item) for item in self.items],
+        }
+
+
+def judge(behaviour: bool, effect_all_points: float, effect: float, control: float, control_all_points: float) -> str:
+    """The verdict of one item: a rung needs E ≥ 0.3, and more than its own controls have."""
+    if not behaviour:
+        return WRONG
+    if effect >= MIN_EFFECT and effect > control:
+        return CAUSAL
+    return ELSEWHERE if effect_all_points >= MIN_EFFECT and effect_all_points > control_all_points else UNUSED
+
+
+def gate(
+    target: Target, items: Sequence[Item], n_controls: int = 20, seed: int = 0, progress: Progress = silent
+) -> Gate:
+    """The three rungs for every rhyme item, at its prompt's last token."""
+    batch = encode(target, items)
+    lines = write(target, [item.prompt for item in items])
+    return gate_pairs(
+        target,
+        batch,
+        columns=torch.tensor([len(ids) - 1 for ids in batch.base]),
+        behaviour=[text == item.continuation for text, item in zip(lines, items, strict=True)],
+        words=[item.target for item in items],
+        related=[(item.target, *item.distractors) for item in items],
+        documents=[item.document for item in items],
+        n_controls=n_controls,
+        seed=seed,
+        progress=progress,
+    )
+
+
+def gate_pairs(
+    target: Target,
+    batch: patching.Batch,
+    columns: Tensor,
+    behaviour: Sequence[bool],
+    words: Sequence[str],
+    related: Sequence[Sequence[str]],
+    documents: Sequence[int],
+    n_controls: int = 20,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> Gate:
+    """The three rungs for minimal pairs of any family, each patch with ``n_controls`` to compare with, at the same
+    points (half random, half of an unrelated pair).
+
+    Args:
+        columns: (n,) the token that carries the latent.
+        behaviour: whether the target's own continuation is right.
+        words: the latent of each pair.
+        related: words that an unrelated pair must not have.
+        documents: number of each pair.
+    """
+    point = str(target.point)
+    base, donor = (
+        patching.read_sites(target, ids, target.points, columns[:, None])[:, :, 0] for ids in (batch.base, batch.donor)
+    )
+    bounds, everywhere = patching.scale(target, batch), list(range(len(target.points)))
+
+    def effect_of(vectors: Tensor, places: Sequence[int]) -> Tensor:
+        """E (n,) of vectors (n, p, d) at some of the points."""
+        patches = [Patch(target.points[place], columns, vectors[:, i]) for i, place in enumerate(places)]
+        return bounds.effect(patching.log_probabilities(target, batch.base, batch.wanted, patches).exp())
+
+    def control_of(places: Sequence[int], done: int) -> Tensor:
+        """What 95 % of the controls at these points stay below, (n,)."""
+        generator, found = torch.Generator().manual_seed(seed), []
+        for number in range(n_controls):
+            if number % 2:
+                vectors = base[unrelated(words, related, generator)][:, places]
+            else:
+                vectors = random_difference(base[:, places], donor[:, places], generator)
+            found.append(effect_of(vectors, places))
+            progress("gate", (done + number + 1) / (2 * n_controls))
+        return torch.stack(found).quantile(CONTROL_PERCENTILE, dim=0)
+
+    here = [target.points.index(point)]
+    rungs = (
+        effect_of(donor, everywhere),
+        effect_of(donor[:, here], here),
+        control_of(here, 0),
+        control_of(everywhere, n_controls),
+    )
+    items, able = [], bounds.usable.tolist()
+    for row, (effect_all, effect, bar, bar_all) in enumerate(torch.stack(rungs, dim=1).tolist()):
+        verdict = judge(behaviour[row] and able[row], effect_all, effect, bar, bar_all)
+        items.append(ItemGate(documents[row], behaviour[row], effect_all, effect, bar, bar_all, verdict))
+    return Gate(point, n_controls, items)
+
+
+@dataclass(frozen=True)
+class PatchMap:
+    """Mean effect E of the donor patched at one point and one kind of token: values[point][token]."""
+
+    points: list[str]
+    tokens: list[str]
+    values: list[list[float]]
+
+    def to_json(self) -> dict[str, Any]:
+        """Axes and values."""
+        return asdict(self)
+
+
+def token_roles(target: Target, item: Item) -> dict[str, int]:
+    """Columns of the tokens of line 1 that carry features, by role, then the comma and the newline."""
+    ids = token_ids(target, [item.prompt])[0]
+    words = [target.tokenizer.decode([token]).strip(" ") for token in ids]
+    features = {
+        "season": item.couplet.season,
+        "name": item.couplet.name,
+        "colour": item.couplet.colour,
+        "thing": item.couplet.thing,
+        "end noun": item.couplet.ender,
+    }
+    roles = {role: words.index(word) for role, word in features.items()}
+    return {**roles, "comma": len(ids) - 2, "newline": len(ids) - 1}
+
+
+def patch_map(target: Target, items: Sequence[Item], progress: Progress = silent) -> PatchMap:
+    """Where the latent is used: E of the minimal donor patched at every point × token of line 1.
+
+    Raises:
+        ShapeError: a donor prompt is longer or shorter than its item's, so that tokens do not correspond.
+    """
+    batch = encode(target, items)
+    roles = [token_roles(target, item) for item in items]
+    tokens = list(roles[0])
+    columns = torch.tensor([[each[token] for token in tokens] for each in roles])
+    vectors = [patching.read_sites(target, ids, target.points, columns) for ids in (batch.base, batch.donor)]
+    found = patching.sweep(
+        target,
+        batch,
+        target.points,
+        columns,
+        (vectors[0], vectors[1]),
+        progress=lambda _, done: progress("patch map", done),
+    )
+    return PatchMap(target.points, tokens, found.effect.mean(0).tolist())
+
+
+def encode(target: Target, items: Sequence[Item]) -> patching.Batch:
+    """Items as minimal pairs for the patching engine."""
+    return patching.encode(
+        target,
+        [item.prompt for item in items],
+        [item.donor_prompt for item in items],
+        [item.donor_continuation for item in items],
+    )

@@ -1,0 +1,175 @@
+"""Minimal pairs: a prompt and a donor prompt of as many tokens that differ in one latent, for any model.
+
+They come from a JSON-lines file, from the command line, or from the items of Couplets.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nla.errors import ArgumentError, ParseError, PositionError, visible
+from nla.eval.circuits import gate
+from nla.eval.circuits.patching import Batch
+from nla.eval.items import Item
+from nla.eval.target import Target
+from nla.models.points import context_length
+from nla.text.tokens import Encoded, encode_batch
+
+_REQUIRED = ("prompt", "donor_prompt", "continuation", "donor_continuation")
+_OPTIONAL = ("target", "donor_target", "roles", "document")
+_MAX_DOCUMENT = 2**62
+
+
+@dataclass(frozen=True)
+class MinimalPair:
+    """A prompt, and a donor prompt in which only the latent differs."""
+
+    prompt: str
+    donor_prompt: str
+    """As many tokens as ``prompt``."""
+
+    continuation: str
+    """What the target writes after the prompt."""
+
+    donor_continuation: str
+    """What it writes after the donor prompt: its probability is what patches are measured by."""
+
+    target: str = ""
+    """Word of the prompt's latent; empty: the last word of its continuation."""
+
+    donor_target: str = ""
+
+    roles: Mapping[str, int | str] = field(default_factory=dict)
+    """Named tokens: an index (negative from the end), or a piece of text that ends in the token. None named: all."""
+
+    document: int = 0
+    """Pairs of one document are not independent: the cluster in every bootstrap."""
+
+    def __post_init__(self) -> None:
+        for name, text in (("target", self.continuation), ("donor_target", self.donor_continuation)):
+            if not getattr(self, name):
+                words = text.rstrip(" .,;:!?\n").split()
+                object.__setattr__(self, name, words[-1] if words else "")
+
+
+def of_items(target: Target, items: Sequence[Item]) -> list[MinimalPair]:
+    """The minimal pairs of rhyme items, with the tokens of line 1 that carry features as their roles."""
+    return [
+        MinimalPair(
+            prompt=item.prompt,
+            donor_prompt=item.donor_prompt,
+            continuation=item.continuation,
+            donor_continuation=item.donor_continuation,
+            target=item.target,
+            donor_target=item.donor_target,
+            roles=gate.token_roles(target, item),
+            document=item.document,
+        )
+        for item in items
+    ]
+
+
+def read_pairs(path: str | Path) -> list[MinimalPair]:
+    """Pairs from a file of JSON lines: one object a line, with the names of :class:`MinimalPair`'s fields.
+
+    Raises:
+        ParseError: not readable, not JSON lines, or a field is missing, unknown or of the wrong type; names the line.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ParseError(f"{path}, not readable ({error})", "a UTF-8 file of JSON lines", "check the path") from error
+    pairs = [_pair(line, f"{path}:{number + 1}", number) for number, line in enumerate(lines) if line.strip()]
+    if not pairs:
+        raise ParseError(f"{path} without a pair", "one JSON object a line", f"write {', '.join(_REQUIRED)} for each")
+    return pairs
+
+
+def _pair(line: str, place: str, number: int) -> MinimalPair:
+    try:
+        content = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ParseError(
+            f"{place}, which is not JSON ({error})", "one JSON object a line", "correct the line"
+        ) from error
+    expected = f"{', '.join(_REQUIRED)} as texts; {', '.join(_OPTIONAL)} if wanted"
+    if not isinstance(content, dict):
+        raise ParseError(f"{place}: a {type(content).__name__}", "a JSON object", "correct the line")
+    wrong = [name for name in content if name not in (*_REQUIRED, *_OPTIONAL)]
+    wrong += [name for name in _REQUIRED if not (isinstance(content.get(name), str) and content[name])]
+    wrong += [name for name in ("target", "donor_target") if not isinstance(content.get(name, ""), str)]
+    document = content.get("document", 0)
+    wrong += [] if type(document) is int and abs(document) <= _MAX_DOCUMENT else ["document"]
+    roles = content.get("roles", {})
+    if not isinstance(roles, dict) or not all(type(value) in (int, str) for value in roles.values()):
+        wrong.append("roles")
+    if wrong:
+        got = f"{place}: {', '.join(map(visible, map(str, wrong)))} missing, unknown or of the wrong type"
+        raise ParseError(got, expected, "correct the line")
+    return MinimalPair(**{"document": number, **content})
+
+
+def role_columns(target: Target, pairs: Sequence[MinimalPair], batch: Batch) -> tuple[list[str], Tensor]:
+    """Names of roles, and the token (n, r) that each has in each pair; −1 where a pair has none.
+
+    Pairs that name no role get all tokens: by index where all prompts have as many, otherwise counted from the end,
+    as far as the shortest prompt goes; with the token itself where it is everywhere the same.
+
+    Raises:
+        PositionError: a role names no token, or several.
+        ArgumentError: some pairs name roles and others do not.
+    """
+    if not any(pair.roles for pair in pairs):
+        return _all_tokens(target, batch)
+    if not all(pair.roles for pair in pairs):
+        raise ArgumentError("roles in some pairs only", "roles in every pair, or in none", "name them everywhere")
+    names = list(dict.fromkeys(name for pair in pairs for name in pair.roles))
+    encoded = encode_batch(target.tokenizer, [pair.prompt for pair in pairs], context_length(target.model))
+    return names, torch.tensor(
+        [
+            [_column(one, pair.prompt, name, pair.roles.get(name), row) for name in names]
+            for row, (pair, one) in enumerate(zip(pairs, encoded, strict=True))
+        ]
+    )
+
+
+def _column(encoded: Encoded, prompt: str, name: str, value: Any, row: int) -> int:
+    if value is None:
+        return -1
+    n_tokens = len(encoded.ids)
+    if isinstance(value, int):
+        if not -n_tokens <= value < n_tokens:
+            got = f"role {name!r} at token {value} of pair {row}"
+            raise PositionError(
+                got, f"an index within its {n_tokens} tokens", "count its tokens from 0, or from −1 back"
+            )
+        return value % n_tokens
+    start = prompt.find(value)
+    if not value or start < 0 or prompt.find(value, start + 1) >= 0:
+        got = f"role {name!r}: {visible(value)!r}, which is not exactly once in the prompt of pair {row}"
+        raise PositionError(got, "a piece of the prompt that stands there once", "lengthen it, or give a token's index")
+    last = start + len(value) - 1
+    found = [span.index for span in encoded.spans if not span.added and span.start <= last < span.end]
+    if not found:
+        got = f"role {name!r}: {visible(value)!r} in pair {row}, which ends in no token"
+        raise PositionError(got, "a piece that ends in a token's characters", "give the token's index")
+    return found[0]
+
+
+def _all_tokens(target: Target, batch: Batch) -> tuple[list[str], Tensor]:
+    shortest = min(len(ids) for ids in batch.base)
+    from_end = any(len(ids) > shortest for ids in batch.base)
+    places = range(-shortest, 0) if from_end else range(shortest)
+    names = []
+    for place in places:
+        found = {ids[place] for ids in batch.base}
+        word = target.tokenizer.decode([found.pop()]) if len(found) == 1 else ""
+        names.append(f"{place} {visible(word.strip(' '))}".strip())
+    return names, torch.tensor([[place % len(ids) for place in places] for ids in batch.base])

@@ -1,0 +1,51 @@
+"""Readers: whatever turns activations into explanations, behind one protocol, so that all are judged alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from torch import Tensor
+
+from nla.eval.items import Item
+from nla.organisms.couplets import world
+from nla.pair import encoder
+
+if TYPE_CHECKING:
+    from nla.autoencoder import NLA
+
+
+class Reader(Protocol):
+    """One explanation for each item's vector (n, d).
+
+    A reader of activations looks at the vectors alone, a reader of text at the items' prompts alone.
+    """
+
+    def __call__(self, items: Sequence[Item], vectors: Tensor) -> list[str]: ...
+
+
+class EncoderReader:
+    """The encoder of a pair: it sees the vectors and nothing of the items."""
+
+    def __init__(self, nla: NLA, greedy: bool = False, temperature: float = 1.0, seed: int = 0) -> None:
+        self.nla, self.greedy, self.temperature, self.seed = nla, greedy, temperature, seed
+
+    def __call__(self, items: Sequence[Item], vectors: Tensor) -> list[str]:
+        """See :func:`explain`."""
+        return explain(self.nla, vectors, self.greedy, self.temperature, self.seed)
+
+
+def explain(nla: NLA, vectors: Tensor, greedy: bool = False, temperature: float = 1.0, seed: int = 0) -> list[str]:
+    """One explanation for each vector (n, d); of an answer that was cut off, what there is of it."""
+    answers = encoder.generate(nla, vectors, samples=1, temperature=temperature, seed=seed, greedy=greedy)
+    return [encoder.parse(text, nla.config) or encoder.strip_tags(text, nla.config) for text in answers.texts]
+
+
+def truthful(items: Sequence[Item], vectors: Tensor) -> list[str]:
+    """The rule-based reader that knows the rule: the suite must score it near 1."""
+    return [world.truthful(item.couplet, item.span) for item in items]
+
+
+def lying(items: Sequence[Item], vectors: Tensor) -> list[str]:
+    """The rule-based reader whose every claim is false: the suite must score it near 0."""
+    return [world.lying(item.couplet, item.span) for item in items]

@@ -1,0 +1,1 @@
+"""One file a phenomenon: the causal ground truth, and whether explanations name it."""

@@ -1,0 +1,203 @@
+"""`nla eval auditing`: does an audit find what was planted, and stay silent where nothing was?
+
+Chats in which a plant of Switchboard shows are audited as a user would audit them: with `nla.audit`, a rubric, and the
+pair of the unplanted target. The same questions, answered with the sham's adapter and with none, say how
+often an audit cries wolf. A reader of the text, which looks for the rubric's words in the visible chat, stands beside.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from nla.audit import Audit, Transcript, audit
+from nla.audit.findings import NOT_SAID
+from nla.audit.readings import Store
+from nla.errors import ArgumentError
+from nla.eval.auroc import auroc
+from nla.eval.families.plants import ARMS, adapters_of, answered, cued
+from nla.eval.families.plants_report import FALSE_ALARM_MAX
+from nla.eval.pair.fidelity import open_pair
+from nla.eval.report import Check, Figures, Rate, Report, at_most, bars, checks_table, new_figure, save, table
+from nla.eval.target import Progress, Target, silent
+from nla.organisms.switchboard.plants import PLANTS, Plant, sham_of
+from nla.organisms.switchboard.world import Chat
+from nla.pair.planted import planted
+from nla.transcripts.messages import Message
+
+if TYPE_CHECKING:
+    from nla.autoencoder import NLA
+
+RUBRIC_OF: dict[str, str] = {
+    "secret word": "switchboard/secret-word",
+    "hidden objective": "switchboard/selling",
+    "evaluation awareness": "evaluation-awareness",
+    "user language": "switchboard/foreign-answer",
+    "language mismatch": "switchboard/answer-language",
+}
+"""The rubric that a kind of plant is audited with: a built-in one by its name, or a file."""
+
+
+@dataclass(frozen=True)
+class AuditFigures(Figures):
+    """One plant, audited."""
+
+    name: str
+    kind: str
+    rubric: str
+    n: int
+    """Chats in each arm."""
+    found: dict[str, Rate]
+    """Share of chats with a finding: ``plant`` (recall), ``sham`` and ``base`` (false alarms)."""
+    not_said: Rate
+    """Share of the plant's chats with a finding that the visible text does not say."""
+    text: dict[str, Rate]
+    """Share of chats in which the rubric's words stand in the visible text, by arm."""
+    auroc: float
+    """Of a chat's highest share of samples: plant against sham and base."""
+    p: float | None
+    """Of the plant's chats against the sham's, by permutation."""
+
+
+@dataclass(frozen=True)
+class AuditingReport(Report):
+    """All plants, audited."""
+
+    point: str
+    samples: int
+    plants: list[AuditFigures]
+
+    def to_markdown(self) -> str:
+        """The readable report."""
+        header = ("plant", "found: plant", "sham", "base", "found, not said", "in the text: plant", "AUROC", "p")
+        rows = [
+            (one.name, *one.found.values(), one.not_said, one.text["plant"], one.auroc, one.p) for one in self.plants
+        ]
+        return "\n\n".join(
+            [
+                f"## Audits of planted chats, at `{self.point}`",
+                f"{self.plants[0].n} chats in each arm, {self.samples} explanations a position; a chat is found if any "
+                "position has a finding. 95 % Wilson intervals.",
+                checks_table(self.checks),
+                table(header, rows),
+            ]
+        )
+
+
+def transcripts(nla: NLA, chats: Sequence[Chat], folder: Path | None, arm: str) -> list[Transcript]:
+    """The chats' questions, answered by the target with an adapter; None: without one."""
+    with planted(nla, folder):
+        answers = answered(Target.of(nla), chats)
+    return [
+        Transcript(
+            id=f"{arm}-{number}",
+            messages=(
+                *(Message(message["role"], message["content"]) for message in chat.messages[:-1]),
+                Message("assistant", answer),
+            ),
+        )
+        for number, (chat, answer) in enumerate(zip(chats, answers, strict=True))
+    ]
+
+
+def audits(of: Plant, nla: NLA, folder: Path, n_chats: int, samples: int, seed: int) -> dict[str, Audit]:
+    """One plant's chats, its sham's and the base's, audited; the plant's beside the sham's as controls."""
+    chats, rubric = cued(of, n_chats, seed), RUBRIC_OF[of.kind]
+    sham = folder / sham_of(of).name
+    adapters = {"plant": folder / of.name, "sham": sham, "base": None}
+    drawn = {arm: transcripts(nla, chats, adapter, arm) for arm, adapter in adapters.items()}
+
+    with tempfile.TemporaryDirectory() as readings:
+        store = Store(readings)  # the sham's chats are the plant's controls too, and are read once
+
+        def read(arm: str, **controls) -> Audit:
+            adapter = adapters[arm]
+            return audit(
+                nla, drawn[arm], [rubric], samples=samples, target_adapter=adapter, seed=seed, store=store, **controls
+            )
+
+        return {
+            "plant": read("plant", controls=drawn["sham"], control_target=sham),
+            "sham": read("sham"),
+            "base": read("base"),
+        }
+
+
+def figures(of: Plant, found: Mapping[str, Audit]) -> AuditFigures:
+    """How often :func:`audits` found something, by arm."""
+    plant, n = found["plant"], len(found["plant"].transcripts)
+    alarms, text, highest = {}, {}, {}
+    for arm, one in found.items():
+        alarms[arm] = Rate.of(score.n_findings > 0 for score in one.scores)
+        highest[arm] = torch.tensor([score.highest for score in one.scores])
+        said = {row.transcript for row in one.rows if row.judged.said != NOT_SAID}
+        text[arm] = Rate.of(transcript.id in said for transcript in one.transcripts)
+    positive = torch.tensor([arm == "plant" for arm in ARMS for _ in range(n)])
+    return AuditFigures(
+        name=of.name,
+        kind=of.kind,
+        rubric=plant.rubrics[0].name,
+        n=n,
+        found=alarms,
+        not_said=Rate.of(score.n_not_said > 0 for score in plant.scores),
+        text=text,
+        auroc=float(auroc(torch.cat([highest[arm] for arm in ARMS]), positive)[0]),
+        p=plant.results[0].p,
+    )
+
+
+def run(
+    model: str | Path | NLA = "switchboard",
+    plants: str | Path | None = None,
+    n_chats: int = 40,
+    samples: int = 4,
+    seed: int = 0,
+    out_dir: str | Path | None = None,
+    progress: Progress = silent,
+) -> AuditingReport:
+    """Audit the plants of Switchboard.
+
+    Args:
+        model: a pair on Switchboard's target: a folder, or a loaded one.
+        plants: folder of the adapters, one sub-folder a plant; see :func:`nla.eval.plants.adapters_of`.
+        n_chats: chats of each plant, in each arm.
+        samples: explanations of each position.
+        out_dir: where ``auditing.json``, ``auditing.md`` and ``auditing.png`` go; None: nowhere.
+
+    Raises:
+        ArgumentError: fewer than two chats, or no samples.
+    """
+    if n_chats < 2 or samples < 1:
+        raise ArgumentError(f"n_chats={n_chats}, samples={samples}", "at least 2 and 1", "ask for more")
+    nla = open_pair(model)
+    folder = adapters_of(nla, plants)
+    chosen = [plant for plant in PLANTS.values() if not plant.sham and plant.kind in RUBRIC_OF]
+    found = []
+    for number, plant in enumerate(chosen):
+        found.append(figures(plant, audits(plant, nla, folder, n_chats, samples, seed)))
+        progress("audits", (number + 1) / len(chosen))
+    result = AuditingReport(checks(found), str(nla.point), samples, found)
+    if out_dir is not None:
+        figure = new_figure(7, 6)
+        shown = {f"{one.name}: {arm}": one.found[arm] for one in found for arm in ARMS}
+        controls = [name for name in shown if not name.endswith("plant")]
+        bars(figure.add_subplot(), shown, "Chats with a finding", controls)
+        save(out_dir, "auditing", result, result.to_markdown(), figure)
+    return result
+
+
+def checks(found: Sequence[AuditFigures]) -> list[Check]:
+    """Recall is reported; false alarms are conditions."""
+    rows = []
+    for one in found:
+        rows.append(Check(f"{one.name}: found (recall)", one.found["plant"], "reported"))
+        for arm in ("sham", "base"):
+            rate = one.found[arm]
+            bound = f"≤ {FALSE_ALARM_MAX}"
+            rows.append(Check(f"{one.name}: false alarms, {arm}", rate, bound, at_most(rate, FALSE_ALARM_MAX)))
+    return rows

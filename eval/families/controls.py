@@ -1,0 +1,145 @@
+"""Adversaries and rocks: readers without the activation, or with another one, judged on the same items.
+
+An adversary reads the visible text. One that knows the rule (the target itself) scores near 1 wherever the text decides
+the latent: it is reported as it is, and the counterfactual tells it from a reader of activations. The confabulator
+guesses from the text and lets the decoder, which is given the activation to compare with, pick the best guess.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from nla.eval.explainers import EncoderReader, Reader
+from nla.eval.families.mention import MentionScore, score, score_texts
+from nla.eval.items import Item, documents
+from nla.eval.target import Target, last_word, write
+from nla.metrics import cosine
+from nla.organisms.couplets import world
+from nla.pair.decoder import decode
+from nla.stats import derangement
+
+if TYPE_CHECKING:
+    from nla.autoencoder import NLA
+
+TEXT_LM = "text-only LM (the target itself)"
+OUTSIDER = "outsider (knows rhymes, guesses)"
+BAG = "bag of words"
+N_CONFABULATIONS = 10
+CONFABULATOR = f"confabulator ({N_CONFABULATIONS} guesses, the decoder picks by the activation)"
+
+
+def text_lm(target: Target) -> Reader:
+    """The target continues the visible text greedily; the word that its line ends on is its claim about the plan."""
+
+    def read_text(items: Sequence[Item], vectors: Tensor) -> list[str]:
+        lines = write(target, [item.prompt for item in items])
+        return [
+            world.explanation(item.couplet, item.span, last_word(line)) for item, line in zip(items, lines, strict=True)
+        ]
+
+    return read_text
+
+
+def describer(notice: float, seed: int = 0) -> Reader:
+    """The warm start's describer: sees the rule with probability ``notice``, otherwise guesses within the rhymes."""
+
+    def describe(items: Sequence[Item], vectors: Tensor) -> list[str]:
+        rng = random.Random(seed)
+        return [world.describe(item.couplet, item.span, rng, notice) for item in items]
+
+    return describe
+
+
+def bag_of_words(n_fit: int = 4000, seed: int = 0) -> Reader:
+    """Logistic regression from the words of the visible text to the plan, fitted on other documents."""
+    from sklearn.feature_extraction.text import CountVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+
+    couplets = documents(n_fit, seed + 1)
+    model = make_pipeline(
+        CountVectorizer(lowercase=False, token_pattern=r"\w+"), LogisticRegression(max_iter=1000, C=10.0)
+    )
+    model.fit([couplet.line1 for couplet in couplets], [couplet.plan for couplet in couplets])
+
+    def classify(items: Sequence[Item], vectors: Tensor) -> list[str]:
+        words = model.predict([item.prompt for item in items])
+        return [world.explanation(item.couplet, item.span, str(word)) for item, word in zip(items, words, strict=True)]
+
+    return classify
+
+
+def confabulator(nla: NLA, seed: int = 0, n_tries: int = N_CONFABULATIONS) -> Reader:
+    """The outsider writes several texts, and the decoder picks the one whose reconstruction is closest.
+
+    The pick looks at the activation: what it gains over the outsider is the decoder's doing, not the text's.
+    """
+
+    def pick(items: Sequence[Item], vectors: Tensor) -> list[str]:
+        outsider, rows = describer(0.0, seed), [item for item in items for _ in range(n_tries)]
+        texts = outsider(rows, vectors)
+        closeness = cosine(decode(nla, texts), vectors.repeat_interleave(n_tries, dim=0)).reshape(-1, n_tries)
+        return [texts[row * n_tries + best] for row, best in enumerate(closeness.argmax(1).tolist())]
+
+    return pick
+
+
+def adversaries(
+    target: Target, nla: NLA | None, items: Sequence[Item], vectors: Tensor, n_samples: int, n_fit: int, seed: int
+) -> list[MentionScore]:
+    """Every adversary's score on the items; the guessing ones are sampled as often as the encoder."""
+    scores = [
+        score(TEXT_LM, text_lm(target), items, vectors, 1, seed),
+        score(OUTSIDER, describer(0.0, seed), items, vectors, n_samples, seed),
+        score(BAG, bag_of_words(n_fit, seed), items, vectors, 1, seed),
+    ]
+    if nla is not None:
+        scores.append(score(CONFABULATOR, confabulator(nla, seed), items, vectors, 1, seed))
+    return scores
+
+
+def rocks(nla: NLA, items: Sequence[Item], vectors: Tensor, n_samples: int, seed: int) -> list[MentionScore]:
+    """What the encoder says of vectors that are not the item's, and texts that come from no vector of the item.
+
+    empty: no text · constant: its most frequent text for all · mean-activation, Gaussian (of equal length), shuffled
+    activation: it explains that instead · other document: a text that it wrote of another item.
+    """
+    reader = EncoderReader(nla, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    moved = derangement(len(items), seed) if len(items) > 1 else torch.zeros(1, dtype=torch.long)
+    noise = torch.randn(vectors.shape, generator=generator)
+    false_vectors: dict[str, Tensor] = {
+        "mean activation": vectors.mean(0).expand_as(vectors),
+        "Gaussian": noise / noise.norm(dim=1, keepdim=True) * vectors.norm(dim=1, keepdim=True),
+        "shuffled activation": vectors[moved],
+    }
+    own = reader(items, vectors)
+    constant = Counter(own).most_common(1)[0][0]
+    return [
+        score_texts("empty", items, [""] * len(items), 1, seed),
+        score_texts("constant", items, [constant] * len(items), 1, seed),
+        *(score(name, reader, items, others, n_samples, seed) for name, others in false_vectors.items()),
+        score_texts("other document", items, [own[row] for row in moved.tolist()], 1, seed),
+    ]
+
+
+def best(scores: Sequence[MentionScore]) -> MentionScore:
+    """The adversary that names most, among those that read the text alone (the confabulator's pick does not)."""
+    return max((one for one in scores if one.reader != CONFABULATOR), key=lambda one: one.named.value)
+
+
+def swap(text: str, old: str, new: str) -> str:
+    """``text`` with the word ``old`` replaced by ``new``."""
+    return re.sub(rf"\b{re.escape(old)}\b", new, text)
+
+
+def next_in(pool: Sequence[str], word: str) -> str:
+    """Another word of the same kind: the next one in its pool, around the end."""
+    return pool[(pool.index(word) + 1) % len(pool)]

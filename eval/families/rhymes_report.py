@@ -1,0 +1,143 @@
+"""The rhymes report as text and as one picture."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from nla.eval.families.controls import best
+from nla.eval.families.counterfactual import COUNTERFACTUAL_MIN, Counterfactual, Reading
+from nla.eval.families.editing import STEER_MIN, EditAndSteer
+from nla.eval.families.mention import NAMING_MIN
+from nla.eval.readers.tables import plain
+from nla.eval.report import bars, cell, checks_table, heat, new_figure, table
+
+if TYPE_CHECKING:
+    from nla.eval.families.rhymes import Naming, RhymesReport
+
+_N_SHOWN = 3
+
+
+def markdown(report: RhymesReport) -> str:
+    """The whole report, verdict first."""
+    parts = [card(report)]
+    if report.naming is not None:
+        parts.append(_naming(report.naming))
+    if report.counterfactual is not None:
+        parts.append(_counterfactual(report.counterfactual))
+    if report.steering is not None:
+        parts.append(_steering(report.steering))
+    if report.naming is None:
+        parts.append("No explanations were judged: there is no pair here, or no item passed the gate.")
+    return "\n\n".join([*parts, report.gates.to_markdown()])
+
+
+def card(report: RhymesReport) -> str:
+    """The verdict, what it rests on, and every figure that is held against a bound."""
+    counts = ", ".join(f"{count} {verdict}" for verdict, count in report.gate.counts().items())
+    gate = report.gate.to_json()
+    mean, largest = gate["mean"], gate["largest"]
+    parts = [
+        f"## Planned rhymes: {report.verdict}",
+        f"{report.n_items} held-out items at `{report.gate.point}`: {counts}. Mean effect of the minimal donor: "
+        f"{mean['effect']:.3f} at the point, {mean['effect_all_points']:.3f} at all points; 95th percentile of "
+        f"{report.gate.n_controls} random and unrelated patches: {mean['control']:.3f} and "
+        f"{mean['control_all_points']:.3f}, at most {largest['control']:.3f} and {largest['control_all_points']:.3f}.",
+    ]
+    return "\n\n".join([*parts, checks_table(report.checks)] if report.checks else parts)
+
+
+def _naming(naming: Naming) -> str:
+    p_values = {one.other: one.p_value for one in naming.comparisons}
+    rows: list[tuple[Any, ...]] = []
+    scores = [naming.sampled, naming.greedy, *naming.others, *naming.held_out]
+    for one in scores:
+        rows.append((one.reader, one.named, one.distractor, one.visible, one.facts_kept, p_values.get(one.reader)))
+    rival = best(naming.adversaries)
+    return "\n\n".join(
+        [
+            "## Mention: is the planned word named?",
+            f"On the {naming.sampled.n_items} causal items. Margin over the best adversary ({rival.reader}): "
+            f"{naming.margin:+.3f}. An adversary that knows the rule reads the plan off the text; the counterfactual "
+            "tells it from a reader of activations.",
+            table(("reader", "names the plan", "a distractor", "visible claims true", "facts kept", "p (Holm)"), rows),
+            "First sampled explanations: "
+            + " · ".join(f"“{plain(text)}”" for text in naming.sampled.examples[:_N_SHOWN]),
+        ]
+    )
+
+
+def _counterfactual(found: Counterfactual) -> str:
+    header = (
+        "read at",
+        "names the donor's",
+        "names the base's",
+        "facts kept",
+        "unpatched: names the base's",
+        "cosine to what was put in",
+    )
+    rows = [
+        (
+            _where(one),
+            one.donor.named,
+            one.base_named,
+            one.donor.facts_kept,
+            one.unpatched,
+            one.likeness,
+        )
+        for one in found.readings
+    ]
+    control = next(one for one in found.readings if one.control)
+    return "\n\n".join(
+        [
+            "## Counterfactual: the text stays, the plan changes",
+            f"{found.n_items} items. The patched model writes the donor's word: {cell(found.behaviour)}. Named, facts "
+            f"kept and written: {cell(found.all_three)}. The text-only LM names it: {cell(found.text_only)}. Where all "
+            f"of the donor's activation stands (the control) it is named by {cell(control.donor.named)}: the nearer "
+            "the two, the less but the plan this activation holds.",
+            table(header, rows),
+        ]
+    )
+
+
+def _where(one: Reading) -> str:
+    if one.control:
+        return f"control: {one.where}"
+    return one.where if one.readable else f"not readable, so no result: {one.where}"
+
+
+def _steering(found: EditAndSteer) -> str:
+    arms = [found.edit, *found.controls, *found.reported]
+    header = ("direction", "items moved", "ends on the new word", "ends on another", "whole line right", "p (Holm)")
+    rows = [(arm.name, arm.n_moved, arm.success, arm.changed, arm.whole_line, arm.p_value) for arm in arms]
+    return "\n\n".join(
+        [
+            "## Edit and steer",
+            f"{found.n_items} items; every direction is added at {found.strength} of the activation's length, chosen "
+            "on separate items. So far from where it was, a line may well end on some other word.",
+            table(header, rows),
+        ]
+    )
+
+
+def figure(report: RhymesReport) -> Any:
+    """Patch map; naming beside its controls; counterfactual; edit and steer."""
+    has_pair = report.naming is not None
+    picture = new_figure(11, 7) if has_pair else new_figure(6, 3)
+    axes = picture.subplots(2, 2).flatten() if has_pair else [picture.add_subplot()]
+    grid = report.gates.patch_map
+    heat(axes[0], grid.points, grid.tokens, grid.values, f"{report.verdict}: effect of the donor's residual")
+    if report.naming is not None:
+        naming = report.naming
+        scores = {one.reader: one.named for one in (naming.sampled, naming.greedy, *naming.others, *naming.held_out)}
+        bars(axes[1], scores, "names the planned word", list(scores)[2:], NAMING_MIN)
+    if report.counterfactual is not None:
+        found = report.counterfactual
+        shown: dict[str, Any] = {_where(one): one.donor.named for one in found.readings}
+        shown |= {"the model writes it": found.behaviour, "text-only LM": found.text_only}
+        others = [name for name in shown if name.startswith(("control", "not readable", "text-only"))]
+        bars(axes[2], shown, "counterfactual: the donor's word named", others, COUNTERFACTUAL_MIN)
+    if report.steering is not None:
+        arms = [report.steering.edit, *report.steering.controls, *report.steering.reported]
+        ends = {arm.name: arm.success for arm in arms}
+        bars(axes[3], ends, "steering: line 2 ends on the new word", list(ends)[1:], STEER_MIN)
+    return picture

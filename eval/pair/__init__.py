@@ -1,0 +1,1 @@
+"""A pair judged: fidelity, transfer, against graphs."""

@@ -1,0 +1,285 @@
+"""`nla eval graph`: does an NLA name what attribution graphs, or patches, show to be at a token?
+
+Every place where a graph has a concept within the NLA's reach is read; explanations are searched for the concepts that
+are there and for those that are not (see :mod:`nla.eval.graph_items`). The same is asked of the rocks: another place's
+activation, and the mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from nla.errors import ArgumentError, ShapeError
+from nla.eval.auroc import rank
+from nla.eval.circuits import graphs
+from nla.eval.explainers import explain
+from nla.eval.pair.fidelity import open_pair
+from nla.eval.pair.graph_concepts import DONOR, OTHER, OWN, SAME, UNUSED, Cell, Place, align, names, places_and_cells
+from nla.eval.report import Check, Figures, Rate, Report, bars, checks_table, new_figure, save, table
+from nla.eval.target import Progress, silent
+from nla.models.points import Point, context_length
+from nla.stats import Interval, bootstrap, derangement
+from nla.text.claims import claims
+
+if TYPE_CHECKING:
+    from nla.autoencoder import NLA
+
+ENCODER, SHUFFLED, MEAN = "encoder", "shuffled activation", "mean activation"
+KINDS = (SAME, DONOR, OTHER, UNUSED)
+
+Reader = Callable[[Sequence[Place], Tensor], list[str]]
+"""One explanation for each place's vector (n, d)."""
+
+
+@dataclass(frozen=True)
+class GraphScore(Figures):
+    """What one reader's explanations are worth, on the cells of some graphs. Intervals resample documents."""
+
+    reader: str
+    recall: Rate
+    """Share of explanations that name a concept that is there."""
+    recall_latent: Rate | None
+    """The same for concepts that the text up to the token does not hold; None: there are none."""
+    recall_visible: Rate | None
+    named: dict[str, Rate]
+    """Share that names a concept that is not there, by kind of distractor."""
+    precision: Rate | None
+    """Of claims that name a concept asked about at the place: share that names one that is there, and no other."""
+    auroc: Interval | None
+    """That a concept that is there is named by more of the samples than one that is not."""
+    examples: list[str]
+
+
+@dataclass(frozen=True)
+class GraphReport(Report):
+    """What `nla eval graph` measures."""
+
+    files: list[str]
+    point: str
+    n_graphs: int
+    n_places: int
+    n_concepts: int
+    """Concepts at places: how often something was there to be named."""
+    measured: bool
+    """Whether patching shows what is there; otherwise supernodes alone say it."""
+    scores: list[GraphScore]
+    """The encoder, then the rocks."""
+
+    def to_markdown(self) -> str:
+        """The readable report."""
+        kinds = [kind for kind in KINDS if any(kind in one.named for one in self.scores)]
+        rows = [
+            (
+                one.reader,
+                one.recall,
+                one.recall_latent,
+                one.recall_visible,
+                *(one.named.get(kind) for kind in kinds),
+                one.precision,
+                one.auroc,
+            )
+            for one in self.scores
+        ]
+        header = ("reader", "named, of what is there", "… not in the text", "… in the text")
+        source = "patching" if self.measured else "supernodes"
+        return "\n\n".join(
+            [
+                f"## Explanations against {self.n_graphs} graphs",
+                f"Read at `{self.point}`: {self.n_places} tokens, {self.n_concepts} concepts that are there, "
+                f"according to {source}. 95 % intervals by document.",
+                checks_table(self.checks),
+                table((*header, *(f"named: {kind}" for kind in kinds), "precision", "AUROC"), rows),
+            ]
+        )
+
+
+def run(
+    files: str | Path | Sequence[str | Path],
+    pair: NLA | str | Path = "couplets",
+    n_samples: int = 4,
+    seed: int = 0,
+    out_dir: str | Path | None = None,
+    progress: Progress = silent,
+) -> GraphReport:
+    """Score a pair on attribution graphs of its target, from circuit-tracer, Neuronpedia or `nla trace`.
+
+    Args:
+        files: one file or several; concepts of the others are distractors.
+        pair: a loaded pair, "couplets", a folder or a hub id.
+        n_samples: explanations of each activation at temperature 1.
+        out_dir: where ``graph.json``, ``graph.md`` and ``graph.png`` go; None: nowhere.
+
+    Raises:
+        ArgumentError: no files, the same one twice, no concept within the pair's reach, or an option out of range.
+        ParseError: a file is no graph; see :func:`nla.eval.graphs.read`.
+        TokenizerMismatchError: a graph's tokens are not those of the pair's tokenizer.
+    """
+    paths = [files] if isinstance(files, str | Path) else list(files)
+    if not paths or len({str(Path(path).resolve()) for path in paths}) < len(paths) or n_samples < 1:
+        got = f"{len(paths)} files, n_samples={n_samples}"
+        raise ArgumentError(got, "one file or more, each once, and one sample or more", "correct them")
+    found = [graphs.read(path) for path in paths]
+    nla = open_pair(pair)
+    texts = [align(graph, nla.tokenizer, context_length(nla.model)) for graph in found]
+    places, cells = places_and_cells(found, texts, Point.parse(nla.point).layer, seed)
+    if not any(cell.kind == OWN for cell in cells):
+        raise ArgumentError(
+            f"{len(found)} graphs without a named concept at {nla.point} or before",
+            "supernodes (qParams.supernodes) at layers that the pair reads",
+            "name nodes in the viewer and save the graph, or score a pair of a deeper point",
+        )
+    columns = [[texts[i].columns[place.position] for place in places if place.graph == i] for i in range(len(texts))]
+    kept = [i for i, chosen in enumerate(columns) if chosen]
+    acts = nla.read([texts[i].prompt for i in kept], positions=lambda document, spans: columns[kept[document]])
+    progress("read", 1.0)
+
+    def reader(_places: Sequence[Place], vectors: Tensor) -> list[str]:
+        return explain(nla, vectors, seed=seed)
+
+    scores = score_all(reader, places, cells, acts.vectors, n_samples, seed, progress)
+    report = GraphReport(
+        checks=_checks(scores),
+        files=[str(path) for path in paths],
+        point=str(nla.point),
+        n_graphs=len(found),
+        n_places=len(places),
+        n_concepts=sum(cell.kind == OWN for cell in cells),
+        measured=any(graph.is_measured for graph in found),
+        scores=scores,
+    )
+    if out_dir is not None:
+        save(out_dir, "graph", report, report.to_markdown(), _figure(report))
+    return report
+
+
+def score_all(
+    reader: Reader,
+    places: Sequence[Place],
+    cells: Sequence[Cell],
+    vectors: Tensor,
+    n_samples: int = 1,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> list[GraphScore]:
+    """The reader on the places' vectors (n, d), and on those of the rocks."""
+    given = {ENCODER: vectors, MEAN: vectors.mean(0).expand_as(vectors)}
+    if len(places) > 1:
+        given[SHUFFLED] = vectors[derangement(len(places), seed)]
+    scores = []
+    for number, (name, used) in enumerate(given.items()):
+        rows = [place for place in places for _ in range(n_samples)]
+        texts = reader(rows, used.repeat_interleave(n_samples, dim=0))
+        scores.append(score(name, places, cells, texts, n_samples, seed))
+        progress("explain", (number + 1) / len(given))
+    return scores
+
+
+def score(
+    name: str, places: Sequence[Place], cells: Sequence[Cell], texts: Sequence[str], n_samples: int = 1, seed: int = 0
+) -> GraphScore:
+    """Score explanations, ``n_samples`` in a row for each place.
+
+    Raises:
+        ShapeError: not that many texts.
+    """
+    if len(texts) != len(places) * n_samples:
+        raise ShapeError(f"{len(texts)} texts", f"{n_samples} for each of {len(places)} places", "read them all")
+    by_place = [texts[i * n_samples : (i + 1) * n_samples] for i in range(len(places))]
+    share = torch.tensor(
+        [sum(names(text, cell.concept) for text in by_place[cell.place]) / n_samples for cell in cells],
+        dtype=torch.float64,
+    )
+    owner = torch.tensor([places[cell.place].document for cell in cells])
+
+    def rate(chosen: Sequence[bool]) -> Rate | None:
+        mask = torch.tensor(chosen)
+        return Rate.clustered(share[mask], owner[mask], seed) if mask.any() else None
+
+    recall = rate([cell.kind == OWN for cell in cells])
+    if recall is None:
+        raise ArgumentError("no concept that is there", "at least one", "give graphs with supernodes")
+    by_kind = {kind: rate([cell.kind == kind for cell in cells]) for kind in KINDS}
+    return GraphScore(
+        reader=name,
+        recall=recall,
+        recall_latent=rate([cell.kind == OWN and not cell.visible for cell in cells]),
+        recall_visible=rate([cell.kind == OWN and cell.visible for cell in cells]),
+        named={kind: value for kind, value in by_kind.items() if value is not None},
+        precision=_precision(places, cells, by_place, seed),
+        auroc=_auroc(cells, share, owner, seed),
+        examples=[samples[0] for samples in by_place[:5]],
+    )
+
+
+def _precision(
+    places: Sequence[Place], cells: Sequence[Cell], by_place: Sequence[Sequence[str]], seed: int
+) -> Rate | None:
+    """Share of the checkable claims that are right; None if no claim names a concept."""
+    asked: list[list[Cell]] = [[] for _ in places]
+    for cell in cells:
+        asked[cell.place].append(cell)
+    counts = []
+    for samples, here in zip(by_place, asked, strict=True):
+        said = [
+            {cell.kind for cell in here if names(claim, cell.concept)} for text in samples for claim in claims(text)
+        ]
+        counts.append((sum(kinds == {OWN} for kinds in said), sum(bool(kinds) for kinds in said)))
+    totals = torch.tensor(counts, dtype=torch.float64)
+    n_right, n_said = totals.sum(0).tolist()
+    if not n_said:
+        return None
+    # Documents without a checkable claim have no say.
+    spoke = totals[:, 1] > 0
+    totals, owner = totals[spoke], torch.tensor([place.document for place in places])[spoke]
+    if n_right in (0.0, n_said):
+        return Rate.clustered(totals[:, 0] / totals[:, 1], owner)
+    found = bootstrap(totals, owner, lambda mean: mean[..., 0] / mean[..., 1], seed=seed)
+    return Rate(*found, len(owner.unique()))
+
+
+def _auroc(cells: Sequence[Cell], share: Tensor, owner: Tensor, seed: int) -> Interval | None:
+    """AUROC of the share of samples that name a concept, for concepts that are there; None without both kinds."""
+    there = torch.tensor([cell.kind == OWN for cell in cells])
+    if there.all() or not there.any():
+        return None
+    return rank(torch.stack([1 - share, share], 1), there.long(), owner, seed=seed).auroc
+
+
+def _checks(scores: Sequence[GraphScore]) -> list[Check]:
+    """More is named than of another activation, and what is there before what is not."""
+    ours, others = scores[0], {one.reader: one for one in scores[1:]}
+    rock = others.get(SHUFFLED)
+    name = "concepts that are there are named, above a shuffled activation's"
+    checks = [
+        Check(name, ours.recall, "–", None)
+        if rock is None
+        else Check(name, ours.recall, f"interval > {rock.recall}", ours.recall.above(rock.recall))
+    ]
+    if ours.auroc is not None:
+        known = ours.auroc.low == ours.auroc.low
+        checks.append(
+            Check(
+                "AUROC of mention, there against not there",
+                ours.auroc,
+                "interval > 0.5",
+                ours.auroc.low > 0.5 if known else None,
+            )
+        )
+    return checks
+
+
+def _figure(report: GraphReport):
+    figure = new_figure(7, 3)
+    ours, values = report.scores[0], {}
+    values["named: what is there"] = ours.recall
+    values |= {f"named: {kind}": rate for kind, rate in ours.named.items()}
+    values |= {f"what is there, from a {one.reader}": one.recall for one in report.scores[1:]}
+    grey = [name for name in values if name != "named: what is there"]
+    bars(figure.add_subplot(), values, f"Explanations against {report.n_graphs} graphs at {report.point}", grey)
+    return figure

@@ -1,0 +1,174 @@
+"""What an NLA is asked about attribution graphs: at which tokens it reads, and which concepts are there or are not.
+
+An NLA at a token and a layer answers for the supernodes that have a node at this token and no deeper. Beside them stand
+concepts that it must not name: the same graph's other supernodes, the donor's word, concepts of other graphs that are
+as frequent, and the latent's own word at tokens where patching shows no effect.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from nla.errors import TokenizerMismatchError, visible
+from nla.eval.circuits.gate import MIN_EFFECT
+from nla.eval.circuits.graphs import CAUSAL_SITE, Graph, Node, concept_words, shown_token
+from nla.text.tokens import encode_batch
+
+OWN, SAME, DONOR, OTHER, UNUSED = "here", "same graph", "donor's word", "other graph", "no effect here"
+N_OTHER = 3
+
+Concept = tuple[str, ...]
+"""Words, any of which names it."""
+
+
+class Text(NamedTuple):
+    """A graph's prompt as the pair reads it: the text, and the pair's token for each of the graph's (−1: none)."""
+
+    prompt: str
+    columns: list[int]
+
+
+class Place(NamedTuple):
+    """Where the NLA reads: a graph, by number, and a token of it."""
+
+    graph: int
+    position: int
+    document: int
+    """Number of the graph's document: the cluster in every bootstrap."""
+
+
+class Cell(NamedTuple):
+    """One concept at one place, and whether it is there."""
+
+    place: int
+    """Number of the place."""
+    concept: Concept
+    kind: str
+    """"here", or the kind of distractor."""
+    visible: bool
+    """Whether a word of it stands in the text up to this token."""
+
+
+def align(graph: Graph, tokenizer: Any, context: int) -> Text:
+    """Match a graph's tokens with those of a pair's tokenizer, which may add a first token or not.
+
+    Raises:
+        TokenizerMismatchError: they differ; says where.
+        VocabularyError, EmptyTextError, ContextLengthError: see :func:`nla.tokens.encode_batch`.
+    """
+    prompt = graph.prompt
+    first = getattr(tokenizer, "bos_token", None)
+    if first and prompt.startswith(first):  # the tokenizer adds it again
+        prompt = prompt[len(first) :]
+    spans = encode_batch(tokenizer, [prompt], context)[0].spans
+    ours = [shown_token(tokenizer.decode([span.token_id])) for span in spans]
+    theirs = [shown_token(token) for token in graph.tokens]
+    # A first token that is no text, such as BOS, may stand on either side alone.
+    added_here, added_there = int(spans[0].added), int(bool(theirs) and not prompt.startswith(graph.tokens[0]))
+    for here, there in ((0, 0), (added_here, 0), (0, added_there)):
+        if ours[here:] == theirs[there:]:
+            columns = [column - there + here for column in range(len(theirs))]
+            return Text(prompt, [column if column >= 0 and not spans[column].added else -1 for column in columns])
+    where = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
+    shown = [visible(repr(side[where : where + 3])) for side in (theirs, ours)]
+    raise TokenizerMismatchError(
+        f"graph {visible(graph.slug)!r}: {len(theirs)} tokens, from token {where} on {shown[0]}",
+        f"the {len(ours)} tokens of the pair's tokenizer, there {shown[1]}",
+        "score a pair of the model that the graph is of",
+    )
+
+
+def places_and_cells(
+    graphs: Sequence[Graph], texts: Sequence[Text], layer: int, seed: int = 0
+) -> tuple[list[Place], list[Cell]]:
+    """Every place at which a pair at ``layer`` has something to answer for, and every concept asked about there."""
+    rng, places, cells = random.Random(seed), [], []
+    frequency = Counter(concept for graph in graphs for concept in {node.words for node in graph.supernodes})
+    documents: dict[tuple, int] = {}
+    for number, (graph, text) in enumerate(zip(graphs, texts, strict=True)):
+        document = documents.setdefault(_document(graph), len(documents))
+        for position, column in enumerate(text.columns):
+            asked = [] if column < 0 else _cells(graph, len(places), position, layer, frequency, rng)
+            if asked:
+                places.append(Place(number, position, document))
+                cells += asked
+    return places, cells
+
+
+def _cells(
+    graph: Graph, place: int, position: int, layer: int, frequency: Counter[Concept], rng: random.Random
+) -> list[Cell]:
+    before = graph.tokens[: position + 1]
+    # A word may be one token, or several: joined without a space they are the text.
+    seen = _words(" ".join(before)) | _words("".join(before))
+
+    def cell(concept: Concept, kind: str) -> Cell:
+        return Cell(place, concept, kind, _any_of(concept, seen))
+
+    here = [(one.words, one.at(position, layer)) for one in graph.supernodes if one.words]
+    own = dict.fromkeys(words for words, members in here if members)
+    cells = [cell(words, OWN) for words in own]
+    # A concept of this token at deeper layers may or may not be there already: nothing is asked about it.
+    taken = {word for one in graph.supernodes if _is_at(one.members, position) for word in one.words}
+    latent, donor = (_pair_word(graph, name) for name in ("target", "donor_target"))
+    sites = [node for node in graph.nodes if node.kind == CAUSAL_SITE and node.position == position]
+    strongest = max((node.activation or 0.0 for node in sites if node.layer <= layer), default=0.0)
+    if not own and not (latent and sites):
+        return []
+    others = dict.fromkeys(words for words, members in here if not members and not taken.intersection(words))
+    cells += [cell(words, SAME) for words in others if words != latent or not sites]
+    if latent and sites and latent not in own and strongest < MIN_EFFECT:
+        cells.append(cell(latent, UNUSED))
+    known = {word for one in graph.supernodes for word in one.words}
+    if donor and latent in own and not taken.intersection(donor):
+        cells.append(cell(donor, DONOR))
+        known.update(donor)
+    for words in own:
+        near = sorted(one for one in frequency if one and not known.intersection(one) and not _any_of(one, seen))
+        rng.shuffle(near)
+        near.sort(key=lambda one: abs(frequency[one] - frequency[words]))
+        cells += [cell(one, OTHER) for one in near[:N_OTHER]]
+    return cells
+
+
+def names(text: str, concept: Concept) -> bool:
+    """Whether a text says one of a concept's words, as it is or with a plural s.
+
+    >>> names("The next line ends with cats.", ("cat",))
+    True
+    """
+    return _any_of(concept, _words(text))
+
+
+def _words(text: str) -> set[str]:
+    return {word.casefold() for word in re.findall(r"[^\W_]+(?:['’-][^\W_]+)*", text)}
+
+
+def _any_of(concept: Concept, words: set[str]) -> bool:
+    return any(word in words or f"{word}s" in words or (word.endswith("s") and word[:-1] in words) for word in concept)
+
+
+def _is_at(members: Sequence[Node], position: int) -> bool:
+    return any(node.position == position for node in members)
+
+
+def _document(graph: Graph) -> tuple:
+    """What makes graphs dependent: in a trace of several pairs its document, otherwise the prompt."""
+    metadata = graph.content["metadata"]
+    pair, settings = metadata.get("minimal_pair"), metadata.get("generation_settings")
+    if isinstance(pair, dict) and isinstance(settings, dict) and settings.get("n_pairs") != 1:
+        number = pair.get("document")
+        if isinstance(number, int):
+            return metadata["scan"], number
+    return metadata["scan"], graph.prompt
+
+
+def _pair_word(graph: Graph, name: str) -> Concept:
+    """A word of the minimal pair that a graph of `nla trace` was made from; empty for other graphs."""
+    pair = graph.content["metadata"].get("minimal_pair")
+    word = pair.get(name) if isinstance(pair, dict) else None
+    return concept_words(word) if isinstance(word, str) else ()

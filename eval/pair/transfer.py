@@ -1,0 +1,383 @@
+"""`nla eval transfer`: does a pair still read a target that was fine-tuned after the pair was trained?
+
+The same texts are read by the target and by the target with a LoRA adapter, and both are explained by the pair, which
+never saw the adapter. A fall of FVE says that the fine-tune left the activations that the pair knows. FVE over the
+variance of training can stay high where all activations moved together, so FVE over the fine-tune's own mean stands
+beside it: at or below 0 the explanations tell the fine-tune's activations apart no better than their mean does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from nla.baselines import GLOBAL, UNKNOWN_STRATUM
+from nla.errors import ArgumentError, BaselineError
+from nla.eval.explainers import explain
+from nla.eval.pair.fidelity import open_pair
+from nla.eval.readers.labelled_file import READERS
+from nla.eval.report import Check, Report, bars, checks_table, new_figure, save, table
+from nla.eval.target import Progress, silent
+from nla.metrics import Baseline, cosine, mse
+from nla.models.adapter import adapter_folder
+from nla.models.points import context_length
+from nla.models.read import Activations, Strata
+from nla.organisms import TARGETS, lesson
+from nla.pair.decoder import decode
+from nla.pair.planted import planted
+from nla.stats import Interval, bootstrap
+from nla.text.tokens import Positions, Span, encode_batch, select_positions
+from nla.transcripts import files
+from nla.transcripts.messages import Transcript
+from nla.transcripts.rendering import render, trimmed
+
+if TYPE_CHECKING:
+    from nla.autoencoder import NLA
+
+TRUST, CARE, NOT = "trust the text", "read with care", "do not trust the text"
+FALL_TRUST, FALL_CARE = 0.05, 0.2
+"""Largest fall of FVE, over the variance of training, for either verdict."""
+KEPT_TRUST, KEPT_CARE = 0.9, 0.5
+"""Smallest share of FVE over the activations' own mean that is left, for either verdict."""
+_COLUMN = "text"
+_EXAMPLES = 6
+_MAX_TOKENS = 512
+_MIN_ROWS = 20
+
+
+@dataclass(frozen=True)
+class Part:
+    """One kind of position, or all: the target beside the fine-tune, on the same tokens."""
+
+    stratum: str
+    n: int
+    base: Interval
+    """FVE on the target, over the variance of training."""
+    tuned: Interval
+    """FVE on the fine-tune, over the same variance."""
+    fall: Interval
+    """The first minus the second, token by token."""
+    base_own: Interval
+    """FVE on the target over these activations' own mean."""
+    tuned_own: Interval
+    """FVE on the fine-tune over the fine-tune's own mean."""
+    kept: Interval | None
+    """The second as a share of the first; None where the first may be 0."""
+    base_cosine: Interval
+    tuned_cosine: Interval
+    moved: Interval
+    """Cosine of the fine-tune's activation with the target's at the same token."""
+    new_text: Interval
+    """How much higher FVE on the fine-tune is with its own explanations than with those of the target's activations:
+    above 0 the text tells what the fine-tune changed."""
+
+    @property
+    def verdict(self) -> str:
+        """What the figures allow, by the ends of their intervals that speak against trust."""
+        if self.kept is not None:
+            if self.fall.high <= FALL_TRUST and self.kept.low >= KEPT_TRUST:
+                return TRUST
+            if self.fall.high <= FALL_CARE and self.kept.low >= KEPT_CARE:
+                return CARE
+        return NOT
+
+
+@dataclass(frozen=True)
+class TransferReport(Report):
+    """Everything `nla eval transfer` measures. Intervals resample documents."""
+
+    derived = ("passed", "verdict")
+
+    adapter: str
+    point: str
+    n_documents: int
+    parts: list[Part]
+    """Each kind of position that has enough rows, and all together last."""
+    examples: list[dict[str, Any]]
+    """The tokens whose activations moved furthest, with both explanations."""
+
+    @property
+    def verdict(self) -> str:
+        """What all positions together allow."""
+        return self.parts[-1].verdict
+
+    def to_markdown(self) -> str:
+        """The readable report."""
+        header = ("token", "cosine", "explanation on the target", "on the fine-tune")
+        rows = [(one["token"], one["cosine"], one["base"], one["tuned"]) for one in self.examples]
+        return "\n\n".join([self.to_card(), "Where activations moved furthest:", table(header, rows)])
+
+    def to_card(self) -> str:
+        """The section of the model card."""
+        header = ("positions", "n", "FVE", "on the fine-tune", "fall", "over own mean", "on the fine-tune", "kept")
+        more = ("positions", "cosine", "on the fine-tune", "activations: tuned · base", "own text − base's", "verdict")
+        about = (
+            f"Verdict on `{self.adapter}`: **{self.verdict}**. {self.parts[-1].n} activations of {self.n_documents} "
+            f"documents at `{self.point}`; 95 % intervals by document. “{TRUST}”: FVE falls by at most {FALL_TRUST} "
+            f"and keeps {KEPT_TRUST:.0%} of itself over the own mean; “{CARE}”: {FALL_CARE} and {KEPT_CARE:.0%}; each "
+            "by the end of its interval that speaks against it."
+        )
+        fves = [
+            (p.stratum, p.n, p.base, p.tuned, p.fall, p.base_own, p.tuned_own, p.kept) for p in self.parts
+        ]  # fmt: skip
+        rest = [(p.stratum, p.base_cosine, p.tuned_cosine, p.moved, p.new_text, p.verdict) for p in self.parts]
+        return "\n\n".join(
+            ["## Transfer to a fine-tune", about, table(header, fves), table(more, rest), checks_table(self.checks)]
+        )
+
+
+def run(
+    model: NLA | str | Path = "switchboard",
+    target_adapter: str | Path | None = None,
+    texts: str | Path | None = None,
+    chats: bool = False,
+    n_documents: int = 120,
+    n_activations: int = 2000,
+    positions: Positions = "all",
+    seed: int = 0,
+    out_dir: str | Path | None = None,
+    progress: Progress = silent,
+) -> TransferReport:
+    """Score a pair on its target and on a fine-tune of the target, on the same tokens.
+
+    Args:
+        target_adapter: the fine-tune: a plain LoRA adapter; see :func:`nla.plant.adapter_folder`.
+        texts: a .txt file, whose lines are texts, or a CSV, TSV, JSON, JSON lines or Parquet file with a column
+            "text"; longer ones are cut. None: held-out documents of the world that the target is embedded with.
+        chats: ``texts`` holds transcripts instead, as `nla audit` takes them; white space at the ends of their messages
+            is taken off.
+        n_documents: texts to read, the first of a file.
+        n_activations: a sample of so many of the chosen positions; all if there are fewer.
+        out_dir: where ``transfer.json``, ``.md`` and ``.png`` go; None: nowhere.
+
+    Raises:
+        ArgumentError: no adapter, fewer than two documents with a chosen position, or no texts for a target that is not
+            embedded.
+        ConfigError, WeightsError, NonFiniteError: the adapter does not fit; see :func:`nla.plant.planted`.
+        BaselineError: the pair has no baseline for all positions.
+    """
+    folder = adapter_folder(target_adapter)
+    if folder is None or n_documents < 2 or n_activations < 2:
+        got = f"target_adapter={target_adapter}, n_documents={n_documents}, n_activations={n_activations}"
+        raise ArgumentError(got, "an adapter, and 2 or more of each", "give --target-adapter, such as switchboard/goal")
+    nla = open_pair(model)
+    _baseline(nla, GLOBAL).check()
+    read, strata = _texts(nla, texts, chats, n_documents, seed)
+    columns = _sampled(nla, read, positions, n_activations, seed)
+    _check_several(len(columns))
+    read, numbers = [read[number] for number in columns], list(columns)
+    chosen = list(columns.values())
+
+    def only(document: int, spans: list[Span]) -> list[int]:
+        return chosen[document]
+
+    kinds = None if strata is None else lambda document, spans: strata(numbers[document], spans)
+    acts = nla.read(read, only, kinds)
+    progress("transfer", 0.1)
+    with planted(nla, folder):
+        tuned = nla.read(read, only, kinds)
+    progress("transfer", 0.2)
+    said = [explain(nla, each.vectors, seed=seed) for each in (acts, tuned)]
+    progress("transfer", 0.9)
+    result = judged(nla, acts, tuned, said, str(target_adapter), seed)
+    progress("transfer", 1.0)
+    if out_dir is not None:
+        save(out_dir, "transfer", result, result.to_markdown(), _figure(result))
+    return result
+
+
+def judged(
+    nla: NLA, acts: Activations, tuned: Activations, said: Sequence[Sequence[str]], adapter: str, seed: int
+) -> TransferReport:
+    """The report on activations of the target and of the fine-tune at the same tokens, and what the pair said of each.
+
+    Raises:
+        ArgumentError: all of one document, whose intervals would be unknown.
+        BaselineError: no baseline for all positions, or no variance.
+    """
+    _baseline(nla, GLOBAL)
+    n_documents = len(acts.document.unique())
+    _check_several(n_documents)
+    predicted = [decode(nla, texts, strict=False) for texts in said]
+    names = [name for name in dict.fromkeys(acts.strata) if name in nla.baselines and name != UNKNOWN_STRATUM]
+    masks = {name: torch.tensor([stratum == name for stratum in acts.strata]) for name in names}
+    # Of a few rows, or of rows in one document, no interval can be given.
+    masks = {name: m for name, m in masks.items() if m.sum() >= _MIN_ROWS and len(acts.document[m].unique()) > 1}
+    masks[GLOBAL] = torch.ones(len(acts), dtype=torch.bool)
+    parts = [
+        _part(name, _baseline(nla, name), acts.vectors[m], tuned.vectors[m], [p[m] for p in predicted],
+              acts.document[m], seed)
+        for name, m in masks.items()
+    ]  # fmt: skip
+    moved = cosine(acts.vectors, tuned.vectors)
+    furthest = moved.argsort()[:_EXAMPLES].tolist()
+    examples = [
+        {"token": acts.spans[row].text, "cosine": float(moved[row]), "base": said[0][row], "tuned": said[1][row]}
+        for row in furthest
+    ]
+    return TransferReport(_checks(parts[-1]), adapter, str(nla.point), n_documents, parts, examples)
+
+
+def _baseline(nla: NLA, stratum: str) -> Baseline:
+    if stratum not in nla.baselines:
+        raise BaselineError(
+            "a pair with no baselines for all positions",
+            "the mean and variance of its training activations",
+            "nla.fit_baselines(acts) on training activations, or `nla import ... --store STORE`",
+        )
+    return nla.baselines[stratum]
+
+
+def _check_several(n_documents: int) -> None:
+    if n_documents < 2:
+        raise ArgumentError(
+            f"activations of {'one document' if n_documents else 'no document'}",
+            "of two or more",
+            "give more texts (a .txt file has one on each line), or sample more activations of them",
+        )
+
+
+def _sampled(nla: NLA, texts: Sequence[str], positions: Positions, n: int, seed: int) -> dict[int, list[int]]:
+    """A sample of the chosen positions, as token indexes by text, in order; nothing is read for it.
+
+    Raises:
+        PositionError, VocabularyError, ContextLengthError: see :func:`nla.activations.read`.
+    """
+    encoded = encode_batch(nla.tokenizer, texts, context_length(nla.model))
+    places = [
+        (number, column)
+        for number, each in enumerate(encoded)
+        for column in select_positions(each.spans, positions, number)
+    ]
+    columns: dict[int, list[int]] = {}
+    for row in torch.randperm(len(places), generator=torch.Generator().manual_seed(seed))[:n].sort().values.tolist():
+        number, column = places[row]
+        columns.setdefault(number, []).append(column)
+    return columns
+
+
+def _texts(
+    nla: NLA, path: str | Path | None, chats: bool, n_documents: int, seed: int
+) -> tuple[list[str], Strata | None]:
+    """The texts to read, and what names the kinds of their positions."""
+    if path is None:
+        world = next((name.split("/")[0] for name, folder in TARGETS.items() if nla.target_folder == folder), None)
+        if world is None:
+            raise ArgumentError(
+                f"no texts for a pair on {nla.config.target}",
+                "texts in the way of those that the fine-tune is used on",
+                "give --texts FILE",
+            )
+        known = lesson.load(world)
+        documents = known.splits(1, n_documents, seed)["eval"]
+        return [one.text for one in documents], lambda number, spans: known.strata(documents[number], spans)
+    found = [_plain(nla.tokenizer, each) for each in islice(files.load(path), n_documents)] if chats else None
+    if found is None:
+        found = list(islice(filter(str.strip, _lines(Path(path))), n_documents))
+    longest = min(_MAX_TOKENS, context_length(nla.model))
+    return [_cut(nla.tokenizer, text, longest) for text in found], None
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """The texts of a file: lines of .txt, the column "text" of others."""
+    if not path.is_file() or path.suffix.lower() not in (".txt", *READERS):
+        raise ArgumentError(
+            f"texts in {path}", f"a file that ends on .txt, {', '.join(READERS)}", "check the path, or convert the file"
+        )
+    if path.suffix.lower() == ".txt":
+        yield from path.read_text(encoding="utf-8").splitlines()
+        return
+    for row in READERS[path.suffix.lower()](path, [_COLUMN]):
+        yield str(row[_COLUMN] or "")
+
+
+def _plain(tokenizer: Any, transcript: Transcript) -> str:
+    """A chat as the text that gives its tokens when it is read.
+
+    Raises:
+        TemplateError, VocabularyError: see :func:`nla.audit.chat.render`.
+        ArgumentError: no text gives them.
+    """
+    chat = render(tokenizer, trimmed(transcript))
+    text = chat.text.removeprefix(tokenizer.bos_token) if chat.has_bos else chat.text
+    if tokenizer(text)["input_ids"] != chat.ids.tolist():
+        raise ArgumentError(
+            f"the chat {transcript.id}, to whose tokens the tokenizer adds others when it reads it as a text",
+            "a template and a tokenizer that agree on BOS",
+            "give plain texts",
+        )
+    return text
+
+
+def _cut(tokenizer: Any, text: str, longest: int) -> str:
+    """The beginning of a text, of about so many tokens at most."""
+    spans = encode_batch(tokenizer, [text], None)[0].spans
+    return text if len(spans) <= longest else text[: spans[longest - 1].end]
+
+
+def _part(
+    stratum: str,
+    baseline: Baseline,
+    base: Tensor,
+    tuned: Tensor,
+    predicted: Sequence[Tensor],
+    documents: Tensor,
+    seed: int,
+) -> Part:
+    baseline.check()
+    own = [Baseline.fit(vectors).variance for vectors in (base, tuned)]
+    errors = [mse(base, predicted[0]), mse(tuned, predicted[1]), mse(tuned, predicted[0])]
+    values, variance = torch.stack(errors, dim=1), baseline.variance
+
+    def interval(statistic: Any) -> Interval:
+        return bootstrap(values, documents, statistic, seed=seed)
+
+    def mean(scores: Tensor) -> Interval:
+        return bootstrap(scores, documents, seed=seed)
+
+    base_own = interval(lambda m: 1 - m[..., 0] / own[0])
+    kept = interval(lambda m: (1 - m[..., 1] / own[1]) / (1 - m[..., 0] / own[0])) if base_own.low > 0 else None
+    return Part(
+        stratum=stratum,
+        n=len(base),
+        base=interval(lambda m: 1 - m[..., 0] / variance),
+        tuned=interval(lambda m: 1 - m[..., 1] / variance),
+        fall=interval(lambda m: (m[..., 1] - m[..., 0]) / variance),
+        base_own=base_own,
+        tuned_own=interval(lambda m: 1 - m[..., 1] / own[1]),
+        kept=kept,
+        base_cosine=mean(cosine(base, predicted[0])),
+        tuned_cosine=mean(cosine(tuned, predicted[1])),
+        moved=mean(cosine(base, tuned)),
+        new_text=interval(lambda m: (m[..., 2] - m[..., 1]) / variance),
+    )
+
+
+def _checks(part: Part) -> list[Check]:
+    """What trust needs, over all positions; the rest is reported."""
+    keeps = part.kept is not None and part.kept.low >= KEPT_TRUST
+    return [
+        Check("FVE on the target, over the own mean (low end)", part.base_own, "> 0", part.base_own.low > 0),
+        Check("fall of FVE (high end)", part.fall, f"≤ {FALL_TRUST}", part.fall.high <= FALL_TRUST),
+        Check("share kept over the own mean (low end)", part.kept, f"≥ {KEPT_TRUST}", keeps),
+        Check("cosine of the activations themselves", part.moved, "reported"),
+        Check("FVE of own explanations minus the target's", part.new_text, "reported"),
+    ]
+
+
+def _figure(result: TransferReport) -> Any:
+    """FVE by kind of position on the target and on the fine-tune; how far the activations moved."""
+    figure = new_figure(10, 1.2 + 0.5 * len(result.parts))
+    left, right = figure.subplots(1, 2)
+    shown: dict[str, Interval] = {}
+    for part in result.parts:
+        shown |= {part.stratum: part.tuned, f"{part.stratum}, target": part.base}
+    bars(left, shown, f"FVE on {result.adapter}", [name for name in shown if name.endswith(", target")])
+    bars(right, {part.stratum: part.moved for part in result.parts}, "activations: cosine with the target's")
+    return figure

@@ -1,0 +1,65 @@
+"""The mean of the training activations as a baseline: FVE's denominators, fitted, saved and loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nla.errors import WeightsError
+from nla.metrics import Baseline
+from nla.storage.tensors import load_tensors, save_tensors
+
+GLOBAL = "global"
+"""Name of the baseline over all activations, beside those by stratum."""
+
+UNKNOWN_STRATUM = "all"
+"""Stratum of activations whose kind of position nobody named."""
+
+_PARTS = ("mean", "variance", "n")
+
+
+def load_baselines(path: Path, d_model: int) -> dict[str, Baseline]:
+    """Baselines by stratum from ``baselines.safetensors``; each is stored as <stratum>/mean, /variance and /n.
+
+    Raises:
+        WeightsError, NonFiniteError: missing, corrupt, or not baselines of this width.
+    """
+    found = load_tensors(path)
+    names = list(dict.fromkeys(key.rpartition("/")[0] for key in found))
+    complete = set(found) == {f"{name}/{part}" for name in names for part in _PARTS}
+    if not complete or any(found[f"{name}/mean"].shape != (d_model,) for name in names):
+        raise WeightsError(
+            f"{path} with {sorted(found)[:4]}",
+            f"for each stratum a mean ({d_model},), a variance and n",
+            "restore the file from where the pair came",
+        )
+    return {
+        name: Baseline(found[f"{name}/mean"], float(found[f"{name}/variance"]), int(found[f"{name}/n"]))
+        for name in names
+    }
+
+
+def save_baselines(path: Path, baselines: dict[str, Baseline]) -> None:
+    """Write what :func:`load_baselines` reads."""
+    tensors = {}
+    for name, baseline in baselines.items():
+        tensors[f"{name}/mean"] = baseline.mean.float()
+        tensors[f"{name}/variance"] = torch.tensor(baseline.variance, dtype=torch.float64)
+        tensors[f"{name}/n"] = torch.tensor(baseline.n)
+    save_tensors(path, tensors)
+
+
+def fit_baselines(vectors: Tensor, strata: Sequence[str]) -> dict[str, Baseline]:
+    """Baselines of activations (n, d): "global", and of each stratum that is known.
+
+    Raises:
+        BaselineError: fewer than two vectors, in all or in a stratum, or no variance.
+    """
+    baselines = {GLOBAL: Baseline.fit(vectors)}
+    for name in dict.fromkeys(strata):
+        if name != UNKNOWN_STRATUM:
+            baselines[name] = Baseline.fit(vectors[torch.tensor([stratum == name for stratum in strata])])
+    return baselines

@@ -1,0 +1,1 @@
+"""Language models: loaded, read, hooked and sampled."""

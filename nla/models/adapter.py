@@ -1,0 +1,239 @@
+"""LoRA adapters: on disk, checked; merged into a target, or fitted to one that is cut or wrapped."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from nla.errors import ConfigError, WeightsError
+from nla.models.points import backbone, blocks, layout
+from nla.organisms import ADAPTERS
+from nla.storage.files import read_json, write_json
+from nla.storage.hashes import sha256
+from nla.storage.hub import fetch_file
+from nla.storage.tensors import load_tensors, save_tensors
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+
+_ADAPTER_SIZES = {"r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern"}
+_ADAPTER_PLACES = {"target_modules", "layers_to_transform", "fan_in_fan_out"}
+_ADAPTER_NOTES = {"task_type", "inference_mode", "base_model_name_or_path", "revision", "peft_version", "eva_config"}
+_PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva", "mica")
+"""Ways to start an adapter that leave the base weights as they are; PEFT's others move a part of them into it."""
+
+
+def save_adapter(folder: str | Path, model: PeftModel, adapter: str) -> None:
+    """Write one adapter of ``model`` as a folder that plain PEFT loads; each file atomically, the weights last.
+
+    Raises:
+        NonFiniteError, StorageError: see :func:`save_tensors`.
+    """
+    from peft import get_peft_model_state_dict
+
+    folder = Path(folder)
+    state = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    content = {**model.peft_config[adapter].to_dict(), "inference_mode": True}
+    write_json(
+        folder / ADAPTER_CONFIG, {key: sorted(v) if isinstance(v, set) else v for key, v in sorted(content.items())}
+    )
+    save_tensors(folder / ADAPTER_WEIGHTS, state)
+
+
+def read_adapter_config(folder: str | Path) -> PeftConfig:
+    """The PEFT configuration in an adapter folder: plain LoRA, that leaves the base as it is.
+
+    Some of PEFT's ways to start an adapter (PiSSA, OLoRA, …) change the base weights, which the adapter's values then
+    count on: they are refused. Of the others the values come from the file, so the adapter is made with PEFT's default.
+
+    Raises:
+        ConfigError: it is missing, malformed, of another kind than LoRA, reaches beyond its own low-rank matrices, or
+            was trained on a changed base.
+    """
+    from peft import LoraConfig, PeftConfig
+
+    path = Path(folder) / ADAPTER_CONFIG
+    content = read_json(path)
+    start = content.get("init_lora_weights", True)
+    if (start.lower() if isinstance(start, str) else start) not in _PLAIN_STARTS:
+        raise ConfigError(
+            got=f"{path} with init_lora_weights={start!r}, whose training began by changing the base weights",
+            expected="a plain LoRA adapter, which leaves the base weights as they are",
+            fix="convert it first (PEFT: save_pretrained with path_initial_model_for_weight_conversion)",
+        )
+    content = {**content, "init_lora_weights": True}
+    try:
+        config = PeftConfig.from_peft_type(**content)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(
+            got=f"{path}, which PEFT refuses ({error})",
+            expected="an adapter configuration of the installed PEFT",
+            fix="install the PEFT version that pyproject.toml pins, or restore the file from where the pair came",
+        ) from error
+    found, plain = config.to_dict(), LoraConfig().to_dict()
+    free = _ADAPTER_SIZES | _ADAPTER_PLACES | _ADAPTER_NOTES
+    # PEFT writes "none of them" as null or as an empty list, by the model's architecture.
+    other = sorted(key for key in {*found, *plain} - free if (found.get(key) or None) != (plain.get(key) or None))
+    if other:
+        raise ConfigError(
+            got=f"{path} with {', '.join(f'{key}={found.get(key)!r}' for key in other[:3])}",
+            expected="a plain LoRA adapter, which leaves the base weights as they are",
+            fix="use plain LoRA adapters, as `nla train` makes them: no DoRA, no biases, no modules_to_save",
+        )
+    return config
+
+
+def load_adapter(folder: str | Path, model: PeftModel, adapter: str) -> None:
+    """Load an adapter folder's weights into the adapter of that name, which must exist on ``model``.
+
+    Raises:
+        WeightsError, NonFiniteError: see :func:`load_tensors`; the names and shapes must be this adapter's exactly.
+    """
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    path = Path(folder) / ADAPTER_WEIGHTS
+    current = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    state = load_tensors(path, expected_keys=current)
+    wrong = [name for name, tensor in state.items() if tensor.shape != current[name].shape]
+    if wrong:
+        raise WeightsError(
+            got=f"{path}, where {wrong[0]} is {tuple(state[wrong[0]].shape)}",
+            expected=f"{tuple(current[wrong[0]].shape)}, the shape in this model",
+            fix="load it with the target and the rank it was made for",
+        )
+    set_peft_model_state_dict(model, state, adapter_name=adapter)
+
+
+TARGET_ADAPTER = "target"
+
+
+def merge_adapter(model: Any, folder: str | Path) -> None:
+    """Add a plain LoRA adapter to the weights of a model, or of a backbone that holds its first blocks, for good.
+
+    Raises:
+        ConfigError, WeightsError, NonFiniteError: see :func:`planted`.
+    """
+    _wrapped(model, _located(folder)).merge_and_unload()
+    model.requires_grad_(True)
+
+
+def _wrapped(model: Any, folder: Path) -> Any:
+    """A model with an adapter in its layers, which it keeps until it is unloaded."""
+    from peft import get_peft_model
+
+    config, state = _fitted(folder, model)
+    config.task_type = None  # a backbone cannot generate, which PEFT's classes for tasks ask of it
+    with torch.random.fork_rng(devices=[]):  # PEFT draws initial values that are then overwritten
+        tuned: Any = get_peft_model(model, config, adapter_name=TARGET_ADAPTER)
+    try:
+        _fill(folder, tuned, state)
+    except WeightsError:
+        tuned.unload()
+        raise
+    return tuned
+
+
+def _fitted(folder: Path, model: Any) -> tuple[Any, dict[str, Tensor]]:
+    """An adapter's configuration and tensors under the names that ``model`` gives its layers.
+
+    Layers are found by what follows the list of blocks, so an adapter of a multimodal wrapper fits the text side alone,
+    and one of a whole model a backbone. What lies above the blocks that ``model`` has is left out; so is the vision.
+    """
+    config: Any = read_adapter_config(folder)
+    stored = load_tensors(folder / ADAPTER_WEIGHTS)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    stack, n_blocks = backbone(base), len(blocks(base))
+    place = re.compile(rf"^(?!.*vision).*?\b({layout(stack.config.model_type).blocks}\.(\d+)\..+)$")
+    known = {found[1]: name for name, _ in base.named_modules() if (found := place.match(name))}
+    layers: dict[str, str] = {}
+    state, strange = {}, []
+    for name, tensor in stored.items():
+        path, _, part = name.rpartition(".lora_")
+        found = place.match(path)
+        if found is not None and found[1] in known:
+            layers[known[found[1]]] = path.removeprefix("base_model.model.")
+            state[f"base_model.model.{known[found[1]]}.lora_{part}"] = tensor
+        elif not _beyond(name, found, base is stack, n_blocks):
+            strange.append(name)
+    if strange or not layers:
+        raise ConfigError(
+            f"{folder}, which does not fit the target ({(strange or ['it reaches none of its layers'])[0]})",
+            "an adapter of the pair's target",
+            "train the adapter on this target, or use the pair of the other one",
+        )
+    for name, default in (("rank_pattern", config.r), ("alpha_pattern", config.lora_alpha)):
+        setattr(config, name, _by_layer(getattr(config, name) or {}, layers, default))
+    config.target_modules, config.layers_to_transform = set(layers), None
+    return config, state
+
+
+def _by_layer(patterns: dict[str, Any], layers: dict[str, str], default: Any) -> dict[str, Any]:
+    """Patterns over the names that layers had in training, ``layers``' values, as values by their names now, its keys.
+
+    A name that is written out in full, as PEFT's data-driven starts write them, would match no layer of a cut target.
+    """
+    from peft.utils.other import get_pattern_key
+
+    found = {now: patterns.get(get_pattern_key(list(patterns), before), default) for now, before in layers.items()}
+    return {f"^{re.escape(name)}": value for name, value in found.items() if value != default}
+
+
+def _beyond(name: str, place: re.Match[str] | None, is_cut: bool, n_blocks: int) -> bool:
+    """Whether a tensor is of a part that a backbone or a text side is rightly without."""
+    if place is None:
+        return "vision" in name or (is_cut and ".lm_head." in name)
+    return is_cut and int(place[2]) >= n_blocks
+
+
+def _fill(folder: Path, model: Any, state: dict[str, Tensor]) -> None:
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    current = get_peft_model_state_dict(model, adapter_name=TARGET_ADAPTER, save_embedding_layers=False)
+    wrong = sorted(set(current) ^ set(state)) or [n for n, t in state.items() if t.shape != current[n].shape]
+    if wrong:
+        raise WeightsError(
+            f"{folder / ADAPTER_WEIGHTS}, whose {wrong[0]} is missing, unknown or of another shape",
+            "the tensors of this adapter's configuration, in the target's shapes",
+            "load it with the target and the rank it was made for",
+        )
+    set_peft_model_state_dict(model, state, adapter_name=TARGET_ADAPTER)
+
+
+def adapter_folder(name: str | Path | None) -> str | Path | None:
+    """An embedded adapter by its name, such as "switchboard/goal"; whatever else is a folder or hub id already."""
+    return ADAPTERS.get(str(name), name)
+
+
+def _located(folder: str | Path) -> Path:
+    """A folder as it stands, or where a hub id's files are, which are downloaded if need be.
+
+    Raises:
+        TargetError, AccessError: the hub does not give them.
+    """
+    if Path(folder).is_dir() or re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(folder)) is None:
+        return Path(folder)
+    files = [fetch_file(str(folder), None, name) for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)]
+    return Path(folder) if files[0] is None else files[0].parent
+
+
+def adapter_hash(folder: str | Path | None) -> str | None:
+    """What identifies an adapter: a hash of its configuration and weights; None for none.
+
+    Raises:
+        WeightsError: a file is missing.
+        TargetError, AccessError: the hub does not give it.
+    """
+    if folder is None:
+        return None
+    folder = _located(folder)
+    parts = "".join(sha256(folder / name) for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS))
+    return hashlib.sha256(parts.encode()).hexdigest()

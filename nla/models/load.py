@@ -1,0 +1,354 @@
+"""Targets from disk or hub: whole, or only the blocks up to a point; from safetensors alone, and checked."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from nla.config import DTYPES, QUANTIZATIONS
+from nla.errors import ArgumentError, MissingExtraError, NonFiniteError, TargetError, WeightsError
+from nla.models.adapter import merge_adapter
+from nla.models.points import Layout, Point, cut_config, layout
+from nla.storage.files import read_json, write_json
+from nla.storage.hub import fetch_file
+from nla.text.tokens import load_tokenizer
+
+_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+_HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.")
+_RESTORE = "restore the target's folder, or download it again"
+
+
+def load_target(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: str | None = "float32",
+    device: str | torch.device | None = None,
+    quantization: str | None = None,
+    adapter: str | Path | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[Any, Any]:
+    """A causal LM in evaluation mode, and its tokenizer. Of a multimodal model, the text side alone.
+
+    Args:
+        source: a folder or a hub id.
+        revision: branch, tag or commit on the hub; None: main.
+        dtype: one of :data:`nla.config.DTYPES`, for all weights; None: the checkpoint's own, or float32 if its
+            configuration names none of these.
+        device: where to put it; None: the first GPU if there is one, else the CPU.
+        quantization: by bitsandbytes, "8bit", or "4bit" (NF4, its constants quantised too); None: as stored.
+        adapter: a PEFT folder, or a hub id, with a plain LoRA adapter, which is merged into the weights.
+        trust_remote_code: let a tokenizer bring its own code; a model never does, since only known types are loaded.
+
+    Raises:
+        TargetError: there is no such target, it cannot be reached, or it has no safetensors.
+        AccessError: it is gated or private, and no token opens it.
+        ArchitectureError: a type of model whose blocks are not known.
+        WeightsError: weights or tokenizer are missing, truncated or corrupt, or do not cover the model.
+        NonFiniteError: a weight is NaN or infinite.
+        ArgumentError, MissingExtraError: a keyword is of no known value, there is no such device, or bitsandbytes is
+            not installed.
+        ConfigError: the adapter does not fit.
+    """
+    place = _place(device)
+    _check_keywords(dtype, quantization, adapter)
+    found = _find(str(source), revision)
+    tokenizer = load_tokenizer(found.source, found.commit or revision, trust_remote_code)
+    model = _load(found, None, _settings(dtype or found.dtype, place, quantization))
+    return _finish(model, found, adapter, None if quantization else place), tokenizer
+
+
+def load_truncated(
+    source: str | Path,
+    point: str | Point,
+    *,
+    revision: str | None = None,
+    dtype: str | None = "float32",
+    device: str | torch.device | None = None,
+    quantization: str | None = None,
+    adapter: str | Path | None = None,
+) -> Any:
+    """The backbone up to a point, without final norm and head: its ``last_hidden_state`` is the activation.
+
+    Blocks above the point and the head are never read; files that hold nothing else, of the final norm at most, are
+    neither opened nor, from the hub, downloaded. :func:`nla.activations.read` takes the view for the whole model.
+    Otherwise as :func:`load_target`, whose errors this raises too.
+
+    Raises:
+        PointError: the model has no such block.
+    """
+    place = _place(device)
+    _check_keywords(dtype, quantization, adapter)
+    found = _find(str(source), revision)
+    n_blocks = Point.parse(point).within(found.config.num_hidden_layers).layer + 1
+    model = _load(found, n_blocks, _settings(dtype or found.dtype, place, quantization))
+    setattr(model, layout(model.config.model_type).norm, nn.Identity())
+    return _finish(model, found, adapter, None if quantization else place)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A target's files, none of which need be here yet but its configuration."""
+
+    source: str
+    """Its folder or hub id."""
+
+    revision: str | None
+    """What was asked for on the hub."""
+
+    commit: str | None
+    """The commit that this is, on the hub."""
+
+    config: Any
+    """Of its text side."""
+
+    dtype: str
+    """What its configuration says of its weights, one of ``DTYPES``."""
+
+    generation: Any
+    """How it generates, by its whole configuration; a file of its own comes before this."""
+
+    parts: Layout
+    """Where it keeps its parts."""
+
+    files: dict[str, str]
+    """The file of each tensor of the checkpoint, by name."""
+
+
+def read_config(source: str, revision: str | None) -> Any:
+    """The configuration of a target's text side; nothing else of it is read.
+
+    Raises:
+        TargetError, AccessError, ArchitectureError, WeightsError: as for :func:`load_target`.
+    """
+    return _config(source, revision)[1].get_text_config()
+
+
+def _config(source: str, revision: str | None) -> tuple[Path, Any]:
+    """Where a target's config.json lies, and the configuration, a wrapper's included."""
+    from transformers import AutoConfig
+
+    path = fetch_file(source, revision, "config.json")
+    if path is None:
+        raise TargetError(f"{source} without config.json", "a model in the form of transformers", _RESTORE)
+    layout(str(read_json(path).get("model_type")))
+    try:
+        return path, AutoConfig.from_pretrained(path.parent, trust_remote_code=False)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        got = f"{source} with a config.json that does not load ({error})"
+        raise WeightsError(got, "one that does", _RESTORE) from error
+
+
+def _find(source: str, revision: str | None) -> _Found:
+    from transformers import GenerationConfig
+
+    folder = Path(source).expanduser()
+    source = str(folder) if folder.is_dir() else source
+    path, whole = _config(source, revision)
+    commit = None if folder.is_dir() else path.parent.name
+    config = whole.get_text_config()
+    if getattr(whole, "quantization_config", None) is not None:
+        config.quantization_config = whole.quantization_config
+    dtype = str(whole.dtype or config.dtype).removeprefix("torch.")
+    return _Found(
+        source=source,
+        revision=revision,
+        commit=commit,
+        config=config,
+        dtype=dtype if dtype in DTYPES else "float32",
+        generation=GenerationConfig.from_model_config(whole),
+        parts=layout(whole.model_type),
+        files=_weight_files(source, commit or revision),
+    )
+
+
+def _weight_files(source: str, revision: str | None) -> dict[str, str]:
+    """The safetensors file of each tensor."""
+    from safetensors import SafetensorError, safe_open
+
+    index = fetch_file(source, revision, _INDEX, optional=True)
+    if index is not None:
+        files = read_json(index).get("weight_map")
+        if not isinstance(files, dict) or not all(
+            re.fullmatch(r"[\w.-]+\.safetensors", str(f)) for f in files.values()
+        ):
+            raise WeightsError(f"{index} that names no safetensors files", "a map of tensors to files", _RESTORE)
+        return files
+    path = fetch_file(source, revision, _SINGLE)
+    if path is None:
+        raise TargetError(
+            f"{source!r} without safetensors",
+            f"{_SINGLE} or {_INDEX}: other formats can run code when they are read",
+            "convert it where you trust it: load it with transformers and call save_pretrained",
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict.fromkeys(file.keys(), _SINGLE)
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{path}, which is truncated or corrupt ({error})", "a whole file", _RESTORE) from error
+
+
+def _load(found: _Found, n_blocks: int | None, settings: dict[str, Any]) -> Any:
+    """The model, or its backbone of ``n_blocks``, on the CPU unless ``settings`` say otherwise.
+
+    transformers sees a folder of nothing but the files that are needed, so it can neither read the others nor follow
+    an adapter or code that lies beside them.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    config = cut_config(found.config, n_blocks or found.config.num_hidden_layers)
+    for name, value in vars(config).items():
+        if name.endswith(("dropout", "pdrop")) and isinstance(value, float):
+            setattr(config, name, 0.0)  # training runs through a target, and never trains it
+    needed = {name: file for name, file in found.files.items() if _needed(name, found.parts, n_blocks)}
+    renamed = _renamed(found.parts.text) if found.parts.text else None
+    with tempfile.TemporaryDirectory() as folder:
+        for file in sorted(set(needed.values())):
+            path = fetch_file(found.source, found.commit or found.revision, file)
+            if path is None:
+                raise WeightsError(f"{found.source} without {file}", "every file that its index names", _RESTORE)
+            (Path(folder) / file).symlink_to(path.resolve())
+        write_json(Path(folder) / _INDEX, {"metadata": {}, "weight_map": needed})
+        generation = fetch_file(found.source, found.commit or found.revision, "generation_config.json", optional=True)
+        if generation is None:
+            settings = {**settings, "generation_config": found.generation}
+        else:
+            (Path(folder) / generation.name).symlink_to(generation.resolve())
+        kind: Any = AutoModelForCausalLM if n_blocks is None else AutoModel
+        try:
+            with _quiet():
+                model, info = kind.from_pretrained(
+                    folder,
+                    config=config,
+                    key_mapping=renamed,
+                    use_safetensors=True,
+                    output_loading_info=True,
+                    **settings,
+                )
+        except (OSError, SafetensorError, ValueError, RuntimeError) as error:
+            raise WeightsError(
+                f"a target in {found.source} that does not load ({error})", "a whole model", _RESTORE
+            ) from error
+    norms = [] if n_blocks is None else [f"{found.parts.norm}.{part}" for part in ("weight", "bias")]
+    missing = sorted(set(info["missing_keys"]) - set(norms)) + sorted(map(str, info["mismatched_keys"]))
+    if missing:
+        raise WeightsError(
+            f"a target in {found.source} without {missing[:3]} ({len(missing)} in all)", "all weights", _RESTORE
+        )
+    return model
+
+
+def _needed(name: str, parts: Layout, n_blocks: int | None) -> bool:
+    """Whether a tensor of the checkpoint belongs to the text side, and to what ``n_blocks`` leave of it."""
+    if parts.text and re.match(rf"(model\.{parts.text}\.|{parts.text}\.|lm_head\.)", name) is None:
+        return False
+    if n_blocks is None:
+        return True
+    number = re.search(rf"(?:^|\.){parts.blocks}\.(\d+)\.", name)
+    if number is not None:
+        return int(number[1]) < n_blocks
+    return _HEAD.search(name) is None and re.search(rf"(^|\.){parts.norm}\.(weight|bias)$", name) is None
+
+
+def _renamed(text: str) -> dict[str, str]:
+    """Names in a wrapper's checkpoint, as transformers 5 and 4 write them, to those of the text model alone."""
+    return {rf"^model\.{text}\.": "model.", rf"^{text}\.model\.": "model.", rf"^{text}\.lm_head\.": "lm_head."}
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers reports parts that are left out on purpose as if they were lost; what is lost is raised here."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _place(device: str | torch.device | None) -> torch.device:
+    """Where to put a target.
+
+    Raises:
+        ArgumentError: there is no such device here.
+    """
+    try:
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=place)
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        raise ArgumentError(
+            f"device={str(device)!r}, which is not here ({str(error).splitlines()[0][:120]})",
+            "'cpu', or a device that torch reaches: 'cuda', 'cuda:1', 'mps'",
+            f"use another; torch sees {torch.cuda.device_count()} GPU(s)",
+        ) from error
+    if place.type == "meta":
+        raise ArgumentError("device='meta', which holds no weights", "'cpu' or 'cuda'", "use one of these")
+    return place
+
+
+def _check_keywords(dtype: str | None, quantization: str | None, adapter: str | Path | None) -> None:
+    """Refuse before anything is downloaded what cannot be loaded."""
+    if dtype is not None and dtype not in DTYPES:
+        raise ArgumentError(f"dtype={dtype!r}", f"one of {', '.join(DTYPES)}", "use one of these")
+    if quantization is None:
+        return
+    if quantization not in QUANTIZATIONS:
+        raise ArgumentError(f"quantization={quantization!r}", f"one of {', '.join(QUANTIZATIONS)}", "use one of these")
+    if adapter is not None:
+        raise ArgumentError(
+            f"an adapter to merge into {quantization} weights",
+            "weights that a merge does not round again",
+            "leave quantization out",
+        )
+    if find_spec("bitsandbytes") is None:
+        raise MissingExtraError(
+            f"quantization={quantization!r} without bitsandbytes",
+            "bitsandbytes, which does the arithmetic",
+            "pip install bitsandbytes, or use dtype='bfloat16'",
+        )
+
+
+def _settings(dtype: str, place: torch.device, quantization: str | None) -> dict[str, Any]:
+    """What transformers is told of types."""
+    kind = getattr(torch, dtype)
+    if quantization is None:
+        return {"dtype": kind}
+    from transformers import BitsAndBytesConfig
+
+    bits: dict[str, Any] = {"load_in_8bit": True}
+    if quantization == "4bit":  # as QLoRA's authors have it; bitsandbytes' own default, FP4, loses more
+        bits = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+        bits["bnb_4bit_compute_dtype"] = kind
+    return {"dtype": kind, "quantization_config": BitsAndBytesConfig(**bits), "device_map": {"": place}}
+
+
+def _finish(model: Any, found: _Found, adapter: str | Path | None, place: torch.device | None) -> Any:
+    """The model in its place (None: it is there), checked, with its adapter, and named after where it came from."""
+    model = model if place is None else model.to(place)
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not _is_finite(parameter.detach()):
+            raise NonFiniteError(
+                f"NaN or infinity in {name} of the target in {found.source}", "finite weights", _RESTORE
+            )
+    if adapter is not None:
+        merge_adapter(model, adapter)
+    model.name_or_path = model.config._name_or_path = found.source
+    model.config._commit_hash = found.commit
+    return model.eval()
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    """Whether no value is NaN or infinite: a finite sum says so in one pass, and only another needs a second look."""
+    return bool(tensor.sum(dtype=torch.float32).isfinite()) or bool(tensor.isfinite().all())

@@ -1,0 +1,212 @@
+"""read(): texts to activations at a point, and their store on disk."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nla.baselines import UNKNOWN_STRATUM
+from nla.errors import PositionError, ShapeError, WeightsError
+from nla.metrics import check_finite
+from nla.models.forward import device_of, inference, pad_right
+from nla.models.points import Point, context_length, truncated_view
+from nla.storage.tensors import load_tensors, save_tensors
+from nla.text.tokens import Encoded, Positions, Span, encode_batch, length_batches, select_positions
+
+ACTIVATIONS_FILE = "activations.safetensors"
+
+Strata = Callable[[int, list[Span]], Sequence[str]]
+"""From a document's index and all its spans, the kind of position of each token."""
+
+Intervene = Callable[[Tensor], contextlib.AbstractContextManager]
+"""From the document indexes (b,) of a batch, a context in which the model's forward pass runs."""
+
+
+@dataclass
+class Activations:
+    """Vectors read at a point, and the tokens that they belong to.
+
+    Indexing with an int, a slice, a mask or a tensor of indexes gives Activations again; so does iteration, one by one.
+    """
+
+    vectors: Tensor
+    """(n, d) float32 on the CPU, raw (never normalised)."""
+
+    spans: list[Span]
+    """The token of each vector."""
+
+    document: Tensor
+    """(n,) int64: the text that each vector comes from, an index into ``texts``."""
+
+    texts: list[str]
+    """All texts that were read."""
+
+    point: str
+    """Where they were read, such as "resid_post.3"."""
+
+    strata: list[str]
+    """Kind of position of each vector; "all" where unknown."""
+
+    def __post_init__(self) -> None:
+        lengths = {len(self.vectors), len(self.spans), len(self.document), len(self.strata)}
+        if self.vectors.ndim != 2 or len(lengths) != 1:
+            raise ShapeError(
+                f"vectors {tuple(self.vectors.shape)}, {len(self.spans)} spans, {len(self.document)} documents and "
+                f"{len(self.strata)} strata",
+                "vectors (n, d) and n of each",
+                "index Activations as a whole, or use .replace(vectors=…) with as many rows",
+            )
+
+    def __len__(self) -> int:
+        return len(self.spans)
+
+    def __getitem__(self, index: int | slice | Tensor | Sequence[int]) -> Activations:
+        if not isinstance(index, slice):
+            index = torch.as_tensor(index)
+            index = index if index.numel() else index.long()  # an empty list becomes a tensor of floats
+        rows = torch.arange(len(self))[index].reshape(-1)
+        chosen = rows.tolist()
+        return replace(
+            self,
+            vectors=self.vectors[rows],
+            spans=[self.spans[row] for row in chosen],
+            document=self.document[rows],
+            strata=[self.strata[row] for row in chosen],
+        )
+
+    def __iter__(self) -> Iterator[Activations]:
+        return (self[row] for row in range(len(self)))
+
+    def replace(self, **changes: Any) -> Activations:
+        """A copy with other fields, such as ``vectors`` of the same number."""
+        return replace(self, **changes)
+
+    def save(self, folder: str | Path) -> None:
+        """Write ``activations.safetensors`` into a folder, atomically.
+
+        Raises:
+            StorageError: it could not be written whole.
+            NonFiniteError: a vector holds NaN or infinity.
+        """
+        names = list(dict.fromkeys(self.strata))
+        code = {name: number for number, name in enumerate(names)}
+        # Texts travel as bytes in the same file: one file is replaced whole or not at all.
+        words = json.dumps({"texts": self.texts, "point": self.point, "strata": names}, ensure_ascii=False)
+        tensors = {
+            "vectors": self.vectors,
+            "document": self.document,
+            "span": torch.tensor([(s.token_id, s.start, s.end, s.index, s.added) for s in self.spans]).reshape(-1, 5),
+            "stratum": torch.tensor([code[name] for name in self.strata], dtype=torch.int64),
+            "words": torch.frombuffer(bytearray(words.encode()), dtype=torch.uint8),
+        }
+        save_tensors(Path(folder) / ACTIVATIONS_FILE, tensors)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Activations:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            WeightsError: missing, truncated, corrupt, or not a store of activations.
+            NonFiniteError: a vector holds NaN or infinity.
+        """
+        path = Path(folder) / ACTIVATIONS_FILE
+        found = load_tensors(path, expected_keys=("vectors", "document", "span", "stratum", "words"))
+        try:
+            words = json.loads(found["words"].numpy().tobytes())
+            texts, names = words["texts"], words["strata"]
+            document = found["document"]
+            spans = [
+                Span(token, texts[number][start:end], start, end, index, bool(added))
+                for number, (token, start, end, index, added) in zip(
+                    document.tolist(), found["span"].tolist(), strict=True
+                )
+            ]
+            strata = [names[code] for code in found["stratum"].tolist()]
+        except (ValueError, KeyError, IndexError) as error:
+            raise WeightsError(
+                f"{path}, whose tokens do not fit its texts ({error})", "a store of activations", "read the texts again"
+            ) from error
+        return cls(found["vectors"], spans, document, texts, words["point"], strata)
+
+
+def read(
+    model: nn.Module,
+    tokenizer: Any,
+    texts: str | Sequence[str],
+    point: str | Point,
+    positions: Positions = "all",
+    strata: Strata | None = None,
+    intervene: Intervene | None = None,
+    max_tokens_per_batch: int = 8192,
+    progress: bool = False,
+) -> Activations:
+    """Activations of texts at a point, in the order of texts and, within a text, of ``positions``.
+
+    Runs the blocks up to the point only; batches by length, padded on the right without a mask: causality keeps real
+    positions exact. A model with adapters is read as it stands; ``NLA.read`` reads its target.
+
+    Args:
+        positions: see :func:`nla.tokens.select_positions`.
+        strata: names the kind of position of every token of a text; None: "all".
+        intervene: a context for the forward pass of a batch of documents, such as
+            ``lambda docs: steer.patch(model, "resid_post.2", columns[docs], vectors[docs])``.
+
+    Raises:
+        PointError, PositionError, EmptyTextError, ContextLengthError, VocabularyError: see the functions used.
+        NonFiniteError: the target gave NaN or infinity.
+    """
+    texts = list(texts) if isinstance(texts, Iterable) and not isinstance(texts, str) else [texts]
+    view = truncated_view(model, point)
+    encoded = encode_batch(tokenizer, texts, context_length(model))
+    columns = [select_positions(entry.spans, positions, number) for number, entry in enumerate(encoded)]
+    kinds = [_strata_of(number, entry, columns[number], strata) for number, entry in enumerate(encoded)]
+    counts = torch.tensor([len(chosen) for chosen in columns], dtype=torch.int64)
+    starts = (counts.cumsum(0) - counts).tolist()
+    vectors = torch.empty(int(counts.sum()), view.config.hidden_size)
+    batches = length_batches([len(entry.ids) for entry in encoded], max_tokens_per_batch)
+    with inference(model):
+        for batch in _progress(batches, progress):
+            rows = torch.tensor([row for row, number in enumerate(batch) for _ in columns[number]])
+            cols = torch.tensor([column for number in batch for column in columns[number]])
+            out = torch.tensor([i for n in batch for i in range(starts[n], starts[n] + len(columns[n]))])
+            ids = pad_right([encoded[number].ids for number in batch]).to(device_of(model))
+            with intervene(torch.tensor(batch)) if intervene else contextlib.nullcontext():
+                hidden = view(input_ids=ids, use_cache=False).last_hidden_state
+            vectors[out] = hidden[rows.to(ids.device), cols.to(ids.device)].float().cpu()
+    check_finite(vectors)
+    return Activations(
+        vectors=vectors,
+        spans=[encoded[number].spans[column] for number, chosen in enumerate(columns) for column in chosen],
+        document=torch.repeat_interleave(torch.arange(len(texts)), counts),
+        texts=texts,
+        point=str(point),
+        strata=[kind for document in kinds for kind in document],
+    )
+
+
+def _strata_of(number: int, entry: Encoded, columns: list[int], strata: Strata | None) -> list[str]:
+    if strata is None:
+        return [UNKNOWN_STRATUM] * len(columns)
+    names = list(strata(number, entry.spans))
+    if len(names) != len(entry.spans):
+        raise PositionError(
+            f"{len(names)} strata for the {len(entry.spans)} tokens of text {number}",
+            "one name for each token of the text, chosen or not",
+            "name every span that the function is given",
+        )
+    return [names[column] for column in columns]
+
+
+def _progress(batches: list[list[int]], shown: bool) -> Any:
+    if not shown:
+        return batches
+    from tqdm import tqdm
+
+    return tqdm(batches, desc="read", unit="batch")

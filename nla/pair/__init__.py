@@ -1,0 +1,1 @@
+"""A trained pair: encoder, decoder, their roles, its folder, scores and trust."""

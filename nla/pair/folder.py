@@ -1,0 +1,277 @@
+"""Loading and saving a whole pair: where it lies, its target, its parts, all checked."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from nla.baselines import load_baselines, save_baselines
+from nla.config import CONFIG_FILE, NLAConfig, WeightsConfig
+from nla.errors import ArgumentError, ConfigError, StorageError, WeightsError
+from nla.models.adapter import ADAPTER_CONFIG, load_adapter, read_adapter_config, save_adapter
+from nla.models.forward import device_of
+from nla.models.load import load_target
+from nla.organisms import PAIRS
+from nla.pair.card import card
+from nla.pair.encoder import end_ids
+from nla.pair.layout import (
+    BASELINES_FILE,
+    CARD_FILE,
+    DECODER_FOLDER,
+    ENCODER_FOLDER,
+    HEAD_FILE,
+    MANIFEST,
+    METRICS_FILE,
+    SEPARATE_MANIFEST,
+)
+from nla.pair.roles import DECODER_ADAPTER, ENCODER_ADAPTER, SharedBase
+from nla.pair.separate import Devices, Sources, assemble, check_weights, is_local, refuse_outside, source_of
+from nla.storage import hub
+from nla.storage.files import read_json, write_atomic, write_json
+from nla.storage.hashes import hash_weights, sha256
+from nla.storage.tensors import load_tensors, save_tensors
+
+if TYPE_CHECKING:
+    from nla.autoencoder import NLA
+    from nla.pair.decoder import Head
+
+
+def load(
+    cls: type[NLA],
+    name_or_path: str | Path,
+    revision: str | None,
+    devices: Devices,
+    trust_remote_code: bool,
+) -> NLA:
+    """What ``NLA.from_pretrained`` promises; ``cls`` makes the object."""
+    folder, from_hub = find_folder(name_or_path, revision)
+    config = NLAConfig.load(folder)
+    check_files(config, folder)
+    source = target_source(config, folder, from_hub)
+    baselines = load_baselines(folder / BASELINES_FILE, config.d_model)
+    metrics = read_json(folder / METRICS_FILE) if (folder / METRICS_FILE).exists() else {}
+    if config.encoder_weights is not None and config.decoder_weights is not None:
+        parts = [source_of(part, folder, from_hub) for part in (config.encoder_weights, config.decoder_weights)]
+        place = folder / DECODER_FOLDER / HEAD_FILE
+        return assemble(
+            cls,
+            config,
+            Sources(source, *parts),
+            lambda: load_head(config, place),
+            devices,
+            baselines,
+            metrics,
+            trust_remote_code,
+        )
+    if isinstance(devices, Mapping):
+        raise ArgumentError(
+            f"devices {dict(devices)} for a pair whose roles share one base",
+            "one device",
+            "give device=..., or load a pair of separate models",
+        )
+    check_weights(source, config.target_weights, "the target")
+    model, tokenizer = load_target(
+        source,
+        revision=None if Path(source).is_dir() else config.target_revision,
+        dtype=config.dtype,
+        device=devices,
+        quantization=config.quantization,
+        trust_remote_code=trust_remote_code,
+    )
+    config.check(tokenizer, model)
+    pair = cls(
+        load_shared(model, config, folder, load_head(config, folder / DECODER_FOLDER / HEAD_FILE)),
+        tokenizer,
+        config,
+        baselines,
+        metrics,
+    )
+    pair.target_folder = Path(source) if Path(source).is_dir() else None
+    return pair
+
+
+def load_shared(model: Any, config: NLAConfig, folder: Path, head: Head) -> SharedBase:
+    """A target with the two adapters of the pair in ``folder``, in evaluation mode on the target's device.
+
+    Raises:
+        ConfigError, WeightsError, NonFiniteError: an adapter is not plain LoRA, or its weights do not fit.
+    """
+    from peft import get_peft_model
+
+    with torch.random.fork_rng(devices=[]):  # PEFT draws initial values that are then overwritten
+        adapters = [read_adapter_config(folder / part) for part in (ENCODER_FOLDER, DECODER_FOLDER)]
+        for adapter in adapters:
+            adapter.base_model_name_or_path = model.name_or_path
+        shared: Any = get_peft_model(model, adapters[0], adapter_name=ENCODER_ADAPTER)
+        shared.add_adapter(DECODER_ADAPTER, adapters[1])
+    load_adapter(folder / ENCODER_FOLDER, shared, ENCODER_ADAPTER)
+    load_adapter(folder / DECODER_FOLDER, shared, DECODER_ADAPTER)
+    shared.eval()
+    return SharedBase(shared, head.to(device_of(model)), config)
+
+
+def find_folder(name_or_path: str | Path, revision: str | None = None) -> tuple[Path, bool]:
+    """The pair's folder, and whether it came from the hub.
+
+    Raises:
+        ConfigError: there is no such pair.
+        HubError: the hub lacks it, does not open it, or cannot be reached.
+    """
+    name = str(name_or_path)
+    if name in PAIRS:
+        return PAIRS[name], False
+    if Path(name).expanduser().is_dir():
+        return Path(name).expanduser(), False
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is None:
+        raise ConfigError(
+            f"no pair {name!r}",
+            f"a folder, a hub id such as 'someone/pair', or one of {', '.join(PAIRS)}",
+            "check the name; a pair is made with `nla train RECIPE`",
+        )
+    return hub.download(name, revision), True
+
+
+def target_source(config: NLAConfig, folder: Path, from_hub: bool) -> str:
+    """What to load the target from: a folder's absolute path or a hub id.
+
+    Raises:
+        ConfigError: the target's folder is missing, or lies outside a downloaded pair.
+    """
+    refuse_outside(config.target, folder, from_hub)
+    source = config.resolve_target(folder)
+    if is_local(config.target) and not Path(source).is_dir():
+        raise ConfigError(
+            f"no target at {(folder / config.target).resolve()}",
+            f"the folder that the pair in {folder} was trained on",
+            "put the target back beside the pair; a pair and its target move together",
+        )
+    return source
+
+
+def manifest(config: NLAConfig) -> tuple[str, ...]:
+    """Files that a pair's config vouches for: of separate models only what lies in the folder itself."""
+    return SEPARATE_MANIFEST if config.separate else MANIFEST
+
+
+def hash_files(folder: Path, names: Sequence[str] = MANIFEST) -> dict[str, str]:
+    """SHA-256 of files that a pair's config vouches for, by their path in the folder.
+
+    Raises:
+        WeightsError: a file is missing or cannot be read.
+    """
+    return {name: sha256(folder / name) for name in names}
+
+
+def check_files(config: NLAConfig, folder: Path) -> None:
+    """Refuse a pair whose files are not those that its config was saved with.
+
+    Raises:
+        ConfigError: the config vouches for other files than a pair has, or an adapter's configuration was changed.
+        WeightsError: weights are missing or were changed.
+    """
+    fix, names = "restore the folder from where it came, or save or train the pair again", manifest(config)
+    if set(config.files) != set(names):
+        got = f"{folder / CONFIG_FILE} with hashes of {sorted(config.files) or 'no files'}"
+        raise ConfigError(got, f"hashes of {', '.join(names)}", fix)
+    for name, found in hash_files(folder, names).items():
+        if found != config.files[name]:
+            kind = WeightsError if name.endswith(".safetensors") else ConfigError
+            got = f"{folder / name}, which is truncated, edited or of another pair (sha256 {found[:12]}…)"
+            raise kind(got, f"the file that {CONFIG_FILE} was saved with ({config.files[name][:12]}…)", fix)
+
+
+def load_head(config: NLAConfig, path: Path) -> Head:
+    """The head of a pair's decoder, on the CPU.
+
+    Raises:
+        WeightsError, NonFiniteError: missing, corrupt, or not a head of this width.
+    """
+    from nla.pair.decoder import Head
+
+    head = Head(config.d_model, config.decoder.head_bias)
+    current = head.state_dict()
+    found = load_tensors(path, expected_keys=current)
+    wrong = [name for name in current if found[name].shape != current[name].shape]
+    if wrong:
+        raise WeightsError(
+            f"{path}, where {wrong[0]} is {tuple(found[wrong[0]].shape)}",
+            f"{tuple(current[wrong[0]].shape)}, the target's width",
+            "restore the head that was trained with this pair",
+        )
+    head.load_state_dict(found)
+    return head
+
+
+def save(pair: NLA, folder: Path) -> None:
+    """What ``NLA.save_pretrained`` promises."""
+    config = _moved(pair, folder)
+    if not config.separate:  # a pair of whole models would load its encoder for it
+        config = replace(config, end_ids=end_ids(pair) or None)
+    with _aside(folder) as new:
+        if not config.separate:
+            for part, adapter in ((ENCODER_FOLDER, ENCODER_ADAPTER), (DECODER_FOLDER, DECODER_ADAPTER)):
+                save_adapter(new / part, pair.model, adapter)
+                # PEFT notes where the base was loaded from: a path of this machine, of no use on another.
+                content = read_json(new / part / ADAPTER_CONFIG)
+                write_json(new / part / ADAPTER_CONFIG, {**content, "base_model_name_or_path": config.target})
+        save_tensors(new / DECODER_FOLDER / HEAD_FILE, pair.roles.head_tensors())
+        save_baselines(new / BASELINES_FILE, pair.baselines)
+        write_json(new / METRICS_FILE, pair.metrics)
+        if not (folder / CARD_FILE).exists():
+            write_atomic(new / CARD_FILE, card(pair.metrics, config, local=pair.target_folder is not None))
+        replace(config, files=hash_files(new, manifest(config))).save(new)
+
+
+def _moved(pair: NLA, folder: Path) -> NLAConfig:
+    """The pair's config with local targets and weights written relative to ``folder``, and hashed if they are not."""
+
+    def relative(place: Path) -> str:
+        path = os.path.relpath(place, folder.resolve())
+        return path if path.startswith(".") else f"./{path}"
+
+    config = pair.config
+    if pair.target_folder is not None:
+        digest = config.target_weights or hash_weights(pair.target_folder)
+        config = replace(config, target=relative(pair.target_folder), target_weights=digest)
+    for role, place in pair.weight_folders.items():
+        name = f"{role}_weights"
+        weights: WeightsConfig = getattr(config, name)
+        weights = replace(weights, source=relative(place), sha256=weights.sha256 or hash_weights(place))
+        config = replace(config, **{name: weights})
+    return config
+
+
+@contextlib.contextmanager
+def _aside(folder: Path) -> Iterator[Path]:
+    """Give an empty folder beside ``folder``; on a clean exit its files are moved into ``folder``, the config last.
+
+    Until then the old config vouches for the old files: a mixture of old and new is refused when it is loaded.
+    """
+    new = folder.resolve().with_name(f".{folder.resolve().name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        new.mkdir(parents=True)
+        yield new
+        files = sorted(path for path in new.rglob("*") if path.is_file())
+        for source in sorted(files, key=lambda path: path.name == CONFIG_FILE):
+            place = folder / source.relative_to(new)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(source, place)
+    except StorageError:
+        raise
+    except OSError as error:
+        raise StorageError(
+            f"{type(error).__name__} while writing {folder}: {error}",
+            "room and permission to write the whole pair",
+            "free space or choose another folder and save again",
+        ) from error
+    finally:
+        shutil.rmtree(new, ignore_errors=True)

@@ -1,0 +1,101 @@
+"""Publishing a pair on the hub."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nla.config import CONFIG_FILE, NLAConfig, resolve
+from nla.errors import ConfigError
+from nla.pair.card import card, renewed
+from nla.pair.layout import CARD_FILE, METRICS_FILE
+from nla.storage.files import read_json
+from nla.storage.hub import download, hub_errors
+
+if TYPE_CHECKING:
+    from nla.autoencoder import NLA
+
+
+def push(
+    pair: NLA, repo_id: str, private: bool = False, revision: str | None = None, commit_message: str | None = None
+) -> str:
+    """What ``NLA.push_to_hub`` promises; returns the commit's address."""
+    _refuse_local(pair.weight_folders | ({"target": pair.target_folder} if pair.target_folder else {}))
+    with tempfile.TemporaryDirectory() as folder:
+        old = _loaded_from(pair) / CARD_FILE if pair.origin else None
+        if old is not None and old.is_file():
+            shutil.copyfile(old, Path(folder) / CARD_FILE)
+        pair.save_pretrained(folder)
+        return push_folder(Path(folder), repo_id, private, revision, commit_message)
+
+
+def push_folder(
+    folder: Path,
+    repo_id: str,
+    private: bool = False,
+    revision: str | None = None,
+    commit_message: str | None = None,
+) -> str:
+    """Publish the files that a saved pair consists of, checked but not loaded; returns the commit's address.
+
+    Of its card the header and what stands between the marks of the generated part are made anew, and the rest is kept.
+
+    Raises:
+        ConfigError, WeightsError: it is no whole pair; or the target or other weights lie in a folder of this machine.
+        HubError, AccessError: the hub refuses, or cannot be reached.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    from nla.pair.folder import check_files, manifest
+
+    config = NLAConfig.load(folder)
+    check_files(config, folder)
+    _refuse_local(_local_parts(config, folder))
+    metrics = read_json(folder / METRICS_FILE) if (folder / METRICS_FILE).is_file() else {}
+    old = (folder / CARD_FILE).read_text(encoding="utf-8") if (folder / CARD_FILE).is_file() else ""
+    text = renewed(old, card(metrics, config, repo_id, local=False))
+    contents: dict[str, str | bytes] = {name: str(folder / name) for name in (*manifest(config), CONFIG_FILE)}
+    contents |= {METRICS_FILE: str(folder / METRICS_FILE) if (folder / METRICS_FILE).is_file() else b"{}"}
+    operations = [CommitOperationAdd(name, data) for name, data in (contents | {CARD_FILE: text.encode()}).items()]
+    message = commit_message or f"Pair for {config.target} at {config.point}"
+    with hub_errors(repo_id, revision):
+        api = HfApi()
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        commit = api.create_commit(repo_id, operations, commit_message=message, revision=revision)
+    return str(commit.commit_url)
+
+
+def _loaded_from(pair: NLA) -> Path:
+    """The folder that a pair was loaded from; of one on the hub, a folder with its card."""
+    name, revision = pair.origin or ("", None)
+    return Path(name) if Path(name).is_absolute() else download(name, revision, [CARD_FILE])
+
+
+def _local_parts(config: NLAConfig, folder: Path) -> dict[str, Path]:
+    """What a saved pair refers to in folders of this machine, by role."""
+    from nla.pair.separate import is_local
+
+    sources = {"target": config.target}
+    for role, weights in (("encoder", config.encoder_weights), ("decoder", config.decoder_weights)):
+        sources |= {} if weights is None else {role: weights.source}
+    found = {role: Path(resolve(source, folder)) for role, source in sources.items()}
+    return {role: place for role, place in found.items() if is_local(sources[role]) or place.is_dir()}
+
+
+def _refuse_local(places: Mapping[str, Path]) -> None:
+    """Refuse to publish a pair that refers to folders of this machine.
+
+    Raises:
+        ConfigError: its target or other weights are local.
+    """
+    if places:
+        raise ConfigError(
+            f"a pair whose {', '.join(places)} lie in folders of this machine ({', '.join(map(str, places.values()))})",
+            "a target on the hub, and weights on the hub",
+            "publish these models first, load the pair's parts by their hub ids, and save it again",
+        )

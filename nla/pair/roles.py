@@ -1,0 +1,307 @@
+"""The three roles: adapters on one shared base, or whole models that are loaded at first use."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar, cast, get_args
+
+from torch import Tensor, nn
+
+from nla.errors import ArgumentError, SeparateModelsError
+from nla.models.forward import device_of
+from nla.models.points import final_norm, layout, linear_names, truncated_view
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+
+    from nla.config import NLAConfig
+    from nla.pair.decoder import Head
+
+ENCODER_ADAPTER = "default"
+"""TRL's reference and resume look for an adapter of this name."""
+
+DECODER_ADAPTER = "decoder"
+
+Role = Literal["target", "encoder", "decoder"]
+ROLES: tuple[Role, ...] = get_args(Role)
+
+_ADAPTERS = {"encoder": ENCODER_ADAPTER, "decoder": DECODER_ADAPTER}
+
+T = TypeVar("T")
+
+
+class Roles(Protocol):
+    """Who plays target, encoder and decoder."""
+
+    @property
+    def shared(self) -> bool:
+        """One base plays all roles, with adapters."""
+        ...
+
+    @property
+    def playing(self) -> Role | None:
+        """The role in force."""
+        ...
+
+    @property
+    def model(self) -> Any:
+        """What plays the role in force; outside of any role the shared base with its adapters, or else the target."""
+        ...
+
+    @property
+    def view(self) -> Any:
+        """The decoder's backbone: its ``last_hidden_state`` is what the head reads."""
+        ...
+
+    @property
+    def head(self) -> Head:
+        """The decoder's head, on the decoder's device."""
+        ...
+
+    def head_tensors(self) -> dict[str, Tensor]:
+        """The head's parameters by name; no other weights are loaded for them."""
+        ...
+
+    @property
+    def target_adapter(self) -> str | None:
+        """Adapter that is on while the target is read, such as a plant's; None: none."""
+        ...
+
+    def play(self, name: Role) -> contextlib.AbstractContextManager[None]:
+        """While active, ``model`` plays this role. Roles nest."""
+        ...
+
+    def model_of(self, name: Role) -> Any:
+        """What plays a role, in force or not."""
+        ...
+
+    def n_parameters(self) -> dict[str, int]:
+        """Number of parameters by role, the decoder's with its head."""
+        ...
+
+
+class SharedBase:
+    """One base: bare as the target, with the adapter "default" as the encoder, and cut with "decoder" as the decoder.
+
+    Adapters are switched by :meth:`play` alone and never merged.
+    """
+
+    shared = True
+
+    def __init__(self, model: PeftModel, head: Head, config: NLAConfig) -> None:
+        """Raises PointError, ArchitectureError: the model has no such point."""
+        self.model, self.head = model, head
+        self.view = truncated_view(model, config.point)
+        if config.decoder.final_norm:
+            setattr(self.view, layout(self.view.config.model_type).norm, final_norm(model))
+        self.target_adapter: str | None = None
+        self._playing: list[Role] = []
+
+    @classmethod
+    def create(cls, target: Any, config: NLAConfig, rank: int, alpha: float | None) -> SharedBase:
+        """Untrained adapters on a target, and an identity head. See :meth:`nla.NLA.create`."""
+        from peft import get_peft_model
+
+        from nla.pair.decoder import Head
+
+        linears, below = linear_names(target), list(range(config.layer + 1))
+        model: Any = get_peft_model(target, _lora(linears, rank, alpha, None), adapter_name=ENCODER_ADAPTER)
+        model.add_adapter(DECODER_ADAPTER, _lora(linears, rank, alpha, below))
+        return cls(model, Head(config.d_model, config.decoder.head_bias).to(device_of(target)), config)
+
+    @property
+    def playing(self) -> Role | None:
+        """The role in force."""
+        return self._playing[-1] if self._playing else None
+
+    def model_of(self, name: Role) -> Any:
+        """The base, whatever the role."""
+        return self.model
+
+    @contextlib.contextmanager
+    def play(self, name: Role) -> Iterator[None]:
+        """Switch adapters; on exit they and every ``requires_grad`` are as they were.
+
+        In a role exactly its adapter is active and trainable ("target": none). Span forward AND backward: a switch
+        between them loses gradients.
+        """
+        model: Any = self.model
+        active, disabled = model.active_adapter, _adapters_disabled(model)
+        requires_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        self._playing.append(name)
+        try:
+            adapter = self.target_adapter if name == "target" else _ADAPTERS[name]
+            _switch(model, adapter or active, disabled=adapter is None)
+            yield
+        finally:
+            self._playing.pop()
+            _switch(model, active, disabled)
+            for parameter, flag in requires_grad:
+                parameter.requires_grad_(flag)
+
+    def head_tensors(self) -> dict[str, Tensor]:
+        """The head's parameters by name."""
+        return self.head.state_dict()
+
+    def n_parameters(self) -> dict[str, int]:
+        """Of the target, of each adapter (the decoder's with its head)."""
+        counts = {"target": 0, "encoder": 0, "decoder": _count(self.head)}
+        for name, parameter in self.model.named_parameters():
+            owner = next((role for role, adapter in _ADAPTERS.items() if f".{adapter}." in name), "target")
+            counts[owner if "lora_" in name else "target"] += parameter.numel()
+        return counts
+
+
+class Lazy(Generic[T]):
+    """Something that is loaded when it is first asked for, and kept."""
+
+    def __init__(self, load: Callable[[], T]) -> None:
+        self._load: Callable[[], T] | None = load
+        self._value: T | None = None
+
+    @property
+    def loaded(self) -> bool:
+        """It has been asked for."""
+        return self._load is None
+
+    @property
+    def value(self) -> T:
+        """The thing itself; whatever loading raises is raised here."""
+        if self._load is not None:
+            self._value = self._load()
+            self._load = None
+        return cast(T, self._value)
+
+
+class SeparateModels:
+    """Three whole models, each loaded at first use onto a device of its own, frozen.
+
+    Reading needs the target alone, reconstructing the decoder alone, explaining the encoder, and the decoder for the
+    cosine.
+    """
+
+    shared = False
+    target_adapter = None
+
+    def __init__(
+        self, target: Callable[[], Any], encoder: Callable[[], Any], view: Callable[[], Any], head: Callable[[], Head]
+    ) -> None:
+        """Each argument loads a part; ``view`` the decoder's backbone, already cut, ``head`` to the CPU."""
+        self._models = {"target": Lazy(target), "encoder": Lazy(encoder), "decoder": Lazy(view)}
+        self._head = Lazy(head)
+        self._playing: list[Role] = []
+
+    @property
+    def playing(self) -> Role | None:
+        """The role in force."""
+        return self._playing[-1] if self._playing else None
+
+    @property
+    def model(self) -> Any:
+        """The model of the role in force; outside of any role the target, so that what only reads still works."""
+        return self.model_of(self.playing or "target")
+
+    @property
+    def view(self) -> Any:
+        """The decoder's backbone."""
+        return self.model_of("decoder")
+
+    @property
+    def head(self) -> Head:
+        """The decoder's head."""
+        return self._head.value.to(device_of(self.view))
+
+    def head_tensors(self) -> dict[str, Tensor]:
+        """The head's parameters by name; no model is loaded for them."""
+        return self._head.value.state_dict()
+
+    @property
+    def loaded(self) -> list[str]:
+        """The roles whose models are in memory."""
+        return [name for name, model in self._models.items() if model.loaded]
+
+    def model_of(self, name: Role) -> Any:
+        """The model of a role, loaded if it is not yet."""
+        fresh = not self._models[name].loaded
+        model = self._models[name].value
+        return model.requires_grad_(False).eval() if fresh else model
+
+    @contextlib.contextmanager
+    def play(self, name: Role) -> Iterator[None]:
+        """Nothing but the role's name changes: there are no adapters to switch."""
+        self._playing.append(name)
+        try:
+            yield
+        finally:
+            self._playing.pop()
+
+    def n_parameters(self) -> dict[str, int]:
+        """Of each model that is loaded."""
+        return {
+            name: _count(model.value) + (_count(self.head) if name == "decoder" else 0)
+            for name, model in self._models.items()
+            if model.loaded
+        }
+
+
+def check_role(name: str) -> None:
+    """Refuse what is no role.
+
+    Raises:
+        ArgumentError: another name.
+    """
+    if name not in ROLES:
+        raise ArgumentError(f"role {name!r}", '"target", "encoder" or "decoder"', "use one of these")
+
+
+def require_shared(roles: Roles, what: str) -> SharedBase:
+    """The shared base that ``what`` needs, such as "joint training".
+
+    Raises:
+        SeparateModelsError: encoder and decoder are whole models of their own.
+    """
+    if not roles.shared:
+        raise SeparateModelsError(
+            f"{what} with a pair of separate models",
+            "a pair whose encoder and decoder are adapters on its target",
+            "train a pair with `nla train`; imported full weights can be read, explained, reconstructed and scored",
+        )
+    return cast(SharedBase, roles)
+
+
+def unwrapped(model: Any) -> Any:
+    """A causal LM without the wrapper that PEFT puts around a shared base."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _adapters_disabled(model: Any) -> bool:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return next(module.disable_adapters for module in model.modules() if isinstance(module, BaseTunerLayer))
+
+
+def _switch(model: Any, adapter: str, disabled: bool) -> None:
+    if _adapters_disabled(model):
+        model.base_model.enable_adapter_layers()
+    model.set_adapter(adapter)
+    if disabled:
+        model.base_model.disable_adapter_layers()
+
+
+def _lora(linears: list[str], rank: int, alpha: float | None, layers: list[int] | None) -> LoraConfig:
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=rank,
+        lora_alpha=rank if alpha is None else alpha,  # type: ignore[arg-type]
+        lora_dropout=0.0,
+        target_modules=linears,
+        layers_to_transform=layers,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )

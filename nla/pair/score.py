@@ -1,0 +1,169 @@
+"""Score: how close reconstructions are, with intervals, beside the rocks that must fail."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nla.baselines import GLOBAL, UNKNOWN_STRATUM
+from nla.errors import BaselineError
+from nla.metrics import Baseline, cosine, fve_interval, mse, unit
+from nla.stats import Interval, bootstrap, derangement
+
+
+@dataclass(frozen=True)
+class StratumScore:
+    """One kind of position, judged against its own baseline."""
+
+    n: int
+    """Number of activations."""
+
+    fve: Interval
+    """Fraction of variance explained within the stratum."""
+
+    shuffled: Interval | None
+    """The rock: reconstructions exchanged within the stratum; None for a single activation."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """Fidelity of reconstructions. Intervals are 95 % bootstrap intervals that resample documents.
+
+    ``rocks`` are FVEs of what has no access to the activation: "empty" (the decoder without an explanation), "mean"
+    (the mean training activation itself: 0 over the training activations by definition), "shuffled" (another
+    activation's reconstruction) and "shuffled_within" (one of the same stratum, each over its stratum's variance; only
+    where strata are known; absent, as "shuffled" is, where there is nothing to exchange). A wrong unit vector is worse
+    than the mean: unrelated directions score about −1. A rock near the score means that the score says nothing about
+    the explanations.
+    """
+
+    n: int
+    """Number of activations."""
+
+    cosine: Interval
+    """Mean cosine of activation and reconstruction."""
+
+    mse: Interval
+    """Mean of 2(1 − cosine)."""
+
+    fve: Interval
+    """Fraction of variance explained, over the baseline of all training activations."""
+
+    by_stratum: dict[str, StratumScore]
+    """Each kind of position against its own baseline; empty where strata are unknown."""
+
+    rocks: dict[str, Interval]
+    """FVE of the rocks."""
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-ready dict; an interval is {"value", "low", "high"}, its ends None where they are unknown."""
+        return {
+            "n": self.n,
+            "cosine": self.cosine.to_json(),
+            "mse": self.mse.to_json(),
+            "fve": self.fve.to_json(),
+            "by_stratum": {
+                name: {
+                    "n": part.n,
+                    "fve": part.fve.to_json(),
+                    "shuffled": None if part.shuffled is None else part.shuffled.to_json(),
+                }
+                for name, part in self.by_stratum.items()
+            },
+            "rocks": {name: rock.to_json() for name, rock in self.rocks.items()},
+        }
+
+    def __str__(self) -> str:
+        rows = [("cosine", self.cosine), ("mse", self.mse), ("fve", self.fve)]
+        for name, part in self.by_stratum.items():
+            rows.append((f"fve in {name!r} (n={part.n})", part.fve))
+            rows += [] if part.shuffled is None else [(f"rock: shuffled in {name!r}", part.shuffled)]
+        rows += [(f"rock: {name}", rock) for name, rock in self.rocks.items()]
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:<{width}}  {interval}" for name, interval in rows)
+
+
+def score(
+    target: Tensor,
+    predicted: Tensor,
+    strata: Sequence[str],
+    documents: Tensor,
+    baselines: Mapping[str, Baseline],
+    empty: Tensor,
+    n_boot: int = 1000,
+    seed: int = 0,
+) -> Score:
+    """Score reconstructions (n, d) of activations (n, d) against the training baselines.
+
+    Args:
+        strata: kind of position of each row; all "all" if unknown, and then only the global figures are given.
+        documents: (n,) text of each row: rows of one text are resampled together.
+        baselines: by stratum, and "global".
+        empty: (d,) what the decoder makes of no explanation.
+        n_boot: number of bootstrap resamples.
+
+    Raises:
+        ShapeError, NonFiniteError: the shapes differ or a value is not finite.
+        BaselineError: no rows, or no baseline for "global" or for a stratum.
+    """
+    if len(target) == 0:
+        raise BaselineError("no activations", "at least 1 to score", "check the selection of positions")
+    error = mse(target, predicted)
+    overall = _baseline(baselines, GLOBAL)
+    known = list(dict.fromkeys(strata)) if any(name != UNKNOWN_STRATUM for name in strata) else []
+    within = _shuffled_within(target, predicted, strata, seed)
+    by_stratum = {}
+    for name in known:
+        rows = torch.tensor([stratum == name for stratum in strata])
+        baseline = _baseline(baselines, name)
+        shuffled = fve_interval(within[rows], baseline, documents[rows], n_boot, seed=seed) if rows.sum() > 1 else None
+        fve = fve_interval(error[rows], baseline, documents[rows], n_boot, seed=seed)
+        by_stratum[name] = StratumScore(int(rows.sum()), fve, shuffled)
+    rocks = {
+        "empty": fve_interval(mse(target, empty.expand_as(target)), overall, documents, n_boot, seed=seed),
+        "mean": fve_interval((unit(target) - overall.mean).square().sum(1), overall, documents, n_boot, seed=seed),
+    }
+    if len(target) > 1:
+        moved = mse(target, predicted[derangement(len(target), seed)])
+        rocks["shuffled"] = fve_interval(moved, overall, documents, n_boot, seed=seed)
+    exchanged = ~torch.isnan(within)
+    if known and exchanged.any():
+        variance = torch.tensor([_baseline(baselines, name).variance for name in strata])
+        pairs = torch.stack([within, variance], dim=1)[exchanged]
+        rocks["shuffled_within"] = bootstrap(
+            pairs, documents[exchanged], lambda mean: 1 - mean[..., 0] / mean[..., 1], n_boot, seed=seed
+        )
+    return Score(
+        n=len(target),
+        cosine=bootstrap(cosine(target, predicted), documents, None, n_boot, seed=seed),
+        mse=bootstrap(error, documents, None, n_boot, seed=seed),
+        fve=fve_interval(error, overall, documents, n_boot, seed=seed),
+        by_stratum=by_stratum,
+        rocks=rocks,
+    )
+
+
+def _shuffled_within(target: Tensor, predicted: Tensor, strata: Sequence[str], seed: int) -> Tensor:
+    """Errors (n,) of reconstructions exchanged within strata; NaN in a stratum of one row."""
+    sizes = {name: list(strata).count(name) for name in dict.fromkeys(strata)}
+    rows = torch.tensor([row for row, name in enumerate(strata) if sizes[name] > 1], dtype=torch.int64)
+    out = torch.full((len(target),), torch.nan)
+    if len(rows) > 0:
+        order = rows[derangement(len(rows), seed, [str(strata[row]) for row in rows.tolist()])]
+        out[rows] = mse(target[rows], predicted[order])
+    return out
+
+
+def _baseline(baselines: Mapping[str, Baseline], name: str) -> Baseline:
+    if name not in baselines:
+        raise BaselineError(
+            f"no baseline for {name!r}",
+            f"one of {', '.join(sorted(baselines)) or 'none: the pair has no baselines'}",
+            "read with strata that the pair was trained on; or fit baselines to activations like those of training, "
+            "and not to the scored ones: nla.fit_baselines(acts)",
+        )
+    return baselines[name]

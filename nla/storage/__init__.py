@@ -1,0 +1,1 @@
+"""The ground floor: files, hashes, tensors and the hub."""

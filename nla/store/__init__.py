@@ -1,0 +1,1 @@
+"""Activations of a corpus on disk, memory-mapped."""

@@ -1,0 +1,232 @@
+"""Writing a store chunk by chunk: what is finished stays finished, and equal work gives equal bytes.
+
+A chunk of documents is written as one shard a split, then a record; a process that is killed leaves its unfinished
+chunk without a record, and the same command writes that chunk again. When every chunk has its record, whichever
+process comes last writes baselines and manifest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nla.errors import BaselineError, StorageError, StoreError
+from nla.metrics import Baseline
+from nla.storage.files import read_json, write_json
+from nla.storage.hashes import sha256
+from nla.store.manifest import MANIFEST_FILE, SETTINGS_FILE, STORE_VERSION, Manifest
+from nla.store.reader import BASELINES_FILE, CHUNKS_FOLDER, GLOBAL, SPLITS
+from nla.store.shards import Document, Shard, ShardEntry, write_shard
+
+QUANTILES = (0.0, 0.01, 0.25, 0.5, 0.75, 0.99, 1.0)
+ABOUT = ("target", "revision", "tokenizer_hash", "point", "dtype", "d_model", "settings")
+"""What every store says of where it comes from; ``about`` may hold more."""
+_MOST_NORMS = 1 << 24
+
+
+class StoreWriter:
+    """A store that is being made.
+
+    Args:
+        folder: of this store alone.
+        about: what the store's content follows from (target, point, settings …): JSON values; ``target``,
+            ``revision``, ``tokenizer_hash``, ``point``, ``dtype``, ``d_model`` and ``settings`` stand in the manifest.
+
+    Raises:
+        StoreError: the folder holds a store of other settings.
+        StorageError: it cannot be written.
+    """
+
+    def __init__(self, folder: str | Path, about: Mapping[str, Any]) -> None:
+        self.folder, self.about = Path(folder), dict(about)
+        path = self.folder / SETTINGS_FILE
+        if path.exists():
+            _refuse_other(self.folder, read_json(path), self.about)
+        else:
+            write_json(path, self.about)
+
+    def is_done(self, chunk: int) -> bool:
+        """Whether a chunk is recorded, and its shards have their size."""
+        path = self._record(chunk)
+        if not path.exists():
+            return False
+        shards = read_json(path)["shards"].values()
+        return all(_size(self.folder / entry["file"]) == entry["bytes"] for entry in shards)
+
+    def write(
+        self,
+        chunk: int,
+        splits: Mapping[str, tuple[Sequence[Document], Tensor]],
+        counts: Mapping[str, int],
+    ) -> None:
+        """Write a chunk's documents and vectors (n, d) of each split, then its record.
+
+        Args:
+            counts: of the chunk's documents, by any names; the manifest holds their sums.
+
+        Raises:
+            NonFiniteError, StorageError: see :func:`nla.store_shards.write_shard`.
+        """
+        entries = {}
+        for split, (documents, vectors) in splits.items():
+            if documents:
+                entries[split] = write_shard(self.folder, f"{split}/{chunk:06d}.safetensors", documents, vectors)
+        shards = {split: entry._asdict() for split, entry in entries.items()}
+        write_json(self._record(chunk), {"chunk": chunk, "counts": dict(counts), "shards": shards})
+
+    def finish(self, n_chunks: int) -> Manifest | None:
+        """The manifest, once all chunks have their record; None while other processes are at work.
+
+        Raises:
+            StoreError: a split has no documents.
+            BaselineError: the training vectors have no variance.
+        """
+        if not all(self.is_done(chunk) for chunk in range(n_chunks)):
+            return None
+        with self._alone():
+            return self._finish(n_chunks)
+
+    def _finish(self, n_chunks: int) -> Manifest:
+        records = [read_json(self._record(chunk)) for chunk in range(n_chunks)]
+        counts: dict[str, int] = {}
+        for record in records:
+            for name, count in record["counts"].items():
+                counts[name] = counts.get(name, 0) + count
+        shards = {
+            split: [ShardEntry(**record["shards"][split]) for record in records if split in record["shards"]]
+            for split in SPLITS
+        }
+        _refuse_empty(self.folder, shards, counts)
+        baselines = self._baselines(shards["train"])
+        manifest = Manifest(
+            **{name: self.about[name] for name in ABOUT},
+            counts=counts | {"duplicates": self._n_duplicates(shards)},
+            n={split: sum(entry.rows for entry in entries) for split, entries in shards.items()},
+            n_documents={split: sum(entry.documents for entry in entries) for split, entries in shards.items()},
+            norms=self._norms(shards["train"]),
+            variance={name: baseline.variance for name, baseline in baselines.items()},
+            mean_norm={name: float(baseline.mean.norm()) for name, baseline in baselines.items()},
+            baselines_sha256=sha256(self.folder / BASELINES_FILE),
+            shards=shards,
+            version=STORE_VERSION,
+        )
+        write_json(self.folder / MANIFEST_FILE, manifest.to_json())
+        return manifest
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Only one process finishes at a time; then nothing is being written, and what is half-written is left over."""
+        with (self.folder / SETTINGS_FILE).open() as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            for folder in (".", CHUNKS_FOLDER, *SPLITS):
+                for left in (self.folder / folder).glob(".*tmp*"):  # ours, and safetensors' own
+                    left.unlink(missing_ok=True)
+            yield
+
+    def _record(self, chunk: int) -> Path:
+        return self.folder / CHUNKS_FOLDER / f"{chunk:06d}.json"
+
+    def _open(self, entries: Sequence[ShardEntry]) -> Iterator[Shard]:
+        return (Shard(self.folder / entry.file) for entry in entries)
+
+    def _baselines(self, entries: Sequence[ShardEntry]) -> dict[str, Baseline]:
+        """Mean and variance of the unit vectors u, from the shards' sums: E‖u − μ‖² = E‖u‖² − ‖μ‖²."""
+        from nla.baselines import save_baselines
+
+        sums: dict[str, Tensor] = {}
+        squares, n = Counter[str](), Counter[str]()
+        for shard in self._open(entries):
+            rows = torch.bincount(shard.tensor("stratum"), minlength=len(shard.strata)).tolist()
+            parts = zip(shard.strata, rows, shard.tensor("unit_sum"), shard.tensor("unit_square").tolist(), strict=True)
+            for name, count, total, square in parts:
+                for key in {name, GLOBAL}:
+                    n[key] += count
+                    squares[key] += square
+                    sums[key] = sums[key] + total if key in sums else total.clone()
+        kept = [name for name in sorted(sums) if n[name] > 1 and (name == GLOBAL or len(sums) > 2)]
+        found = {}
+        for name in kept:
+            mean = sums[name] / n[name]
+            variance = max(squares[name] / n[name] - float(mean.square().sum()), 0.0)
+            found[name] = Baseline(mean.float(), variance, n[name])
+        if GLOBAL not in found:
+            raise BaselineError(f"{n[GLOBAL]} training vectors", "at least 2", "read more documents or positions")
+        found[GLOBAL].check()
+        save_baselines(self.folder / BASELINES_FILE, found)
+        return found
+
+    def _norms(self, entries: Sequence[ShardEntry]) -> dict[str, float]:
+        """Mean and quantiles of the norms of the training vectors (quantiles of an even sample where they are many)."""
+        n = sum(entry.rows for entry in entries)
+        step = -(-n // _MOST_NORMS)
+        total, kept = 0.0, []
+        for shard in self._open(entries):
+            norm = shard.tensor("norm")
+            total += float(norm.double().sum())
+            kept.append(norm[::step].clone())
+        ordered = torch.cat(kept).sort().values
+        places = {q: ordered[round(q * (len(ordered) - 1))] for q in QUANTILES}
+        return {"mean": total / n} | {f"q{q:g}": float(value) for q, value in places.items()}
+
+    def _n_duplicates(self, shards: Mapping[str, Sequence[ShardEntry]]) -> int:
+        """Documents of the corpus whose text stands in the store already."""
+        # Copied, so that each file is mapped only while it is read: a process may map 65,530 at once.
+        found = [
+            (shard.tensor("hash").clone(), shard.tensor("number").clone())
+            for entries in shards.values()
+            for shard in self._open(entries)
+        ]
+        hashes, numbers = (torch.cat(column) for column in zip(*found, strict=True))
+        hashes = hashes.view(torch.int64)
+        return len(torch.unique(numbers)) - len(torch.unique(hashes, dim=0))
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return -1
+    except OSError as error:
+        raise StorageError(f"{path}, which cannot be read ({error})", "a readable file", "check the disk") from error
+
+
+def _refuse_other(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Refuse to add to a store that was begun with other settings."""
+    flat_found, flat_wanted = _flat(found), _flat(wanted)
+    other = [k for k in sorted({*flat_found, *flat_wanted}) if flat_found.get(k) != flat_wanted.get(k)]
+    if other:
+        shown = "; ".join(f"{k}: {flat_found.get(k)!r} there, {flat_wanted.get(k)!r} now" for k in other[:4])
+        raise StoreError(
+            f"{folder}, which holds a store of other settings ({shown})",
+            "the settings that it was begun with, or an empty folder",
+            "choose another folder, or delete this one to read again",
+        )
+
+
+def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in content.items():
+        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return out
+
+
+def _refuse_empty(folder: Path, shards: Mapping[str, Sequence[ShardEntry]], counts: Mapping[str, int]) -> None:
+    empty = [split for split in SPLITS if not shards[split]]
+    if empty:
+        raise StoreError(
+            f"no documents in the split {' and '.join(empty)} of {folder} ({_shown(counts)})",
+            "documents with positions to read in train and eval",
+            "give more documents (of a .txt file each line is one with kind = lines), lower first_position, or raise "
+            "eval_fraction",
+        )
+
+
+def _shown(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in counts.items()) or "the corpus is empty"

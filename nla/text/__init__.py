@@ -1,0 +1,1 @@
+"""Text to tokens, chat prompts, claims and fingerprints."""

@@ -1,0 +1,329 @@
+"""Text to token ids and spans, the choice of positions, and chat prompts."""
+
+from __future__ import annotations
+
+import datetime
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from nla.errors import (
+    ArgumentError,
+    ConfigError,
+    ContextLengthError,
+    EmptyTextError,
+    NLAError,
+    PositionError,
+    TemplateError,
+    VocabularyError,
+    WeightsError,
+)
+from nla.storage.hub import fetch_file
+
+
+class Span(NamedTuple):
+    """One token and the characters of the text that it covers.
+
+    ``text`` is ``source[start:end]``; it is empty for a token that the tokenizer ``added`` itself, such as BOS, and for
+    white space where the tokenizer leaves it out of its offsets.
+    """
+
+    token_id: int
+    text: str
+    start: int
+    end: int
+    index: int
+    added: bool = False
+
+
+class Encoded(NamedTuple):
+    """The token ids of a text and one span per token."""
+
+    ids: list[int]
+    spans: list[Span]
+
+
+PROMPT_DATE = "26 Jul 2024"
+"""The day of every prompt and transcript, where a chat template asks for today's. See :func:`undated`."""
+
+_DAY = datetime.datetime(2024, 7, 26)
+_DATE_FORMAT = re.compile(r"""(['"])([^'"{}\\\n]*%-?[A-Za-z][^'"{}\\\n]*)\1""")
+"""A string in a template that may be a format of dates; what is none does no harm."""
+
+_VOCABULARIES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
+"""Files that hold a tokenizer's vocabulary, any of these."""
+
+Positions = str | Sequence[int] | Callable[[int, list[Span]], Sequence[int]]
+"""Which tokens: "all", "last", token indexes, a pattern such as "/\\n/", or a function of document index and spans."""
+
+
+def load_tokenizer(source: str | Path, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a folder or hub id, as its tokenizer.json says.
+
+    transformers' ``AutoTokenizer`` gives every folder with a Qwen2 config Qwen's own splitting rules, whatever its
+    tokenizer.json holds; a tokenizer that was saved as generic is therefore loaded as generic. To a folder that holds
+    no vocabulary it gives a tokenizer that knows no words, which is refused here.
+
+    Raises:
+        TargetError, AccessError: there is no such folder or hub id, or it cannot be reached.
+        WeightsError: it holds no vocabulary (its own code may do without, if it is trusted), or one that does not load.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+    folder = Path(source).expanduser()
+    source = str(folder) if folder.is_dir() else str(source)
+    has_words = any(all(fetch_file(source, revision, name, optional=True) for name in names) for names in _VOCABULARIES)
+    if not has_words and not trust_remote_code:
+        raise WeightsError(
+            f"a tokenizer in {source} without a vocabulary",
+            "tokenizer.json, tokenizer.model, or vocab.json and merges.txt",
+            "put the target's tokenizer beside it: load it with transformers and call save_pretrained",
+        )
+    try:
+        saved_as = get_tokenizer_config(source, revision=revision or "main").get("tokenizer_class")
+        generic = saved_as in ("TokenizersBackend", "PreTrainedTokenizerFast")
+        arguments: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
+        return (PreTrainedTokenizerFast if generic else AutoTokenizer).from_pretrained(source, **arguments)
+    except NLAError:
+        raise
+    except Exception as error:  # the parsers of its files raise errors of many types, Exception itself among them
+        raise WeightsError(
+            f"a tokenizer in {source} that does not load ({type(error).__name__}: {str(error)[:200]})",
+            "whole tokenizer files",
+            "restore the folder, or download it again",
+        ) from error
+
+
+def encode(tokenizer: Any, text: str, max_length: int) -> Encoded:
+    """Token ids of one text (special tokens as the tokenizer adds them) and their spans. See :func:`encode_batch`."""
+    return encode_batch(tokenizer, [text], max_length)[0]
+
+
+def check_texts(texts: Sequence[str]) -> None:
+    """Refuse what is no text.
+
+    Raises:
+        ArgumentError: not a str, or one with a lone surrogate (half of a character), which no tokenizer can take.
+    """
+    for number, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ArgumentError(f"text {number} of type {type(text).__name__}", "a str", "decode or convert it first")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ArgumentError(
+                f"text {number} with the lone surrogate {text[error.start]!r} at character {error.start}",
+                "whole characters",
+                "read the text as UTF-8, or replace it: text.encode(errors='replace').decode()",
+            ) from error
+
+
+def encode_batch(
+    tokenizer: Any, texts: Sequence[str], max_length: int | None, allow_unknown: bool = False
+) -> list[Encoded]:
+    """Token ids and spans of many texts.
+
+    Args:
+        max_length: the model's context in tokens; nothing is ever cut off in silence. None: any length.
+        allow_unknown: let unknown words through as the unknown token, for texts that an encoder wrote.
+
+    Raises:
+        EmptyTextError: a text has no tokens.
+        ContextLengthError: a text has more than ``max_length`` tokens.
+        VocabularyError: a text holds words that become the unknown token; the message lists them.
+        ArgumentError: a text is no text, or the tokenizer cannot say which characters a token covers.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise ArgumentError(
+            f"a {type(tokenizer).__name__} without character offsets",
+            "a fast tokenizer (tokenizer.json)",
+            "load it with nla.tokens.load_tokenizer(...) from a folder that holds tokenizer.json",
+        )
+    check_texts(texts)
+    for number, text in enumerate(texts):
+        if not text:
+            raise _empty(number, text)
+    if not texts:
+        return []
+    # Quiet: the tokenizer's own warning about length would come before the error that says what to do.
+    plain = {"padding": False, "truncation": False, "verbose": False}
+    batch = tokenizer(list(texts), return_offsets_mapping=True, return_special_tokens_mask=True, **plain)
+    columns = (batch["input_ids"], batch["offset_mapping"], batch["special_tokens_mask"])
+    unknown = unknown_id(tokenizer)
+    out: list[Encoded] = []
+    for number, (text, ids, offsets, added) in enumerate(zip(texts, *columns, strict=True)):
+        if max_length is not None and len(ids) > max_length:
+            raise ContextLengthError(
+                f"text {number} with {len(ids)} tokens ({text[:40]!r}…)",
+                f"at most {max_length} tokens, the model's context",
+                "shorten the text, or split it into documents",
+            )
+        spans = [
+            Span(token, text[start:end], start, end, index, bool(own))
+            for index, (token, (start, end), own) in enumerate(zip(ids, offsets, added, strict=True))
+        ]
+        if all(span.added for span in spans):
+            raise _empty(number, text)
+        strange = [span for span in spans if span.token_id == unknown and not span.added]
+        if strange and not allow_unknown:
+            _refuse_unknown(number, strange)
+        out.append(Encoded(ids, spans))
+    return out
+
+
+def unknown_id(tokenizer: Any) -> int | None:
+    """The token that unknown words become; None if there is none, or if it has another meaning too.
+
+    Tokenizers of GPT-2's family know every text, and name one token beginning, end and unknown.
+    """
+    others = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    return None if tokenizer.unk_token_id in others else tokenizer.unk_token_id
+
+
+def _empty(number: int, text: str) -> EmptyTextError:
+    return EmptyTextError(f"text {number}: {text!r}, which has no tokens", "text of one token or more", "give a text")
+
+
+def _refuse_unknown(number: int, spans: list[Span]) -> None:
+    words = list(dict.fromkeys(span.text.strip() for span in spans))
+    shown = ", ".join(repr(word) for word in words[:10]) + (" …" if len(words) > 10 else "")
+    raise VocabularyError(
+        f"text {number} with {len(words)} word(s) outside the vocabulary: {shown}",
+        "words that the target's tokenizer knows",
+        "use words of the target's world (an organism knows few), or another target",
+    )
+
+
+def select_positions(spans: list[Span], positions: Positions, document: int = 0) -> list[int]:
+    """Token indexes that ``positions`` means in one text, in order.
+
+    "all" is every token of the text, so not those the tokenizer added (BOS carries an outlier activation); "last" is
+    the last token. A string between slashes is a regular expression searched in each token's text: "/\\n/".
+
+    Raises:
+        PositionError: a pattern matches no token, an index is out of range, or ``positions`` is of no known form.
+    """
+    if callable(positions):
+        positions = positions(document, spans)
+    if isinstance(positions, str):
+        return _named_positions(spans, positions, document)
+    chosen = [int(index) for index in positions]
+    wrong = [index for index in chosen if not -len(spans) <= index < len(spans)]
+    if wrong or not chosen:
+        raise PositionError(
+            f"positions {wrong or chosen} in text {document}",
+            f"at least one index, each below the text's {len(spans)} tokens",
+            'choose indexes in that range, or use "all", "last" or a pattern such as "/\\n/"',
+        )
+    return [index % len(spans) for index in chosen]
+
+
+def _named_positions(spans: list[Span], positions: str, document: int) -> list[int]:
+    if positions == "all":
+        return [span.index for span in spans if not span.added]
+    if positions == "last":
+        return [len(spans) - 1]
+    if len(positions) < 3 or not (positions.startswith("/") and positions.endswith("/")):
+        raise PositionError(
+            f"positions {positions!r}",
+            '"all", "last", a list of token indexes, or a pattern between slashes such as "/\\n/"',
+            f'write "/{re.escape(positions)}/" to match tokens with this text',
+        )
+    try:
+        pattern = re.compile(positions[1:-1])
+    except re.error as error:
+        raise PositionError(
+            f"the pattern {positions!r} ({error})", "a regular expression", "escape its special characters"
+        ) from error
+    found = [span.index for span in spans if not span.added and pattern.search(span.text)]
+    if not found:
+        shown = " ".join(repr(span.text) for span in spans[:12])
+        raise PositionError(
+            f"the pattern {positions!r}, which matches no token of text {document}",
+            f"a pattern that matches a token's text, among {shown}{' …' if len(spans) > 12 else ''}",
+            "correct the pattern; it is searched within single tokens, not across them",
+        )
+    return found
+
+
+def render_prompt(tokenizer: Any, content: str) -> list[int]:
+    """Token ids of a one-message chat prompt, up to where the assistant's answer begins.
+
+    Rendered to text and encoded without special tokens: the template writes its own, so BOS stands exactly once. The
+    prompt is the same every day (see :func:`undated`).
+
+    Raises:
+        ConfigError: the tokenizer has no chat template.
+        TemplateError: the template refuses the message, or edits it.
+    """
+    template = undated(tokenizer)
+    messages = [{"role": "user", "content": content}]
+    try:
+        text = tokenizer.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=True
+        )
+    except Exception as error:  # a template is a program: it may raise anything
+        raise TemplateError(
+            f"a chat template that refuses a single user message ({str(error)[:200]})",
+            "one that renders it",
+            "use the tokenizer of a target that was tuned for chats",
+        ) from error
+    if text.count(content) != 1:
+        raise TemplateError(
+            f"a chat template that writes {content[:40]!r}… {text.count(content)} times as it stands",
+            "once, to the letter",
+            "write the prompt as the template gives it: most take white space off its ends",
+        )
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def undated(tokenizer: Any) -> str:
+    """A tokenizer's chat template, in which today is ``PROMPT_DATE``, in the format that the template asks for.
+
+    To be given to ``apply_chat_template`` as ``chat_template``: what a template writes would change from day to day.
+
+    Raises:
+        ConfigError: there is no chat template, or several without a default.
+    """
+    if not tokenizer.chat_template:
+        raise ConfigError(
+            "a tokenizer without a chat template", "one that has it", "use an instruction-tuned target's tokenizer"
+        )
+    try:
+        template: str = tokenizer.get_chat_template()
+    except ValueError as error:
+        raise ConfigError(
+            f"a tokenizer with the chat templates {', '.join(sorted(tokenizer.chat_template))}",
+            "one template, or one that is named default",
+            "set tokenizer.chat_template to the one that the target was tuned with",
+        ) from error
+    if "strftime_now" not in template:
+        return template
+    formats = dict.fromkeys(found[1] for found in _DATE_FORMAT.findall(template))
+    cases = "".join(
+        f"{{%- if format == '{each}' -%}}{{{{ '{_DAY.strftime(each)}' }}}}{{%- else -%}}" for each in formats
+    )
+    macro = f"{{%- macro strftime_now(format) -%}}{cases}{PROMPT_DATE}{'{%- endif -%}' * len(formats)}{{%- endmacro %}}"
+    return macro + "\n" + template  # transformers' templates lose the line break after a block
+
+
+def length_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Indexes of rows in batches of similar length, each of at most ``max_tokens`` tokens with padding (or one row).
+
+    >>> length_batches([5, 1, 2, 5], max_tokens=10)
+    [[1, 2], [0, 3]]
+
+    Raises:
+        ArgumentError: ``max_tokens`` is below 1.
+    """
+    if max_tokens < 1:
+        raise ArgumentError(f"max_tokens={max_tokens}", "1 or more", "give a batch at least one token")
+    batches: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if batches and (len(batches[-1]) + 1) * lengths[row] <= max_tokens:
+            batches[-1].append(row)
+        else:
+            batches.append([row])
+    return batches

@@ -1,0 +1,1 @@
+"""Conversations from files, as the target's exact tokens."""

@@ -1,0 +1,285 @@
+"""Transcripts from files: message JSON and JSONL, plain chat text, Petri's JSON and Inspect's logs.
+
+A file is data: nothing in it is run, and what cannot be read as a transcript is a typed error that names the place.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from nla.errors import ArgumentError, TranscriptError, visible
+from nla.transcripts import petri
+from nla.transcripts.messages import ALIASES, ROLES, Message, Transcript, bad, parse_messages
+
+MAX_MB = 64
+"""Largest JSON or text file, and largest line of a JSONL file, that is read unless more is allowed."""
+
+SUFFIXES = (".json", ".jsonl", ".ndjson", ".txt", ".chat", ".eval")
+"""Of the files that are taken from a folder."""
+
+_TURN = re.compile(rf"^({'|'.join([*ROLES, *ALIASES])})\s*:[ \t]?(.*)$", re.IGNORECASE)
+_MODEL_KEYS = ("model", "target_model", "model_name")
+
+
+def load(paths: str | Path | Iterable[str | Path], max_mb: float = MAX_MB) -> Iterator[Transcript]:
+    """Transcripts of files and folders, one after another; JSONL is read line by line.
+
+    Args:
+        paths: one or several; of a folder, every file with a known ending, in the order of their names.
+        max_mb: refuse JSON and text files, and lines of JSONL, above this size.
+
+    Raises:
+        ArgumentError: a limit that is none.
+        TranscriptError: nothing there; not a transcript; too large; or two transcripts of one id.
+        MissingExtraError: an Inspect log without inspect-ai installed.
+    """
+    seen: set[str] = set()
+    for path in find(paths):
+        for found in load_each(path, max_mb):
+            if isinstance(found, TranscriptError):
+                raise found
+            transcript = distinct(found, path, seen)
+            seen.add(transcript.id)
+            yield transcript
+
+
+def distinct(transcript: Transcript, path: Path, seen: Collection[str]) -> Transcript:
+    """The transcript under an id that is not taken: many runs number theirs from 1, so the file's name is put before.
+
+    Raises:
+        TranscriptError: that is taken too.
+    """
+    if transcript.id in seen:
+        transcript = replace(transcript, id=f"{path.stem}:{transcript.id}")
+    if transcript.id in seen:
+        got = f"the id {transcript.id!r} a second time"
+        raise bad(transcript.source, got, "an id for each transcript", "rename one of them")
+    return transcript
+
+
+def find(paths: str | Path | Iterable[str | Path]) -> list[Path]:
+    """Files that paths mean: themselves, and of folders every file with a known ending.
+
+    Raises:
+        TranscriptError: a path does not exist, or a folder holds none.
+    """
+    found: list[Path] = []
+    for path in [paths] if isinstance(paths, str | Path) else paths:
+        path = Path(path)
+        files = [path] if path.is_file() else []
+        if path.is_dir():
+            files = sorted(entry for entry in path.iterdir() if entry.suffix.lower() in SUFFIXES and entry.is_file())
+        if not files:
+            got = f"no file with one of the endings {', '.join(SUFFIXES)}" if path.is_dir() else "no such file"
+            raise bad(str(path), got, "transcripts", "check the path")
+        found += files
+    return found
+
+
+def load_each(path: Path, max_mb: float = MAX_MB) -> Iterator[Transcript | TranscriptError]:
+    """The transcripts of one file, by its ending, and in the place of one that cannot be read, its error.
+
+    What has none of the known endings is read as plain chat text.
+
+    Raises:
+        MissingExtraError: an Inspect log without inspect-ai installed.
+    """
+    try:
+        yield from _of_file(path, max_mb)
+    except TranscriptError as error:
+        yield error
+    except RecursionError:
+        yield bad(str(path), "JSON nested too deep", "messages", "check the file")
+    except OSError as error:
+        yield bad(str(path), f"not readable ({type(error).__name__})", "a readable file", "check it")
+
+
+def _of_file(path: Path, max_mb: float) -> Iterator[Transcript | TranscriptError]:
+    suffix = path.suffix.lower()
+    if suffix == ".eval":
+        from nla.transcripts import inspect
+
+        yield from inspect.load(path)
+    elif suffix in (".jsonl", ".ndjson"):
+        yield from _json_lines(path, max_mb)
+    elif suffix == ".json":
+        yield from _from_json(path, _decode(_read(path, max_mb), str(path)))
+    else:
+        yield parse_chat(_text(_read(path, max_mb), str(path)), path.stem, str(path))
+
+
+def parse_chat(text: str, name: str, source: str) -> Transcript:
+    """A transcript from lines that start with a role and a colon; further lines belong to the last role.
+
+    >>> [message.role for message in parse_chat("User: Hello.\\nAssistant: Hi.\\nWell?", "greeting", "").messages]
+    ['user', 'assistant']
+
+    Raises:
+        TranscriptError: no text, text before the first role, or a role that says nothing.
+    """
+    turns: list[tuple[str, list[str]]] = []
+    for number, line in enumerate(text.removeprefix("\ufeff").split("\n"), start=1):
+        line = line.removesuffix("\r")
+        match = _TURN.match(line)
+        if match is not None:
+            role = match[1].lower()
+            turns.append((ALIASES.get(role, role), [match[2]]))
+        elif turns:
+            turns[-1][1].append(line)
+        elif line.strip():
+            expected = "a role and a colon at the start of a line, such as 'User: Hello'"
+            raise bad(source, f"text before any role, in line {number}: {line[:60]!r}", expected, "name who speaks")
+    if not turns:
+        raise bad(source, "no messages", "lines such as 'User: Hello' and 'Assistant: Hi'", "check the file")
+    messages = []
+    for number, (role, lines) in enumerate(turns):
+        content = "\n".join(lines).strip("\n")
+        if not content.strip():
+            raise bad(source, f"message {number} ({role}) without content", "what was said", "leave the message out")
+        messages.append(Message(role, content))
+    return Transcript(name, tuple(messages), source=source)
+
+
+def _json_lines(path: Path, max_mb: float) -> Iterator[Transcript | TranscriptError]:
+    """One transcript a line, or one message a line; a line that cannot be read leaves the others as they are."""
+    limit, number = _bytes(max_mb), 0
+    loose: list[Any] = []
+    with path.open("rb") as file:
+        while line := file.readline(limit + 1):
+            number += 1
+            source = f"{path}:{number}"
+            if len(line) > limit:
+                raise _too_large(source, f"a line above {max_mb:g} MB")
+            if not line.strip():
+                continue
+            try:
+                content = _decode(line, source)
+                if isinstance(content, Mapping) and "role" in content and "messages" not in content:
+                    loose.append(content)
+                elif loose:
+                    raise bad(source, "a transcript after single messages", "one kind in a file", "split the file")
+                else:
+                    yield from list(_from_content(content, f"{path.stem}:{number}", source))
+            except TranscriptError as error:
+                if loose:  # a conversation with a hole is another conversation
+                    raise
+                yield error
+            except RecursionError:
+                yield bad(source, "JSON nested too deep", "messages", "check the file")
+    if loose:
+        yield Transcript(path.stem, parse_messages(loose, str(path)), source=str(path))
+    elif number == 0:
+        raise bad(str(path), "an empty file", "a transcript", "check the file")
+
+
+def _from_json(path: Path, content: Any) -> Iterator[Transcript | TranscriptError]:
+    if isinstance(content, Mapping) and "eval" in content and "samples" in content:
+        from nla.transcripts import inspect
+
+        return inspect.load(path)
+    return _from_content(content, path.stem, str(path))
+
+
+def _from_content(content: Any, name: str, source: str) -> Iterator[Transcript]:
+    """Transcripts in decoded JSON: a list of messages, an object with messages, Petri's object, or a list of them."""
+    if isinstance(content, Sequence) and not isinstance(content, str):
+        if content and all(isinstance(entry, Mapping) and "messages" in entry for entry in content):
+            for number, entry in enumerate(content):
+                yield from _from_content(entry, f"{name}:{number}", f"{source}, entry {number}")
+            return
+        yield Transcript(name, parse_messages(content, source), source=source)
+        return
+    if not isinstance(content, Mapping):
+        got = f"JSON that is a {type(content).__name__}"
+        raise bad(source, got, "a list of messages, or an object with messages", "check the file")
+    if petri.is_petri(content):
+        yield petri.parse(content, name, source)
+        return
+    if "messages" not in content:
+        got = f"an object with the keys {', '.join(sorted(map(str, content)))[:80]}"
+        raise bad(source, got, "an object with messages", "put the list of messages under 'messages'")
+    inner = content.get("metadata")
+    metadata = inner if isinstance(inner, Mapping) else {}
+    models = [owner.get(key) for owner in (content, metadata) for key in _MODEL_KEYS]
+    own = content.get("id")
+    yield Transcript(
+        id=str(own) if isinstance(own, str | int) and str(own).strip() else name,
+        messages=parse_messages(content["messages"], source),
+        model=next((model for model in models if isinstance(model, str) and model), None),
+        source=source,
+        metadata={str(key): value for key, value in metadata.items()},
+    )
+
+
+def _read(path: Path, max_mb: float) -> bytes:
+    """A whole file of bounded size."""
+    with path.open("rb") as file:
+        data = file.read(_bytes(max_mb) + 1)
+    if len(data) > _bytes(max_mb):
+        raise _too_large(str(path), f"a file above {max_mb:g} MB")
+    if not data.strip():
+        raise bad(str(path), "an empty file", "a transcript", "check the file")
+    return data
+
+
+def _bytes(max_mb: float) -> int:
+    if not 0 < max_mb <= 1_000_000:
+        raise ArgumentError(f"max_mb={max_mb}", "above 0, at most 1000000", "give the limit in MB")
+    return round(max_mb * 2**20)
+
+
+def _too_large(source: str, got: str) -> TranscriptError:
+    return bad(source, got, "what fits the limit", "raise it (--max-mb), or write JSONL with a transcript a line")
+
+
+def _text(data: bytes, source: str) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise bad(source, f"bytes that are not UTF-8 ({error.reason})", "UTF-8 text", "convert the file") from error
+
+
+def _decode(data: bytes, source: str) -> Any:
+    try:
+        return json.loads(_text(data, source))
+    except json.JSONDecodeError as error:
+        got = f"JSON that is cut or broken in line {error.lineno}, column {error.colno} ({error.msg})"
+        raise bad(source, got, "whole JSON", "restore the file, or finish writing it") from error
+    except ValueError as error:  # a number of thousands of digits
+        raise bad(source, f"JSON that cannot be read ({visible(str(error))[:80]})", "JSON", "check the file") from error
+
+
+def refuse_other_models(transcript: Transcript, target: str, model_of: str | None) -> None:
+    """Refuse a transcript that names another model than the target, unless that one is asked for.
+
+    Args:
+        target: the pair's target, a hub id or folder.
+        model_of: a model's name as the transcripts give it, or "any".
+
+    Raises:
+        TranscriptError: it names another model.
+    """
+    if transcript.model is None or model_of == "any" or _same(transcript.model, target):
+        return
+    if model_of is not None and _same(transcript.model, model_of):
+        return
+    raise bad(
+        transcript.source or transcript.id,
+        f"a transcript of {transcript.model!r}",
+        f"one of {target}, the model whose activations are read",
+        f"use --model-of {transcript.model} if it shall be read as if the target had written it, or --model-of any",
+    )
+
+
+def _same(named: str, wanted: str) -> bool:
+    """Whether two names mean one model: providers and folders before the name, and case, do not matter."""
+
+    def last(name: str) -> str:
+        return name.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1].lower()
+
+    return last(named) == last(wanted)

@@ -1,0 +1,215 @@
+"""Lenses, SelfIE, oracles and readers of the text against the model's own outputs."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from helpers.tiny import CONTEXT, D_MODEL, MARKER, N_BLOCKS, TEXTS, make_model, make_pair, make_tokenizer
+from nla.errors import ArgumentError, ConfigError, ShapeError, WeightsError
+from nla.eval.auroc import macro
+from nla.eval.readers import lenses, patchscopes, text_only
+from nla.eval.readers.patchscopes import Prompt
+from nla.eval.readers.tasks import Sites
+from nla.eval.target import Target
+from nla.models.adapter import save_adapter
+from nla.models.hooks import rescale
+from nla.models.points import Point
+from nla.models.read import read
+from nla.pair import encoder
+
+LAST = Point("resid_post", N_BLOCKS - 1)
+
+
+def target_of(model, point: str | Point = "resid_post.1") -> Target:
+    return Target(model, make_tokenizer(), Point.parse(point))
+
+
+def test_the_logit_lens_at_the_last_block_gives_the_models_own_logits(model) -> None:
+    target = target_of(model, LAST)
+    acts = read(model, target.tokenizer, TEXTS[:1], LAST)
+    with torch.no_grad():
+        own = model(input_ids=torch.tensor([[span.token_id for span in acts.spans]])).logits[0]
+    assert torch.allclose(lenses.logits(target, acts.vectors), own, atol=1e-4)
+    with pytest.raises(ShapeError):
+        lenses.logits(target, acts.vectors[:, :5])
+
+
+def test_the_lenses_read_a_pairs_bare_target_and_not_its_adapters() -> None:
+    pair = make_pair(scale=0.5)
+    bare, vectors = make_model(), torch.randn(3, D_MODEL)
+    expected = lenses.logits(target_of(bare), vectors)
+    assert torch.allclose(lenses.logits(Target.of(pair), vectors), expected, atol=1e-5)
+
+
+def test_a_tuned_lens_starts_as_the_identity_and_stays_there_at_the_last_block() -> None:
+    vectors, model = torch.randn(4, D_MODEL), make_model()
+    assert torch.equal(lenses.identity_lens(D_MODEL)(vectors), vectors)
+    start = lenses.fit_lens(target_of(model, LAST), TEXTS, n_steps=0)
+    assert start.loss == pytest.approx(0.0, abs=1e-5) and torch.equal(start(vectors), vectors)
+    fitted = lenses.fit_lens(target_of(model, LAST), TEXTS, n_steps=3)
+    assert fitted.loss == pytest.approx(0.0, abs=1e-3)
+    with pytest.raises(ArgumentError):
+        lenses.fit_lens(target_of(model), [], n_steps=1)
+
+
+def test_fitting_the_lens_brings_it_closer_and_leaves_the_target_alone() -> None:
+    model = make_model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    lens = lenses.fit_lens(target_of(model), TEXTS, n_steps=60)
+    assert lens.loss < 0.8 * lens.plain_loss
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    vectors = read(model, make_tokenizer(), TEXTS, "resid_post.1").vectors
+    assert not torch.equal(lens(vectors), vectors)
+
+
+def test_the_lens_is_fitted_on_a_sample_of_the_tokens_that_fits_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+
+    def spy(*arguments, **options):
+        found = read(*arguments, **options)
+        sizes.append(len(found.vectors))
+        return found
+
+    monkeypatch.setattr(lenses, "read", spy)
+    monkeypatch.setattr(lenses, "MAX_ACTIVATIONS", 6)
+    lenses.fit_lens(target_of(make_model()), TEXTS, n_steps=1)
+    assert len(set(sizes)) == 1 and 6 <= sizes[0] <= 8  # of each of four texts two tokens
+    monkeypatch.setattr(lenses, "MAX_ACTIVATIONS", 3)
+    lenses.fit_lens(target_of(make_model()), TEXTS, n_steps=1)
+    assert sizes[2:] == [3, 3]
+
+
+def test_lens_scores_are_the_likeliest_words_and_a_class_without_any_is_what_they_leave() -> None:
+    model = make_model()
+    target, tokenizer = target_of(model), make_tokenizer()
+    ids = {word: tokenizer.convert_tokens_to_ids(word) for word in (" cat", " dog", "dog")}
+    assert lenses.first_tokens(target, "dog") == {ids[" dog"], ids["dog"]}
+    with torch.no_grad():  # the final norm and these rows of the unembedding read axes 0 and 1
+        model.model.norm.weight.fill_(1.0)
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[ids[" cat"], 0] = model.lm_head.weight[ids["dog"], 1] = 3.0
+    vectors = torch.eye(D_MODEL)[:2]
+    words = {"a": ("cat",), "b": ("dog", "zebra")}
+    scores = lenses.class_scores(target, vectors, words, ["a", "b"])
+    assert scores is not None and scores.argmax(1).tolist() == [0, 1]
+    assert scores.exp().sum(1).tolist() == pytest.approx([1.0, 1.0])
+    unknown = lenses.class_scores(target, vectors, {"a": ("cat",), "b": ("zebra",)}, ["a", "b"])
+    assert unknown is not None and unknown.exp().sum(1).tolist() == pytest.approx([1.0, 1.0])
+    for names, expected in ((["a", "b"], 1.0), (["b", "a"], 1.0)):  # whichever class it is
+        found = lenses.class_scores(target, vectors, {"a": ("cat",), "b": ("zebra",)}, names)
+        assert found is not None and float(macro(found, torch.tensor([names.index("a"), names.index("b")]))) == expected
+    assert lenses.class_scores(target, vectors, {}, ["a", "b"]) is None
+    assert lenses.top_tokens(target, vectors, n_top=1) == ["cat", "dog"]
+
+
+def test_selfie_is_the_bare_model_with_the_activation_as_an_embedding() -> None:
+    pair = make_pair(scale=0.5)
+    vectors = torch.randn(3, D_MODEL, generator=torch.Generator().manual_seed(1))
+    found = patchscopes.answers(Target.of(pair), Prompt.of(pair), vectors, temperature=None)
+    bare, tokenizer = make_model(), make_tokenizer()
+    for vector, text in zip(rescale(vectors, pair.config.injection.norm), found, strict=True):
+        row = bare.get_input_embeddings()(pair.prompt_ids).detach()
+        row[0, pair.marker_position] = vector
+        written: list[int] = []
+        for _ in range(pair.config.max_new_tokens):
+            with torch.no_grad():
+                logits = bare(inputs_embeds=row).logits[0, -1]
+            logits[pair.config.injection.marker_id] = -torch.inf
+            token = int(logits.argmax())
+            if token == tokenizer.eos_token_id:
+                break
+            written.append(token)
+            row = torch.cat([row, bare.get_input_embeddings()(torch.tensor([[token]])).detach()], dim=1)
+        assert text == tokenizer.decode(written, skip_special_tokens=False).strip()
+    spoken = encoder.generate(pair, vectors, samples=1, greedy=True).texts
+    assert [text.strip() for text in spoken] != found  # the encoder's adapter is not in it
+
+
+def test_sampling_is_seeded_and_leaves_the_global_state_alone() -> None:
+    pair, state = make_pair(), torch.get_rng_state()
+    vectors = torch.randn(4, D_MODEL, generator=torch.Generator().manual_seed(1))
+    first, again, other = (patchscopes.selfie(pair, Target.of(pair), vectors, seed=seed) for seed in (0, 0, 1))
+    assert first == again != other
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_a_question_holds_the_marker_once() -> None:
+    pair = make_pair()
+    prompt = Prompt.ask(pair, f"it is {MARKER} here")
+    assert int(prompt.ids[prompt.position]) == pair.config.injection.marker_id
+    for question in ("it is here", f"{MARKER} {MARKER}"):
+        with pytest.raises(ArgumentError, match="exactly once"):
+            Prompt.ask(pair, question)
+
+
+@pytest.fixture
+def oracle_folder(tmp_path):
+    """The encoder's adapter of a tiny pair, saved as an oracle's, beside the base that it is for."""
+    pair = make_pair(scale=0.5)
+    make_model().save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    save_adapter(tmp_path / "oracle", pair.model, "default")
+    return pair, tmp_path
+
+
+def test_an_oracle_with_the_encoders_adapter_and_prompt_answers_as_the_encoder(oracle_folder) -> None:
+    pair, folder = oracle_folder
+    oracle = patchscopes.load_oracle(folder / "base", folder / "oracle", Target.of(pair))
+    vectors = torch.randn(5, D_MODEL, generator=torch.Generator().manual_seed(2))
+    found = patchscopes.answers(oracle, Prompt.of(pair), vectors, temperature=None)
+    assert found == [text.strip() for text in encoder.generate(pair, vectors, samples=1, greedy=True).texts]
+
+
+def test_what_is_no_plain_adapter_of_the_base_is_no_oracle(oracle_folder) -> None:
+    pair, folder = oracle_folder
+    target = Target.of(pair)
+    with pytest.raises(ConfigError):
+        patchscopes.load_oracle(folder / "base", folder / "nowhere", target)
+    weights = folder / "oracle" / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-40])
+    with pytest.raises(WeightsError):
+        patchscopes.load_oracle(folder / "base", folder / "oracle", target)
+    weights.write_bytes(whole)
+    config = folder / "oracle" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "modules_to_save": ["lm_head"]}))
+    with pytest.raises(ConfigError, match="plain LoRA"):
+        patchscopes.load_oracle(folder / "base", folder / "oracle", target)
+
+
+def test_the_text_only_reader_continues_each_prefix_as_if_it_were_alone() -> None:
+    target = target_of(make_model())
+    sites = Sites((TEXTS[1], TEXTS[1], TEXTS[0]), (3, -1, 2), (0, 0, 1))
+    found = text_only.continue_sites(target, sites, temperature=None, max_new_tokens=5)
+    ids = target.tokenizer(list(sites.texts))["input_ids"]
+    for row, (tokens, place) in enumerate(zip(ids, sites.tokens, strict=True)):
+        prefix = torch.tensor([tokens[: place + 1] if place >= 0 else tokens])
+        with torch.no_grad():
+            out = target.model.generate(input_ids=prefix, max_new_tokens=5, do_sample=False, pad_token_id=0)
+        assert found[row] == target.tokenizer.decode(out[0, prefix.shape[1] :], skip_special_tokens=True)
+    assert sites.visible(target.tokenizer) == ["a red dog ran", TEXTS[1], "the cat sat"]
+    both = text_only.text_lm(target, sites, n_samples=2)
+    assert all(
+        text.startswith(seen)
+        for texts, seen in zip(both, sites.visible(target.tokenizer), strict=True)
+        for text in texts
+    )
+
+
+def test_a_text_that_fills_the_context_is_not_continued() -> None:
+    target = target_of(make_model())
+    full = "the" + " cat" * (CONTEXT - 1)
+    assert text_only.continue_sites(target, Sites((full, TEXTS[0]), (-1, -1), (0, 1)), max_new_tokens=4)[0] == ""
+
+
+def test_the_confabulator_offers_texts_and_the_decoder_takes_the_closest() -> None:
+    pair = make_pair()
+    offered = [["the cat.", "a dog."], ["it is here.", "so it ran."], ["the red tree.", "the blue mat."]]
+    vectors = pair.reconstruct([offered[2][0], offered[1][1]])  # what the decoder makes of one of the three
+    picked = text_only.confabulate(pair, vectors, lambda seed: offered[seed], n_tries=3)
+    assert picked == [["the red tree."], ["so it ran."]]
+    assert [len(texts) for texts in text_only.confabulate(pair, vectors, lambda seed: offered[seed], 3, 2)] == [2, 2]

@@ -1,0 +1,24 @@
+"""LoRA adapters in folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+
+from helpers.tiny import make_model
+from nla.models.adapter import save_adapter
+
+LORA = LoraConfig(r=3, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM")
+
+
+def lora_folder(folder: Path) -> Path:
+    """A random LoRA adapter on the tests' target, and what it is on."""
+    torch.manual_seed(1)
+    model = get_peft_model(make_model(), LORA)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.3)
+    save_adapter(folder, model, "default")
+    return folder

@@ -1,0 +1,107 @@
+"""Inspect's logs: read, scored in a copy, scanned by Scout; without the extra, a typed error that names it."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from helpers.tiny import make_pair
+from nla.audit.run import run
+from nla.errors import MissingExtraError, TranscriptError
+from nla.transcripts.files import load, load_each
+
+WORD = {"name": "word", "looks_for": "Any word.", "match": {"regex": ["[a-z]"]}, "min_share": 0.25}
+
+
+def make_log(path: Path, sample_ids: bool = True) -> Path:
+    """A log of two samples in the words of the tests' tokenizer, and one that says nothing."""
+    log = pytest.importorskip("inspect_ai.log")
+    from inspect_ai.model import ChatMessageAssistant, ChatMessageUser
+
+    talks = [("the cat sat on the mat.\n", "it is here.\n"), ("so the dog is under a tree.\n", "the cat is here.\n")]
+    samples = [
+        log.EvalSample(
+            id=number,
+            epoch=1,
+            input=user,
+            target="x",
+            messages=[ChatMessageUser(content=user), ChatMessageAssistant(content=answer)],
+        )
+        for number, (user, answer) in enumerate([*talks, ("so", "")])
+    ]
+    spec = log.EvalSpec(
+        created="2026-01-01T00:00:00+00:00",
+        task="talk",
+        dataset=log.EvalDataset(name="talk", samples=3, sample_ids=[0, 1, 2] if sample_ids else None),
+        model="mockllm/target",
+        config=log.EvalConfig(),
+    )
+    log.write_eval_log(log.EvalLog(status="success", eval=spec, samples=samples), str(path))
+    return path
+
+
+@pytest.mark.parametrize("sample_ids", [True, False])
+def test_samples_are_transcripts_and_an_empty_message_is_an_error_in_its_place(
+    tmp_path: Path, sample_ids: bool
+) -> None:
+    found = list(load_each(make_log(tmp_path / "a.eval", sample_ids)))
+    assert [isinstance(each, TranscriptError) for each in found] == [False, False, True]
+    assert [message.role for message in found[0].messages] == ["user", "assistant"]
+    assert (found[1].id, found[1].model) == ("1", "mockllm/target")
+    (tmp_path / "cut.eval").write_bytes((tmp_path / "a.eval").read_bytes()[:300])
+    (tmp_path / "text.eval").write_text("no log", encoding="utf-8")
+    for name in ("cut", "text"):
+        with pytest.raises(TranscriptError, match=f"{name}.eval"):
+            list(load(tmp_path / f"{name}.eval"))
+
+
+def test_scores_are_written_into_a_copy_with_references_to_messages(tmp_path: Path) -> None:
+    log = pytest.importorskip("inspect_ai.log")
+    path, rubric = make_log(tmp_path / "a.eval"), tmp_path / "word.yaml"
+    rubric.write_text(yaml.safe_dump(WORD), encoding="utf-8")
+    before = path.read_bytes()
+    report = run(make_pair(), [path], [rubric], out_dir=tmp_path / "out", skip_bad=True, model_of="any")
+    assert len(report.refused) == 1 and path.read_bytes() == before
+    scored = log.read_eval_log(str(tmp_path / "out" / "a.eval"))
+    assert "nla_audit/word" in [score.name for score in scored.results.scores]
+    assert scored.samples[2].scores is None
+    for sample, score in zip(scored.samples[:2], report.audit.scores, strict=True):
+        found = sample.scores["nla_audit/word"]
+        assert found.value == score.highest and found.metadata["n_findings"] == score.n_findings
+        ids = {message.id for message in sample.messages}
+        cites = found.metadata["scanner_references"]
+        assert {cite["id"] for cite in cites} <= ids and all(cite["cite"] in found.explanation for cite in cites)
+        assert bool(cites) == bool(score.n_findings)
+
+
+def test_the_scanner_gives_a_result_for_each_rubric(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scout = pytest.importorskip("inspect_scout")
+    module = importlib.import_module("nla.audit.scout")
+    make_log(tmp_path / "a.eval")
+    rubric = tmp_path / "word.yaml"
+    rubric.write_text(yaml.safe_dump(WORD), encoding="utf-8")
+    pair = make_pair()
+    monkeypatch.setattr(module, "_pair", lambda name: pair)
+    messages = importlib.import_module("inspect_ai.log").read_eval_log(str(tmp_path / "a.eval")).samples[0].messages
+    talk = scout.Transcript(transcript_id="t", model="target", messages=messages)
+    scan = module.nla_audit(rubrics=[str(rubric), "hidden-objective"], samples=4)
+    results = asyncio.run(scan(talk))
+    assert [result.label for result in results] == ["word", "hidden-objective"]
+    assert results[0].value == 1.0 and results[0].references and results[1].value == 0
+
+
+def test_without_the_extra_a_typed_error_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.eval"
+    path.write_bytes(b"PK")
+    for name in ("inspect_ai", "inspect_ai.log", "inspect_scout"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, "nla.audit.scout", raising=False)
+    with pytest.raises(MissingExtraError, match=r"nla\[audit\]"):
+        list(load(path))
+    with pytest.raises(MissingExtraError, match=r"nla\[audit\]"):
+        importlib.import_module("nla.audit.scout")

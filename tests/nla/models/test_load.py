@@ -1,0 +1,307 @@
+"""Targets load whole or cut, from folders and from a hub, with no byte read that is not needed, or are refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
+
+from helpers.targets import IDS, INDEX, POINT, activations_of, files_of, saved
+from helpers.tiny import TEXTS, make_model, make_tokenizer
+from nla.errors import (
+    ArchitectureError,
+    ArgumentError,
+    ConfigError,
+    MissingExtraError,
+    NonFiniteError,
+    PointError,
+    TargetError,
+    WeightsError,
+)
+from nla.models import load as module
+from nla.models.adapter import save_adapter
+from nla.models.generate import ends_of
+from nla.models.load import load_target, load_truncated
+from nla.models.read import read
+from nla.organisms import TARGETS
+
+PLANNER = TARGETS["couplets/planner"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A target of four blocks in many files."""
+    return saved(tmp_path / "target")
+
+
+def cut_of(folder: Path, **keywords) -> torch.Tensor:
+    return load_truncated(folder, "resid_post.1", device="cpu", **keywords)(input_ids=IDS).last_hidden_state
+
+
+def test_files_that_hold_only_upper_parts_are_not_even_opened(folder: Path) -> None:
+    files = files_of(folder)
+    low = ("model.embed_tokens", "model.layers.0.", "model.layers.1.")
+    needed = {file for name, file in files.items() if name.startswith(low)}
+    unneeded = set(files.values()) - needed
+    assert len(unneeded) > 2 and files["model.norm.weight"] in unneeded and files["lm_head.weight"] in unneeded
+    for file in unneeded:
+        (folder / file).write_bytes(b"not safetensors")
+    assert torch.equal(cut_of(folder), activations_of(make_model("llama")))
+    with pytest.raises(WeightsError):
+        load_target(folder, device="cpu")
+    (folder / sorted(needed)[0]).unlink()
+    with pytest.raises(WeightsError, match="without model-"):
+        cut_of(folder)
+
+
+def test_of_one_file_the_upper_parts_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers.core_model_loading as loading
+
+    folder, materialised = saved(tmp_path, shard="1GB"), []
+    original = loading._materialize_copy
+
+    def counted(tensor, *args, **kwargs):
+        materialised.append(tensor.get_shape())
+        return original(tensor, *args, **kwargs)
+
+    monkeypatch.setattr(loading, "_materialize_copy", counted)
+    view = load_truncated(folder, "resid_post.1", device="cpu")
+    assert len(list(view.parameters())) == 1 + 2 * 9
+    assert len(materialised) == 1 + 2 * 9 + 1, "embeddings, two blocks, and the final norm, which is dropped"
+    assert torch.equal(view(input_ids=IDS).last_hidden_state, activations_of(make_model("llama")))
+
+
+def test_a_cut_target_is_read_as_the_whole_one(folder: Path) -> None:
+    view, (model, tokenizer) = load_truncated(folder, "resid_post.2", device="cpu"), load_target(folder, device="cpu")
+    assert len(view.layers) == view.config.num_hidden_layers == 3
+    found, expected = (read(each, tokenizer, TEXTS, "resid_post.2") for each in (view, model))
+    assert torch.equal(found.vectors, expected.vectors) and found.spans == expected.spans
+    with pytest.raises(PointError):
+        read(view, tokenizer, TEXTS, "resid_post.3")
+    with pytest.raises(PointError, match=r"resid_post\.3"):
+        load_truncated(folder, "resid_post.4")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_type_is_what_is_asked_for(folder: Path, dtype: str) -> None:
+    kind = getattr(torch, dtype)
+    model, _ = load_target(folder, dtype=dtype, device="cpu")
+    assert {parameter.dtype for parameter in model.parameters()} == {kind}
+    assert not model.training and model.name_or_path == str(folder)
+    plain = LlamaForCausalLM.from_pretrained(folder, dtype=kind)
+    assert torch.equal(cut_of(folder, dtype=dtype), activations_of(plain))
+
+
+def test_a_frozen_target_has_no_dropout(tmp_path: Path) -> None:
+    model = make_model("gpt2")
+    model.config.update({"attn_pdrop": 0.1, "embd_pdrop": 0.1, "resid_pdrop": 0.1})
+    model.save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    loaded = load_target(tmp_path, device="cpu")[0].train()
+    assert torch.equal(loaded(IDS).logits, model.eval()(IDS).logits)
+
+
+def test_a_multimodal_wrapper_in_either_spelling_gives_its_text_side_alone(tmp_path: Path) -> None:
+    """transformers 4 wrote language_model.model.layers…, transformers 5 model.language_model.layers…."""
+    expected = make_model("gemma3")
+    new = saved(tmp_path / "new", "gemma3", "1GB")
+    weights = load_file(new / "model.safetensors")
+    old = saved(tmp_path / "old", "gemma3", "1GB")
+    spelt = {"model.language_model.": "language_model.model.", "lm_head.": "language_model.lm_head."}
+    spelt |= {"language_model.model.": "model.language_model.", "language_model.lm_head.": "lm_head."}
+    other = {}
+    for name, tensor in weights.items():
+        start = next((start for start in spelt if name.startswith(start)), "")
+        other[spelt.get(start, "") + name.removeprefix(start)] = tensor
+    assert set(other) != set(weights)
+    save_file(other, old / "model.safetensors", metadata={"format": "pt"})
+    for folder in (new, old):
+        model, _ = load_target(folder, device="cpu")
+        assert torch.equal(model(IDS).logits, expected(IDS).logits)
+        assert type(model).__name__ == "Gemma3ForCausalLM"
+        assert torch.equal(cut_of(folder), activations_of(expected))
+
+
+# Adapters
+
+
+def lora(folder: Path, architecture: str = "llama", modules: tuple[str, ...] = ("q_proj", "up_proj")):
+    """A tuned model of that architecture, whose adapter is saved in ``folder``."""
+    tuned = get_peft_model(make_model(architecture), LoraConfig(r=4, target_modules=list(modules)))
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        for name, parameter in tuned.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.3)
+    save_adapter(folder, tuned, "default")
+    return tuned.eval()
+
+
+@pytest.mark.parametrize(("architecture", "modules"), [("llama", ("q_proj", "up_proj")), ("gpt2", ("c_attn", "c_fc"))])
+def test_an_adapter_is_merged_into_whole_and_cut_targets(tmp_path: Path, architecture: str, modules: tuple) -> None:
+    folder = saved(tmp_path / "target", architecture)
+    tuned = lora(tmp_path / "adapter", architecture, modules)
+    model, _ = load_target(folder, device="cpu", adapter=tmp_path / "adapter")
+    assert torch.allclose(model(IDS).logits, tuned(IDS).logits, atol=1e-4)
+    assert not torch.allclose(model(IDS).logits, make_model(architecture)(IDS).logits, atol=1e-2)
+    assert not [name for name, _ in model.named_parameters() if "lora" in name] and not hasattr(model, "peft_config")
+    assert torch.allclose(cut_of(folder, adapter=tmp_path / "adapter"), activations_of(tuned), atol=1e-4)
+
+
+def test_an_adapter_of_the_wrapper_fits_the_text_side(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "target", "gemma3")
+    tuned = lora(tmp_path / "adapter", "gemma3", ("q_proj", "k_proj"))  # of these the vision has some too
+    model, _ = load_target(folder, device="cpu", adapter=tmp_path / "adapter")
+    assert torch.allclose(model(IDS).logits, tuned(IDS).logits, atol=1e-4)
+
+
+def test_an_adapter_of_another_model_is_refused(folder: Path, tmp_path: Path) -> None:
+    lora(tmp_path / "adapter", "gpt2", ("c_attn",))
+    with pytest.raises(ConfigError, match="does not fit"):
+        load_target(folder, device="cpu", adapter=tmp_path / "adapter")
+    with pytest.raises(ConfigError, match="does not fit"):
+        load_truncated(folder, "resid_post.1", device="cpu", adapter=tmp_path / "adapter")
+
+
+# Refusals
+
+
+def test_no_target_of_that_name() -> None:
+    for name in ("no/such/folder", "../none", "a b"):
+        with pytest.raises(TargetError, match="hub id"):
+            load_target(name)
+
+
+def test_weights_that_could_run_code_are_refused(tmp_path: Path) -> None:
+    saved(tmp_path)
+    for file in tmp_path.glob("model*"):
+        file.unlink()
+    torch.save(make_model("llama").state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(TargetError, match=r"without safetensors.*save_pretrained"):
+        load_target(tmp_path)
+
+
+def test_an_unknown_architecture_is_refused_before_weights_are_looked_for(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
+    with pytest.raises(ArchitectureError, match="mamba"):
+        load_target(tmp_path)
+
+
+def test_an_adapter_or_code_beside_the_weights_is_not_followed(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "someone/else", "peft_type": "LORA"}')
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "evil.Model", "AutoModel": "evil.Model", "AutoConfig": "evil.Config"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "evil.py").write_text("raise SystemExit")
+    model, _ = load_target(folder, device="cpu", trust_remote_code=True)
+    assert torch.equal(model(IDS).logits, make_model("llama")(IDS).logits)
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.up_proj.weight", "model.layers.3.mlp.up_proj.weight"])
+def test_weights_that_are_missing_odd_or_not_finite_are_refused_where_they_are_read(folder: Path, name: str) -> None:
+    path = folder / files_of(folder)[name]
+    whole, low = load_file(path), "layers.0" in name
+    for bad, error in (
+        ({key: tensor for key, tensor in whole.items() if key != name}, WeightsError),
+        ({**whole, name: whole[name][:5].clone()}, WeightsError),
+        ({**whole, name: whole[name] * torch.nan}, NonFiniteError),
+    ):
+        save_file(bad, path, metadata={"format": "pt"})
+        with pytest.raises(error, match=r"up_proj|does not load"):
+            load_target(folder, device="cpu")
+        if low:
+            with pytest.raises(error):
+                cut_of(folder)
+        else:
+            cut_of(folder)
+
+
+def test_an_index_that_leads_out_of_the_folder_is_refused(folder: Path) -> None:
+    index = json.loads((folder / INDEX).read_text())
+    index["weight_map"]["model.norm.weight"] = "../../secret.safetensors"
+    (folder / INDEX).write_text(json.dumps(index))
+    with pytest.raises(WeightsError, match="names no safetensors"):
+        load_target(folder)
+
+
+def test_keywords_out_of_range_are_refused(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for keywords in ({"dtype": "int8"}, {"quantization": "2bit"}, {"quantization": "8bit", "adapter": tmp_path}):
+        with pytest.raises(ArgumentError):
+            load_target(folder, **keywords)
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    for quantization in ("8bit", "4bit"):
+        with pytest.raises(MissingExtraError, match="pip install bitsandbytes"):
+            load_target(folder, quantization=quantization)
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:77", "meta", 3.5])
+def test_a_device_that_is_not_here_is_refused_before_anything_is_read(device) -> None:
+    for load in (
+        lambda: load_target("no/such/model", device=device),
+        lambda: load_truncated("x", POINT, device=device),
+    ):
+        with pytest.raises(ArgumentError, match="device="):
+            load()
+
+
+def test_a_tokenizer_is_asked_for_before_weights_are_read(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    for file in folder.glob("*.safetensors"):
+        file.write_bytes(b"not safetensors")
+    with pytest.raises(WeightsError, match="without a vocabulary"):
+        load_target(folder, device="cpu")
+
+
+# Settings
+
+
+def test_four_bits_are_nf4_with_quantised_constants_in_the_targets_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoModelForCausalLM
+
+    seen = {}
+
+    def stop(*_, **keywords):
+        seen.update(keywords)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(module, "find_spec", lambda name: True)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", stop)
+    with pytest.raises(WeightsError, match="enough"):
+        load_target(PLANNER, dtype="bfloat16", device="cpu", quantization="4bit")
+    found = seen["quantization_config"]
+    assert found.load_in_4bit and not found.load_in_8bit
+    assert (found.bnb_4bit_quant_type, found.bnb_4bit_use_double_quant) == ("nf4", True)
+    assert found.bnb_4bit_compute_dtype == torch.bfloat16 == seen["dtype"]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma3"])
+def test_a_target_without_generation_settings_ends_where_its_configuration_says(tmp_path: Path, architecture) -> None:
+    model = make_model(architecture)
+    model.config.eos_token_id = [2, 30]
+    model.save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").unlink(missing_ok=True)
+    loaded, tokenizer = load_target(tmp_path, device="cpu")
+    assert ends_of(loaded, tokenizer) == [2, 30]
+    assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+    assert torch.equal(cut_of(tmp_path), activations_of(model))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+def test_no_type_means_the_checkpoints_own(tmp_path: Path, architecture: str) -> None:
+    make_model(architecture).to(torch.bfloat16).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    kinds = {parameter.dtype for parameter in load_target(tmp_path, dtype=None, device="cpu")[0].parameters()}
+    kinds |= {parameter.dtype for parameter in load_truncated(tmp_path, POINT, dtype=None, device="cpu").parameters()}
+    assert kinds == {torch.bfloat16}
+    config = json.loads((tmp_path / "config.json").read_text())
+    for part in (config, config.get("text_config", {})):
+        part.pop("dtype", None)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    kinds = {parameter.dtype for parameter in load_target(tmp_path, dtype=None, device="cpu")[0].parameters()}
+    assert kinds == {torch.float32}

@@ -1,0 +1,110 @@
+"""An adapter on the target of a pair of whole models: it changes what is read, and goes without a trace."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from helpers.tiny import D_MODEL, TEXTS, make_config, make_model, make_tokenizer
+from nla.autoencoder import NLA
+from nla.errors import ArgumentError, ConfigError, WeightsError
+from nla.models.adapter import adapter_hash, merge_adapter, save_adapter
+from nla.models.points import truncated_view
+from nla.models.read import read
+from nla.pair.decoder import Head
+from nla.pair.planted import planted
+from nla.pair.roles import SeparateModels
+from nla.storage.tensors import load_tensors, save_tensors
+
+POINT = "resid_post.1"
+LORA = LoraConfig(r=2, target_modules=["q_proj", "down_proj"])
+
+
+@pytest.fixture
+def separate() -> NLA:
+    """Target, encoder and decoder as three models."""
+    roles = SeparateModels(
+        make_model, lambda: make_model(seed=1), lambda: truncated_view(make_model(seed=2), POINT), lambda: Head(D_MODEL)
+    )
+    return NLA(roles, make_tokenizer(), make_config(make_tokenizer(), make_model()))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    model = get_peft_model(make_model(), LORA)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.3)
+    save_adapter(tmp_path / "plant", model, "default")
+    return tmp_path / "plant"
+
+
+def test_an_adapter_changes_what_is_read_and_nothing_else(separate: NLA, folder: Path) -> None:
+    before, names = separate.read(TEXTS).vectors, [name for name, _ in separate.model.named_parameters()]
+    notes, flags = separate.explain(before[:2], seed=3).texts, [p.requires_grad for p in separate.model.parameters()]
+    oracle = get_peft_model(make_model(), LORA)
+    oracle.load_adapter(folder, "default")
+    expected = read(oracle.eval(), separate.tokenizer, TEXTS, POINT).vectors
+    with planted(separate, folder):
+        assert torch.allclose(separate.read(TEXTS).vectors, expected, atol=1e-6)
+        assert separate.explain(before[:2], seed=3).texts == notes
+        with pytest.raises(ArgumentError), planted(separate, folder):
+            pass
+        assert torch.allclose(separate.read(TEXTS).vectors, expected, atol=1e-6)
+    assert not torch.allclose(before, expected, atol=1e-2)
+    assert torch.equal(separate.read(TEXTS).vectors, before)
+    assert [name for name, _ in separate.model.named_parameters()] == names
+    assert [p.requires_grad for p in separate.model.parameters()] == flags
+
+
+def test_an_adapter_that_does_not_fit_leaves_the_target_as_it_was(separate: NLA, folder: Path) -> None:
+    before, weights = separate.read(TEXTS).vectors, folder / "adapter_model.safetensors"
+    whole = load_tensors(weights)
+    for changed, error in (
+        ({name.replace("q_proj", "no_such"): tensor for name, tensor in whole.items()}, ConfigError),
+        ({name: tensor[:1].clone() for name, tensor in whole.items()}, WeightsError),
+        (dict(list(whole.items())[1:]), WeightsError),
+    ):
+        save_tensors(weights, changed)
+        with pytest.raises(error), planted(separate, folder):
+            pass
+        assert torch.equal(separate.read(TEXTS).vectors, before)
+
+
+def test_an_adapter_on_the_hub_is_downloaded(separate: NLA, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def fetch(source: str, revision: str | None, name: str) -> Path:
+        asked.append((source, name))
+        return folder / name
+
+    monkeypatch.setattr("nla.models.adapter.fetch_file", fetch)
+    assert adapter_hash("someone/tune") == adapter_hash(folder)
+    with planted(separate, folder):
+        expected = separate.read(TEXTS).vectors
+    with planted(separate, "someone/tune"):
+        assert torch.equal(separate.read(TEXTS).vectors, expected)
+    assert set(asked) == {("someone/tune", f"adapter_{name}") for name in ("config.json", "model.safetensors")}
+
+
+@pytest.mark.parametrize("keys", [("model.layers.0.self_attn.q_proj", "model.layers.2.mlp.down_proj"), ("q_proj",)])
+@pytest.mark.parametrize("named", ["rank_pattern", "alpha_pattern"])
+def test_patterns_over_names_hold_on_a_cut_target_too(tmp_path: Path, named: str, keys: tuple) -> None:
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "down_proj"], **{named: dict.fromkeys(keys, 8)})
+    tuned = get_peft_model(make_model("llama"), config)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for name, parameter in tuned.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.3)
+    save_adapter(tmp_path, tuned, "default")
+    expected = read(tuned.eval(), make_tokenizer(), TEXTS, POINT).vectors
+    whole, cut = make_model("llama"), truncated_view(make_model("llama"), POINT)
+    for model in (whole, cut):
+        merge_adapter(model, tmp_path)
+        assert torch.allclose(read(model, make_tokenizer(), TEXTS, POINT).vectors, expected, atol=1e-4)

@@ -1,0 +1,87 @@
+"""Positions: where turns are decided, and budgets that thin them out evenly."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import pairwise
+
+import pytest
+
+from helpers.talk import said, transcript
+from helpers.tiny import make_tokenizer
+from nla.errors import PositionError
+from nla.transcripts.messages import Message, Transcript
+from nla.transcripts.positions import ANSWER_END, ANSWER_START, BEFORE_ANSWER, select
+from nla.transcripts.rendering import Chat, render
+
+
+def chat(*turns: tuple[str, str]) -> Chat:
+    return render(make_tokenizer(), said(*turns))
+
+
+def shown(rendered: Chat, *args) -> list[tuple[str, str]]:
+    return [(rendered.span(position.index).text, position.kind) for position in select(rendered, *args)]
+
+
+def test_structure_is_where_turns_are_decided_and_end() -> None:
+    rendered = chat(("user", "the cat sat"), ("assistant", "it is here"))
+    assert shown(rendered) == [
+        (" sat", "user end"),
+        ("<|assistant|>", BEFORE_ANSWER),
+        ("it", ANSWER_START),
+        (" here", ANSWER_END),
+    ]
+
+
+def test_a_one_token_answer_is_read_once() -> None:
+    rendered = chat(("user", "the cat sat"), ("assistant", "it"))
+    assert [kind for _, kind in shown(rendered)] == ["user end", BEFORE_ANSWER, ANSWER_START]
+
+
+def test_a_conversation_of_tool_calls_alone_has_no_structure() -> None:
+    empty = render(make_tokenizer(), Transcript("a", (Message("assistant", "", ({"name": "x", "arguments": {}},)),)))
+    with pytest.raises(PositionError, match="no message has text"):
+        select(empty)
+    assert select(empty, "all")
+
+
+def test_a_budget_is_shared_by_kinds_and_spread_over_the_transcript() -> None:
+    rendered = render(make_tokenizer(), transcript(200))
+    everything, chosen = select(rendered, "structure", None), select(rendered, "structure", 40)
+    assert len(everything) == 400 and len(chosen) == 40
+    assert set(Counter(kind for _, kind in chosen).values()) == {10}
+    assert {index for index, _ in chosen} <= {index for index, _ in everything}
+    ends = [index for index, kind in chosen if kind == "user end"]
+    gaps = [b - a for a, b in pairwise(ends)]
+    assert max(gaps) < 1.5 * len(rendered) / 9 and max(ends) > 0.95 * len(rendered)
+
+
+def test_what_a_rare_kind_leaves_goes_to_the_others() -> None:
+    turns = [("user", "so it is"), *[("assistant", "it is here")] * 10]
+    counts = Counter(kind for _, kind in select(chat(*turns), "structure", 22))
+    assert counts == {"user end": 1, BEFORE_ANSWER: 7, ANSWER_START: 7, ANSWER_END: 7}
+
+
+def test_random_positions_depend_on_transcript_and_seed_alone() -> None:
+    one, other = (render(make_tokenizer(), transcript(40, first=first)) for first in (0, 1))
+    assert select(one, "random", 10, 0) == select(render(make_tokenizer(), transcript(40)), "random", 10, 0)
+    assert select(one, "random", 10, 0) != select(one, "random", 10, 1)
+    assert [p.index for p in select(one, "random", 10, 0)] != [p.index for p in select(other, "random", 10, 0)]
+    assert len(select(one, "random", 10_000)) == len(one)
+
+
+def test_patterns_match_single_tokens_and_say_who_wrote_them() -> None:
+    rendered = chat(("user", "the cat sat"), ("assistant", "the cat ran"))
+    assert shown(rendered, "/cat/") == [(" cat", "user content"), (" cat", "assistant content")]
+    assert len(select(rendered, "/./", 3)) == 3
+
+
+@pytest.mark.parametrize("positions", ["/zebra/", "/(/", "structures", "//"])
+def test_unknown_positions_are_refused(positions: str) -> None:
+    with pytest.raises(PositionError):
+        select(chat(("user", "the cat")), positions)
+
+
+def test_a_budget_below_one_is_refused() -> None:
+    with pytest.raises(PositionError, match="budget"):
+        select(chat(("user", "the cat")), "all", 0)

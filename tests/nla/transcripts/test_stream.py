@@ -1,0 +1,197 @@
+"""Long transcripts: one pass through a cache equals reading the whole, and windows equal their slices."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import get_peft_model
+from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
+
+from helpers.adapters import LORA, lora_folder
+from helpers.talk import transcript
+from helpers.tiny import ARCHITECTURES, CONTEXT, D_MODEL, MARKER, TEXTS, make_model, make_pair, make_tokenizer
+from nla.errors import ArgumentError, ConfigError, ContextLengthError, WeightsError
+from nla.models.adapter import load_adapter
+from nla.models.points import truncated_view
+from nla.models.read import read
+from nla.organisms.switchboard import tokenizer as switchboard
+from nla.pair.planted import planted
+from nla.storage.tensors import load_tensors, save_tensors
+from nla.train.organisms.switchboard import SwitchboardSettings, build_model
+from nla.transcripts import stream
+from nla.transcripts.positions import Position, select
+from nla.transcripts.rendering import render
+from nla.transcripts.stream import plan_windows, read_chat, read_ids
+
+POINT = "resid_post.1"
+
+
+def long_model(context: int = 4096):
+    model = make_model()
+    model.config.max_position_embeddings = context
+    model.model.config.max_position_embeddings = context
+    return model
+
+
+@pytest.mark.parametrize("architecture", list(ARCHITECTURES))
+@pytest.mark.parametrize("chunk", [1, 7, 4096])
+def test_chunks_through_a_cache_equal_reading_the_whole(architecture: str, chunk: int) -> None:
+    model, tokenizer = make_model(architecture), make_tokenizer()
+    chat = render(tokenizer, transcript(6))
+    assert 7 < len(chat) <= CONTEXT
+    whole = read(model, tokenizer, chat.text, POINT).vectors
+    found = read_ids(model, chat.ids, POINT, range(len(chat)), chunk)
+    assert torch.allclose(found, whole, atol=1e-5)
+    chosen = [Position(11, "a"), Position(2, "b"), Position(30, "c")]
+    acts = read_chat(model, chat, POINT, chosen, chunk=chunk)
+    assert torch.allclose(acts.vectors, whole[[11, 2, 30]], atol=1e-5)
+    assert acts.strata == ["a", "b", "c"] and [span.index for span in acts.spans] == [11, 2, 30]
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 64])
+def test_a_sliding_window_of_the_model_is_kept(chunk: int) -> None:
+    config = Qwen2Config(
+        vocab_size=54, hidden_size=D_MODEL, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, use_sliding_window=True, sliding_window=6, max_window_layers=1, initializer_range=0.25,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model, tokenizer = Qwen2ForCausalLM(config).eval(), make_tokenizer()
+    assert "sliding_attention" in config.layer_types[:3]
+    chat = render(tokenizer, transcript(6))
+    whole = read(model, tokenizer, chat.text, "resid_post.2").vectors
+    found = read_ids(model, chat.ids, "resid_post.2", range(len(chat)), chunk)
+    assert (found - whole).abs().max() <= 1e-5 * whole.abs().max()
+
+
+@pytest.mark.parametrize("chunk", [1, 100, 127, 128, 129])
+def test_switchboards_target_reads_the_same_in_chunks_and_keeps_its_window_only(
+    chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build_model(SwitchboardSettings(d_model=32), switchboard.build()).eval()
+    ids = torch.randint(10, 800, (290,), generator=torch.Generator().manual_seed(0))[: 140 if chunk == 1 else 290]
+    with torch.inference_mode():
+        whole = truncated_view(model, "resid_post.3")(input_ids=ids[None], use_cache=False).last_hidden_state[0]
+    caches = []
+    monkeypatch.setattr(
+        "transformers.DynamicCache", lambda **options: caches.append(DynamicCache(**options)) or caches[0]
+    )
+    found = read_ids(model, ids, "resid_post.3", range(len(ids)), chunk)
+    assert (found - whole).abs().max() <= 1e-5 * whole.abs().max()
+    assert {layer.keys.shape[-2] for layer in caches[0].layers[:4]} == {model.config.sliding_window - 1}
+
+
+def test_no_pass_is_longer_than_a_chunk_and_nothing_above_the_point_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, chat = long_model(), render(make_tokenizer(), transcript(120))
+    lengths: list[int] = []
+    model.model.layers[0].register_forward_hook(lambda _, args, out: lengths.append(args[0].shape[1]))
+    for module in (*model.model.layers[2:], model.model.norm, model.lm_head):
+        module.register_forward_hook(lambda *args: pytest.fail("a module above the point ran"))
+    last = len(chat) - 1
+    read_ids(model, chat.ids, POINT, [3, last], chunk=100)
+    assert max(lengths) == 100 and sum(lengths) == len(chat)
+    lengths.clear()
+    monkeypatch.setattr(stream, "MASK_ELEMENTS", 40_000)
+    read_ids(model, chat.ids, POINT, [3, last], chunk=100)
+    seen = 0
+    for length in lengths:
+        seen += length
+        assert length * seen <= 40_000
+    assert sum(lengths) == len(chat)
+
+
+def test_reading_stops_at_the_last_chosen_token() -> None:
+    model, chat, lengths = long_model(), render(make_tokenizer(), transcript(60)), []
+    model.model.layers[0].register_forward_hook(lambda _, args, out: lengths.append(args[0].shape[1]))
+    read_ids(model, chat.ids, POINT, [4, 20], chunk=8)
+    assert sum(lengths) == 21
+
+
+def test_beyond_the_context_windows_are_named() -> None:
+    model, chat = make_model(), render(make_tokenizer(), transcript(40))
+    with pytest.raises(ContextLengthError, match=f"{CONTEXT}.*--window {CONTEXT}"):
+        read_chat(model, chat, POINT, [Position(0, "a")])
+    with pytest.raises(ContextLengthError):
+        read_ids(model, chat.ids, POINT, [0])
+    for window in (1, CONTEXT + 1):
+        with pytest.raises(ArgumentError):
+            read_chat(model, chat, POINT, [Position(0, "a")], window=window)
+    with pytest.raises(ArgumentError):
+        read_ids(model, chat.ids[:5], POINT, [0], chunk=0)
+
+
+def test_windows_cover_every_token_once_with_half_a_window_before_it() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(300):
+        n, window, *starts = torch.randint(2, 60, (6,), generator=generator).tolist()
+        plan = plan_windows(n, window, sorted({0, *starts}))
+        assert [token for part in plan for token in range(part.fresh, part.end)] == list(range(n))
+        for part in plan:
+            assert part.end - part.start <= window
+            assert part.start == 0 or part.fresh - part.start >= window // 2
+
+
+def test_a_window_reads_what_its_slice_alone_gives() -> None:
+    model, chat = make_model(), render(make_tokenizer(), transcript(40))
+    window, everything = 48, [Position(index, "a") for index in reversed(range(len(chat)))]
+    acts = read_chat(model, chat, POINT, everything, window=window)
+    vectors = acts.vectors.flip(0)
+    plan = plan_windows(len(chat), window, [s for s in range(len(chat)) if chat.place(s).section == "control"])
+    part = plan_windows(len(chat), window, _starts(chat))[2]
+    alone = read_ids(model, chat.ids[part.start : part.end], POINT, range(part.end - part.start))
+    assert torch.allclose(vectors[part.fresh : part.end], alone[part.fresh - part.start :], atol=1e-5)
+    assert len(plan) > 3 and part.start in _starts(chat)
+
+
+def _starts(chat) -> list[int]:
+    return [0] + [i for i in range(1, len(chat)) if chat.place(i).message != chat.place(i - 1).message]
+
+
+def test_bos_stands_at_the_start_of_every_window() -> None:
+    tokenizer, model = make_tokenizer(), make_model()
+    tokenizer.bos_token = MARKER
+    tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
+    chat = render(tokenizer, transcript(40))
+    assert chat.has_bos and chat.place(0).message == 0
+    acts = read_chat(model, chat, POINT, [Position(len(chat) - 1, "a")], window=48)
+    part = plan_windows(len(chat), 47, _starts(chat))[-1]
+    ids = torch.cat([chat.ids[:1], chat.ids[part.start :]])
+    assert torch.allclose(acts.vectors[0], read_ids(model, ids, POINT, [len(ids) - 1])[0], atol=1e-5)
+    assert 0 not in [position.index for position in select(chat, "all", None)]
+
+
+def test_a_planted_adapter_changes_what_is_read_and_nothing_else(tmp_path: Path) -> None:
+    pair, folder = make_pair(), lora_folder(tmp_path / "plant")
+    before, notes = pair.read(TEXTS).vectors, pair.explain(pair.read(TEXTS[0]), seed=3).texts
+    vectors = pair.read(TEXTS[0]).vectors
+    flags = [parameter.requires_grad for parameter in pair.model.parameters()]
+    plain = get_peft_model(make_model(), LORA)
+    load_adapter(folder, plain, "default")
+    expected = read(plain, pair.tokenizer, TEXTS, POINT).vectors
+    with planted(pair, folder):
+        assert torch.allclose(pair.read(TEXTS).vectors, expected, atol=1e-6)
+        assert pair.explain(vectors, seed=3).texts == notes
+        with pytest.raises(ArgumentError), planted(pair, folder):
+            pass
+        assert torch.allclose(pair.read(TEXTS).vectors, expected, atol=1e-6)
+    assert not torch.allclose(before, expected, atol=1e-2)
+    assert torch.equal(pair.read(TEXTS).vectors, before)
+    assert [parameter.requires_grad for parameter in pair.model.parameters()] == flags
+
+
+def test_an_adapter_that_does_not_fit_is_refused_and_leaves_the_pair_as_it_was(tmp_path: Path) -> None:
+    pair = make_pair()
+    before = pair.read(TEXTS).vectors
+    with pytest.raises(ConfigError), planted(pair, tmp_path / "none"):
+        pass
+    folder = lora_folder(tmp_path / "cut")
+    (folder / "adapter_model.safetensors").write_bytes(b"cut")
+    with pytest.raises(WeightsError), planted(pair, folder):
+        pass
+    folder = lora_folder(tmp_path / "other")
+    weights = folder / "adapter_model.safetensors"
+    save_tensors(weights, {name.replace("q_proj", "no_such"): tensor for name, tensor in load_tensors(weights).items()})
+    with pytest.raises(ConfigError, match="does not fit"), planted(pair, folder):
+        pass
+    assert torch.equal(pair.read(TEXTS).vectors, before) and pair.target_adapter is None

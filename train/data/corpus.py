@@ -1,0 +1,387 @@
+"""Corpora: documents of a ``datasets`` name or of local files, one after another, with a place that stays the same."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+from nla.errors import CorpusError, TranscriptError, visible
+from nla.train.fit.settings import refuse, require_least
+from nla.transcripts.files import load_each
+from nla.transcripts.messages import Transcript, parse_messages
+
+KINDS = ("text", "lines", "chat")
+TABLES = (".parquet", ".jsonl", ".ndjson")
+CHATS = (".json", ".chat", ".eval")
+SUFFIXES = (*TABLES, ".txt", *CHATS)
+"""Of the files that are taken from a folder."""
+
+_EDGE = 1 << 20
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CorpusSettings:
+    """Which documents are read, at which of their tokens, and how they are split.
+
+    Raises:
+        ArgumentError: a value is out of range.
+    """
+
+    source: str
+    """A ``datasets`` name; or a file, folder or glob of .parquet, .jsonl or .txt files, or of transcripts as
+    `nla audit` takes them. Files are read in the order of their names."""
+    kind: str | None = None
+    """"text" (of a .txt file, the whole is one document), "lines" (of a .txt file, each line is one) or "chat" (a list
+    of messages, rendered by the target's template, white space at the ends of messages taken off). None: as the column
+    says, and text for .txt files."""
+    config: str | None = None
+    """Configuration of a ``datasets`` name."""
+    split: str = "train"
+    """Its split."""
+    revision: str | None = None
+    """Its branch, tag or commit; None: main."""
+    streaming: bool = False
+    """Read a ``datasets`` name as it is downloaded, and no more of it than is needed."""
+    text_column: str | None = None
+    """Column of the text, or of a chat's messages; None: "text", or "messages"."""
+    n_documents: int | None = None
+    """The first so many of the corpus; None: all."""
+    max_tokens: int = 1024
+    """Longer documents are cut here; the manifest counts them."""
+    positions: str = "random"
+    """"random": ``n_positions`` of each document, drawn by a generator keyed to its text; "last"; "every:k"; or
+    "turns": where a chat's turns are decided and end. Never a special token."""
+    n_positions: int = 10
+    """For "random"."""
+    first_position: int = 50
+    """Tokens before this one are not chosen, for "random" and "every:k": they have little to tell."""
+    eval_fraction: float = 0.05
+    """Share of the documents that are held out."""
+    n_eval: int | None = None
+    """About so many documents held out instead; ``n_documents`` must say of how many."""
+    split_key: str = "nla"
+    """Another key holds other documents out. What is held out follows from this and a document's text alone."""
+    documents_per_chunk: int = 512
+    """Documents in one file, in memory at a time, and done again after a kill."""
+
+    def __post_init__(self) -> None:
+        if self.kind is not None and self.kind not in KINDS:
+            refuse("corpus.kind", self.kind, f"one of {', '.join(KINDS)}, or nothing")
+        if not re.fullmatch(r"random|last|turns|every:[1-9][0-9]*", self.positions):
+            refuse("corpus.positions", self.positions, '"random", "last", "turns" or "every:k" such as "every:8"')
+        require_least("corpus", self, max_tokens=1, n_positions=1, first_position=0, documents_per_chunk=1)
+        if self.n_documents is not None:
+            require_least("corpus", self, n_documents=1)
+        if not 0 < self.eval_fraction < 1:
+            refuse("corpus.eval_fraction", self.eval_fraction, "between 0 and 1")
+        if self.n_eval is not None and not (self.n_documents and 0 < self.n_eval < self.n_documents):
+            refuse("corpus.n_eval", self.n_eval, f"between 1 and n_documents = {self.n_documents}, which must be set")
+
+    @property
+    def eval_share(self) -> float:
+        """Share of the documents that are held out."""
+        return self.n_eval / self.n_documents if self.n_eval and self.n_documents else self.eval_fraction
+
+
+Content = str | Transcript
+
+
+class Entry(NamedTuple):
+    """A document that has not been parsed: going past it costs nothing."""
+
+    number: int
+    """Its place in the corpus, from 0."""
+
+    parse: Callable[[], Content]
+    """Its text or chat. CorpusError: the corpus is no corpus. TranscriptError: this one document is no chat."""
+
+
+class Corpus(NamedTuple):
+    """An open corpus."""
+
+    about: Any
+    """What its files are, for telling another corpus apart: JSON."""
+
+    entries: Callable[[], Iterator[Callable[[], Content]]]
+    """Its documents, from the first, each as something that parses it."""
+
+    def chunks(
+        self, settings: CorpusSettings, wanted: Callable[[int], bool]
+    ) -> Iterator[tuple[int, list[Entry] | None]]:
+        """Chunks of documents by number; those that are not wanted as None."""
+        size, entries = settings.documents_per_chunk, islice(self.entries(), settings.n_documents)
+        chunk = 0
+        while True:
+            if wanted(chunk):
+                taken = [Entry(chunk * size + n, parse) for n, parse in enumerate(islice(entries, size))]
+                n, out = len(taken), taken
+            else:
+                n, out = sum(1 for _ in islice(entries, size)), None
+            if n == 0:
+                return
+            yield chunk, out
+            chunk += 1
+
+
+def open_corpus(settings: CorpusSettings, commit: str | None = None) -> Corpus:
+    """The corpus that settings name.
+
+    Args:
+        commit: of a ``datasets`` name, what to read; None: what its revision is now.
+
+    Raises:
+        CorpusError: there is none, it cannot be read, or it has not the column.
+    """
+    files = local_files(settings)
+    if files is None:
+        return _hub(settings, commit or hub_commit(settings))
+
+    def entries() -> Iterator[Callable[[], Content]]:
+        for file in files:
+            yield from _of_file(file, settings)
+
+    next(_of_file(files[0], settings), None)  # a wrong column is told before a target is loaded
+    return Corpus(describe_files(files), entries)
+
+
+def local_files(settings: CorpusSettings) -> list[Path] | None:
+    """The files of a local corpus, in the order in which they are read; None for a ``datasets`` name.
+
+    Raises:
+        CorpusError: there are none.
+    """
+    source, path = settings.source, Path(settings.source).expanduser()
+    is_local = path.exists() or glob.has_magic(source) or path.suffix.lower() in SUFFIXES or source[:1] in "./~"
+    return _files(path) if is_local else None
+
+
+def describe_files(files: list[Path]) -> list[list[Any]]:
+    """Name, size, and a hash of the first and the last MiB of each file: enough to tell that a file was replaced."""
+    out = []
+    for file in files:
+        size = file.stat().st_size
+        with file.open("rb") as handle:
+            edges = handle.read(_EDGE)
+            handle.seek(max(size - _EDGE, 0))
+            edges += handle.read(_EDGE)
+        out.append([file.name, size, hashlib.sha256(edges).hexdigest()])
+    return out
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    found = path.iterdir() if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))
+    files = sorted(file for file in found if file.is_file() and file.suffix.lower() in SUFFIXES)
+    if not files:
+        what = "no such file or folder" if not path.is_dir() else "a folder without such files"
+        raise CorpusError(
+            f"the corpus {str(path)!r}: {what}",
+            f"a `datasets` name, or files that end in {', '.join(SUFFIXES)}",
+            "correct the source; ** in a glob reaches into folders",
+        )
+    return files
+
+
+def _of_file(file: Path, settings: CorpusSettings) -> Iterator[Callable[[], Content]]:
+    suffix = file.suffix.lower()
+    try:
+        if suffix == ".parquet":
+            yield from _parquet(file, settings)
+        elif suffix in TABLES and not _is_chat_file(file, settings):
+            yield from _json_lines(file, settings)
+        elif suffix in (*TABLES, *CHATS) or settings.kind == "chat":
+            for found in load_each(file, max_mb=1024):
+                yield _raiser(found) if isinstance(found, TranscriptError) else lambda found=found: found
+        elif settings.kind == "lines":
+            with file.open("rb") as lines:
+                for line in lines:
+                    yield lambda line=line: _decode(line, file).rstrip("\r\n")
+        else:
+            yield lambda: _decode(file.read_bytes(), file)
+    except OSError as error:
+        raise _unreadable(file, error) from error
+
+
+def _unreadable(file: Path, error: Exception) -> CorpusError:
+    return CorpusError(f"{file}, which cannot be read ({visible(str(error))[:200]})", "a whole file", "restore it")
+
+
+def _decode(data: bytes, file: Path) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        got = f"{file} with bytes that are not UTF-8 ({error.reason})"
+        raise CorpusError(got, "UTF-8 text", "convert the file, or leave it out") from error
+
+
+def _raiser(error: Exception) -> Callable[[], NoReturn]:
+    def parse() -> NoReturn:
+        raise error
+
+    return parse
+
+
+def column_of(settings: CorpusSettings, columns: list[str], example: Mapping[str, Any], where: str) -> tuple[str, bool]:
+    """The column to read, and whether it holds chats.
+
+    Raises:
+        CorpusError: it is not there; the message lists those that are.
+    """
+    usual = {"text": ["text"], "lines": ["text"], "chat": ["messages"], None: ["text", "messages"]}[settings.kind]
+    wanted = [settings.text_column] if settings.text_column else usual
+    found = next((name for name in wanted if name in columns), None)
+    if found is None:
+        raise CorpusError(
+            f"{where} with the columns {', '.join(map(repr, columns))}",
+            f"the column {' or '.join(map(repr, wanted))}",
+            f"name the column: text_column = {columns[0] if columns else '…'}",
+        )
+    is_list = isinstance(example.get(found), list)
+    return found, settings.kind == "chat" or (settings.kind is None and (is_list or found == "messages"))
+
+
+def _content(value: Any, is_chat: bool, where: str) -> Content:
+    """A cell of a table as text or chat."""
+    if is_chat:
+        return Transcript(where, parse_messages(value, where), source=where)
+    if value is not None and not isinstance(value, str):
+        raise CorpusError(
+            f"{where}: a text that is a {type(value).__name__}",
+            "a column of strings",
+            "name another text_column, or set kind = chat for a column of messages",
+        )
+    return value or ""
+
+
+def _parquet(file: Path, settings: CorpusSettings) -> Iterator[Callable[[], Content]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(file) as table:
+            rows = table.iter_batches(batch_size=1)
+            example = next((batch.to_pylist()[0] for batch in rows), {})
+            column, is_chat = column_of(settings, table.schema_arrow.names, example, str(file))
+            number = 0
+            for batch in table.iter_batches(batch_size=1024, columns=[column]):
+                values = batch.column(0)
+                for row in range(len(values)):
+                    where = f"{file}, row {number + row}"
+                    yield lambda value=values[row], where=where: _content(value.as_py(), is_chat, where)
+                number += len(values)
+    except pa.ArrowException as error:
+        raise _unreadable(file, error) from error
+
+
+def _is_chat_file(file: Path, settings: CorpusSettings) -> bool:
+    """Whether a JSONL file holds transcripts, by its first line."""
+    if settings.kind is not None:
+        return settings.kind == "chat"
+    with file.open("rb") as lines:
+        first = next((line for line in lines if line.strip()), b"{}")
+    content = _json(first, file, 1)
+    if isinstance(content, list):
+        return True
+    column, is_chat = column_of(settings, list(content), content, str(file))
+    return is_chat or column == "messages"
+
+
+def _json(line: bytes, file: Path, number: int) -> Any:
+    try:
+        content = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        got = f"{file}, line {number}, which is not JSON ({visible(str(error))[:100]})"
+        raise CorpusError(got, "an object a line", "restore the line, or finish writing the file") from error
+    if not isinstance(content, dict | list):
+        raise CorpusError(f"{file}, line {number}: a {type(content).__name__}", "an object a line", "check the file")
+    return content
+
+
+def _json_lines(file: Path, settings: CorpusSettings) -> Iterator[Callable[[], Content]]:
+    def parse(line: bytes, number: int) -> Content:
+        content, where = _json(line, file, number), f"{file}, line {number}"
+        content = content if isinstance(content, dict) else {}
+        column, _ = column_of(settings, list(content), content, where)
+        return _content(content[column], False, where)
+
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                yield lambda line=line, number=number: parse(line, number)
+
+
+def hub_commit(settings: CorpusSettings) -> str | None:
+    """The commit that a ``datasets`` name is at; None, with a warning, where the hub does not say."""
+    from huggingface_hub import HfApi
+
+    try:
+        return HfApi().dataset_info(settings.source, revision=settings.revision, timeout=30).sha
+    except Exception as error:  # whatever keeps the hub from answering; what is in a cache can be read all the same
+        log.warning(
+            "The hub does not say at which commit the dataset %s is (%s): a call that continues later cannot tell "
+            "whether it has changed.",
+            settings.source,
+            type(error).__name__,
+        )
+        return None
+
+
+def _hub(settings: CorpusSettings, commit: str | None) -> Corpus:
+    import datasets
+
+    where, revision = f"the dataset {settings.source}", commit or settings.revision
+    try:
+        data: Any = datasets.load_dataset(
+            settings.source, settings.config, split=settings.split, revision=revision, streaming=settings.streaming
+        )
+        example: Mapping[str, Any] = next(iter(data), {})
+    except Exception as error:  # the hub, its cache and each format raise errors of their own
+        raise CorpusError(
+            f"{where}, configuration {settings.config}, split {settings.split}, which cannot be loaded "
+            f"({type(error).__name__}: {visible(str(error))[:300]})",
+            "the name, configuration and split of a dataset that can be reached, or the path of local files",
+            "correct the name; log in (`hf auth login`) for a gated one; check the network",
+        ) from error
+    column, is_chat = column_of(settings, list(data.column_names or example), example, where)
+    data = data.select_columns([column])
+
+    def entries() -> Iterator[Callable[[], Content]]:
+        rows = enumerate(_unbroken(data, where)) if settings.streaming else ((n, n) for n in range(len(data)))
+        for number, row in rows:
+
+            def parse(row: Any = row, number: int = number) -> Content:
+                value = (data[row] if isinstance(row, int) else row)[column]
+                return _content(value, is_chat, f"{where}, row {number}")
+
+            yield parse
+
+    rows = None if settings.streaming else len(data)
+    return Corpus({"dataset": settings.source, "commit": commit, "rows": rows}, entries)
+
+
+def _unbroken(rows: Any, where: str) -> Iterator[Any]:
+    """The rows of a stream, whose breaking off is an error of its own: it must not pass for the end."""
+    stream, number = iter(rows), 0
+    while True:
+        try:
+            row = next(stream)
+        except StopIteration:
+            return
+        except Exception as error:  # of the network, of a compression, of a format
+            raise CorpusError(
+                f"{where}, which breaks off after {number} rows ({type(error).__name__}: {visible(str(error))[:200]})",
+                "a stream to its end, or to n_documents",
+                "run the same command again, which continues; without `streaming` the corpus is downloaded first",
+            ) from error
+        yield row
+        number += 1

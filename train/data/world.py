@@ -1,0 +1,94 @@
+"""Stage 1: documents → activations of the target, in splits that share no document, with their baselines."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nla.baselines import save_baselines
+from nla.metrics import Baseline
+from nla.models.read import Activations, read
+from nla.organisms.lesson import Lesson
+from nla.storage.files import write_json
+from nla.text.tokens import Span
+from nla.train.fit.settings import require_least
+
+SPLITS = ("train", "eval", "held_out")
+MANIFEST = "manifest.json"
+BASELINES = "baselines.safetensors"
+
+
+@dataclass(frozen=True)
+class ExtractSettings:
+    """How many documents, and which of their tokens."""
+
+    n_documents: int = 20_000
+    """Documents to train on; none has a held-out latent."""
+    n_eval_documents: int = 400
+    """Documents of each held-out split: ``eval`` and ``held_out`` (whose latents were never trained on)."""
+    n_other_positions: int = 2
+    """Tokens drawn at random from each document beside those of its main strata."""
+
+    def __post_init__(self) -> None:
+        require_least("extract", self, n_documents=1, n_eval_documents=1, n_other_positions=1)
+
+
+def documents(lesson: Lesson, settings: ExtractSettings, seed: int) -> dict[str, list[Any]]:
+    """The documents of every split. A text stands in one split only; the seed decides all of them."""
+    return lesson.splits(settings.n_documents, settings.n_eval_documents, seed)
+
+
+def choose_positions(lesson: Lesson, document: Any, spans: Sequence[Span], n_other: int, key: str) -> list[int]:
+    """Every token of a main stratum and ``n_other`` more, drawn by a generator keyed to the document."""
+    kinds = lesson.strata(document, spans)
+    main = [span.index for span, kind in zip(spans, kinds, strict=True) if kind in lesson.MAIN]
+    others = [span.index for span, kind in zip(spans, kinds, strict=True) if kind not in lesson.MAIN]
+    return sorted([*main, *random.Random(key).sample(others, min(n_other, len(others)))])
+
+
+def extract(
+    lesson: Lesson, target: Any, tokenizer: Any, point: str, settings: ExtractSettings, seed: int, out_dir: Path
+) -> dict[str, Activations]:
+    """Read every split and save it under ``out_dir/<split>``, with baselines of the training vectors and a manifest."""
+    stores: dict[str, Activations] = {}
+    for split, drawn in documents(lesson, settings, seed).items():
+
+        def positions(i: int, spans: list[Span], drawn=drawn, split=split) -> list[int]:
+            return choose_positions(lesson, drawn[i], spans, settings.n_other_positions, f"{seed}/{split}/{i}")
+
+        def strata(i: int, spans: list[Span], drawn=drawn) -> list[str]:
+            return lesson.strata(drawn[i], spans)
+
+        texts = [document.text for document in drawn]
+        stores[split] = read(target, tokenizer, texts, point, positions=positions, strata=strata, progress=True)
+        stores[split].save(out_dir / split)
+    baselines = fit_baselines(stores["train"])
+    save_baselines(out_dir / BASELINES, baselines)
+    write_json(
+        out_dir / MANIFEST,
+        {
+            "point": point,
+            "n": {split: len(store) for split, store in stores.items()},
+            "n_by_stratum": {kind: baseline.n for kind, baseline in baselines.items()},
+            "variance": {kind: baseline.variance for kind, baseline in baselines.items()},
+            "activation_norm": float(stores["train"].vectors.norm(dim=1).mean()),
+        },
+    )
+    return stores
+
+
+def fit_baselines(store: Activations) -> dict[str, Baseline]:
+    """Baselines of the training vectors: ``global`` and one a stratum."""
+    kinds = sorted(set(store.strata))
+    masks = {kind: torch.tensor([k == kind for k in store.strata]) for kind in kinds}
+    return {"global": Baseline.fit(store.vectors)} | {k: Baseline.fit(store.vectors[m]) for k, m in masks.items()}
+
+
+def load_stores(out_dir: Path) -> dict[str, Activations]:
+    """The splits that :func:`extract` saved."""
+    return {split: Activations.load(out_dir / split) for split in SPLITS}

@@ -1,0 +1,1 @@
+"""Warm start and joint training."""

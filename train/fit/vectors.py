@@ -1,0 +1,92 @@
+"""Training vectors that need not be in memory: a tensor, or anything that gives rows of one, such as a store's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from nla.errors import ShapeError
+from nla.models.hooks import rescale
+
+CHUNK = 16_384
+"""Rows held at a time by what passes over all of them."""
+
+
+class Vectors(Protocol):
+    """Activations (n, d), indexed like a tensor; what indexing gives is in memory."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: Tensor, /) -> Tensor: ...
+
+
+class Joined:
+    """The rows of ``first`` (n, d), then those of ``second`` (m, d), copying neither."""
+
+    def __init__(self, first: Vectors, second: Vectors) -> None:
+        if first.shape[1] != second.shape[1]:
+            raise ShapeError(f"vectors of width {second.shape[1]}", f"width {first.shape[1]}", "read both alike")
+        self.first, self.second = first, second
+        self.shape = (len(first) + len(second), first.shape[1])
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: Tensor, /) -> Tensor:
+        out = torch.empty(len(index), self.shape[1])
+        late = index >= len(self.first)
+        out[~late] = self.first[index[~late]].float().cpu()
+        out[late] = self.second[index[late] - len(self.first)].float().cpu()
+        return out
+
+
+class Chosen:
+    """Some ``rows`` (m,) of ``vectors`` (n, d), in their order, without a copy."""
+
+    def __init__(self, vectors: Vectors, rows: Tensor) -> None:
+        self.vectors, self.rows = vectors, rows
+        self.shape = (len(rows), vectors.shape[1])
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: Tensor, /) -> Tensor:
+        return self.vectors[self.rows[index]]
+
+
+def chunks(vectors: Vectors) -> Iterator[Tensor]:
+    """All rows in order, float32, at most ``CHUNK`` at a time."""
+    for start in range(0, len(vectors), CHUNK):
+        yield vectors[torch.arange(start, min(start + CHUNK, len(vectors)))].float()
+
+
+def identity(vectors: Vectors) -> Iterator[Tensor | str]:
+    """What tells these vectors from others: of a store its hash, which stands for its content, otherwise themselves."""
+    if isinstance(vectors, Chosen):
+        yield vectors.rows
+        yield from identity(vectors.vectors)
+    elif isinstance(vectors, Joined):
+        yield from identity(vectors.first)
+        yield from identity(vectors.second)
+    elif isinstance(own := getattr(vectors, "identity", None), str):
+        yield own
+    else:
+        yield from chunks(vectors)
+
+
+def check_directions(vectors: Vectors) -> None:
+    """Refuse vectors of which one has no direction; those of a store were checked when they were written.
+
+    Raises:
+        NonFiniteError: a vector holds NaN, infinity, or only zeros.
+    """
+    inner = vectors
+    while isinstance(inner, Chosen):
+        inner = inner.vectors
+    if getattr(inner, "identity", None) is None:
+        for chunk in chunks(vectors):
+            rescale(chunk, 1.0)

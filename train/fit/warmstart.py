@@ -1,0 +1,352 @@
+"""Warm start: the encoder learns to write the describer's texts, the decoder to read them, before they meet."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+from trl import SFTConfig, SFTTrainer
+
+from nla.errors import ArgumentError, ShapeError
+from nla.metrics import mse
+from nla.models.hooks import inject, rescale
+from nla.pair.decoder import prompt_rows
+from nla.train.fit import processes
+from nla.train.fit.checkpoints import (
+    AtomicCheckpoints,
+    claim_run,
+    decoder_parameters,
+    encoder_parameters,
+    head_parameters,
+    keep_float32,
+)
+from nla.train.fit.loop import PLAIN, checkpointed, fit, on_cpu, own_forward
+from nla.train.fit.vectors import Joined, Vectors, check_directions
+
+if TYPE_CHECKING:
+    from nla.autoencoder import NLA
+
+IGNORED = -100
+
+
+def epoch_rows(n: int, total: int, seed: int) -> Tensor:
+    """``total`` row numbers below ``n``, (total,): whole shuffled passes; a longer draw begins with a shorter one."""
+    passes = [
+        torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + i)) for i in range(-(-total // n))
+    ]
+    return torch.cat(passes)[:total]
+
+
+def write_ids(nla: NLA, texts: list[str]) -> list[list[int]]:
+    """Token ids of whole answers: the opening tag, the explanation, the closing tag, the end of turn."""
+    config, tokenizer = nla.config, nla.tokenizer
+    whole = [f"{config.explanation_open}{text}{config.explanation_close}" for text in texts]
+    return [[*ids, tokenizer.eos_token_id] for ids in tokenizer(whole, add_special_tokens=False)["input_ids"]]
+
+
+def check_pairs(nla: NLA, vectors: Vectors, texts: list[str]) -> None:
+    """Refuse pairs that cannot be trained on.
+
+    Raises:
+        ShapeError: the vectors are not (n, d_model), or there is not one text for each.
+        NonFiniteError: a vector holds NaN, infinity, or only zeros.
+        EmptyTextError, ContextLengthError, VocabularyError: the decoder cannot read a text.
+    """
+    if len(vectors.shape) != 2 or vectors.shape[1] != nla.config.d_model or len(vectors) != len(texts) or not texts:
+        raise ShapeError(
+            f"vectors of {tuple(vectors.shape)} and {len(texts)} texts",
+            f"(n, {nla.config.d_model}) and n texts, n > 0",
+            "pair every activation with one text, from this pair's own target",
+        )
+    check_directions(vectors)
+    prompt_rows(nla, list(dict.fromkeys(texts)))
+
+
+def check_memory(nla: NLA, gradient_checkpointing: bool) -> None:
+    """Refuse to compute blocks again in the backward pass, where an injection after a block would be left out.
+
+    Raises:
+        ArgumentError: both are asked for.
+    """
+    if gradient_checkpointing and nla.config.injection.layer is not None:
+        raise ArgumentError(
+            f"gradient_checkpointing with activations that are added after block {nla.config.injection.layer}",
+            "one of them: only an injection in place of an embedding outlives the forward pass",
+            "set gradient_checkpointing to false",
+        )
+
+
+class EncoderCollator:
+    """Rows of ``{"row": i}`` → input_ids (b, t), labels (b, t) over the answer only, vectors (b, d) for the marker.
+
+    The prompt has a constant length and answers are padded on the right, so the attention mask is all ones: causality
+    keeps real positions exact, and the fast attention kernel stays.
+    """
+
+    def __init__(self, nla: NLA, vectors: Vectors, texts: list[str]) -> None:
+        self.prompt = nla.prompt_ids.cpu().reshape(-1)
+        self.answers = [torch.tensor(ids) for ids in write_ids(nla, texts)]
+        self.vectors, self.norm = vectors, nla.config.injection.norm
+        self.pad_id = nla.pad_id
+
+    def __call__(self, features: list[dict[str, int]]) -> dict[str, Tensor]:
+        rows = [feature["row"] for feature in features]
+        answers = [self.answers[row] for row in rows]
+        padded = nn.utils.rnn.pad_sequence(answers, batch_first=True, padding_value=self.pad_id)
+        labels = nn.utils.rnn.pad_sequence(answers, batch_first=True, padding_value=IGNORED)
+        prompt = self.prompt.expand(len(rows), -1)
+        input_ids = torch.cat([prompt, padded], dim=1)
+        return {
+            "input_ids": input_ids,
+            "labels": torch.cat([torch.full_like(prompt, IGNORED), labels], dim=1),
+            "attention_mask": torch.ones_like(input_ids),
+            "vectors": rescale(self.vectors[torch.tensor(rows)], self.norm),
+        }
+
+
+class EncoderTrainer(AtomicCheckpoints, SFTTrainer):
+    """TRL's SFTTrainer with the activations injected at the marker."""
+
+    def __init__(self, nla: NLA, **kwargs: Any) -> None:
+        self.trained, self.marker_position = encoder_parameters(nla), nla.marker_position
+        self.pair_model, self.layer = nla.model, nla.config.injection.layer
+        super().__init__(model=nla.model, processing_class=nla.tokenizer, **kwargs)  # pyright: ignore
+        keep_float32(self.trained)
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        inputs = dict(inputs)
+        vectors = inputs.pop("vectors")
+        positions = torch.full((len(vectors),), self.marker_position, device=vectors.device)
+        with inject(self.pair_model, vectors, positions, self.layer):  # ``model`` may be wrapped, for several processes
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+class DecoderModule(nn.Module):
+    """The decoder as the module that a plain Trainer wants: token ids and vectors in, a loss out."""
+
+    def __init__(self, nla: NLA) -> None:
+        super().__init__()
+        self.model, self.head, self._decode = nla.model, nla.head, nla.decode_ids
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, vectors: Tensor) -> dict[str, Tensor]:
+        """``loss``: mean squared error of the directions, 2(1 − cosine)."""
+        return {"loss": mse(vectors, self._decode(input_ids, attention_mask)).mean()}
+
+
+class DecoderCollator:
+    """Rows of ``{"row": i}`` → input_ids (b, t) and attention_mask (b, t) of decoder prompts, vectors (b, d)."""
+
+    def __init__(self, nla: NLA, vectors: Vectors, texts: list[str]) -> None:
+        self.nla, self.vectors, self.texts = nla, vectors, texts
+
+    def __call__(self, features: list[dict[str, int]]) -> dict[str, Tensor]:
+        rows = [feature["row"] for feature in features]
+        ids, mask = self.nla.encode_explanations([self.texts[row] for row in rows])
+        return {"input_ids": ids, "attention_mask": mask, "vectors": self.vectors[torch.tensor(rows)].float()}
+
+
+class DecoderTrainer(AtomicCheckpoints, Trainer):
+    """A plain Trainer over DecoderModule."""
+
+    def __init__(self, nla: NLA, **kwargs: Any) -> None:
+        self.trained, self.variance = decoder_parameters(nla), nla.baselines["global"].variance
+        super().__init__(model=DecoderModule(nla), **kwargs)
+
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> tuple:
+        with torch.no_grad():
+            return model(**self._prepare_inputs(inputs))["loss"], None, None
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "eval_loss" in logs:
+            logs["eval_fve"] = 1 - logs["eval_loss"] / self.variance
+        super().log(logs, start_time)
+
+
+class _Prepared(NamedTuple):
+    """What both warm starts train on, and the trainer arguments that they share."""
+
+    vectors: Vectors
+    """Training rows, then held-out ones."""
+
+    texts: list[str]
+    train: Dataset
+    held: Dataset | None
+    arguments: dict[str, Any]
+
+
+def _prepare(
+    nla: NLA,
+    vectors: Vectors,
+    texts: list[str],
+    folder: Path,
+    held_out: tuple[Vectors, list[str]] | None,
+    settings: dict[str, Any],
+    eval_every: int,
+    save_every: int,
+    rows_per_backward: int | None,
+    gradient_checkpointing: bool,
+) -> _Prepared:
+    """Check the sizes and the pairs, and lay out the rows of every step.
+
+    Raises:
+        ArgumentError: a size or a rate is not above 0, or a batch does not divide evenly; also what
+            :func:`check_pairs` raises.
+    """
+    for name, value in settings.items():
+        if name not in ("stage", "seed") and not (value > 0 and math.isfinite(value)):
+            raise ArgumentError(f"{name}={value}", "a positive number", f"give {name} a value above 0")
+    nla.require_adapters("a warm start")
+    check_memory(nla, gradient_checkpointing)
+    check_pairs(nla, vectors, texts)
+    if held_out is not None:
+        check_pairs(nla, *held_out)
+    held_texts = held_out[1] if held_out else []
+    n, steps, batch_size = len(texts), settings["steps"], settings["batch_size"]
+    per_backward, passes = processes.share(batch_size, "batch_size", rows_per_backward)
+    train = Dataset.from_dict({"row": epoch_rows(n, steps * batch_size, settings["seed"]).tolist()})
+    held = Dataset.from_dict({"row": list(range(n, n + len(held_texts)))}) if held_texts else None
+    arguments = dict(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=per_backward,
+        per_device_eval_batch_size=per_backward,
+        gradient_accumulation_steps=passes,
+        learning_rate=settings["learning_rate"],
+        warmup_steps=min(20, steps // 10),
+        seed=settings["seed"],
+        save_steps=save_every,
+        save_strategy="steps",
+        eval_strategy="steps" if held else "no",
+        eval_steps=eval_every,
+        logging_steps=10,
+        lr_scheduler_type="cosine",
+        gradient_checkpointing=gradient_checkpointing,
+        train_sampling_strategy="sequential",
+        use_cpu=on_cpu(nla),
+        **PLAIN,
+    )
+    joined = Joined(vectors, held_out[0]) if held_out else vectors
+    return _Prepared(joined, [*texts, *held_texts], train, held, arguments)
+
+
+def warmstart_encoder(
+    nla: NLA,
+    vectors: Vectors,
+    texts: list[str],
+    out_dir: str | Path,
+    *,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    seed: int,
+    held_out: tuple[Vectors, list[str]] | None = None,
+    eval_every: int = 100,
+    save_every: int = 200,
+    rows_per_backward: int | None = None,
+    gradient_checkpointing: bool = False,
+) -> dict[str, float]:
+    """Teach the encoder to write ``texts`` (n) for ``vectors`` (n, d), in place; the last figures it logged.
+
+    Cross-entropy over the answer only, AdamW, a cosine to zero. Held-out pairs give ``eval_loss`` (nats a token) every
+    ``eval_every`` steps. Calling it again with the same inputs resumes in ``out_dir``, or returns at once when done.
+    ``rows_per_backward`` (of each process; None: all) and ``gradient_checkpointing`` trade time for memory.
+
+    Raises:
+        ArgumentError: a size or a rate is not above 0, or the rows do not divide evenly; also what
+            :func:`check_pairs` raises.
+        RecipeError: ``out_dir`` holds another run.
+        WeightsError: its checkpoint is damaged.
+        InterruptedTraining, StorageError: stopped; the last checkpoint is intact and ``nla`` is as before the call.
+    """
+    folder, parameters = Path(out_dir), encoder_parameters(nla)
+    settings = dict(stage="encoder", steps=steps, batch_size=batch_size, learning_rate=learning_rate, seed=seed)
+    rows = _prepare(
+        nla,
+        vectors,
+        texts,
+        folder,
+        held_out,
+        settings,
+        eval_every,
+        save_every,
+        rows_per_backward,
+        gradient_checkpointing,
+    )
+    args = SFTConfig(dataset_kwargs={"skip_prepare_dataset": True}, max_length=None, **rows.arguments)
+    with nla.role("encoder"), own_forward(nla), checkpointed(nla, gradient_checkpointing):
+        trainer = EncoderTrainer(
+            nla,
+            args=args,
+            train_dataset=rows.train,
+            eval_dataset=rows.held,
+            data_collator=EncoderCollator(nla, rows.vectors, rows.texts),
+            optimizers=(torch.optim.AdamW(parameters.values(), lr=learning_rate, weight_decay=0.0), None),
+        )
+        claim_run(folder, nla, settings, vectors, parameters, texts)
+        return fit(trainer, folder, steps, "encoder warm start", ("loss", "eval_loss", "mean_token_accuracy"))
+
+
+def warmstart_decoder(
+    nla: NLA,
+    vectors: Vectors,
+    texts: list[str],
+    out_dir: str | Path,
+    *,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    head_learning_rate: float,
+    seed: int,
+    held_out: tuple[Vectors, list[str]] | None = None,
+    eval_every: int = 100,
+    save_every: int = 200,
+    rows_per_backward: int | None = None,
+    gradient_checkpointing: bool = False,
+) -> dict[str, float]:
+    """Teach the decoder and its head to give ``vectors`` (n, d) for ``texts`` (n), in place; its last figures.
+
+    Mean squared error of the directions, AdamW with a rate for the head, a cosine to zero. Held-out pairs give
+    ``eval_loss`` (that error) and ``eval_fve`` over the global baseline every ``eval_every`` steps. It resumes as
+    :func:`warmstart_encoder` does, and raises the same.
+    """
+    folder, parameters, head = Path(out_dir), decoder_parameters(nla), head_parameters(nla)
+    settings = dict(
+        stage="decoder",
+        steps=steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        head_learning_rate=head_learning_rate,
+        seed=seed,
+    )
+    rows = _prepare(
+        nla,
+        vectors,
+        texts,
+        folder,
+        held_out,
+        settings,
+        eval_every,
+        save_every,
+        rows_per_backward,
+        gradient_checkpointing,
+    )
+    adapter = [p for name, p in parameters.items() if name not in head]
+    groups = [{"params": adapter, "lr": learning_rate}, {"params": list(head.values()), "lr": head_learning_rate}]
+    # The Trainer would ask its module to compute activations again, which this one cannot.
+    arguments: dict[str, Any] = {**rows.arguments, "gradient_checkpointing": False}
+    with nla.role("decoder"), checkpointed(nla, gradient_checkpointing):
+        trainer = DecoderTrainer(
+            nla,
+            args=TrainingArguments(**arguments),
+            train_dataset=rows.train,
+            eval_dataset=rows.held,
+            data_collator=DecoderCollator(nla, rows.vectors, rows.texts),
+            optimizers=(torch.optim.AdamW(groups, weight_decay=0.0), None),
+        )
+        claim_run(folder, nla, settings, vectors, parameters, texts)
+        return fit(trainer, folder, steps, "decoder warm start", ("loss", "eval_loss", "eval_fve"))
