@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from helpers.tiny import ARCHITECTURES, MODELS, TEXTS, make_model, make_pair, make_tokenizer
 from nla.autoencoder import NLA
+from tests.helpers.tiny import ARCHITECTURES, MODELS, TEXTS, make_model, make_pair, make_tokenizer
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

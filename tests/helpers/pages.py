@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Sequence
 from html.parser import HTMLParser
 
-from helpers.talk import entry
 from nla.audit.findings import Evidence, Matcher, weigh
 from nla.audit.page import page
 from nla.audit.reading import Entry, Reading
@@ -14,6 +13,7 @@ from nla.audit.report import AuditReport
 from nla.audit.rubric import Rubric
 from nla.audit.run import Audit
 from nla.transcripts.messages import Transcript
+from tests.helpers.talk import entry
 
 TAGS = {
     "html", "head", "meta", "title", "style", "body", "a", "header", "h1", "h2", "h4", "p", "div", "table", "thead",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from helpers.tiny import make_model, make_tokenizer
+from tests.helpers.tiny import make_model, make_tokenizer
 
 IDS = torch.tensor([[11, 33, 37, 40, 12, 20, 21]])
 

@@ -9,9 +9,6 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from helpers import writer
-from helpers.tiny import D_MODEL, make_pair
-from helpers.writer import SETTINGS, STRATA, TEXTS, make_writer
 from nla.errors import InterruptedTraining
 from nla.train.fit import processes
 from nla.train.fit.checkpoints import decoder_parameters, encoder_parameters, snapshot
@@ -19,6 +16,9 @@ from nla.train.fit.joint import EvalSet, draw_weights, train_joint
 from nla.train.fit.reward import DecoderReward
 from nla.train.fit.settings import JointSettings
 from nla.train.fit.warmstart import warmstart_decoder, warmstart_encoder
+from tests.helpers import writer
+from tests.helpers.tiny import D_MODEL, make_pair
+from tests.helpers.writer import SETTINGS, STRATA, TEXTS, make_writer
 
 WRITER = "writer.safetensors"
 """Weights of the writing encoder, made before the processes begin."""

@@ -7,10 +7,10 @@ import tempfile
 
 import torch
 
-from helpers.tiny import D_MODEL, make_pair
 from nla.train.fit.checkpoints import encoder_parameters, restore, snapshot
 from nla.train.fit.joint import JointSettings
 from nla.train.fit.warmstart import warmstart_encoder
+from tests.helpers.tiny import D_MODEL, make_pair
 
 TEXTS = ["the cat sat.", "a red dog ran.", "it is here.", "so the tree is blue."] * 6
 STRATA = ["newline", "line 1", "line 1"] * 8

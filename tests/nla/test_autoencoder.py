@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from helpers.tiny import CONTEXT, D_MODEL, MARKER, TEXTS, make_config, make_model, make_pair, make_tokenizer
 from nla import NLA
 from nla.config import tokenizer_hash
 from nla.errors import (
@@ -35,6 +34,7 @@ from nla.store.shards import Document
 from nla.store.writer import StoreWriter
 from nla.text import claims
 from nla.text.tokens import Span
+from tests.helpers.tiny import CONTEXT, D_MODEL, MARKER, TEXTS, make_config, make_model, make_pair, make_tokenizer
 
 IDS = torch.tensor([[11, 33, 37, 40, 12, 20, 21]])
 EXPLANATIONS = ["the cat is here.", "a red dog ran."]

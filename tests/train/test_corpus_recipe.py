@@ -17,7 +17,6 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from helpers.tiny import load_benchmark
 from nla import NLA
 from nla.errors import (
     ArgumentError,
@@ -39,6 +38,7 @@ from nla.train.contract import Prompts, place_marker
 from nla.train.describe.quote import quote
 from nla.train.material import draw_rows, load_told, save_told
 from nla.train.recipe import load_recipe
+from tests.helpers.tiny import load_benchmark
 
 benchmark = load_benchmark("recipe")
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}

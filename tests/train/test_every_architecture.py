@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers.tiny import D_MODEL, MARKER, MODELS, make_pair
 from nla.pair.encoder import MarkerMask, generate
 from nla.train.fit import loop
 from nla.train.fit.joint import JointSettings, build_trainer, marker_forbidden, train_joint
 from nla.train.fit.warmstart import warmstart_decoder, warmstart_encoder
+from tests.helpers.tiny import D_MODEL, MARKER, MODELS, make_pair
 
 WARM_TEXTS = ["the cat sat.", "a red dog ran."] * 4
 STRATA = ["newline", "line 1"] * 4

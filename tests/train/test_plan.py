@@ -7,11 +7,11 @@ import pytest
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
 from transformers import LlamaConfig, Qwen2Config
 
-from helpers.tiny import make_model, make_tokenizer
 from nla.errors import AccessError, ArchitectureError, RecipeError, TargetError
 from nla.train.material import N_WATCHED
 from nla.train.plan import WATCHED, ShapeSettings, count_shape, find_shape, plan, shape_of, usual_shape
 from nla.train.recipe import SHIPPED, load_recipe
+from tests.helpers.tiny import make_model, make_tokenizer
 
 CORPORA = sorted(path.stem for path in SHIPPED.glob("*.yaml") if "corpus:" in path.read_text())
 PUBLISHED = {"qwen2.5-0.5b": 0.494, "qwen2.5-7b": 7.62, "qwen3-8b": 8.19, "gemma-3-12b": 11.77, "llama-3.3-70b": 70.55}

@@ -11,7 +11,6 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from helpers.training import assert_same, at_step
 from nla.errors import ArgumentError, InterruptedTraining, RecipeError
 from nla.models import adapter
 from nla.models.read import Activations
@@ -26,6 +25,7 @@ from nla.train import material, run, stages
 from nla.train import recipe as recipes
 from nla.train.data.world import ExtractSettings, documents, load_stores
 from nla.train.organisms.couplets import OrganismSettings, build_model
+from tests.helpers.training import assert_same, at_step
 
 
 @pytest.fixture(scope="module")

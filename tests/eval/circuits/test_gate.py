@@ -8,7 +8,6 @@ import pytest
 import torch
 from transformers import Qwen2ForCausalLM
 
-from helpers.planted import POINT, planted_target
 from nla.errors import ArgumentError, ConfigError, ShapeError
 from nla.eval.circuits import gate as causal
 from nla.eval.circuits import patching
@@ -19,6 +18,7 @@ from nla.eval.target import Patch, Target, last_token, last_word, read_last, tok
 from nla.models.points import Point
 from nla.organisms.couplets import tokenizer as couplets_tokenizer
 from nla.pair.steer import generate_patched
+from tests.helpers.planted import POINT, planted_target
 
 ITEMS = rhyme_items(24, seed=5)
 PROMPTS = [item.prompt for item in ITEMS]

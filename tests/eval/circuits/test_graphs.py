@@ -8,10 +8,10 @@ import random
 
 import pytest
 
-from helpers.graph_schema import FIXTURES, PUBLISHED, complaints
 from nla.errors import ParseError
 from nla.eval.circuits import graphs
 from nla.eval.circuits.graphs import Graph, concept_words
+from tests.helpers.graph_schema import FIXTURES, PUBLISHED, complaints
 
 TWO_HOP = FIXTURES / "two-hop-graph.json"
 CONTENT = json.loads(TWO_HOP.read_text())

@@ -8,15 +8,15 @@ import json
 import pytest
 import torch
 
-from helpers.graph_schema import complaints
-from helpers.planted import POINT, planted_target
-from helpers.tiny import ARCHITECTURES, make_model, make_tokenizer
 from nla.errors import ArgumentError, ContextLengthError, ParseError, PositionError, ShapeError
 from nla.eval.circuits import graphs, patching, sites, trace
 from nla.eval.circuits.minimal_pairs import MinimalPair, of_items, read_pairs, role_columns
 from nla.eval.items import rhyme_items
 from nla.eval.target import Patch, Target
 from nla.models.points import Point
+from tests.helpers.graph_schema import complaints
+from tests.helpers.planted import POINT, planted_target
+from tests.helpers.tiny import ARCHITECTURES, make_model, make_tokenizer
 
 PROMPTS = ["the cat sat on the mat", "the dog sat on the mat", "so a red cat ran under the tree and sat"]
 DONORS = ["the dog sat on the mat", "the cat ran on the mat", "so a red dog ran under the mat and sat"]

@@ -11,7 +11,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from helpers.planted import planted_pair
 from nla.autoencoder import NLA
 from nla.errors import ArgumentError
 from nla.eval.families import auditing, plants, two_hop
@@ -35,6 +34,7 @@ from nla.stats import Interval
 from nla.train.organisms.adapters import PlantSettings, train_plant
 from nla.train.organisms.switchboard import SwitchboardSettings, build_model
 from nla.train.run import run_recipe
+from tests.helpers.planted import planted_pair
 
 GENUINE = [plant for plant in PLANTS.values() if not plant.sham]
 

@@ -7,7 +7,6 @@ import json
 import pytest
 import torch
 
-from helpers.planted import planted_pair, planted_target, read_code, write_code
 from nla.errors import ConfigError
 from nla.eval import explainers
 from nla.eval.families import controls, counterfactual, editing, rhymes
@@ -15,6 +14,7 @@ from nla.eval.families.mention import MentionScore
 from nla.eval.items import rhyme_items
 from nla.eval.report import Rate
 from nla.eval.target import Target, read_last
+from tests.helpers.planted import planted_pair, planted_target, read_code, write_code
 
 ITEMS = rhyme_items(30, seed=6)
 

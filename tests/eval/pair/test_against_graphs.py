@@ -8,9 +8,6 @@ import json
 import pytest
 import torch
 
-from helpers.graph_schema import FIXTURES
-from helpers.planted import planted_target
-from helpers.tiny import WORDS, make_pair, make_tokenizer
 from nla.errors import ArgumentError, ParseError, ShapeError, TokenizerMismatchError
 from nla.eval.circuits import graphs, sites, trace
 from nla.eval.circuits.graphs import Graph
@@ -20,6 +17,9 @@ from nla.eval.items import rhyme_items
 from nla.eval.pair import against_graphs as scorer
 from nla.eval.pair.graph_concepts import DONOR, OTHER, OWN, SAME, UNUSED, Text, align, names, places_and_cells
 from nla.eval.target import Target
+from tests.helpers.graph_schema import FIXTURES
+from tests.helpers.planted import planted_target
+from tests.helpers.tiny import WORDS, make_pair, make_tokenizer
 
 TWO_HOP = json.loads((FIXTURES / "two-hop-graph.json").read_text())
 

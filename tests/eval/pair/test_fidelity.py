@@ -6,7 +6,6 @@ import re
 import pytest
 import torch
 
-from helpers.planted import planted_pair
 from nla.errors import ConfigError
 from nla.eval.items import documents
 from nla.eval.pair import fidelity, truth
@@ -16,6 +15,7 @@ from nla.models.read import Activations
 from nla.organisms.couplets import world
 from nla.stats import Interval
 from nla.text.tokens import Span
+from tests.helpers.planted import planted_pair
 
 
 @pytest.fixture(scope="module")

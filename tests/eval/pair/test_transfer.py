@@ -9,7 +9,6 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from helpers.tiny import TEXTS, make_model, make_pair
 from nla.autoencoder import NLA
 from nla.baselines import fit_baselines
 from nla.errors import ArgumentError, BaselineError, ConfigError
@@ -20,6 +19,7 @@ from nla.models.adapter import save_adapter
 from nla.models.read import Activations
 from nla.stats import Interval
 from nla.text.tokens import Span
+from tests.helpers.tiny import TEXTS, make_model, make_pair
 
 STRATA = ["noun", "verb"]
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from helpers.tiny import MARKER, make_pair
 from nla.errors import ArgumentError, ContextLengthError, EmptyTextError, ParseError, PositionError, VocabularyError
 from nla.eval.readers import labelled_file, labelled_texts, tables
 from nla.eval.readers.labelled_file import Row
 from nla.eval.readers.probes import LOGISTIC
 from nla.eval.readers.tasks import TEST, TRAIN
 from nla.eval.target import Target
+from tests.helpers.tiny import MARKER, make_pair
 
 PAIRS = [(f"{a} {b} {c} {d}.", "cat" if b == "cat" else "dog") for a in ("the", "a") for b in ("cat", "dog")
          for c in ("sat", "ran") for d in ("here", "there", "so", "on")]  # fmt: skip

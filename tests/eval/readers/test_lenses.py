@@ -7,7 +7,6 @@ import json
 import pytest
 import torch
 
-from helpers.tiny import CONTEXT, D_MODEL, MARKER, N_BLOCKS, TEXTS, make_model, make_pair, make_tokenizer
 from nla.errors import ArgumentError, ConfigError, ShapeError, WeightsError
 from nla.eval.auroc import macro
 from nla.eval.readers import lenses, patchscopes, text_only
@@ -19,6 +18,7 @@ from nla.models.hooks import rescale
 from nla.models.points import Point
 from nla.models.read import read
 from nla.pair import encoder
+from tests.helpers.tiny import CONTEXT, D_MODEL, MARKER, N_BLOCKS, TEXTS, make_model, make_pair, make_tokenizer
 
 LAST = Point("resid_post", N_BLOCKS - 1)
 

@@ -8,8 +8,6 @@ import json
 import pytest
 import torch
 
-from helpers.planted import SCALE, planted_pair, planted_target, read_code, write_code
-from helpers.tiny import make_model, make_pair, make_tokenizer
 from nla.errors import ArgumentError, ConfigError, ShapeError
 from nla.eval.auroc import rank
 from nla.eval.readers import compare as comparison
@@ -37,6 +35,8 @@ from nla.eval.target import Target
 from nla.models.read import read
 from nla.organisms.couplets import world
 from nla.stats import Interval
+from tests.helpers.planted import SCALE, planted_pair, planted_target, read_code, write_code
+from tests.helpers.tiny import make_model, make_pair, make_tokenizer
 
 SITES = Sites(("the cat sat.", "the dog ran.", "a cat ran.", "a dog sat.") * 2, (-1,) * 8, tuple(range(8)))
 SPLITS = (TRAIN,) * 4 + (TEST,) * 4

@@ -8,13 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from helpers.talk import entry, evidence, said
 from nla.audit.findings import AFTER, BEFORE, BOTH, NOT_SAID, Evidence, Matcher, Said, weigh
 from nla.audit.reading import Reading
 from nla.audit.rubric import load, parse
 from nla.audit.statistics import controls_needed, rank_p_values, stratified_permutation
 from nla.errors import ArgumentError, RubricError
 from nla.stats import benjamini_hochberg
+from tests.helpers.talk import entry, evidence, said
 
 CAT = parse({"name": "cat", "looks_for": "A cat.", "match": {"words": ["cat"]}})
 TALK = said(("user", "A dog is here."), ("assistant", "It is a cat, I say."), ("user", "So."))

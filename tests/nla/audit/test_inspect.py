@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from helpers.tiny import make_pair
 from nla.audit.run import run
 from nla.errors import MissingExtraError, TranscriptError
 from nla.transcripts.files import load, load_each
+from tests.helpers.tiny import make_pair
 
 WORD = {"name": "word", "looks_for": "Any word.", "match": {"regex": ["[a-z]"]}, "min_share": 0.25}
 

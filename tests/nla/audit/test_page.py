@@ -6,11 +6,11 @@ import base64
 import hashlib
 import re
 
-from helpers.pages import Markup, report
-from helpers.talk import SAYINGS, entry, said, transcript
 from nla.audit.page import page, safe
 from nla.audit.rubric import parse
 from nla.transcripts.messages import Message, Transcript
+from tests.helpers.pages import Markup, report
+from tests.helpers.talk import SAYINGS, entry, said, transcript
 
 CAT = parse({"name": "cat", "title": "A cat", "looks_for": "A cat.", "match": {"words": ["cat"]}})
 DOG = parse({"name": "dog", "title": "A dog", "looks_for": "A dog.", "match": {"words": ["dog"]}})

@@ -15,15 +15,15 @@ import torch
 import yaml
 from rich.console import Console
 
-from helpers.adapters import lora_folder
-from helpers.pages import Markup
-from helpers.talk import transcript, write_jsonl
-from helpers.tiny import make_pair
 from nla.audit.reading import Reading, Settings, read_transcript
 from nla.audit.report import AuditReport
 from nla.audit.run import audit, run
 from nla.autoencoder import NLA
 from nla.errors import ArgumentError, NLAError, ParseError, RubricError, TranscriptError
+from tests.helpers.adapters import lora_folder
+from tests.helpers.pages import Markup
+from tests.helpers.talk import transcript, write_jsonl
+from tests.helpers.tiny import make_pair
 
 N_TALKS = 3
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from helpers.talk import entry
 from nla.audit.findings import AFTER, BEFORE, NOT_SAID, Matcher, Said
 from nla.audit.rubric import Rubric, load
 from nla.models.adapter import adapter_folder, adapter_hash
@@ -16,6 +15,7 @@ from nla.organisms.switchboard import claims, content
 from nla.organisms.switchboard.plants import PLANTS, shown
 from nla.organisms.switchboard.world import Chat, sample
 from nla.transcripts.messages import Message, Transcript
+from tests.helpers.talk import entry
 
 FOLDER = Path(switchboard.__file__).parent / "rubrics"
 OWN = sorted(path.stem for path in FOLDER.glob("*.yaml"))

@@ -20,7 +20,6 @@ import pytest
 import torch
 from rich.console import Console
 
-from helpers.tiny import make_model, make_pair, make_tokenizer
 from nla import view
 from nla.cli import console, main
 from nla.cli.usage import build_parser
@@ -30,6 +29,7 @@ from nla.eval.report import Rate
 from nla.pair.confidence import Trust
 from nla.pair.explanations import Note
 from nla.text.tokens import Span
+from tests.helpers.tiny import make_model, make_pair, make_tokenizer
 
 EVALUATIONS = ["auditing", "fidelity", "gates", "graph", "plants", "readers", "rhymes", "transfer", "two-hop"]
 FORMATS = ["import kitft", "import easynla", "import parquet", "export kitft", "export parquet"]

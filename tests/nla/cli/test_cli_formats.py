@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from helpers.tiny import WORDS, load_benchmark, make_model, make_pair, make_tokenizer
 from nla import NLA
 from nla.cli import main
 from nla.config import DecoderConfig
@@ -18,6 +17,7 @@ from nla.errors import RecipeError
 from nla.pair import publish
 from nla.store.reader import Store
 from nla.store.shards import Shard
+from tests.helpers.tiny import WORDS, load_benchmark, make_model, make_pair, make_tokenizer
 
 
 @pytest.fixture(scope="module")

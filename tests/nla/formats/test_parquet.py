@@ -13,12 +13,12 @@ import pytest
 import torch
 import yaml
 
-from helpers.disk import limited_file_size
 from nla.config import tokenizer_hash
 from nla.errors import CorpusError, NonFiniteError, ShapeError, SidecarError, StorageError, TokenizerMismatchError
 from nla.formats import parquet
 from nla.formats.parquet import COLUMNS, VECTOR, export_parquet, import_parquet, sidecar_path
 from nla.store.reader import Store, open_splits
+from tests.helpers.disk import limited_file_size
 
 D, LAYER = 8, 5
 REFERENCE = Path("/tmp/ref/kitft+natural_language_autoencoders")

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from helpers.tiny import CONTEXT, D_MODEL, MODELS, N_BLOCKS, TEXTS, make_config, make_model, make_pair, make_tokenizer
 from nla.autoencoder import NLA
 from nla.errors import ArchitectureError
 from nla.models.forward import pad_right
@@ -17,6 +16,17 @@ from nla.models.hooks import inject
 from nla.models.load import load_target, load_truncated
 from nla.models.points import ARCHITECTURES, blocks, context_length, d_model, final_norm, linear_names, truncated_view
 from nla.models.read import read
+from tests.helpers.tiny import (
+    CONTEXT,
+    D_MODEL,
+    MODELS,
+    N_BLOCKS,
+    TEXTS,
+    make_config,
+    make_model,
+    make_pair,
+    make_tokenizer,
+)
 
 POINTS = [f"resid_post.{layer}" for layer in range(N_BLOCKS)]
 IDS = torch.tensor([[11, 33, 37, 40, 12, 20, 21, 30, 31, 33]])

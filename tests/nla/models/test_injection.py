@@ -7,11 +7,11 @@ import dataclasses
 import pytest
 import torch
 
-from helpers.tiny import D_MODEL, make_config, make_model, make_pair, make_tokenizer
 from nla.errors import MarkerError, NonFiniteError, PointError, ShapeError
 from nla.models.hooks import inject, locate_marker, rescale
 from nla.models.points import blocks
 from nla.text.tokens import render_prompt
+from tests.helpers.tiny import D_MODEL, make_config, make_model, make_pair, make_tokenizer
 
 TOKENIZER = make_tokenizer()
 CONFIG = make_config(TOKENIZER, make_model())

@@ -11,8 +11,6 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
-from helpers.targets import IDS, INDEX, POINT, activations_of, files_of, saved
-from helpers.tiny import TEXTS, make_model, make_tokenizer
 from nla.errors import (
     ArchitectureError,
     ArgumentError,
@@ -29,6 +27,8 @@ from nla.models.generate import ends_of
 from nla.models.load import load_target, load_truncated
 from nla.models.read import read
 from nla.organisms import TARGETS
+from tests.helpers.targets import IDS, INDEX, POINT, activations_of, files_of, saved
+from tests.helpers.tiny import TEXTS, make_model, make_tokenizer
 
 PLANNER = TARGETS["couplets/planner"]
 

@@ -13,11 +13,11 @@ import huggingface_hub.constants as hub_constants
 import pytest
 import torch
 
-from helpers.targets import IDS, POINT, activations_of, files_of, saved
-from helpers.tiny import make_model
 from nla.errors import AccessError, TargetError
 from nla.models.load import load_target, load_truncated
 from nla.text.tokens import load_tokenizer
+from tests.helpers.targets import IDS, POINT, activations_of, files_of, saved
+from tests.helpers.tiny import make_model
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-from helpers.tiny import N_BLOCKS, make_model, make_pair
 from nla.errors import ArchitectureError, PointError
 from nla.models.points import (
     Point,
@@ -19,6 +18,7 @@ from nla.models.points import (
     linear_names,
     truncated_view,
 )
+from tests.helpers.tiny import N_BLOCKS, make_model, make_pair
 
 IDS = torch.tensor([[11, 33, 37, 40, 12, 20, 21]])
 

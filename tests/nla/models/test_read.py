@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from helpers.tiny import D_MODEL, N_BLOCKS, TEXTS, make_model, make_pair
 from nla.errors import ArgumentError, NonFiniteError, PointError, PositionError, ShapeError, WeightsError
 from nla.models import hooks
 from nla.models.forward import inference, pad_right
 from nla.models.read import ACTIVATIONS_FILE, Activations, read
+from tests.helpers.tiny import D_MODEL, N_BLOCKS, TEXTS, make_model, make_pair
 
 
 def oracle(model, tokenizer, text: str, layer: int) -> torch.Tensor:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from helpers.tiny import CONTEXT, D_MODEL, make_pair
 from nla.config import DecoderConfig
 from nla.errors import ArgumentError, ContextLengthError, EmptyTextError, ShapeError, VocabularyError
 from nla.pair.decoder import Head, decode, last_stream, pad_batch, prompt_rows
+from tests.helpers.tiny import CONTEXT, D_MODEL, make_pair
 
 TEXTS = ["the cat is here.", "a dog.", "it is so. the red tree is under the blue mat and the cat sat there.", "a dog."]
 

@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from helpers.tiny import CONTEXT, D_MODEL, make_config, make_model, make_pair, make_tokenizer
 from nla.errors import ArgumentError, ContextLengthError, NonFiniteError, ShapeError
 from nla.models.hooks import rescale
 from nla.pair.confidence import Trust
@@ -15,6 +14,7 @@ from nla.pair.encoder import end_ids, generate, mask_marker, parse, strip_tags
 from nla.pair.explanations import Note, Notes
 from nla.text.claims import claims
 from nla.text.tokens import Span
+from tests.helpers.tiny import CONTEXT, D_MODEL, make_config, make_model, make_pair, make_tokenizer
 
 VECTORS = torch.randn(5, D_MODEL, generator=torch.Generator().manual_seed(1))
 CONFIG = make_config(make_tokenizer(), make_model())

@@ -13,7 +13,6 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from helpers.tiny import D_MODEL, TEXTS, make_config, make_model, make_pair, make_tokenizer
 from nla import NLA
 from nla.config import NLAConfig
 from nla.errors import ConfigError, NonFiniteError, StorageError, TokenizerMismatchError, WeightsError
@@ -22,6 +21,7 @@ from nla.pair import folder as pair_folder
 from nla.pair import layout
 from nla.pair.encoder import end_ids
 from nla.storage import hashes, tensors
+from tests.helpers.tiny import D_MODEL, TEXTS, make_config, make_model, make_pair, make_tokenizer
 
 HEAD = "decoder/head.safetensors"
 ENCODER = "encoder/adapter_model.safetensors"

@@ -8,7 +8,6 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from helpers.tiny import D_MODEL, TEXTS, make_config, make_model, make_tokenizer
 from nla.autoencoder import NLA
 from nla.errors import ArgumentError, ConfigError, WeightsError
 from nla.models.adapter import adapter_hash, merge_adapter, save_adapter
@@ -18,6 +17,7 @@ from nla.pair.decoder import Head
 from nla.pair.planted import planted
 from nla.pair.roles import SeparateModels
 from nla.storage.tensors import load_tensors, save_tensors
+from tests.helpers.tiny import D_MODEL, TEXTS, make_config, make_model, make_tokenizer
 
 POINT = "resid_post.1"
 LORA = LoraConfig(r=2, target_modules=["q_proj", "down_proj"])

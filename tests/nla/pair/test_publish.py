@@ -15,8 +15,6 @@ sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
 import parity_pairs as pairs  # type: ignore[import-not-found]
 from huggingface_hub import constants, hf_api
 
-from helpers.hub_server import Hub
-from helpers.tiny import TEXTS, make_model, make_pair, make_tokenizer
 from nla import NLA
 from nla.cli import main
 from nla.config import WeightsConfig
@@ -25,6 +23,8 @@ from nla.formats import kitft
 from nla.pair.card import ABSENT, card, renewed
 from nla.pair.layout import MANIFEST
 from nla.pair.publish import push_folder
+from tests.helpers.hub_server import Hub
+from tests.helpers.tiny import TEXTS, make_model, make_pair, make_tokenizer
 
 
 @pytest.fixture

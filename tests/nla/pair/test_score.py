@@ -7,11 +7,11 @@ import json
 import pytest
 import torch
 
-from helpers.tiny import D_MODEL, TEXTS, make_pair
 from nla import NLA
 from nla.errors import BaselineError, NonFiniteError, ShapeError
 from nla.metrics import Baseline
 from nla.pair.score import score
+from tests.helpers.tiny import D_MODEL, TEXTS, make_pair
 
 GENERATOR = torch.Generator().manual_seed(0)
 N = 60

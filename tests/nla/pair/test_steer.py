@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from helpers.tiny import CONTEXT, D_MODEL, TEXTS, make_model, make_pair, make_tokenizer
 from nla.errors import ArgumentError, ContextLengthError, NonFiniteError, PointError, PositionError, ShapeError
 from nla.models.hooks import add, patch
 from nla.pair.steer import edit_direction, generate_patched
+from tests.helpers.tiny import CONTEXT, D_MODEL, TEXTS, make_model, make_pair, make_tokenizer
 
 TOKENIZER = make_tokenizer()
 GENERATOR = torch.Generator().manual_seed(5)

@@ -11,12 +11,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from helpers.disk import limited_file_size
 from nla.errors import ConfigError, NonFiniteError, StorageError, WeightsError
 from nla.models import adapter as adapter_module
 from nla.storage import files as native
 from nla.storage import hashes
 from nla.storage import tensors as tensors_module
+from tests.helpers.disk import limited_file_size
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from helpers.disk import limited_file_size
 from nla.config import tokenizer_hash
 from nla.errors import BaselineError, NonFiniteError, ShapeError, StorageError, StoreError, TokenizerMismatchError
 from nla.metrics import Baseline
@@ -18,6 +17,7 @@ from nla.store.reader import Manifest, Store, open_splits
 from nla.store.shards import Document, Shard, is_held_out, write_shard
 from nla.store.writer import StoreWriter
 from nla.text.tokens import Span
+from tests.helpers.disk import limited_file_size
 
 D = 6
 ABOUT = {

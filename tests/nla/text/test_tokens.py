@@ -6,7 +6,6 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from helpers.tiny import MARKER, TEMPLATE, TEXTS, make_model, make_tokenizer
 from nla.config import tokenizer_hash
 from nla.errors import (
     ArgumentError,
@@ -27,6 +26,7 @@ from nla.text.tokens import (
     select_positions,
     undated,
 )
+from tests.helpers.tiny import MARKER, TEMPLATE, TEXTS, make_model, make_tokenizer
 
 
 def with_bos():

@@ -8,13 +8,13 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from helpers.pages import Markup, whole_message_page
-from helpers.tiny import make_tokenizer
 from nla.audit.rubric import parse
 from nla.errors import NLAError, TranscriptError
 from nla.transcripts.files import load_each
 from nla.transcripts.messages import Transcript
 from nla.transcripts.rendering import render
+from tests.helpers.pages import Markup, whole_message_page
+from tests.helpers.tiny import make_tokenizer
 
 N_FILES = 1_000
 MAX_MB = 0.05

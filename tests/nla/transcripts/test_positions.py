@@ -7,12 +7,12 @@ from itertools import pairwise
 
 import pytest
 
-from helpers.talk import said, transcript
-from helpers.tiny import make_tokenizer
 from nla.errors import PositionError
 from nla.transcripts.messages import Message, Transcript
 from nla.transcripts.positions import ANSWER_END, ANSWER_START, BEFORE_ANSWER, select
 from nla.transcripts.rendering import Chat, render
+from tests.helpers.talk import said, transcript
+from tests.helpers.tiny import make_tokenizer
 
 
 def chat(*turns: tuple[str, str]) -> Chat:

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from helpers.talk import said, transcript
-from helpers.tiny import TEMPLATE, make_tokenizer
 from nla.errors import ConfigError, TemplateError, VocabularyError
 from nla.transcripts.messages import Message, Transcript
 from nla.transcripts.rendering import CALLS, CONTENT, CONTROL, Chat, message_starts, render, trimmed
+from tests.helpers.talk import said, transcript
+from tests.helpers.tiny import TEMPLATE, make_tokenizer
 
 
 def with_template(template: str):

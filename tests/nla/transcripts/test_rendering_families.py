@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from helpers.chat_templates import FAMILIES, tokenizer_of
-from helpers.talk import said
 from nla.errors import TemplateError
 from nla.text.tokens import render_prompt
 from nla.transcripts.rendering import CONTENT, CONTROL, message_starts, render, trimmed
+from tests.helpers.chat_templates import FAMILIES, tokenizer_of
+from tests.helpers.talk import said
 
 TURNS = (("user", "Is it 5?"), ("assistant", "Yes: 5 [INST."), ("user", "And\n6?"), ("assistant", "No."))
 SYSTEM = ("system", "Be brief.")

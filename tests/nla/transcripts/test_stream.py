@@ -9,9 +9,6 @@ import torch
 from peft import get_peft_model
 from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
 
-from helpers.adapters import LORA, lora_folder
-from helpers.talk import transcript
-from helpers.tiny import ARCHITECTURES, CONTEXT, D_MODEL, MARKER, TEXTS, make_model, make_pair, make_tokenizer
 from nla.errors import ArgumentError, ConfigError, ContextLengthError, WeightsError
 from nla.models.adapter import load_adapter
 from nla.models.points import truncated_view
@@ -24,6 +21,9 @@ from nla.transcripts import stream
 from nla.transcripts.positions import Position, select
 from nla.transcripts.rendering import render
 from nla.transcripts.stream import plan_windows, read_chat, read_ids
+from tests.helpers.adapters import LORA, lora_folder
+from tests.helpers.talk import transcript
+from tests.helpers.tiny import ARCHITECTURES, CONTEXT, D_MODEL, MARKER, TEXTS, make_model, make_pair, make_tokenizer
 
 POINT = "resid_post.1"
 

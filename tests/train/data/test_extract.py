@@ -17,13 +17,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from helpers.tiny import make_model, make_tokenizer
 from nla.errors import ArgumentError, ContextLengthError, NLAError, PointError, StorageError, StoreError
 from nla.store.reader import Store, open_splits
 from nla.train.data import corpus as corpora
 from nla.train.data import extract as extraction
 from nla.train.data.corpus import CorpusSettings
 from nla.train.data.extract import extract_corpus
+from tests.helpers.tiny import make_model, make_tokenizer
 
 WORDS = ["the", "a", "cat", "dog", "red", "blue", "sat", "ran", "on", "under", "mat", "tree"]
 POINT = "resid_post.1"

@@ -11,7 +11,13 @@ from typing import Any
 
 import pytest
 
-from helpers.endpoint_server import (
+from nla.errors import ArgumentError, DescriberError, MissingExtraError, NLAError, RecipeError
+from nla.train.describe.client import EndpointDescriber
+from nla.train.describe.describer import DescriberSettings, open_describer
+from nla.train.describe.endpoint import endpoint_of, open_client
+from nla.train.describe.texts import describe_texts
+from nla.train.recipe import build
+from tests.helpers.endpoint_server import (
     FORMS,
     SECRET,
     Act,
@@ -20,12 +26,6 @@ from helpers.endpoint_server import (
     describer,
     prefixes,
 )
-from nla.errors import ArgumentError, DescriberError, MissingExtraError, NLAError, RecipeError
-from nla.train.describe.client import EndpointDescriber
-from nla.train.describe.describer import DescriberSettings, open_describer
-from nla.train.describe.endpoint import endpoint_of, open_client
-from nla.train.describe.texts import describe_texts
-from nla.train.recipe import build
 
 
 @pytest.fixture(autouse=True)

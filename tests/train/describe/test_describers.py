@@ -12,7 +12,13 @@ from typing import Any
 
 import pytest
 
-from helpers.endpoint_server import (
+from nla.errors import DescriberError
+from nla.train.describe import client
+from nla.train.describe.cache import TextCache
+from nla.train.describe.client import EndpointDescriber, asked_wait
+from nla.train.describe.describer import DescriberSettings
+from nla.train.describe.texts import describe_texts
+from tests.helpers.endpoint_server import (
     CLAIMS,
     CUT_REASON,
     FORMS,
@@ -24,12 +30,6 @@ from helpers.endpoint_server import (
     prefixes,
     text_of,
 )
-from nla.errors import DescriberError
-from nla.train.describe import client
-from nla.train.describe.cache import TextCache
-from nla.train.describe.client import EndpointDescriber, asked_wait
-from nla.train.describe.describer import DescriberSettings
-from nla.train.describe.texts import describe_texts
 
 
 @pytest.fixture(params=FORMS)

@@ -10,7 +10,6 @@ import pytest
 import torch
 from transformers import Qwen2ForCausalLM
 
-from helpers.tiny import TEMPLATE, make_model, make_tokenizer
 from nla.errors import ArgumentError, ConfigError, ContextLengthError, DescriberError, TemplateError
 from nla.models import load as target
 from nla.train.describe.cache import TextCache
@@ -18,6 +17,7 @@ from nla.train.describe.describer import DescriberSettings, open_describer
 from nla.train.describe.local import KeyedSampling, LocalDescriber, weights_print
 from nla.train.describe.prompt import Description, Question
 from nla.train.describe.texts import describe_texts
+from tests.helpers.tiny import TEMPLATE, make_model, make_tokenizer
 
 PROMPTS = ["the cat sat", "a dog", "it is here and the red dog ran under the blue tree", "so", "the mat is blue"]
 

@@ -7,10 +7,10 @@ import time
 
 import pytest
 
-from helpers.tiny import make_config, make_model, make_tokenizer
 from nla.errors import ArgumentError, EmptyTextError
 from nla.text.claims import claims
 from nla.train.describe.prompt import CUT, FEW, LONG, MANY, MARKS, NO_TAG, UNPLAIN, ask_about, pair_marks, read_answer
+from tests.helpers.tiny import make_config, make_model, make_tokenizer
 
 GOOD = "It is a recipe. The cook lists spices. A quantity comes next. The final token opens a bracket."
 

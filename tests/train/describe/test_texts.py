@@ -14,7 +14,13 @@ from typing import Any
 
 import pytest
 
-from helpers.endpoint_server import (
+from nla.errors import BudgetError, DescriberError, InterruptedTraining, StorageError
+from nla.train.describe.cache import CACHE_FILE, TextCache
+from nla.train.describe.client import EndpointDescriber
+from nla.train.describe.describer import DescriberSettings
+from nla.train.describe.prompt import Question, ask_about
+from nla.train.describe.texts import Described, Summary, _Work, describe_texts
+from tests.helpers.endpoint_server import (
     CLAIMS,
     FORMS,
     Act,
@@ -25,12 +31,6 @@ from helpers.endpoint_server import (
     prefixes,
     text_of,
 )
-from nla.errors import BudgetError, DescriberError, InterruptedTraining, StorageError
-from nla.train.describe.cache import CACHE_FILE, TextCache
-from nla.train.describe.client import EndpointDescriber
-from nla.train.describe.describer import DescriberSettings
-from nla.train.describe.prompt import Question, ask_about
-from nla.train.describe.texts import Described, Summary, _Work, describe_texts
 
 
 @pytest.fixture(params=FORMS)

@@ -11,9 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers.tiny import D_MODEL, make_pair
-from helpers.training import assert_same, base_weights, largest_file
-from helpers.writer import SETTINGS, STRATA, TEXTS, make_writer
 from nla.errors import ArgumentError, InterruptedTraining, RecipeError, ShapeError, StorageError
 from nla.train.fit import processes
 from nla.train.fit.checkpoints import decoder_parameters, encoder_parameters, latest_checkpoint, snapshot
@@ -29,6 +26,9 @@ from nla.train.fit.joint import (
 )
 from nla.train.fit.loop import own_forward
 from nla.train.fit.metrics_log import MetricsLog
+from tests.helpers.tiny import D_MODEL, make_pair
+from tests.helpers.training import assert_same, base_weights, largest_file
+from tests.helpers.writer import SETTINGS, STRATA, TEXTS, make_writer
 
 
 @pytest.fixture

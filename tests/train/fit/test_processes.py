@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from helpers import two_processes, writer
-from helpers.two_processes import decoder_update, warm_start
 from nla.errors import ArgumentError
 from nla.train.fit import processes
+from tests.helpers import two_processes, writer
+from tests.helpers.two_processes import decoder_update, warm_start
 
 LAUNCH = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone")
 """What ``accelerate launch`` runs underneath; itself it starts several processes on GPUs only."""
@@ -25,7 +25,7 @@ def ended(tmp_path_factory) -> Path:
     """The folder in which both processes left what they ended with."""
     out = tmp_path_factory.mktemp("processes")
     save_file(writer.warm_start(), out / two_processes.WRITER)
-    paths = str(Path(two_processes.__file__).parents[1])
+    paths = str(Path(two_processes.__file__).parents[2])
     done = subprocess.run(
         [sys.executable, *LAUNCH, two_processes.__file__, str(out)],
         env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},

@@ -8,14 +8,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from helpers.tiny import D_MODEL
-from helpers.training import assert_same
-from helpers.writer import SETTINGS, STRATA, TEXTS, make_writer
 from nla.metrics import Baseline
 from nla.train.fit import monitor
 from nla.train.fit.checkpoints import decoder_parameters, encoder_parameters, snapshot
 from nla.train.fit.joint import EvalSet, JointSettings, draw_weights
 from nla.train.fit.reward import DecoderReward, explanations
+from tests.helpers.tiny import D_MODEL
+from tests.helpers.training import assert_same
+from tests.helpers.writer import SETTINGS, STRATA, TEXTS, make_writer
 
 
 @pytest.fixture

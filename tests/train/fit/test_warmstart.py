@@ -12,8 +12,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from helpers.tiny import D_MODEL, make_pair
-from helpers.training import assert_same, at_step, base_weights, largest_file
 from nla.errors import (
     ArgumentError,
     InterruptedTraining,
@@ -43,6 +41,8 @@ from nla.train.fit.warmstart import (
     warmstart_decoder,
     warmstart_encoder,
 )
+from tests.helpers.tiny import D_MODEL, make_pair
+from tests.helpers.training import assert_same, at_step, base_weights, largest_file
 
 TEXTS = ["the cat sat.", "a red dog ran.", "it is here.", "so the tree is blue."] * 6
 ENCODER = dict(steps=6, batch_size=8, learning_rate=1e-2, seed=0, save_every=2)
