@@ -27,7 +27,7 @@ def audit_once(turns: int, window: int | None) -> None:
     from nla.transcripts.messages import Message, Transcript
 
     sys.path.insert(0, str(Path(__file__).parent.parent))
-    from conftest import make_pair
+    from tests.helpers.tiny import make_pair
 
     torch.set_num_threads(1)
     pair = make_pair()

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from nla.metrics import fve as fve
     from nla.models.read import Activations as Activations
     from nla.models.read import read as read
-    from nla.pair.explanations import Note as Note
-    from nla.pair.explanations import Notes as Notes
+    from nla.pair.explanations import Explanation as Explanation
+    from nla.pair.explanations import Explanations as Explanations
     from nla.pair.score import Score as Score
 
 _HOMES = {
@@ -24,8 +24,8 @@ _HOMES = {
     "InjectionConfig": "nla.config",
     "Activations": "nla.models.read",
     "read": "nla.models.read",
-    "Note": "nla.pair.explanations",
-    "Notes": "nla.pair.explanations",
+    "Explanation": "nla.pair.explanations",
+    "Explanations": "nla.pair.explanations",
     "Score": "nla.pair.score",
     "Baseline": "nla.metrics",
     "fve": "nla.metrics",
@@ -36,11 +36,11 @@ __all__ = [
     "NLA",
     "Activations",
     "Baseline",
+    "Explanation",
+    "Explanations",
     "InjectionConfig",
     "NLAConfig",
     "NLAError",
-    "Note",
-    "Notes",
     "Score",
     "fve",
     "read",

@@ -26,7 +26,7 @@ from nla.pair import folder as pair_folder
 from nla.pair.confidence import Trust, agreement
 from nla.pair.decoder import DecoderBatch, Head
 from nla.pair.denominators import denominators
-from nla.pair.explanations import Note, Notes
+from nla.pair.explanations import Explanation, Explanations
 from nla.pair.roles import DECODER_ADAPTER as DECODER_ADAPTER
 from nla.pair.roles import ENCODER_ADAPTER as ENCODER_ADAPTER
 from nla.pair.roles import Role, Roles, SharedBase, check_role, require_shared, unwrapped
@@ -280,7 +280,7 @@ class NLA:
         max_new_tokens: int | None = None,
         batch_size: int = 512,
         greedy: bool = False,
-    ) -> Notes:
+    ) -> Explanations:
         """Explain activations: sampled texts, how well each reconstructs its activation, and how far to trust them.
 
         Args:
@@ -304,7 +304,7 @@ class NLA:
         for row, (cosines, rock) in enumerate(zip(found.tolist(), rocks.tolist(), strict=True)):
             part = slice(row * samples, (row + 1) * samples)
             mean = sum(cosines) / samples
-            note = Note(
+            note = Explanation(
                 texts=texts[part],
                 complete=[text is not None for text in parsed[part]],
                 cosine=cosines,
@@ -313,7 +313,7 @@ class NLA:
             if isinstance(acts, Activations):
                 note = replace(note, span=acts.spans[row], document=int(acts.document[row]), stratum=acts.strata[row])
             notes.append(note)
-        return Notes(notes)
+        return Explanations(notes)
 
     def _best_rock(self, vectors: Tensor) -> Tensor:
         """Highest cosine (n,) that a rock reaches on each activation: no explanation, or the mean training activation.
@@ -343,7 +343,10 @@ class NLA:
     # Explanations to reconstructions
 
     def reconstruct(
-        self, notes: Notes | Sequence[str] | Sequence[Sequence[str]], per_sample: bool = False, strict: bool = True
+        self,
+        notes: Explanations | Sequence[str] | Sequence[Sequence[str]],
+        per_sample: bool = False,
+        strict: bool = True,
     ) -> Tensor:
         """Reconstructions (n, d) float32 from explanations alone.
 
@@ -353,7 +356,7 @@ class NLA:
         Args:
             notes: what :meth:`explain` gave, one text per activation, or a list of samples per activation.
             per_sample: (n, samples, d) instead of means.
-            strict: refuse empty texts, unknown words and texts beyond the context. Notes are never refused: what the
+            strict: refuse empty texts, unknown words and texts beyond the context. Explanations are never refused: what the
                 encoder sampled is a bad explanation at worst.
 
         Raises:
@@ -362,7 +365,7 @@ class NLA:
             ShapeError: ``per_sample`` with different numbers of samples.
             ContextLengthError, VocabularyError: a text is too long, or holds unknown words.
         """
-        known = isinstance(notes, Notes)
+        known = isinstance(notes, Explanations)
         return decoder.decode_groups(self, notes.texts if known else notes, per_sample, strict=strict and not known)
 
     def encode_explanations(self, texts: Sequence[str], strict: bool = True) -> DecoderBatch:

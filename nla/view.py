@@ -21,7 +21,7 @@ from nla.errors import visible
 from nla.text.markdown import number
 
 if TYPE_CHECKING:
-    from nla.pair.explanations import Note
+    from nla.pair.explanations import Explanation
     from nla.pair.score import Score
 
 
@@ -39,7 +39,7 @@ def leading(texts: Sequence[str], wanted: Callable[[str], bool] | None = None) -
     return counts.most_common(1)[0][0] if counts else None
 
 
-def token_view(notes: Sequence[Note], title: str) -> Table:
+def token_view(notes: Sequence[Explanation], title: str) -> Table:
     """One row a token: its explanation, and trust with the three figures it comes from."""
     table = Table(title=Text(visible(title)) if title else None, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("token", no_wrap=True, justify="right")

@@ -13,7 +13,7 @@ from nla.text.tokens import Span
 
 
 @dataclass
-class Note:
+class Explanation:
     """The explanation of one activation: samples of it, and how far they can be trusted."""
 
     texts: list[str]
@@ -74,46 +74,46 @@ class Note:
 
 
 @dataclass
-class Notes(Sequence[Note]):
-    """One note per activation, in their order."""
+class Explanations(Sequence[Explanation]):
+    """One explanation per activation, in their order."""
 
-    notes: list[Note] = field(default_factory=list)
+    items: list[Explanation] = field(default_factory=list)
 
     def __len__(self) -> int:
-        return len(self.notes)
+        return len(self.items)
 
     def __getitem__(self, index: Any) -> Any:
-        """A note by int; Notes by slice."""
-        return Notes(self.notes[index]) if isinstance(index, slice) else self.notes[index]
+        """An explanation by int; Explanations by slice."""
+        return Explanations(self.items[index]) if isinstance(index, slice) else self.items[index]
 
     @property
     def texts(self) -> list[list[str]]:
         """Explanations by activation and sample."""
-        return [note.texts for note in self.notes]
+        return [one.texts for one in self.items]
 
     @property
     def agreement(self) -> list[float | None]:
         """Agreement by activation."""
-        return [note.agreement for note in self.notes]
+        return [one.agreement for one in self.items]
 
     @property
     def cosine(self) -> list[list[float]]:
         """Cosine by activation and sample."""
-        return [note.cosine for note in self.notes]
+        return [one.cosine for one in self.items]
 
     @property
     def strata(self) -> list[str | None]:
         """Kind of position by activation."""
-        return [note.stratum for note in self.notes]
+        return [one.stratum for one in self.items]
 
     @property
     def trust(self) -> list[Trust]:
         """Trust by activation."""
-        return [note.trust for note in self.notes]
+        return [one.trust for one in self.items]
 
     def to_json(self) -> list[dict[str, Any]]:
         """A JSON-ready list."""
-        return [note.to_json() for note in self.notes]
+        return [one.to_json() for one in self.items]
 
     def __str__(self) -> str:
-        return "\n".join(f"{visible(note.token)}  {note.trust.level}  {visible(note.texts[0])}" for note in self.notes)
+        return "\n".join(f"{visible(one.token)}  {one.trust.level}  {visible(one.texts[0])}" for one in self.items)

@@ -28,7 +28,7 @@ from nla.metrics import Baseline
 from nla.models.hooks import inject, rescale
 from nla.pair import encoder
 from nla.pair.confidence import Trust, agreement
-from nla.pair.explanations import Notes
+from nla.pair.explanations import Explanations
 from nla.store.reader import Store
 from nla.store.shards import Document
 from nla.store.writer import StoreWriter
@@ -266,7 +266,7 @@ def test_explaining_tensors_single_rows_and_nothing(pair: NLA) -> None:
     assert [note.span for note in notes] == [None] * 3
     assert len(pair.explain(vectors[:1], samples=1)) == 1
     assert len(pair.explain(vectors[:0])) == 0
-    assert pair.reconstruct(Notes()).shape == (0, D_MODEL)
+    assert pair.reconstruct(Explanations()).shape == (0, D_MODEL)
 
 
 def test_greedy_gives_one_sample_and_does_not_depend_on_the_seed(pair: NLA) -> None:

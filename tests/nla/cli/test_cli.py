@@ -27,7 +27,7 @@ from nla.config import NLAConfig
 from nla.errors import InterruptedTraining, RecipeError, visible
 from nla.eval.report import Rate
 from nla.pair.confidence import Trust
-from nla.pair.explanations import Note
+from nla.pair.explanations import Explanation
 from nla.text.tokens import Span
 from tests.helpers.tiny import make_model, make_pair, make_tokenizer
 
@@ -48,11 +48,11 @@ def pair_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder / "pair")
 
 
-def note(texts: list[str], token: str = " cat", complete: bool = True) -> Note:
+def note(texts: list[str], token: str = " cat", complete: bool = True) -> Explanation:
     """A note with these samples."""
     trust = Trust.of(0.9, 0.7, 0.2)
     cosine = [0.9] * len(texts)
-    return Note(texts, [complete] * len(texts), cosine, trust, Span(5, token, 0, len(token), 0))
+    return Explanation(texts, [complete] * len(texts), cosine, trust, Span(5, token, 0, len(token), 0))
 
 
 def shown(renderable: object) -> str:

@@ -11,7 +11,7 @@ from nla.errors import ArgumentError, ContextLengthError, NonFiniteError, ShapeE
 from nla.models.hooks import rescale
 from nla.pair.confidence import Trust
 from nla.pair.encoder import end_ids, generate, mask_marker, parse, strip_tags
-from nla.pair.explanations import Note, Notes
+from nla.pair.explanations import Explanation, Explanations
 from nla.text.claims import claims
 from nla.text.tokens import Span
 from tests.helpers.tiny import CONTEXT, D_MODEL, make_config, make_model, make_pair, make_tokenizer
@@ -200,11 +200,11 @@ def test_claims_are_sentences() -> None:
 
 def test_notes_give_columns_and_slices() -> None:
     trust = Trust.of(0.9, 1.0, 0.5)
-    notes = Notes([Note([str(i)], [True], [i / 10], trust, stratum="a") for i in range(3)])
+    notes = Explanations([Explanation([str(i)], [True], [i / 10], trust, stratum="a") for i in range(3)])
     assert notes.texts == [["0"], ["1"], ["2"]]
     assert notes.cosine == [[0.0], [0.1], [0.2]]
     assert notes[1].texts == ["1"]
-    assert isinstance(notes[1:], Notes)
+    assert isinstance(notes[1:], Explanations)
     assert notes[1:].texts == [["1"], ["2"]]
     assert notes.strata == ["a"] * 3
     assert notes.to_json()[2]["cosine"] == [0.2]
@@ -213,7 +213,9 @@ def test_notes_give_columns_and_slices() -> None:
 
 def test_control_characters_of_a_model_are_spelled_out_where_notes_are_printed() -> None:
     hostile = "\x1b[2J\x9b31mcat"
-    shown = str(Notes([Note([hostile], [True], [0.9], Trust.of(0.9, None, 0.5), span=Span(5, hostile, 0, 3, 0))]))
+    shown = str(
+        Explanations([Explanation([hostile], [True], [0.9], Trust.of(0.9, None, 0.5), span=Span(5, hostile, 0, 3, 0))])
+    )
     assert "\x1b" not in shown and "\x9b" not in shown
     assert shown.count(r"\x1b[2J\x9b31mcat") == 2
 
