@@ -344,7 +344,7 @@ class NLA:
 
     def reconstruct(
         self,
-        notes: Explanations | Sequence[str] | Sequence[Sequence[str]],
+        explanations: Explanations | Sequence[str] | Sequence[Sequence[str]],
         per_sample: bool = False,
         strict: bool = True,
     ) -> Tensor:
@@ -354,10 +354,10 @@ class NLA:
         length ``config.activation_norm``: an explanation carries direction only.
 
         Args:
-            notes: what :meth:`explain` gave, one text per activation, or a list of samples per activation.
+            explanations: what :meth:`explain` gave, one text per activation, or a list of samples per activation.
             per_sample: (n, samples, d) instead of means.
-            strict: refuse empty texts, unknown words and texts beyond the context. Explanations are never refused: what the
-                encoder sampled is a bad explanation at worst.
+            strict: refuse empty texts, unknown words and texts beyond the context. What :meth:`explain` gave is never
+                refused: what the encoder sampled is a bad explanation at worst.
 
         Raises:
             EmptyTextError: a text is empty.
@@ -365,8 +365,10 @@ class NLA:
             ShapeError: ``per_sample`` with different numbers of samples.
             ContextLengthError, VocabularyError: a text is too long, or holds unknown words.
         """
-        known = isinstance(notes, Explanations)
-        return decoder.decode_groups(self, notes.texts if known else notes, per_sample, strict=strict and not known)
+        known = isinstance(explanations, Explanations)
+        return decoder.decode_groups(
+            self, explanations.texts if known else explanations, per_sample, strict=strict and not known
+        )
 
     def encode_explanations(self, texts: Sequence[str], strict: bool = True) -> DecoderBatch:
         """Decoder prompts of explanations as one batch on its device. See :func:`nla.decoder.prompt_rows`."""
