@@ -394,7 +394,7 @@ class NLA:
         return self.head(decoder.last_stream(self.decoder_view, input_ids, attention_mask))
 
     def score(self, acts: Activations | Tensor, predicted: Tensor, n_boot: int = 1000, seed: int = 0) -> Score:
-        """Score reconstructions (n, d) of activations, beside the rocks. See :class:`nla.score.Score`.
+        """Score reconstructions (n, d) of activations, beside the baselines. See :class:`nla.score.Score`.
 
         What is scored is what :meth:`reconstruct` gives: with several samples, their mean reconstruction, which is
         closer than a single sample's. FVE is over the training baselines: all positions, and each stratum its own.

@@ -63,16 +63,16 @@ def token_view(notes: Sequence[Explanation], title: str) -> Table:
 
 
 def score_table(score: Score) -> Table:
-    """FVE by kind of position and over all, beside the rocks."""
+    """FVE by kind of position and over all, beside the baselines."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("kind of position")
     for heading in ("n", "FVE", "shuffled within"):
         table.add_column(heading, justify="right")
     for name, part in score.by_stratum.items():
         table.add_row(Text(visible(name)), *map(Text, (str(part.n), str(part.fve), str(part.shuffled or "–"))))
-    table.add_row("all", *map(Text, (str(score.n), str(score.fve), str(score.rocks.get("shuffled_within", "–")))))
-    for name, rock in score.rocks.items():
-        table.add_row(Text(f"rock: {visible(name)}", style="dim"), "", Text(str(rock), style="dim"), "")
+    table.add_row("all", *map(Text, (str(score.n), str(score.fve), str(score.baselines.get("shuffled_within", "–")))))
+    for name, interval in score.baselines.items():
+        table.add_row(Text(f"baseline: {visible(name)}", style="dim"), "", Text(str(interval), style="dim"), "")
     return table
 
 

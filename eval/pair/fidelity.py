@@ -8,12 +8,11 @@ reader's texts minus the encoder's under the joint decoder, and the share of cla
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from nla.baselines import GLOBAL
@@ -23,12 +22,13 @@ from nla.eval.items import SHOWN_PLANS, documents
 from nla.eval.pair.truth import LAST, VISIBLE, Truth, owners, truths
 from nla.eval.report import Check, Report, at_least, at_most, bars, checks_table, new_figure, save, table
 from nla.eval.target import Progress, silent
-from nla.metrics import Baseline, mse
+from nla.metrics import mse
 from nla.models.read import Activations
 from nla.organisms.couplets import world
 from nla.pair.decoder import decode
+from nla.pair.fidelity import FidelityByStratum
 from nla.pair.score import Score
-from nla.stats import Interval, bootstrap
+from nla.stats import Interval
 
 if TYPE_CHECKING:
     from nla.autoencoder import NLA
@@ -108,7 +108,7 @@ class FidelityReport(Report):
             )
             for part in self.public
         ]
-        rocks = "; ".join(f"{name} {rock}" for name, rock in self.score.rocks.items())
+        rocks = "; ".join(f"{name} {rock}" for name, rock in self.score.baselines.items())
         return "\n\n".join(
             [
                 self.to_card(),
@@ -127,7 +127,7 @@ class FidelityReport(Report):
             (name, part.n, part.fve, part.shuffled, *_gain_cells(name, self.gains))
             for name, part in self.score.by_stratum.items()
         ]
-        overall = ("all positions", self.score.n, self.score.fve, self.score.rocks.get("shuffled"))
+        overall = ("all positions", self.score.n, self.score.fve, self.score.baselines.get("shuffled"))
         rows.append((*overall, *_gain_cells(GLOBAL, self.gains)))
         about = (
             f"Point `{self.point}`; {self.n_activations} activations of {self.n_documents} held-out documents; one "
@@ -183,9 +183,9 @@ def run(
         errors |= {f"{WARM}, {TRUTHFUL}": error(warm, TRUTHFUL)}
     progress("fidelity", 0.5)
     score = nla.score(acts, predicted, seed=seed)
-    groups = _Groups(acts, nla.baselines, seed)
-    public = [_public(groups, errors, stratum) for stratum in groups.names]
-    gains = [_gain(groups, errors, stratum) for stratum in groups.names] if warm is not None else []
+    judged = FidelityByStratum(acts.strata, acts.document, nla.baselines, seed=seed)
+    public = [_public(judged, errors, stratum) for stratum in judged.rows]
+    gains = [_gain(judged, errors, stratum) for stratum in judged.rows] if warm is not None else []
     found = truths(acts, couplets, texts[ENCODER], texts.get(WARM), seed)
     result = FidelityReport(
         point=str(nla.point),
@@ -247,59 +247,31 @@ def _other_texts(
     return texts
 
 
-class _Groups:
-    """Rows of each stratum, and of all together, with the baseline that each is judged against."""
-
-    def __init__(self, acts: Activations, baselines: dict[str, Baseline], seed: int) -> None:
-        self.names = [*dict.fromkeys(acts.strata), GLOBAL]
-        everything = torch.ones(len(acts), dtype=torch.bool)
-        self.rows = {name: torch.tensor([stratum == name for stratum in acts.strata]) for name in self.names[:-1]}
-        self.rows[GLOBAL], self.documents, self.baselines, self.seed = everything, acts.document, baselines, seed
-
-    def interval(self, stratum: str, errors: Sequence[Tensor], statistic: Callable[[Tensor], Tensor]) -> Interval:
-        """A statistic of the mean errors (..., m), by document."""
-        rows = self.rows[stratum]
-        values = torch.stack([each[rows] for each in errors], dim=1)
-        return bootstrap(values, self.documents[rows], statistic, seed=self.seed)
-
-    def fve(self, stratum: str, errors: Tensor) -> Interval:
-        """FVE over the stratum's variance."""
-        variance = self.baselines[stratum].variance
-        return self.interval(stratum, [errors], lambda mean: 1 - mean[..., 0] / variance)
-
-    def difference(self, stratum: str, higher: Tensor, lower: Tensor) -> Interval:
-        """FVE of the first errors minus that of the second."""
-        variance = self.baselines[stratum].variance
-        return self.interval(stratum, [higher, lower], lambda mean: (mean[..., 1] - mean[..., 0]) / variance)
-
-
-def _public(groups: _Groups, errors: dict[str, Tensor], stratum: str) -> Public:
+def _public(judged: FidelityByStratum, errors: dict[str, Tensor], stratum: str) -> Public:
     own, truthful, describer = errors[ENCODER], errors[TRUTHFUL], errors.get(DESCRIBER)
     warm_own, warm_truthful = errors.get(f"{WARM}, {ENCODER}"), errors.get(f"{WARM}, {TRUTHFUL}")
     new = beyond = None
     if warm_own is not None and warm_truthful is not None:
-        new = groups.difference(stratum, own, warm_own)
-        beyond = groups.difference(stratum, own - warm_own, truthful - warm_truthful)
+        new = judged.fve_gain(stratum, own, warm_own)
+        beyond = judged.fve_gain(stratum, own - warm_own, truthful - warm_truthful)
     return Public(
         stratum=stratum,
-        n=int(groups.rows[stratum].sum()),
-        encoder=groups.fve(stratum, own),
-        truthful=groups.fve(stratum, truthful),
-        honest=None if describer is None else groups.fve(stratum, describer),
-        truthful_minus_encoder=groups.difference(stratum, truthful, own),
+        n=judged.n(stratum),
+        encoder=judged.fve(stratum, own),
+        truthful=judged.fve(stratum, truthful),
+        honest=None if describer is None else judged.fve(stratum, describer),
+        truthful_minus_encoder=judged.fve_gain(stratum, truthful, own),
         joint_minus_warm_decoder=new,
         beyond_truthful=beyond,
     )
 
 
-def _gain(groups: _Groups, errors: dict[str, Tensor], stratum: str) -> Gain:
+def _gain(judged: FidelityByStratum, errors: dict[str, Tensor], stratum: str) -> Gain:
     return Gain(
         stratum=stratum,
-        warm=groups.fve(stratum, errors[WARM]),
-        change=groups.difference(stratum, errors[ENCODER], errors[WARM]),
-        error_removed=groups.interval(
-            stratum, [errors[ENCODER], errors[WARM]], lambda mean: 1 - mean[..., 0] / mean[..., 1]
-        ),
+        warm=judged.fve(stratum, errors[WARM]),
+        change=judged.fve_gain(stratum, errors[ENCODER], errors[WARM]),
+        error_removed=judged.error_removed(stratum, errors[ENCODER], errors[WARM]),
     )
 
 
@@ -316,7 +288,10 @@ def _checks(score: Score, public: Sequence[Public], gains: Sequence[Gain], truth
     if not gains:
         checks.append(Check("gain over the warm start", None, f"≥ {ERROR_REMOVED_MIN}, ≥ −{FALL_MAX}"))
     shuffles = {name: part.shuffled for name, part in score.by_stratum.items()}
-    shuffles |= {"all positions": score.rocks.get("shuffled"), "within strata": score.rocks.get("shuffled_within")}
+    shuffles |= {
+        "all positions": score.baselines.get("shuffled"),
+        "within strata": score.baselines.get("shuffled_within"),
+    }
     for name, rock in shuffles.items():
         if rock is not None:
             checks.append(Check(f"{name}: shuffled", rock, f"≤ {ROCK_MAX}", at_most(rock, ROCK_MAX)))

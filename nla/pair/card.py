@@ -17,6 +17,8 @@ _DENOMINATOR = (
     "FVE = 1 − E|h − ĥ|² / E|h − h̄|², with h and ĥ scaled to unit length and h̄ the mean of the unit-length training "
     "activations, not rescaled"
 )
+_OLD_BASELINES_KEY = "rocks"
+"""What metrics.json of 0.3 and before calls the baselines."""
 _DIFFERENCES = {
     "joint_minus_warm": "FVE of the joint decoder minus that of the warm-start decoder, on the encoder's own texts",
     "truthful_minus_encoder": "FVE of a truthful reader's texts minus that of the encoder's, under the joint decoder",
@@ -32,7 +34,14 @@ def card(metrics: Mapping[str, Any], config: NLAConfig, name: str = "<this folde
         name: what the pair is loaded by.
         local: the target lies in a folder; the header then names no base model.
     """
-    parts = [_what(config, name), _figures(metrics), _rocks(metrics), _public(metrics), _data(metrics), _limits(config)]
+    parts = [
+        _what(config, name),
+        _figures(metrics),
+        _baselines(metrics),
+        _public(metrics),
+        _data(metrics),
+        _limits(config),
+    ]
     body = "\n\n".join(parts)
     return f"{_header(config, local)}\n\n{BEGIN}\n{body}\n{END}\n"
 
@@ -119,15 +128,17 @@ def _figures(metrics: Mapping[str, Any]) -> str:
     return f"## Fidelity\n\n{about}\n\n{_table(('measured', 'value'), rows)}"
 
 
-def _rocks(metrics: Mapping[str, Any]) -> str:
-    found = (metrics.get("score") or {}).get("rocks", {})
+def _baselines(metrics: Mapping[str, Any]) -> str:
+    score = metrics.get("score") or {}
+    measured = score.get("baselines", score.get(_OLD_BASELINES_KEY, {}))
     names = {
         "empty": "the decoder without an explanation",
         "shuffled": "another activation's reconstruction",
+        "other_document": "a reconstruction from another document",
         "mean": "the mean training activation",
     }
-    rows = [(what, _interval(found[key]) if key in found else ABSENT) for key, what in names.items()]
-    return f"## Rocks: FVE of what never saw the activation\n\n{_table(('rock', 'FVE'), rows)}"
+    rows = [(what, _interval(measured[key]) if key in measured else ABSENT) for key, what in names.items()]
+    return f"## Baselines: FVE of what never saw the activation\n\n{_table(('baseline', 'FVE'), rows)}"
 
 
 def _public(metrics: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Score: how close reconstructions are, with intervals, beside the rocks that must fail."""
+"""Activations and reconstructions in, their score out: FVE, cosine and MSE, beside baselines that must fail."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from nla.baselines import GLOBAL, UNKNOWN_STRATUM
+from nla.baselines import GLOBAL
 from nla.errors import BaselineError
-from nla.metrics import Baseline, cosine, fve_interval, mse, unit
+from nla.metrics import Baseline, cosine, mse, unit
+from nla.pair.fidelity import FidelityByStratum, other_document_rows
 from nla.stats import Interval, bootstrap, derangement
 
 
@@ -26,19 +28,19 @@ class StratumScore:
     """Fraction of variance explained within the stratum."""
 
     shuffled: Interval | None
-    """The rock: reconstructions exchanged within the stratum; None for a single activation."""
+    """The baseline: reconstructions exchanged within the stratum; None for a single activation."""
 
 
 @dataclass(frozen=True)
 class Score:
     """Fidelity of reconstructions. Intervals are 95 % bootstrap intervals that resample documents.
 
-    ``rocks`` are FVEs of what has no access to the activation: "empty" (the decoder without an explanation), "mean"
+    ``baselines`` are FVEs of what has no access to the activation: "empty" (the decoder without an explanation), "mean"
     (the mean training activation itself: 0 over the training activations by definition), "shuffled" (another
-    activation's reconstruction) and "shuffled_within" (one of the same stratum, each over its stratum's variance; only
-    where strata are known; absent, as "shuffled" is, where there is nothing to exchange). A wrong unit vector is worse
-    than the mean: unrelated directions score about −1. A rock near the score means that the score says nothing about
-    the explanations.
+    activation's reconstruction), "other_document" (one of another document) and "shuffled_within" (one of the same
+    stratum, each over its stratum's variance; only where strata are known). What has nothing to exchange is absent. A
+    wrong unit vector is worse than the mean: unrelated directions score about −1. A baseline near the score means that
+    the score says nothing about the explanations.
     """
 
     n: int
@@ -56,8 +58,8 @@ class Score:
     by_stratum: dict[str, StratumScore]
     """Each kind of position against its own baseline; empty where strata are unknown."""
 
-    rocks: dict[str, Interval]
-    """FVE of the rocks."""
+    baselines: dict[str, Interval]
+    """FVE of the baselines."""
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dict; an interval is {"value", "low", "high"}, its ends None where they are unknown."""
@@ -74,26 +76,26 @@ class Score:
                 }
                 for name, part in self.by_stratum.items()
             },
-            "rocks": {name: rock.to_json() for name, rock in self.rocks.items()},
+            "baselines": {name: interval.to_json() for name, interval in self.baselines.items()},
         }
 
     def __str__(self) -> str:
         rows = [("cosine", self.cosine), ("mse", self.mse), ("fve", self.fve)]
         for name, part in self.by_stratum.items():
             rows.append((f"fve in {name!r} (n={part.n})", part.fve))
-            rows += [] if part.shuffled is None else [(f"rock: shuffled in {name!r}", part.shuffled)]
-        rows += [(f"rock: {name}", rock) for name, rock in self.rocks.items()]
+            rows += [] if part.shuffled is None else [(f"baseline: shuffled in {name!r}", part.shuffled)]
+        rows += [(f"baseline: {name}", interval) for name, interval in self.baselines.items()]
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {interval}" for name, interval in rows)
 
 
 def score(
-    target: Tensor,
-    predicted: Tensor,
+    target: Float[Tensor, "n d"],
+    predicted: Float[Tensor, "n d"],
     strata: Sequence[str],
-    documents: Tensor,
+    documents: Int[Tensor, " n"],
     baselines: Mapping[str, Baseline],
-    empty: Tensor,
+    empty: Float[Tensor, " d"],
     n_boot: int = 1000,
     seed: int = 0,
 ) -> Score:
@@ -113,37 +115,38 @@ def score(
     if len(target) == 0:
         raise BaselineError("no activations", "at least 1 to score", "check the selection of positions")
     error = mse(target, predicted)
-    overall = _baseline(baselines, GLOBAL)
-    known = list(dict.fromkeys(strata)) if any(name != UNKNOWN_STRATUM for name in strata) else []
+    judged = FidelityByStratum(strata, documents, baselines, n_boot, seed)
     within = _shuffled_within(target, predicted, strata, seed)
-    by_stratum = {}
-    for name in known:
-        rows = torch.tensor([stratum == name for stratum in strata])
-        baseline = _baseline(baselines, name)
-        shuffled = fve_interval(within[rows], baseline, documents[rows], n_boot, seed=seed) if rows.sum() > 1 else None
-        fve = fve_interval(error[rows], baseline, documents[rows], n_boot, seed=seed)
-        by_stratum[name] = StratumScore(int(rows.sum()), fve, shuffled)
-    rocks = {
-        "empty": fve_interval(mse(target, empty.expand_as(target)), overall, documents, n_boot, seed=seed),
-        "mean": fve_interval((unit(target) - overall.mean).square().sum(1), overall, documents, n_boot, seed=seed),
+    by_stratum = {
+        name: StratumScore(
+            judged.n(name), judged.fve(name, error), judged.fve(name, within) if judged.n(name) > 1 else None
+        )
+        for name in judged.strata
+    }
+    mean = judged.baselines[GLOBAL].mean
+    unexplained = {
+        "empty": mse(target, empty.expand_as(target)),
+        "mean": (unit(target) - mean).square().sum(1),
     }
     if len(target) > 1:
-        moved = mse(target, predicted[derangement(len(target), seed)])
-        rocks["shuffled"] = fve_interval(moved, overall, documents, n_boot, seed=seed)
+        unexplained["shuffled"] = mse(target, predicted[derangement(len(target), seed)])
+    if (others := other_document_rows(documents, seed)) is not None:
+        unexplained["other_document"] = mse(target, predicted[others])
+    references = {name: judged.fve(GLOBAL, errors) for name, errors in unexplained.items()}
     exchanged = ~torch.isnan(within)
-    if known and exchanged.any():
-        variance = torch.tensor([_baseline(baselines, name).variance for name in strata])
+    if judged.strata and exchanged.any():
+        variance = torch.tensor([judged.baselines[name].variance for name in strata])
         pairs = torch.stack([within, variance], dim=1)[exchanged]
-        rocks["shuffled_within"] = bootstrap(
+        references["shuffled_within"] = bootstrap(
             pairs, documents[exchanged], lambda mean: 1 - mean[..., 0] / mean[..., 1], n_boot, seed=seed
         )
     return Score(
         n=len(target),
         cosine=bootstrap(cosine(target, predicted), documents, None, n_boot, seed=seed),
         mse=bootstrap(error, documents, None, n_boot, seed=seed),
-        fve=fve_interval(error, overall, documents, n_boot, seed=seed),
+        fve=judged.fve(GLOBAL, error),
         by_stratum=by_stratum,
-        rocks=rocks,
+        baselines=references,
     )
 
 
@@ -156,14 +159,3 @@ def _shuffled_within(target: Tensor, predicted: Tensor, strata: Sequence[str], s
         order = rows[derangement(len(rows), seed, [str(strata[row]) for row in rows.tolist()])]
         out[rows] = mse(target[rows], predicted[order])
     return out
-
-
-def _baseline(baselines: Mapping[str, Baseline], name: str) -> Baseline:
-    if name not in baselines:
-        raise BaselineError(
-            f"no baseline for {name!r}",
-            f"one of {', '.join(sorted(baselines)) or 'none: the pair has no baselines'}",
-            "read with strata that the pair was trained on; or fit baselines to activations like those of training, "
-            "and not to the scored ones: nla.fit_baselines(acts)",
-        )
-    return baselines[name]

@@ -99,7 +99,7 @@ def test_the_pair_of_a_corpus_loads_and_its_card_has_its_score(whole):
     assert pair.config.injection.marker == "<|reserved_0|>"
     assert len(pair.explain(pair.read("Anna found a lamp near the harbour.", positions="last"), samples=1)) == 1
     metrics = read_json(whole / "joint" / "pair" / METRICS_FILE)
-    assert metrics["score"]["n"] == 20 and set(metrics["score"]["rocks"]) >= {"empty", "shuffled"}
+    assert metrics["score"]["n"] == 20 and set(metrics["score"]["baselines"]) >= {"empty", "shuffled"}
     card = (whole / "joint" / "pair" / CARD_FILE).read_text()
     assert f"{metrics['score']['fve']['value']:.3f}" in card and "corpus.jsonl" in card
 

@@ -13,6 +13,7 @@ from nla.eval.report import Rate, bars, cell, new_figure, save, table, to_json
 from nla.metrics import Baseline
 from nla.models.read import Activations
 from nla.organisms.couplets import world
+from nla.pair.fidelity import FidelityByStratum
 from nla.stats import Interval
 from nla.text.tokens import Span
 from tests.helpers.planted import planted_pair
@@ -28,7 +29,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> tuple[fidelity.FidelityR
 def test_every_stratum_is_scored_beside_its_rock_and_its_warm_start(report) -> None:
     found, folder = report
     assert set(found.score.by_stratum) == {"line 1", "newline", "line 2", "line 3"}
-    assert {"empty", "mean", "shuffled", "shuffled_within"} <= set(found.score.rocks)
+    assert {"empty", "mean", "shuffled", "shuffled_within"} <= set(found.score.baselines)
     assert [part.stratum for part in found.public][-1] == "global" and len(found.gains) == 5
     content = json.loads((folder / "fidelity.json").read_text())
     assert content["n_activations"] == found.score.n and content["passed"] is found.passed
@@ -68,11 +69,11 @@ def test_gains_and_differences_have_the_sign_and_size_that_their_names_say() -> 
     """Hand-made errors over a variance of 2: the joint decoder is better on its encoder's texts alone."""
     acts = newlines(documents(8, seed=3))
     baselines = {name: Baseline(torch.zeros(4), 2.0, 8) for name in ("newline", "global")}
-    groups = fidelity._Groups(acts, baselines, seed=0)
+    judged = FidelityByStratum(acts.strata, acts.document, baselines)
     own, warm = fidelity.ENCODER, fidelity.WARM
     sizes = {own: 0.4, warm: 1.6, fidelity.TRUTHFUL: 0.2, f"{warm}, {own}": 1.0, f"{warm}, {fidelity.TRUTHFUL}": 0.6}
     errors = {name: torch.full((8,), size) for name, size in sizes.items()}
-    gain, public = fidelity._gain(groups, errors, "newline"), fidelity._public(groups, errors, "newline")
+    gain, public = fidelity._gain(judged, errors, "newline"), fidelity._public(judged, errors, "newline")
     assert gain.warm.value == pytest.approx(0.2) and gain.change.value == pytest.approx(0.6)
     assert gain.error_removed.value == pytest.approx(0.75)
     assert public.encoder.value == pytest.approx(0.8) and public.truthful.value == pytest.approx(0.9)

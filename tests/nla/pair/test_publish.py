@@ -291,15 +291,23 @@ def test_the_card_says_what_metrics_hold_and_invents_nothing() -> None:
     assert set(rows_of(card({}, make_pair().config)).values()) == {"value", "---", "FVE", ABSENT}
 
 
-def test_the_card_prefers_a_score_with_its_intervals_and_rocks() -> None:
+def test_the_card_prefers_a_score_with_its_intervals_and_baselines() -> None:
     pair = make_pair()
     acts = pair.read(TEXTS, strata=lambda number, spans: ["words"] * len(spans))
     pair.fit_baselines(acts)
     found = pair.score(acts, pair.reconstruct(pair.explain(acts, samples=1)), n_boot=50)
     rows = rows_of(card({"score": found.to_json(), "data": "four texts"}, pair.config))
     assert rows["FVE"] == f"{found.fve.value:.3f} [{found.fve.low:.3f}, {found.fve.high:.3f}]"
-    assert rows["the decoder without an explanation"].startswith(f"{found.rocks['empty'].value:.3f}")
+    assert rows["the decoder without an explanation"].startswith(f"{found.baselines['empty'].value:.3f}")
     assert "FVE in words" in rows
+
+
+def test_the_card_reads_the_key_that_version_0_3_gave_the_baselines() -> None:
+    figure = {"value": -0.25, "low": None, "high": None}
+    score = {"n": 4, "fve": figure, "cosine": figure, "by_stratum": {}}
+    for key in ("baselines", "rocks"):
+        rows = rows_of(card({"score": {**score, key: {"empty": figure}}}, make_pair().config))
+        assert rows["the decoder without an explanation"] == "-0.250"
 
 
 def test_a_saved_folders_card_names_a_base_model_on_the_hub_and_no_folder(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Score: figures with intervals, beside rocks that must fail."""
+"""Score: figures with intervals, beside baselines that must fail."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def judge(predicted: torch.Tensor, strata=STRATA, target=TARGET, baselines=BASEL
     return score(target, predicted, strata, DOCUMENTS[: len(target)], baselines, EMPTY, n_boot=200)
 
 
-def test_a_perfect_reconstruction_scores_one_and_its_rocks_fail() -> None:
+def test_a_perfect_reconstruction_scores_one_and_its_baselines_fail() -> None:
     found = judge(TARGET * 7)
     assert found.cosine.value == pytest.approx(1)
     assert found.fve.value == pytest.approx(1)
     assert found.mse.value == pytest.approx(0, abs=1e-6)
     assert all(part.fve.value == pytest.approx(1) and part.n == 20 for part in found.by_stratum.values())
-    assert all(rock.value < 0.05 for rock in found.rocks.values())
+    assert all(interval.value < 0.05 for interval in found.baselines.values())
     assert all(part.shuffled is not None and part.shuffled.value < 0.05 for part in found.by_stratum.values())
 
 
@@ -44,7 +44,7 @@ def test_a_reader_of_the_kind_alone_passes_the_global_score_and_fails_within_str
     found = judge(torch.stack([CENTRES[name] for name in STRATA]))
     assert found.fve.value > 0.5
     assert all(part.fve.value < 0.1 for part in found.by_stratum.values())
-    assert found.rocks["shuffled_within"].value < 0.1
+    assert found.baselines["shuffled_within"].value < 0.1
 
 
 def test_figures_equal_their_formulas() -> None:
@@ -65,17 +65,17 @@ def test_figures_equal_their_formulas() -> None:
 def test_unknown_strata_give_global_figures_only() -> None:
     found = judge(TARGET, ["all"] * N)
     assert found.by_stratum == {}
-    assert set(found.rocks) == {"empty", "mean", "shuffled"}
+    assert set(found.baselines) == {"empty", "mean", "shuffled", "other_document"}
 
 
 def test_a_single_activation_has_no_shuffles() -> None:
     found = judge(TARGET[:1], STRATA[:1], TARGET[:1])
-    assert set(found.rocks) == {"empty", "mean"}
+    assert set(found.baselines) == {"empty", "mean"}
     assert found.by_stratum["a"].shuffled is None
 
 
-def test_the_mean_rock_is_zero_over_the_activations_that_it_was_fitted_on() -> None:
-    found = judge(TARGET.flip(0)).rocks["mean"]
+def test_the_mean_baseline_is_zero_over_the_activations_that_it_was_fitted_on() -> None:
+    found = judge(TARGET.flip(0)).baselines["mean"]
     assert found.value == pytest.approx(0, abs=1e-5)
     assert found.low < 0 < found.high
 
@@ -84,7 +84,7 @@ def test_one_document_is_scored_without_intervals() -> None:
     found = score(TARGET, TARGET, ["all"] * N, torch.zeros(N, dtype=torch.int64), BASELINES, EMPTY)
     assert f"{found.fve.value:.3f} (one document: no interval)" in str(found)
     content = json.loads(json.dumps(found.to_json(), allow_nan=False))
-    assert (content["fve"]["low"], content["rocks"]["empty"]["high"]) == (None, None)
+    assert (content["fve"]["low"], content["baselines"]["empty"]["high"]) == (None, None)
 
 
 def test_no_activations_are_refused_as_such() -> None:
@@ -110,8 +110,8 @@ def test_the_pair_scores_its_own_reading(pair: NLA) -> None:
     acts = pair.read(TEXTS)
     found = pair.score(acts, pair.reconstruct(pair.explain(acts, samples=2)), n_boot=50)
     assert found.n == len(acts)
-    assert set(found.to_json()) == {"n", "cosine", "mse", "fve", "by_stratum", "rocks"}
-    assert "rock: empty" in str(found)
+    assert set(found.to_json()) == {"n", "cosine", "mse", "fve", "by_stratum", "baselines"}
+    assert "baseline: empty" in str(found)
     with pytest.raises(ShapeError):
         pair.score(acts, torch.ones(1, D_MODEL))
     with pytest.raises(ShapeError, match="width"):
