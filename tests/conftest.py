@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
 from nla.autoencoder import NLA
+from tests.helpers.shell import Shell
 from tests.helpers.tiny import ARCHITECTURES, MODELS, TEXTS, make_model, make_pair, make_tokenizer
 
 
@@ -48,3 +51,11 @@ def pair() -> NLA:
 def texts() -> list[str]:
     """Documents of different lengths, all within the tokenizer's vocabulary."""
     return list(TEXTS)
+
+
+@pytest.fixture(scope="session")
+def shell() -> Iterator[Shell]:
+    """Runs commands as a user types them; see its module for how it saves the seconds of imports."""
+    shell = Shell()
+    yield shell
+    shell.close()

@@ -1,0 +1,166 @@
+"""Shell commands as a user types them: a folder and a command go in, what it printed and its exit code come out.
+
+`nla` and `python` are the installed ones, each in a process of its own. Those processes are forks of one server that has
+imported PyTorch, transformers and PEFT already, so a command takes its own time and not the seconds of those imports.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+from typing import NamedTuple
+
+SCRIPTS = Path(sys.executable).parent
+CLIENT = """#!{python} -IS
+import os, socket, sys
+with socket.socket(socket.AF_UNIX) as server:
+    server.connect({address!r})
+    words = "\\0".join([{name!r}, *sys.argv[1:]])
+    variables = "\\0".join(f"{{key}}={{value}}" for key, value in os.environ.items())
+    message = "\\1".join([os.getcwd(), words, variables]).encode("utf-8", "surrogateescape")
+    socket.send_fds(server, [len(message).to_bytes(8, "big")], [0, 1, 2])
+    server.sendall(message)
+    answer = server.recv(1)
+sys.exit(answer[0] if answer else 139)
+"""
+
+
+class Result(NamedTuple):
+    """What a command left: its exit code, and what it printed."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+
+class Shell:
+    """Runs commands with bash, in a folder. Close it when done."""
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="shell")
+        address = str(Path(self._folder.name) / "server")
+        for name in ("nla", "python"):
+            client = Path(self._folder.name) / name
+            client.write_text(CLIENT.format(python=sys.executable, address=address, name=name))
+            client.chmod(0o755)
+        root = str(Path(__file__).parents[2])
+        log = Path(self._folder.name) / "log"
+        self._server = subprocess.Popen(
+            [sys.executable, "-m", "tests.helpers.shell", address],
+            cwd=root,
+            stdout=subprocess.PIPE,
+            stderr=log.open("w"),
+            text=True,
+        )
+        assert self._server.stdout is not None
+        assert self._server.stdout.readline() == "ready\n", log.read_text()
+
+    def run(self, command: str, folder: Path, timeout_s: float = 280) -> Result:
+        """Run a command, which may be anything that bash understands."""
+        environment = {
+            **os.environ,
+            "PATH": os.pathsep.join([self._folder.name, str(SCRIPTS), os.environ["PATH"]]),
+            "COLUMNS": "200",
+        }
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", command],
+            cwd=folder,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            timeout=timeout_s,
+        )
+        return Result(done.returncode, done.stdout, done.stderr)
+
+    def close(self) -> None:
+        """End the server and remove its folder."""
+        self._server.kill()
+        self._server.wait()
+        if self._server.stdout is not None:
+            self._server.stdout.close()
+        self._folder.cleanup()
+
+
+def serve(address: str) -> None:
+    """Import what is heavy, by loading a pair, then fork for each client."""
+    import torch
+
+    from nla import NLA, view
+
+    torch.set_num_threads(1)
+    pair = NLA.from_pretrained("couplets")
+    view.token_view(pair.explain(pair.read("In spring\n", "last"), samples=1), "")
+    del pair
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children are not waited for: their clients get the exit codes
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(address)
+        server.listen()
+        print("ready", flush=True)
+        while True:
+            client, _ = server.accept()
+            if os.fork() == 0:
+                server.close()
+                _answer(client)
+            client.close()
+
+
+def _answer(client: socket.socket) -> None:
+    """In the child: become the command that the client asks for, and send its exit code."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    length, files, _, _ = socket.recv_fds(client, 8, 3)
+    message = bytearray()
+    while len(message) < int.from_bytes(length, "big"):
+        message += client.recv(1 << 16)
+    folder, words, variables = message.decode("utf-8", "surrogateescape").split("\1")
+    for number, file in enumerate(files):
+        os.dup2(file, number)
+        os.close(file)
+    sys.stdin, sys.stdout, sys.stderr = (open(n, "r" if n == 0 else "w", encoding="utf-8") for n in range(3))
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(variable.split("=", 1) for variable in variables.split("\0"))
+    code = _execute(words.split("\0"))
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            code = code or 141
+    client.sendall(bytes([code % 256]))
+    os._exit(0)
+
+
+def _execute(words: list[str]) -> int:
+    """Run ``nla …``, ``python FILE …`` or ``python -m MODULE …`` in this process; the exit code."""
+    try:
+        if words[0] == "nla":
+            sys.argv = words
+            runpy.run_path(str(SCRIPTS / "nla"), run_name="__main__")
+        elif words[1] == "-m":
+            sys.argv = words[2:]
+            sys.path.insert(0, os.getcwd())
+            runpy.run_module(words[2], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv = words[1:]
+            sys.path.insert(0, str(Path(words[1]).resolve().parent))
+            runpy.run_path(words[1], run_name="__main__")
+    except SystemExit as exit:
+        if isinstance(exit.code, str):
+            print(exit.code, file=sys.stderr)
+        return exit.code if isinstance(exit.code, int) else int(exit.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1])
