@@ -1,7 +1,7 @@
 """Shell commands as a user types them: a folder and a command go in, what it printed and its exit code come out.
 
-`nla` and `python` are the installed ones, each in a process of its own. Those processes are forks of one server that has
-imported PyTorch, transformers and PEFT already, so a command takes its own time and not the seconds of those imports.
+`nla` and `python` are the installed ones, each in a process of its own. Those processes are forks of one server that
+has imported PyTorch, transformers and PEFT already: a command takes its own time and not the seconds of those imports.
 """
 
 from __future__ import annotations
@@ -124,7 +124,8 @@ def _answer(client: socket.socket) -> None:
     for number, file in enumerate(files):
         os.dup2(file, number)
         os.close(file)
-    sys.stdin, sys.stdout, sys.stderr = (open(n, "r" if n == 0 else "w", encoding="utf-8") for n in range(3))
+    sys.stdin = os.fdopen(0, "r", encoding="utf-8")
+    sys.stdout, sys.stderr = (os.fdopen(n, "w", encoding="utf-8") for n in (1, 2))
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(variable.split("=", 1) for variable in variables.split("\0"))
