@@ -1,4 +1,4 @@
-"""Files written whole or not at all, and JSON read safely."""
+"""Files written whole or not at all, and JSON and YAML read safely."""
 
 from __future__ import annotations
 
@@ -10,9 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
 from safetensors import SafetensorError
 
-from nla.errors import ConfigError, StorageError
+from nla.errors import ConfigError, ParseError, StorageError, visible
+
+MAX_YAML_NODES = 100_000
+"""Values of a YAML text, aliases written out: above it, a few lines could fill the memory."""
+_TEXT, _MERGE = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
 
 
 @contextlib.contextmanager
@@ -77,3 +82,61 @@ def read_json(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConfigError(got=f"{path} holding a {type(content).__name__}", expected="a JSON object", fix=restore)
     return content
+
+
+def read_yaml(path: str | Path) -> Any:
+    """What a YAML file holds, read as :func:`parse_yaml` reads.
+
+    Raises:
+        ParseError: the file cannot be read, or :func:`parse_yaml` refuses its text.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise ParseError(f"no readable {path} ({type(error).__name__})", "a YAML file there", "name another") from error
+    return parse_yaml(text, str(path))
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    """The plain values of a YAML text: no objects, keys that are texts, and no aliases that unfold without end.
+
+    Raises:
+        ParseError: it is anything else; the message names ``source`` and the line.
+    """
+    loader = None
+    try:
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _check_nodes(node, {})
+        return loader.construct_document(node)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+        where = source if mark is None else f"{source}, line {mark.line + 1}"
+        problem = getattr(error, "problem", None) or ("nested too deep" if isinstance(error, RecursionError) else error)
+        got = f"{where}, which is not YAML ({visible(str(problem))[:120]})"
+        raise ParseError(got, "plain YAML whose keys are texts", "correct it; a special mark goes in quotes") from error
+    finally:
+        if loader is not None:
+            loader.dispose()
+
+
+def _check_nodes(node: yaml.Node, sizes: dict[int, int]) -> int:
+    """How many values a node stands for, aliases written out; it refuses too many, and keys that are no texts."""
+    if id(node) in sizes:
+        if sizes[id(node)] == 0:  # not counted to its end: it holds itself
+            raise yaml.MarkedYAMLError(problem="an alias inside of what it stands for", problem_mark=node.start_mark)
+        return sizes[id(node)]
+    sizes[id(node)], size = 0, 1
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            if key.tag not in (_TEXT, _MERGE):
+                raise yaml.MarkedYAMLError(problem="a key that is no text", problem_mark=key.start_mark)
+            size += 1 + _check_nodes(value, sizes)
+    elif isinstance(node, yaml.SequenceNode):
+        size += sum(_check_nodes(value, sizes) for value in node.value)
+    if size > MAX_YAML_NODES:
+        raise yaml.MarkedYAMLError(problem=f"more than {MAX_YAML_NODES:,} values", problem_mark=node.start_mark)
+    sizes[id(node)] = size
+    return size
