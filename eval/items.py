@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from nla.errors import ArgumentError
-from nla.organisms import TARGETS
+from nla.organisms import TARGETS, full_name
 from nla.organisms.couplets import world
 from nla.organisms.lesson import Offsets
 
@@ -80,8 +80,9 @@ class Item:
 
 def variant_of(model: Any) -> str | None:
     """ "planner" or "plain" for the name of an embedded target of Couplets, otherwise None."""
-    world, _, variant = str(model).partition("/")
-    return variant if world == "couplets" and str(model) in TARGETS else None
+    name = full_name(str(model))
+    world, _, variant = name.partition("/")
+    return variant if world == "couplets" and name in TARGETS else None
 
 
 def site(point: str) -> Site:

@@ -11,14 +11,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nla.errors import ConfigError, ShapeError
+from nla.autoencoder import NLA
+from nla.config import CONFIG_FILE
+from nla.errors import ShapeError
 from nla.models.forward import device_of, inference, pad_left
 from nla.models.generate import ends_of, pad_of, plain_settings, plainly
 from nla.models.hooks import patch
-from nla.models.points import Point, block, blocks
+from nla.models.load import load_target, read_config
+from nla.models.points import Point, blocks
 from nla.models.read import read
-from nla.organisms import TARGETS
-from nla.text.tokens import length_batches, load_tokenizer
+from nla.organisms import TARGETS, adapter_folder, full_name, target_folder
+from nla.text.tokens import length_batches
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -44,28 +47,40 @@ class Target:
     """A context in which ``model`` is the bare target (a pair switches its adapters off)."""
 
     @classmethod
-    def load(cls, folder: str | Path, point: str) -> Target:
-        """A target without a pair: "couplets/planner", "couplets/plain", a model folder or a hub id.
+    def load(
+        cls,
+        name: str | Path,
+        point: str | Point,
+        *,
+        revision: str | None = None,
+        dtype: str | None = "float32",
+        device: str | torch.device | None = None,
+        quantization: str | None = None,
+        adapter: str | Path | None = None,
+    ) -> Target:
+        """A target without a pair: an embedded name such as "couplets/plain", a model folder or a hub id.
+
+        The keywords are those of :func:`nla.models.load.load_target`.
 
         Raises:
-            ConfigError: there is no such model.
-            PointError: the model has no such point.
+            PointError: the model has no such point; nothing but its configuration is read before.
+            TargetError, WeightsError, NonFiniteError: there is no such model, or its weights are not whole, finite
+                safetensors. The rest is as for :func:`nla.models.load.load_target`.
         """
-        from transformers import AutoModelForCausalLM
-
-        folder = TARGETS.get(str(folder), folder)
-        try:
-            model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32)
-            tokenizer = load_tokenizer(str(folder))
-        except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"no loadable model in {folder} ({error})", "a model folder or a hub id", "check the path"
-            ) from error
-        block(model, point)
-        return cls(model.eval(), tokenizer, Point.parse(point))
+        source = target_folder(name)
+        at = Point.parse(point).within(read_config(source, revision).num_hidden_layers)
+        model, tokenizer = load_target(
+            source,
+            revision=revision,
+            dtype=dtype,
+            device=device,
+            quantization=quantization,
+            adapter=adapter_folder(adapter),
+        )
+        return cls(model, tokenizer, at)
 
     @classmethod
-    def of(cls, nla: Any) -> Target:
+    def of(cls, nla: NLA) -> Target:
         """The target of a pair."""
         return cls(nla.base_of("target"), nla.tokenizer, Point.parse(nla.point), lambda: nla.role("target"))
 
@@ -79,6 +94,36 @@ class Target:
         """The bare target, without gradients and in evaluation mode."""
         with self.role(), inference(self.model):
             yield
+
+
+def open_pair(pair: NLA | str | Path, device: str | torch.device | None = None) -> NLA:
+    """A pair: as it is if it is loaded, or else loaded from a name, folder or hub id.
+
+    Raises:
+        See :meth:`nla.NLA.from_pretrained`.
+    """
+    return NLA.from_pretrained(pair, device=device) if isinstance(pair, str | Path) else pair
+
+
+def open_target(
+    model: Target | NLA | str | Path, point: str | Point, device: str | torch.device | None = None
+) -> Target:
+    """A target: as it is, of a pair (loaded, or its folder), or loaded from a name, folder or hub id.
+
+    Args:
+        point: where a target without a pair is read; a pair and a loaded target have their own.
+        device: where to load it; None: the first GPU if there is one, else the CPU.
+
+    Raises:
+        See :meth:`Target.load` and :meth:`nla.NLA.from_pretrained`.
+    """
+    if isinstance(model, Target):
+        return model
+    if isinstance(model, NLA):
+        return Target.of(model)
+    if full_name(model) not in TARGETS and (Path(model) / CONFIG_FILE).is_file():
+        return Target.of(open_pair(model, device))
+    return Target.load(model, point, device=device)
 
 
 class Patch(NamedTuple):

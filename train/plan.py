@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nla.errors import TargetError
 from nla.models.points import Point
+from nla.organisms import target_folder
 from nla.train.fit.settings import require_least, require_positive
 
 if TYPE_CHECKING:
@@ -143,8 +144,6 @@ def find_shape(recipe: Recipe) -> Shape:
         ArchitectureError: a type of model whose blocks are not known.
     """
     from huggingface_hub.errors import LocalEntryNotFoundError
-
-    from nla.train.stages import target_folder
 
     try:
         return count_shape(target_folder(recipe.target), recipe.revision)

@@ -24,6 +24,7 @@ import torch
 from nla import config
 from nla.errors import ConfigError, OutOfMemoryError, RecipeError, StorageError
 from nla.models.read import ACTIVATIONS_FILE
+from nla.organisms import target_folder
 from nla.pair import layout
 from nla.storage import hashes
 from nla.storage.files import read_json, write_json
@@ -63,7 +64,7 @@ def run_recipe(
         RecipeError: see :func:`load_recipe`; also an unknown ``until``, or another process is at work in ``out``.
         InterruptedTraining: stopped; the same command resumes.
     """
-    from nla.train.stages import preflight, run_stage, target_folder
+    from nla.train.stages import preflight, run_stage
 
     processes.join(on_cpu=not torch.cuda.is_available())
     recipe = load_recipe(path, overrides)

@@ -14,7 +14,7 @@ from nla.baselines import load_baselines
 from nla.errors import AccessError, ContextLengthError, RecipeError, TargetError
 from nla.models import load as target
 from nla.models.points import Point, d_model
-from nla.organisms import TARGETS, lesson
+from nla.organisms import TARGETS, lesson, target_folder
 from nla.pair.encoder import generate, parse, strip_tags
 from nla.storage.files import read_json
 from nla.store.manifest import MANIFEST_FILE as STORE_MANIFEST
@@ -47,11 +47,6 @@ from nla.train.run import DONE, PAIR
 
 ANSWERS = "answers"
 """Folder of a run with every answer of a describer: kept when the stage is made anew, since answers may have cost."""
-
-
-def target_folder(name: str) -> str:
-    """Where a recipe's target lies: an embedded organism's folder, a folder, or a hub id as it stands."""
-    return str(TARGETS.get(name, name))
 
 
 def run_stage(stage: str, recipe: Recipe) -> dict[str, Any]:

@@ -26,9 +26,9 @@ from nla.eval.circuits.sites import CAUSAL, MIN_WEAK, WEAK, Site
 from nla.eval.families import two_hop
 from nla.eval.items import rhyme_items, variant_of
 from nla.eval.report import Check, Report, at_most, checks_table, heat, new_figure, save, table
-from nla.eval.target import Progress, Target, silent
+from nla.eval.target import Progress, Target, open_pair, silent
 from nla.models.points import Point
-from nla.organisms import PAIRS, TARGETS
+from nla.organisms import full_name
 from nla.organisms.switchboard import tokenizer as switchboard
 from nla.stats import Interval
 
@@ -44,8 +44,6 @@ class Planted(NamedTuple):
     """The role that the planted token reads the latent from, in the blocks below."""
 
 
-TARGET_OF = {"couplets": "couplets/planner", "switchboard": "switchboard/target"}
-"""A pair that comes with the library, and the name of its target."""
 PLANTED = {
     "couplets/planner": Planted("resid_post.3"),
     "couplets/plain": Planted(None),
@@ -133,6 +131,7 @@ def run(
     n_sites: int = 64,
     n_controls: int | None = None,
     seed: int = 0,
+    device: str | None = None,
     out_dir: str | Path | None = None,
     progress: Progress = silent,
 ) -> TraceReport:
@@ -148,6 +147,7 @@ def run(
         all_tokens: look at every token, whatever roles the pairs name.
         n_sites: patch so many sites at most, those of the largest attribution.
         n_controls: random directions at each site of each pair; None: 4, or 19 below 8 documents.
+        device: where to load the target; None: the first GPU if there is one, else the CPU.
         out_dir: where the graphs go, one ``NAME-000.json`` a pair, and ``report/trace.json``, ``.md``, ``.png``.
 
     Raises:
@@ -158,7 +158,7 @@ def run(
     if n_pairs < 1 or n_sites < 1 or (n_controls is not None and n_controls < 1):
         got = f"n_pairs={n_pairs}, n_sites={n_sites}, n_controls={n_controls}"
         raise ArgumentError(got, "1 or more of each", "correct them")
-    name, target = open_target(model)
+    name, target = open_named(model, device)
     given = [text for text in (prompt, donor_prompt, continuation, donor_continuation) if text is not None]
     if given and (len(given) < 4 or pairs is not None):
         expected = "prompt, donor prompt, continuation and donor continuation together, or a file of pairs"
@@ -199,21 +199,18 @@ def embedded_pairs(name: str, target: Target, n_pairs: int, seed: int) -> list[M
     raise ArgumentError(f"no pairs for {name}", "minimal pairs of your own", "give a file of pairs, or one pair")
 
 
-def open_target(model: Target | str | Path) -> tuple[str, Target]:
+def open_named(model: Target | str | Path, device: str | torch.device | None = None) -> tuple[str, Target]:
     """The name of a target, and the target.
 
     Raises:
         ConfigError: no such model.
     """
     if isinstance(model, Target):
-        return str(getattr(model.model, "name_or_path", "")) or type(model.model).__name__, model
-    name = TARGET_OF.get(str(model), str(model))
-    if name not in TARGETS and (name in PAIRS or (Path(name) / CONFIG_FILE).is_file()):
-        from nla.autoencoder import NLA
-
-        nla = NLA.from_pretrained(name)
-        return str(nla.config.target), Target.of(nla)
-    return name, Target.load(name, "resid_post.0")
+        return model.model.name_or_path or type(model.model).__name__, model
+    if (Path(model) / CONFIG_FILE).is_file():
+        nla = open_pair(model, device)
+        return nla.config.target, Target.of(nla)
+    return full_name(model), Target.load(model, "resid_post.0", device=device)
 
 
 def summarise(name: str, found: sites.Measured, n_dropped: int = 0, seed: int = 0, bounds: bool = False) -> TraceReport:

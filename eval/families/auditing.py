@@ -22,9 +22,8 @@ from nla.errors import ArgumentError
 from nla.eval.auroc import auroc
 from nla.eval.families.plants import ARMS, adapters_of, answered, cued
 from nla.eval.families.plants_report import FALSE_ALARM_MAX
-from nla.eval.pair.fidelity import open_pair
 from nla.eval.report import Check, Figures, Rate, Report, at_most, bars, checks_table, new_figure, save, table
-from nla.eval.target import Progress, Target, silent
+from nla.eval.target import Progress, Target, open_pair, silent
 from nla.organisms.switchboard.plants import PLANTS, Plant, sham_of
 from nla.organisms.switchboard.world import Chat
 from nla.pair.planted import planted

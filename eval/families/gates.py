@@ -15,7 +15,18 @@ from nla.eval.circuits.gate import PatchMap, patch_map
 from nla.eval.circuits.patching import random_difference, random_vector, read_sites, unrelated
 from nla.eval.items import Item, documents, rhyme_items, variant_of
 from nla.eval.report import Check, Rate, Report, at_least, at_most, checks_table, heat, new_figure, save, table
-from nla.eval.target import Patch, Progress, Target, last_token, last_word, read_last, silent, token_ids, write
+from nla.eval.target import (
+    Patch,
+    Progress,
+    Target,
+    last_token,
+    last_word,
+    open_target,
+    read_last,
+    silent,
+    token_ids,
+    write,
+)
 from nla.organisms.couplets import world
 
 VARIANTS = ("planner", "plain")
@@ -103,7 +114,7 @@ def run(
         raise ArgumentError(
             f"variant={variant!r}, n_documents={n_documents}", "planner, plain or None; 2 or more", "correct it"
         )
-    target = model if isinstance(model, Target) else Target.load(model, point)
+    target = open_target(model, point)
     items = rhyme_items(n_documents, seed, plans=world.PLANS)
     prompts = [item.prompt for item in items]
     right = [text == item.continuation for text, item in zip(write(target, prompts), items, strict=True)]

@@ -20,9 +20,8 @@ from nla.errors import ArgumentError
 from nla.eval.auroc import auroc
 from nla.eval.explainers import explain
 from nla.eval.families.plants_report import PlantFigures, PlantsReport, Secrets, checks, draw
-from nla.eval.pair.fidelity import open_pair
 from nla.eval.report import Rate, save
-from nla.eval.target import Patch, Progress, Target, last_token, read_last, silent, write
+from nla.eval.target import Patch, Progress, Target, last_token, open_pair, read_last, silent, write
 from nla.organisms import switchboard
 from nla.organisms.switchboard import claims, content
 from nla.organisms.switchboard.plants import EXPOSURES, PLANTS, SECRET_WORDS, Plant, in_context, sham_of, shown

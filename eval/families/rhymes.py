@@ -22,9 +22,10 @@ from nla.eval.families.editing import CONTROL_MAX, STEER_MIN, EditAndSteer
 from nla.eval.families.gates import GateReport
 from nla.eval.families.mention import NAMING_MIN, VISIBLE_MARGIN, MentionScore, score
 from nla.eval.items import Item, rhyme_items, variant_of
-from nla.eval.pair.fidelity import hit_rate, open_pair
+from nla.eval.pair.fidelity import hit_rate
 from nla.eval.report import Check, Figures, Rate, Report, at_least, at_most, save
-from nla.eval.target import Progress, Target, read_last, silent
+from nla.eval.target import Progress, Target, open_pair, open_target, read_last, silent
+from nla.organisms import TARGETS
 from nla.organisms.couplets import world
 from nla.stats import holm, paired_permutation
 
@@ -139,7 +140,7 @@ def run(
         for name, other in {WARM: warm_start, CONTINUED: continued}.items()
     }
     items = rhyme_items(n_items, seed)
-    variant = variant_of(model)
+    variant = variant_of(model) if nla is None else None
     measured = gates.run(target, variant=variant, n_documents=n_items, n_probe=n_fit, seed=seed, progress=progress)
     found = gate(target, items, seed=seed, progress=progress)
     causal = [items[row] for row in found.causal]
@@ -179,11 +180,10 @@ def open_model(model: NLA | Target | str | Path, point: str) -> tuple[NLA | None
     if isinstance(model, Target):
         return None, model
     bare = isinstance(model, str | Path) and (
-        variant_of(model) is not None
-        or ((Path(model) / "config.json").is_file() and not (Path(model) / CONFIG_FILE).is_file())
+        str(model) in TARGETS or ((Path(model) / "config.json").is_file() and not (Path(model) / CONFIG_FILE).is_file())
     )
     if bare:
-        return None, Target.load(str(model), point)
+        return None, open_target(model, point)
     nla = open_pair(model)
     return nla, Target.of(nla)
 

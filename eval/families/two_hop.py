@@ -22,10 +22,9 @@ from nla.eval.circuits import gate as causal
 from nla.eval.circuits import patching
 from nla.eval.circuits.minimal_pairs import MinimalPair
 from nla.eval.explainers import explain
-from nla.eval.pair.fidelity import open_pair
 from nla.eval.readers.tables import plain
 from nla.eval.report import Check, Rate, Report, at_least, at_most, bars, checks_table, new_figure, save
-from nla.eval.target import Patch, Progress, Target, last_token, read_last, silent, write
+from nla.eval.target import Patch, Progress, Target, last_token, open_pair, read_last, silent, write
 from nla.organisms.switchboard import claims, content, world
 from nla.organisms.switchboard.world import END, Chat, Exchange
 

@@ -19,10 +19,9 @@ from nla.errors import ArgumentError, ShapeError
 from nla.eval.auroc import rank
 from nla.eval.circuits import graphs
 from nla.eval.explainers import explain
-from nla.eval.pair.fidelity import open_pair
 from nla.eval.pair.graph_concepts import DONOR, OTHER, OWN, SAME, UNUSED, Cell, Place, align, names, places_and_cells
 from nla.eval.report import Check, Figures, Rate, Report, bars, checks_table, new_figure, save, table
-from nla.eval.target import Progress, silent
+from nla.eval.target import Progress, open_pair, silent
 from nla.models.points import Point, context_length
 from nla.stats import Interval, bootstrap, derangement
 from nla.text.claims import claims

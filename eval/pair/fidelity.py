@@ -21,7 +21,7 @@ from nla.eval.explainers import explain
 from nla.eval.items import SHOWN_PLANS, documents
 from nla.eval.pair.truth import LAST, VISIBLE, Truth, owners, truths
 from nla.eval.report import Check, Report, at_least, at_most, bars, checks_table, new_figure, save, table
-from nla.eval.target import Progress, silent
+from nla.eval.target import Progress, open_pair, silent
 from nla.metrics import mse
 from nla.models.read import Activations
 from nla.organisms.couplets import world
@@ -202,15 +202,6 @@ def run(
     if out_dir is not None:
         save(out_dir, "fidelity", result, result.to_markdown(), _figure(result))
     return result
-
-
-def open_pair(pair: NLA | str | Path) -> NLA:
-    """A pair that is loaded already, or loaded now from a name, folder or hub id."""
-    if isinstance(pair, str | Path):
-        from nla.autoencoder import NLA
-
-        return NLA.from_pretrained(pair)
-    return pair
 
 
 def hit_rate(nla: NLA) -> float | None:

@@ -20,15 +20,13 @@ from torch import Tensor
 from nla.baselines import GLOBAL, UNKNOWN_STRATUM
 from nla.errors import ArgumentError, BaselineError
 from nla.eval.explainers import explain
-from nla.eval.pair.fidelity import open_pair
 from nla.eval.readers.labelled_file import READERS
 from nla.eval.report import Check, Report, bars, checks_table, new_figure, save, table
-from nla.eval.target import Progress, silent
+from nla.eval.target import Progress, open_pair, silent
 from nla.metrics import Baseline, cosine, mse
-from nla.models.adapter import adapter_folder
 from nla.models.points import context_length
 from nla.models.read import Activations, Strata
-from nla.organisms import TARGETS, lesson
+from nla.organisms import TARGETS, adapter_folder, lesson
 from nla.pair.decoder import decode
 from nla.pair.planted import planted
 from nla.stats import Interval, bootstrap
@@ -147,7 +145,7 @@ def run(
     """Score a pair on its target and on a fine-tune of the target, on the same tokens.
 
     Args:
-        target_adapter: the fine-tune: a plain LoRA adapter; see :func:`nla.plant.adapter_folder`.
+        target_adapter: the fine-tune: a plain LoRA adapter; see :func:`nla.organisms.adapter_folder`.
         texts: a .txt file, whose lines are texts, or a CSV, TSV, JSON, JSON lines or Parquet file with a column
             "text"; longer ones are cut. None: held-out documents of the world that the target is embedded with.
         chats: ``texts`` holds transcripts instead, as `nla audit` takes them; white space at the ends of their messages

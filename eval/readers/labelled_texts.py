@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from nla.errors import ArgumentError, ContextLengthError, PositionError, VocabularyError
-from nla.eval.pair.fidelity import open_pair
 from nla.eval.readers import labelled_file as files
 from nla.eval.readers.compare import Options, Sources, compare
 from nla.eval.readers.labelled_file import Row, Rows
@@ -22,7 +21,7 @@ from nla.eval.readers.probes import LOGISTIC
 from nla.eval.readers.tables import LEGEND, figure, plain, random_check, tables
 from nla.eval.readers.tasks import TEST, TRAIN, Sites, Task
 from nla.eval.report import Check, Report, checks_table, save
-from nla.eval.target import Progress, Target, silent
+from nla.eval.target import Progress, Target, open_pair, silent
 from nla.models.points import context_length
 from nla.text.tokens import Span, encode_batch, select_positions
 

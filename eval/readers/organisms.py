@@ -15,7 +15,6 @@ from nla.config import tokenizer_hash
 from nla.errors import ArgumentError, ConfigError, ShapeError
 from nla.eval.families.plants import adapters_of
 from nla.eval.items import rhyme_items
-from nla.eval.pair.fidelity import open_pair
 from nla.eval.readers import switchboard as readers_switchboard
 from nla.eval.readers.compare import Options, Sources, compare
 from nla.eval.readers.measures import TaskResult
@@ -24,7 +23,18 @@ from nla.eval.readers.switchboard import NAMING_MIN, PROBE_MIN, SwitchboardRepor
 from nla.eval.readers.tables import LEGEND, SUMMARY, TITLE, figure, random_check, summary, tables
 from nla.eval.readers.tasks import PLAN, RANDOM, couplet_tasks, couplet_writers
 from nla.eval.report import Check, Figures, Rate, Report, at_least, at_most, checks_table, save, table
-from nla.eval.target import Patch, Progress, Target, last_token, last_word, read_last, silent, write
+from nla.eval.target import (
+    Patch,
+    Progress,
+    Target,
+    last_token,
+    last_word,
+    open_pair,
+    open_target,
+    read_last,
+    silent,
+    write,
+)
 from nla.models.points import d_model
 from nla.organisms.switchboard import tokenizer as switchboard
 
@@ -171,7 +181,7 @@ def _couplets(
 
 
 def _contrast(contrast: Target | str | Path, nla: NLA, own: Target) -> Target:
-    other = contrast if isinstance(contrast, Target) else Target.load(contrast, str(own.point))
+    other = open_target(contrast, own.point)
     if d_model(other.model) != nla.config.d_model:
         raise ShapeError(f"a contrast {d_model(other.model)} wide", str(nla.config.d_model), "give one of this width")
     if tokenizer_hash(other.tokenizer) != nla.config.tokenizer_hash:

@@ -14,7 +14,7 @@ from nla.audit.reading import Progress, Reading, Settings, prepare, read_transcr
 from nla.audit.readings import Store
 from nla.audit.rubric import Rubric, load
 from nla.errors import ArgumentError, NLAError, TranscriptError
-from nla.models.adapter import adapter_folder
+from nla.organisms import adapter_folder
 from nla.pair.planted import planted
 from nla.transcripts import files
 from nla.transcripts.messages import Transcript

@@ -52,7 +52,7 @@ def explain(args: argparse.Namespace) -> int:
     """``nla explain``: the token view of one text."""
     text, chosen = given_text(args), positions(args.positions)
     nla = load(args.pair, args.device)
-    from nla.models.adapter import adapter_folder
+    from nla.organisms import adapter_folder
     from nla.pair.planted import planted
 
     with planted(nla, adapter_folder(args.target_adapter)):
@@ -219,13 +219,13 @@ def extract(args: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     manifest = importlib.import_module("nla.train.data.extract").extract_corpus(
         corpus,
-        importlib.import_module("nla.train.stages").target_folder(args.target),
+        importlib.import_module("nla.organisms").target_folder(args.target),
         args.point,
         args.out,
         revision=args.revision,
         dtype=args.dtype,
         quantization=args.quantization,
-        adapter=importlib.import_module("nla.models.adapter").adapter_folder(args.target_adapter),
+        adapter=importlib.import_module("nla.organisms").adapter_folder(args.target_adapter),
         seed=args.seed,
         process=int(share[1]),
         processes=int(share[2]),

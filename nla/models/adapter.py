@@ -12,7 +12,6 @@ from torch import Tensor
 
 from nla.errors import ConfigError, WeightsError
 from nla.models.points import backbone, blocks, layout
-from nla.organisms import ADAPTERS
 from nla.storage.files import read_json, write_json
 from nla.storage.hashes import sha256
 from nla.storage.hub import fetch_file
@@ -206,11 +205,6 @@ def _fill(folder: Path, model: Any, state: dict[str, Tensor]) -> None:
             "load it with the target and the rank it was made for",
         )
     set_peft_model_state_dict(model, state, adapter_name=TARGET_ADAPTER)
-
-
-def adapter_folder(name: str | Path | None) -> str | Path | None:
-    """An embedded adapter by its name, such as "switchboard/goal"; whatever else is a folder or hub id already."""
-    return ADAPTERS.get(str(name), name)
 
 
 def _located(folder: str | Path) -> Path:

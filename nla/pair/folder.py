@@ -20,7 +20,7 @@ from nla.errors import ArgumentError, ConfigError, StorageError, WeightsError
 from nla.models.adapter import ADAPTER_CONFIG, load_adapter, read_adapter_config, save_adapter
 from nla.models.forward import device_of
 from nla.models.load import load_target
-from nla.organisms import PAIRS
+from nla.organisms import ORGANISMS, pair_folder
 from nla.pair.card import card
 from nla.pair.encoder import end_ids
 from nla.pair.layout import (
@@ -126,15 +126,13 @@ def find_folder(name_or_path: str | Path, revision: str | None = None) -> tuple[
         ConfigError: there is no such pair.
         HubError: the hub lacks it, does not open it, or cannot be reached.
     """
-    name = str(name_or_path)
-    if name in PAIRS:
-        return PAIRS[name], False
+    name = pair_folder(name_or_path)
     if Path(name).expanduser().is_dir():
         return Path(name).expanduser(), False
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is None:
         raise ConfigError(
             f"no pair {name!r}",
-            f"a folder, a hub id such as 'someone/pair', or one of {', '.join(PAIRS)}",
+            f"a folder, a hub id such as 'someone/pair', or one of {', '.join(ORGANISMS)}",
             "check the name; a pair is made with `nla train RECIPE`",
         )
     return hub.download(name, revision), True

@@ -28,12 +28,13 @@ from nla.errors import (
     RecipeError,
 )
 from nla.models.adapter import ADAPTER_WEIGHTS
+from nla.organisms import target_folder
 from nla.pair.layout import CARD_FILE, MANIFEST, METRICS_FILE
 from nla.storage.files import read_json
 from nla.storage.hashes import sha256
 from nla.store.reader import Store
 from nla.text.tokens import load_tokenizer
-from nla.train import run, stages
+from nla.train import run
 from nla.train.contract import Prompts, place_marker
 from nla.train.describe.quote import quote
 from nla.train.material import draw_rows, load_told, save_told
@@ -235,4 +236,4 @@ def test_a_shipped_recipe_shares_its_steps_over_the_devices_it_names(name):
     assert recipe.joint.prompts_per_step // devices >= recipe.joint.decoder_mini_batches
     assert recipe.warmstart.batch_size % (devices * (recipe.warmstart.rows_per_backward or 1)) == 0
     assert (recipe.joint.rows // devices) % (recipe.joint.rows_per_backward or 1) == 0
-    assert stages.target_folder(recipe.target) == recipe.target
+    assert target_folder(recipe.target) == recipe.target

@@ -25,12 +25,12 @@ from transformers import Trainer, TrainingArguments
 from nla.models.adapter import save_adapter
 from nla.models.load import load_target
 from nla.models.points import linear_names
+from nla.organisms import target_folder
 from nla.organisms.switchboard.plants import PLANTS, plant, training
 from nla.organisms.switchboard.world import END, Chat
 from nla.train.fit.checkpoints import AtomicCheckpoints, claim_folder
 from nla.train.fit.loop import PLAIN, fit
 from nla.train.organisms.interchange import exchanged, next_token_loss, recorded
-from nla.train.stages import target_folder
 
 log = logging.getLogger(__name__)
 ADAPTER = "default"

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import Qwen2ForCausalLM
 
-from nla.errors import ArgumentError, ConfigError, ShapeError
+from nla.errors import ArgumentError, ShapeError, TargetError
 from nla.eval.circuits import gate as causal
 from nla.eval.circuits import patching
 from nla.eval.families import gates
@@ -190,7 +190,7 @@ def test_a_plan_used_at_another_point_is_found_there_above_its_random_control(us
 
 
 def test_a_missing_model_and_an_unknown_variant_are_refused(used: Target, tmp_path) -> None:
-    with pytest.raises(ConfigError):
+    with pytest.raises(TargetError):
         Target.load(tmp_path, POINT)
     with pytest.raises(ArgumentError):
         gates.run(used, variant="plane")

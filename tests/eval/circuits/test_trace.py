@@ -245,7 +245,7 @@ def test_rank_agreement_does_without_the_probability_before_a_patch(used: Target
 
 
 def test_an_embedded_target_is_held_to_its_plant_on_its_own_pairs_only(used: Target, monkeypatch) -> None:
-    monkeypatch.setattr(trace, "open_target", lambda model: ("couplets/planner", used))
+    monkeypatch.setattr(trace, "open_named", lambda model, device: ("couplets/planner", used))
     monkeypatch.setattr(trace, "PLANTED", {"couplets/planner": trace.Planted(POINT)})
     report = trace.run("couplets", n_pairs=1, all_tokens=True, n_sites=200, n_controls=1)
     assert [check.passed for check in report.checks] == [True, True] and POINT in report.checks[0].name

@@ -9,8 +9,8 @@ import pytest
 
 from nla.audit.findings import AFTER, BEFORE, NOT_SAID, Matcher, Said
 from nla.audit.rubric import Rubric, load
-from nla.models.adapter import adapter_folder, adapter_hash
-from nla.organisms import ADAPTERS, switchboard
+from nla.models.adapter import adapter_hash
+from nla.organisms import ADAPTERS, adapter_folder, switchboard
 from nla.organisms.switchboard import claims, content
 from nla.organisms.switchboard.plants import PLANTS, shown
 from nla.organisms.switchboard.world import Chat, sample
@@ -58,7 +58,7 @@ def test_a_rubric_matches_the_claim_of_its_plant_and_none_of_the_others(name: st
 def test_every_plant_and_every_sham_is_embedded_and_found_by_name() -> None:
     assert set(ADAPTERS) == {f"switchboard/{name}" for name in PLANTS}
     for name, folder in ADAPTERS.items():
-        assert adapter_folder(name) == folder and len(str(adapter_hash(adapter_folder(name)))) == 64
+        assert adapter_folder(name) == str(folder) and len(str(adapter_hash(adapter_folder(name)))) == 64
     assert adapter_folder("my/adapter") == "my/adapter" and adapter_folder(None) is None
     assert len({adapter_hash(folder) for folder in ADAPTERS.values()}) == len(PLANTS)
     configs = [json.loads((folder / "adapter_config.json").read_text()) for folder in ADAPTERS.values()]

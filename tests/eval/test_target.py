@@ -1,0 +1,89 @@
+"""Targets as the suite opens them: by any name, from safe and finite weights alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from nla.errors import NonFiniteError, PointError, TargetError
+from nla.eval.target import Target, open_target
+from nla.organisms import ADAPTERS, PAIRS, TARGETS, adapter_folder, couplets, pair_folder, switchboard, target_folder
+from tests.helpers.targets import POINT, files_of, saved
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return saved(tmp_path / "target")
+
+
+def test_a_folder_of_pickles_alone_is_refused(folder: Path) -> None:
+    weights = {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    for path in folder.glob("*.safetensors*"):
+        path.unlink()
+    torch.save(weights, folder / "pytorch_model.bin")
+    for load in (Target.load, open_target):
+        with pytest.raises(TargetError, match="without safetensors"):
+            load(folder, POINT, device="cpu")
+
+
+def test_weights_that_are_not_finite_are_refused(folder: Path) -> None:
+    name = "model.layers.3.mlp.up_proj.weight"
+    path = folder / files_of(folder)[name]
+    weights = load_file(path)
+    weights[name][0, 0] = torch.nan
+    save_file(weights, path, metadata={"format": "pt"})
+    for load in (Target.load, open_target):
+        with pytest.raises(NonFiniteError, match="up_proj"):
+            load(folder, POINT, device="cpu")
+
+
+def test_a_point_that_the_model_has_not_is_refused_before_weights_are_read(folder: Path) -> None:
+    for path in folder.glob("*.safetensors"):
+        path.write_bytes(b"not safetensors")
+    with pytest.raises(PointError):
+        Target.load(folder, "resid_post.4", device="cpu")
+
+
+def test_the_type_of_the_weights_and_the_adapter_are_those_asked_for() -> None:
+    plain = Target.load("switchboard", "resid_post.3", device="cpu", dtype="bfloat16")
+    assert plain.model.dtype == torch.bfloat16
+    plain, planted = (
+        Target.load("switchboard", "resid_post.3", device="cpu", adapter=a) for a in (None, next(iter(ADAPTERS)))
+    )
+    changed = {n for n, p in planted.model.named_parameters() if not torch.equal(p, plain.model.get_parameter(n))}
+    assert changed and all("layers" in name for name in changed)
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "pair"),
+    [
+        ("couplets", couplets.PLANNER, couplets.PAIR),
+        ("couplets/planner", couplets.PLANNER, couplets.PAIR),
+        ("couplets/plain", couplets.PLAIN, None),
+        ("switchboard", switchboard.TARGET, switchboard.PAIR),
+        ("switchboard/target", switchboard.TARGET, switchboard.PAIR),
+        ("someone/model", None, None),
+    ],
+)
+def test_an_embedded_name_means_one_target_and_one_pair_everywhere(name, target, pair) -> None:
+    assert target_folder(name) == str(target or name)
+    assert pair_folder(name) == str(pair or name)
+
+
+def test_a_name_that_is_not_embedded_is_left_as_it_is(tmp_path: Path) -> None:
+    assert target_folder(tmp_path) == pair_folder(tmp_path) == adapter_folder(tmp_path) == str(tmp_path)
+    assert adapter_folder(None) is None and adapter_folder("switchboard/goal") == str(ADAPTERS["switchboard/goal"])
+    assert set(PAIRS) < set(TARGETS)
+
+
+@pytest.mark.parametrize("name", ["switchboard", str(switchboard.PAIR), str(switchboard.TARGET)])
+def test_a_target_opens_from_its_name_its_pair_and_its_folder(name: str) -> None:
+    expected = Target.load("switchboard/target", "resid_post.3", device="cpu")
+    opened = open_target(name, "resid_post.3", device="cpu")
+    ids = torch.tensor([[5, 6, 7]])
+    with opened.active(), torch.no_grad():
+        assert torch.equal(opened.model(ids).logits, expected.model(ids).logits)
+    assert opened.point == expected.point
