@@ -10,8 +10,8 @@ import time
 
 import torch
 
-from nla.eval.circuits import patching, sites
-from nla.eval.circuits.minimal_pairs import of_items, role_columns
+from nla.eval.circuits import patching
+from nla.eval.circuits.minimal_pairs import encode_pairs, of_items, role_columns
 from nla.eval.items import rhyme_items
 from nla.eval.target import Target
 
@@ -21,7 +21,7 @@ def main(name: str = "couplets/planner", n_pairs: int = 40) -> None:
     torch.set_num_threads(1)
     target = Target.load(name, "resid_post.0")
     pairs = of_items(target, rhyme_items(n_pairs))
-    batch = sites.encode(target, pairs)
+    batch = encode_pairs(target, pairs)
     _, columns = role_columns(target, pairs, batch)
     vectors = tuple(patching.read_sites(target, ids, target.points, columns) for ids in (batch.base, batch.donor))
     started = time.perf_counter()

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from nla.errors import ArgumentError, NonFiniteError, ShapeError
@@ -17,21 +18,18 @@ _CHUNK_ELEMENTS = 1 << 21
 def benjamini_hochberg(p_values: Sequence[float]) -> list[float]:
     """q-values in the order of the p-values: reject those ≤ α and the expected share of false ones is ≤ α.
 
-    >>> benjamini_hochberg([0.01, 0.04, 0.03, 1.0])
-    [0.04, 0.05333333333333334, 0.05333333333333334, 1.0]
+    >>> [round(q, 3) for q in benjamini_hochberg([0.01, 0.04, 0.03, 1.0])]
+    [0.04, 0.053, 0.053, 1.0]
 
     Raises:
         ArgumentError: a p-value outside [0, 1].
 
     Source: Benjamini & Hochberg 1995; valid under positive dependence, Benjamini & Yekutieli 2001.
     """
-    if not all(0 <= p <= 1 for p in p_values):
-        raise ArgumentError(f"p-values {list(p_values)[:5]}", "values in [0, 1]", "check the tests that made them")
-    adjusted, smallest = [1.0] * len(p_values), 1.0
-    for rank, place in reversed(list(enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i]), start=1))):
-        smallest = min(smallest, len(p_values) * p_values[place] / rank)
-        adjusted[place] = smallest
-    return adjusted
+    _check_p_values(p_values)
+    from scipy.stats import false_discovery_control
+
+    return false_discovery_control(p_values, method="bh").tolist() if p_values else []
 
 
 class Interval(NamedTuple):
@@ -61,13 +59,24 @@ def wilson(successes: int, n: int, confidence: float = 0.95) -> Interval:
     """
     if n < 1 or not 0 <= successes <= n:
         raise ArgumentError(f"{successes} successes of {n}", "0 ≤ successes ≤ n, n ≥ 1", "count the trials again")
-    z = _normal_quantile(confidence)
-    share = successes / n
-    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    low = 0.0 if successes == 0 else max(0.0, middle - half)
-    high = 1.0 if successes == n else min(1.0, middle + half)
-    return Interval(share, low, high)
+    if not 0 < confidence < 1:
+        raise ArgumentError(f"confidence {confidence}", "a number in (0, 1)", "use 0.95, for example")
+    from scipy.stats import binomtest
+
+    ends = binomtest(successes, n).proportion_ci(confidence, method="wilson")
+    return Interval(successes / n, float(ends.low), float(ends.high))
+
+
+def spearman(a: Float[Tensor, "*batch n"], b: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch"]:
+    """Rank correlation over the last dimension, float64; equal values share their mean rank. NaN where all are equal.
+
+    Source: Spearman 1904; equal to :func:`scipy.stats.spearmanr` row by row.
+    """
+    from scipy.stats import rankdata
+
+    ranks = [torch.from_numpy(rankdata(values.numpy(), axis=-1)) for values in (a, b)]
+    left, right = (rank - rank.mean(-1, keepdim=True) for rank in ranks)
+    return (left * right).sum(-1) / (left.square().sum(-1) * right.square().sum(-1)).sqrt()
 
 
 def bootstrap(
@@ -186,8 +195,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
     Source: Holm 1979.
     """
-    if not all(0 <= p <= 1 for p in p_values):
-        raise ArgumentError(f"p-values {list(p_values)}", "values in [0, 1]", "check the tests that made them")
+    _check_p_values(p_values)
     adjusted, largest = [0.0] * len(p_values), 0.0
     for rank, place in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[place]))
@@ -198,7 +206,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def derangement(n: int, seed: int, strata: Sequence[str] | None = None) -> Tensor:
     """A random permutation of 0…n−1 (n,) that moves every index; with ``strata``, within each stratum.
 
-    The rock "shuffled": score each activation against another one's reconstruction.
+    The baseline "shuffled": score each activation against another one's reconstruction.
 
     Raises:
         ArgumentError: n, or a stratum, has a single item: it cannot be moved.
@@ -259,8 +267,6 @@ def _flipped(totals: Tensor, bits: Tensor) -> Tensor:
     return 2 * (bits.double() @ totals) - totals.sum()
 
 
-def _normal_quantile(confidence: float) -> float:
-    """z such that a standard normal lies within ±z with this probability."""
-    if not 0 < confidence < 1:
-        raise ArgumentError(f"confidence {confidence}", "a number in (0, 1)", "use 0.95, for example")
-    return math.sqrt(2) * float(torch.erfinv(torch.tensor(confidence, dtype=torch.float64)))
+def _check_p_values(p_values: Sequence[float]) -> None:
+    if not all(0 <= p <= 1 for p in p_values):
+        raise ArgumentError(f"p-values {list(p_values)[:5]}", "values in [0, 1]", "check the tests that made them")

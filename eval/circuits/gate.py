@@ -7,12 +7,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from nla.eval.circuits import patching
+from nla.eval.circuits.minimal_pairs import encode_pairs, token_roles
 from nla.eval.circuits.patching import random_difference, unrelated
 from nla.eval.items import Item
-from nla.eval.target import Patch, Progress, Target, silent, token_ids, write
+from nla.eval.target import Patch, Progress, Target, silent, write
 
 CAUSAL, ELSEWHERE, UNUSED, WRONG = "causal", "used, not at this point", "present, maybe unused", "behaviour wrong"
 MIN_EFFECT = 0.3
@@ -76,7 +78,9 @@ class Gate:
         }
 
 
-def judge(behaviour: bool, effect_all_points: float, effect: float, control: float, control_all_points: float) -> str:
+def verdict_of(
+    behaviour: bool, effect_all_points: float, effect: float, control: float, control_all_points: float
+) -> str:
     """The verdict of one item: a rung needs E ≥ 0.3, and more than its own controls have."""
     if not behaviour:
         return WRONG
@@ -85,11 +89,11 @@ def judge(behaviour: bool, effect_all_points: float, effect: float, control: flo
     return ELSEWHERE if effect_all_points >= MIN_EFFECT and effect_all_points > control_all_points else UNUSED
 
 
-def gate(
+def gate_items(
     target: Target, items: Sequence[Item], n_controls: int = 20, seed: int = 0, progress: Progress = silent
 ) -> Gate:
     """The three rungs for every rhyme item, at its prompt's last token."""
-    batch = encode(target, items)
+    batch = encode_pairs(target, items)
     lines = write(target, [item.prompt for item in items])
     return gate_pairs(
         target,
@@ -108,7 +112,7 @@ def gate(
 def gate_pairs(
     target: Target,
     batch: patching.Batch,
-    columns: Tensor,
+    columns: Int[Tensor, " n"],
     behaviour: Sequence[bool],
     words: Sequence[str],
     related: Sequence[Sequence[str]],
@@ -121,7 +125,7 @@ def gate_pairs(
     points (half random, half of an unrelated pair).
 
     Args:
-        columns: (n,) the token that carries the latent.
+        columns: the token that carries the latent.
         behaviour: whether the target's own continuation is right.
         words: the latent of each pair.
         related: words that an unrelated pair must not have.
@@ -133,22 +137,22 @@ def gate_pairs(
     )
     bounds, everywhere = patching.scale(target, batch), list(range(len(target.points)))
 
-    def effect_of(vectors: Tensor, places: Sequence[int]) -> Tensor:
-        """E (n,) of vectors (n, p, d) at some of the points."""
-        patches = [Patch(target.points[place], columns, vectors[:, i]) for i, place in enumerate(places)]
+    def effect_of(vectors: Float[Tensor, "n p d"], layers: Sequence[int]) -> Float[Tensor, " n"]:
+        """E of vectors at some of the points."""
+        patches = [Patch(target.points[layer], columns, vectors[:, i]) for i, layer in enumerate(layers)]
         return bounds.effect(patching.log_probabilities(target, batch.base, batch.wanted, patches).exp())
 
-    def control_of(places: Sequence[int], done: int) -> Tensor:
-        """What 95 % of the controls at these points stay below, (n,)."""
-        generator, found = torch.Generator().manual_seed(seed), []
+    def control_of(layers: Sequence[int], done: int) -> Float[Tensor, " n"]:
+        """What 95 % of the controls at these points stay below."""
+        generator, effects = torch.Generator().manual_seed(seed), []
         for number in range(n_controls):
             if number % 2:
-                vectors = base[unrelated(words, related, generator)][:, places]
+                vectors = base[unrelated(words, related, generator)][:, layers]
             else:
-                vectors = random_difference(base[:, places], donor[:, places], generator)
-            found.append(effect_of(vectors, places))
+                vectors = random_difference(base[:, layers], donor[:, layers], generator)
+            effects.append(effect_of(vectors, layers))
             progress("gate", (done + number + 1) / (2 * n_controls))
-        return torch.stack(found).quantile(CONTROL_PERCENTILE, dim=0)
+        return torch.stack(effects).quantile(CONTROL_PERCENTILE, dim=0)
 
     here = [target.points.index(point)]
     rungs = (
@@ -157,9 +161,9 @@ def gate_pairs(
         control_of(here, 0),
         control_of(everywhere, n_controls),
     )
-    items, able = [], bounds.usable.tolist()
+    items, usable = [], bounds.usable.tolist()
     for row, (effect_all, effect, bar, bar_all) in enumerate(torch.stack(rungs, dim=1).tolist()):
-        verdict = judge(behaviour[row] and able[row], effect_all, effect, bar, bar_all)
+        verdict = verdict_of(behaviour[row] and usable[row], effect_all, effect, bar, bar_all)
         items.append(ItemGate(documents[row], behaviour[row], effect_all, effect, bar, bar_all, verdict))
     return Gate(point, n_controls, items)
 
@@ -177,48 +181,18 @@ class PatchMap:
         return asdict(self)
 
 
-def token_roles(target: Target, item: Item) -> dict[str, int]:
-    """Columns of the tokens of line 1 that carry features, by role, then the comma and the newline."""
-    ids = token_ids(target, [item.prompt])[0]
-    words = [target.tokenizer.decode([token]).strip(" ") for token in ids]
-    features = {
-        "season": item.couplet.season,
-        "name": item.couplet.name,
-        "colour": item.couplet.colour,
-        "thing": item.couplet.thing,
-        "end noun": item.couplet.ender,
-    }
-    roles = {role: words.index(word) for role, word in features.items()}
-    return {**roles, "comma": len(ids) - 2, "newline": len(ids) - 1}
-
-
 def patch_map(target: Target, items: Sequence[Item], progress: Progress = silent) -> PatchMap:
     """Where the latent is used: E of the minimal donor patched at every point × token of line 1.
 
     Raises:
         ShapeError: a donor prompt is longer or shorter than its item's, so that tokens do not correspond.
     """
-    batch = encode(target, items)
+    batch = encode_pairs(target, items)
     roles = [token_roles(target, item) for item in items]
     tokens = list(roles[0])
-    columns = torch.tensor([[each[token] for token in tokens] for each in roles])
-    vectors = [patching.read_sites(target, ids, target.points, columns) for ids in (batch.base, batch.donor)]
-    found = patching.sweep(
-        target,
-        batch,
-        target.points,
-        columns,
-        (vectors[0], vectors[1]),
-        progress=lambda _, done: progress("patch map", done),
+    columns = torch.tensor([[column_of[token] for token in tokens] for column_of in roles])
+    base, donor = (patching.read_sites(target, ids, target.points, columns) for ids in (batch.base, batch.donor))
+    sweep = patching.sweep(
+        target, batch, target.points, columns, (base, donor), progress=lambda _, done: progress("patch map", done)
     )
-    return PatchMap(target.points, tokens, found.effect.mean(0).tolist())
-
-
-def encode(target: Target, items: Sequence[Item]) -> patching.Batch:
-    """Items as minimal pairs for the patching engine."""
-    return patching.encode(
-        target,
-        [item.prompt for item in items],
-        [item.donor_prompt for item in items],
-        [item.donor_continuation for item in items],
-    )
+    return PatchMap(target.points, tokens, sweep.effect.mean(0).tolist())

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from nla.errors import ArgumentError, ParseError, PositionError, visible
-from nla.eval.circuits import gate
+from nla.eval.circuits import patching
 from nla.eval.circuits.patching import Batch
 from nla.eval.items import Item
-from nla.eval.target import Target
+from nla.eval.target import Target, token_ids
 from nla.models.points import context_length
 from nla.text.tokens import Encoded, encode_batch
 
@@ -69,11 +70,40 @@ def of_items(target: Target, items: Sequence[Item]) -> list[MinimalPair]:
             donor_continuation=item.donor_continuation,
             target=item.target,
             donor_target=item.donor_target,
-            roles=gate.token_roles(target, item),
+            roles=token_roles(target, item),
             document=item.document,
         )
         for item in items
     ]
+
+
+def token_roles(target: Target, item: Item) -> dict[str, int]:
+    """Columns of the tokens of line 1 that carry features, by role, then the comma and the newline."""
+    ids = token_ids(target, [item.prompt])[0]
+    words = [target.tokenizer.decode([token]).strip(" ") for token in ids]
+    features = {
+        "season": item.couplet.season,
+        "name": item.couplet.name,
+        "colour": item.couplet.colour,
+        "thing": item.couplet.thing,
+        "end noun": item.couplet.ender,
+    }
+    roles = {role: words.index(word) for role, word in features.items()}
+    return {**roles, "comma": len(ids) - 2, "newline": len(ids) - 1}
+
+
+def encode_pairs(target: Target, pairs: Sequence[MinimalPair | Item]) -> Batch:
+    """Minimal pairs, or items, for the patching engine.
+
+    Raises:
+        ShapeError, ContextLengthError, EmptyTextError, VocabularyError: see :func:`nla.eval.circuits.patching.encode`.
+    """
+    return patching.encode(
+        target,
+        [pair.prompt for pair in pairs],
+        [pair.donor_prompt for pair in pairs],
+        [pair.donor_continuation for pair in pairs],
+    )
 
 
 def read_pairs(path: str | Path) -> list[MinimalPair]:
@@ -92,16 +122,16 @@ def read_pairs(path: str | Path) -> list[MinimalPair]:
     return pairs
 
 
-def _pair(line: str, place: str, number: int) -> MinimalPair:
+def _pair(line: str, where: str, number: int) -> MinimalPair:
     try:
         content = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise ParseError(
-            f"{place}, which is not JSON ({error})", "one JSON object a line", "correct the line"
+            f"{where}, which is not JSON ({error})", "one JSON object a line", "correct the line"
         ) from error
     expected = f"{', '.join(_REQUIRED)} as texts; {', '.join(_OPTIONAL)} if wanted"
     if not isinstance(content, dict):
-        raise ParseError(f"{place}: a {type(content).__name__}", "a JSON object", "correct the line")
+        raise ParseError(f"{where}: a {type(content).__name__}", "a JSON object", "correct the line")
     wrong = [name for name in content if name not in (*_REQUIRED, *_OPTIONAL)]
     wrong += [name for name in _REQUIRED if not (isinstance(content.get(name), str) and content[name])]
     wrong += [name for name in ("target", "donor_target") if not isinstance(content.get(name, ""), str)]
@@ -111,13 +141,13 @@ def _pair(line: str, place: str, number: int) -> MinimalPair:
     if not isinstance(roles, dict) or not all(type(value) in (int, str) for value in roles.values()):
         wrong.append("roles")
     if wrong:
-        got = f"{place}: {', '.join(map(visible, map(str, wrong)))} missing, unknown or of the wrong type"
+        got = f"{where}: {', '.join(map(visible, map(str, wrong)))} missing, unknown or of the wrong type"
         raise ParseError(got, expected, "correct the line")
     return MinimalPair(**{"document": number, **content})
 
 
-def role_columns(target: Target, pairs: Sequence[MinimalPair], batch: Batch) -> tuple[list[str], Tensor]:
-    """Names of roles, and the token (n, r) that each has in each pair; −1 where a pair has none.
+def role_columns(target: Target, pairs: Sequence[MinimalPair], batch: Batch) -> tuple[list[str], Int[Tensor, "n r"]]:
+    """Names of roles, and the token that each has in each pair; −1 where a pair has none.
 
     Pairs that name no role get all tokens: by index where all prompts have as many, otherwise counted from the end,
     as far as the shortest prompt goes; with the token itself where it is everywhere the same.
@@ -156,20 +186,20 @@ def _column(encoded: Encoded, prompt: str, name: str, value: Any, row: int) -> i
         got = f"role {name!r}: {visible(value)!r}, which is not exactly once in the prompt of pair {row}"
         raise PositionError(got, "a piece of the prompt that stands there once", "lengthen it, or give a token's index")
     last = start + len(value) - 1
-    found = [span.index for span in encoded.spans if not span.added and span.start <= last < span.end]
-    if not found:
+    ending = [span.index for span in encoded.spans if not span.added and span.start <= last < span.end]
+    if not ending:
         got = f"role {name!r}: {visible(value)!r} in pair {row}, which ends in no token"
         raise PositionError(got, "a piece that ends in a token's characters", "give the token's index")
-    return found[0]
+    return ending[0]
 
 
-def _all_tokens(target: Target, batch: Batch) -> tuple[list[str], Tensor]:
+def _all_tokens(target: Target, batch: Batch) -> tuple[list[str], Int[Tensor, "n r"]]:
     shortest = min(len(ids) for ids in batch.base)
     from_end = any(len(ids) > shortest for ids in batch.base)
-    places = range(-shortest, 0) if from_end else range(shortest)
+    columns = range(-shortest, 0) if from_end else range(shortest)
     names = []
-    for place in places:
-        found = {ids[place] for ids in batch.base}
-        word = target.tokenizer.decode([found.pop()]) if len(found) == 1 else ""
-        names.append(f"{place} {visible(word.strip(' '))}".strip())
-    return names, torch.tensor([[place % len(ids) for place in places] for ids in batch.base])
+    for column in columns:
+        tokens = {ids[column] for ids in batch.base}
+        word = target.tokenizer.decode([tokens.pop()]) if len(tokens) == 1 else ""
+        names.append(f"{column} {visible(word.strip(' '))}".strip())
+    return names, torch.tensor([[column % len(ids) for column in columns] for ids in batch.base])

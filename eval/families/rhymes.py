@@ -14,7 +14,7 @@ import torch
 
 from nla.config import CONFIG_FILE
 from nla.errors import ConfigError
-from nla.eval.circuits.gate import CAUSAL, Gate, gate
+from nla.eval.circuits.gate import CAUSAL, Gate, gate_items
 from nla.eval.explainers import EncoderReader
 from nla.eval.families import controls, counterfactual, editing, gates, rhymes_report
 from nla.eval.families.counterfactual import COUNTERFACTUAL_MIN, Counterfactual
@@ -142,7 +142,7 @@ def run(
     items = rhyme_items(n_items, seed)
     variant = variant_of(model) if nla is None else None
     measured = gates.run(target, variant=variant, n_documents=n_items, n_probe=n_fit, seed=seed, progress=progress)
-    found = gate(target, items, seed=seed, progress=progress)
+    found = gate_items(target, items, seed=seed, progress=progress)
     causal = [items[row] for row in found.causal]
     naming = cf = steering = None
     if nla is not None and causal:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nla.errors import ArgumentError, ShapeError
 from nla.eval.auroc import rank
-from nla.eval.circuits import graphs
+from nla.eval.circuits.graph_format import read_graph
 from nla.eval.explainers import explain
 from nla.eval.pair.graph_concepts import DONOR, OTHER, OWN, SAME, UNUSED, Cell, Place, align, names, places_and_cells
 from nla.eval.report import Check, Figures, Rate, Report, bars, checks_table, new_figure, save, table
@@ -116,14 +116,14 @@ def run(
 
     Raises:
         ArgumentError: no files, the same one twice, no concept within the pair's reach, or an option out of range.
-        ParseError: a file is no graph; see :func:`nla.eval.graphs.read`.
+        ParseError: a file is no graph; see :func:`nla.eval.circuits.graph_format.read_graph`.
         TokenizerMismatchError: a graph's tokens are not those of the pair's tokenizer.
     """
     paths = [files] if isinstance(files, str | Path) else list(files)
     if not paths or len({str(Path(path).resolve()) for path in paths}) < len(paths) or n_samples < 1:
         got = f"{len(paths)} files, n_samples={n_samples}"
         raise ArgumentError(got, "one file or more, each once, and one sample or more", "correct them")
-    found = [graphs.read(path) for path in paths]
+    found = [read_graph(path) for path in paths]
     nla = open_pair(pair)
     texts = [align(graph, nla.tokenizer, context_length(nla.model)) for graph in found]
     places, cells = places_and_cells(found, texts, Point.parse(nla.point).layer, seed)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from nla.errors import TokenizerMismatchError, visible
 from nla.eval.circuits.gate import MIN_EFFECT
-from nla.eval.circuits.graphs import CAUSAL_SITE, Graph, Node, concept_words, shown_token
+from nla.eval.circuits.graph_format import CAUSAL_SITE, Graph, Node, concept_words, shown_token
 from nla.text.tokens import encode_batch
 
 OWN, SAME, DONOR, OTHER, UNUSED = "here", "same graph", "donor's word", "other graph", "no effect here"

@@ -80,11 +80,11 @@ def _against_the_plan(nla: NLA, progress: Callable[[str, float], None]) -> tuple
     from nla.eval import explainers
     from nla.eval import items as stimuli
     from nla.eval import target as targets
-    from nla.eval.circuits import gate
+    from nla.eval.circuits.gate import gate_items
     from nla.eval.families import controls, counterfactual, editing, mention
 
     target, items = targets.Target.of(nla), stimuli.rhyme_items(DEMO_ITEMS, DEMO_SEED)
-    found = gate.gate(target, items, progress=progress)
+    found = gate_items(target, items, progress=progress)
     causal = [items[row] for row in found.causal]
     if len(causal) < 2:
         return found.counts(), {}

@@ -130,9 +130,13 @@ def evaluate(args: argparse.Namespace) -> int:
     if name == "gates" and args.check and "variant" not in options:
         raise ArgumentError("--check without --variant", "planner or plain", "say whose bounds should hold")
     quiet()
-    module = importlib.import_module(EVALUATIONS[name])
+    where, _, names = EVALUATIONS[name].partition(":")
+    function, _, settings = names.partition(":")
+    module = importlib.import_module(where)
+    if settings:
+        options = {"settings": getattr(module, settings)(**options)}
     with progress_bar() as progress:
-        report = module.run(args.model, out_dir=args.out, progress=progress, **options)
+        report = getattr(module, function or "run")(args.model, out_dir=args.out, progress=progress, **options)
     if args.card is not None:
         command = shlex.join(["nla", *args.words])
         importlib.import_module("nla.eval.report").write_card(args.card, name, report.to_card(), command)
@@ -313,7 +317,7 @@ EVALUATIONS = {
     "transfer": "nla.eval.pair.transfer",
     "two_hop": "nla.eval.families.two_hop",
     "probe": "nla.eval.readers.labelled_texts",
-    "trace": "nla.eval.circuits.trace",
+    "trace": "nla.eval.circuits.trace:trace:TraceSettings",
 }
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "demo": lambda args: importlib.import_module("nla.cli.demo").run(args),

@@ -10,7 +10,7 @@ from torch.nn.functional import mse_loss, one_hot
 
 from nla.errors import ArgumentError, BaselineError, NonFiniteError, ShapeError
 from nla.metrics import Baseline, cosine, fve, fve_from_errors, fve_interval, mse
-from nla.stats import Interval, bootstrap, derangement, holm, paired_permutation, wilson
+from nla.stats import Interval, bootstrap, derangement, holm, paired_permutation, spearman, wilson
 
 
 @pytest.fixture
@@ -136,9 +136,27 @@ def test_other_shapes_and_values_that_are_not_finite_are_refused(vectors):
 
 
 @pytest.mark.parametrize("successes, n", [(0, 10), (3, 10), (10, 10), (199, 200), (1, 1)])
-def test_wilson_is_scipys(successes, n):
-    oracle = scipy.stats.binomtest(successes, n).proportion_ci(0.95, method="wilson")
-    assert wilson(successes, n) == pytest.approx((successes / n, oracle.low, oracle.high), abs=1e-9)
+def test_wilson_is_the_formula_of_1927(successes, n):
+    z, share = scipy.stats.norm.ppf(0.975), successes / n
+    middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    assert wilson(successes, n) == pytest.approx((share, max(0, middle - half), min(1, middle + half)), abs=1e-12)
+
+
+def test_ends_of_wilson_at_all_and_none_are_exact():
+    assert wilson(0, 7).low == 0.0 and wilson(7, 7).high == 1.0
+
+
+def test_spearman_shares_ranks_among_ties_and_takes_batches():
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randint(4, (6, 9), generator=generator).double() for _ in range(2))
+    expected = [scipy.stats.spearmanr(x, y).statistic for x, y in zip(a, b, strict=True)]
+    assert spearman(a, b).tolist() == pytest.approx(expected, abs=1e-12)
+    # Ranked in the order they come in, these would agree to 1.0.
+    assert float(spearman(torch.tensor([1.0, 1.0, 1.0, 2.0]), torch.tensor([1.0, 2.0, 3.0, 0.0]))) == pytest.approx(
+        -0.7746, abs=1e-4
+    )
+    assert spearman(torch.ones(3), torch.arange(3.0)).isnan()
 
 
 @pytest.mark.parametrize("successes, n", [(0, 0), (5, 4), (-1, 4)])

@@ -91,7 +91,7 @@ def test_only_a_finished_line_has_a_last_word() -> None:
 
 
 def test_the_gate_calls_a_used_plan_causal_and_an_unused_one_present(used: Target, unused: Target) -> None:
-    causal_gate, idle = causal.gate(used, ITEMS), causal.gate(unused, ITEMS, n_controls=4)
+    causal_gate, idle = causal.gate_items(used, ITEMS), causal.gate_items(unused, ITEMS, n_controls=4)
     assert causal_gate.counts()[causal.CAUSAL] == len(ITEMS)
     assert min(item.effect for item in causal_gate.items) > 0.95
     assert max(item.control for item in causal_gate.items) < 0.05
@@ -99,7 +99,7 @@ def test_the_gate_calls_a_used_plan_causal_and_an_unused_one_present(used: Targe
 
 
 def test_the_gate_calls_wrong_behaviour_wrong(random_target: Target) -> None:
-    gate = causal.gate(random_target, ITEMS[:6], n_controls=4)
+    gate = causal.gate_items(random_target, ITEMS[:6], n_controls=4)
     assert gate.counts()[causal.WRONG] == 6
     json.dumps(gate.to_json(), allow_nan=False)
 
@@ -120,16 +120,16 @@ def test_the_gate_calls_wrong_behaviour_wrong(random_target: Target) -> None:
 def test_the_verdict_of_an_item(
     behaviour: bool, everywhere: float, effect: float, control: float, control_everywhere: float, verdict: str
 ) -> None:
-    assert causal.judge(behaviour, everywhere, effect, control, control_everywhere) == verdict
+    assert causal.verdict_of(behaviour, everywhere, effect, control, control_everywhere) == verdict
 
 
 def test_every_rung_has_controls_where_it_puts_the_donor(used: Target, monkeypatch) -> None:
     shallow = Target(used.model, used.tokenizer, Point.parse("resid_post.0"))
-    elsewhere = causal.gate(shallow, ITEMS, n_controls=4)
+    elsewhere = causal.gate_items(shallow, ITEMS, n_controls=4)
     assert elsewhere.counts()[causal.ELSEWHERE] == len(ITEMS)
     assert max(item.control_all_points for item in elsewhere.items) < 0.05
     monkeypatch.setattr(causal, "random_difference", lambda base, donor, generator: donor)
-    same = causal.gate(shallow, ITEMS, n_controls=1)
+    same = causal.gate_items(shallow, ITEMS, n_controls=1)
     assert all((item.control, item.control_all_points) == (item.effect, item.effect_all_points) for item in same.items)
     assert same.counts()[causal.UNUSED] == len(ITEMS)
     largest = same.to_json()["largest"]

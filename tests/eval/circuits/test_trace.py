@@ -6,11 +6,16 @@ import dataclasses
 import json
 
 import pytest
+import scipy.stats
 import torch
 
 from nla.errors import ArgumentError, ContextLengthError, ParseError, PositionError, ShapeError
-from nla.eval.circuits import graphs, patching, sites, trace
-from nla.eval.circuits.minimal_pairs import MinimalPair, of_items, read_pairs, role_columns
+from nla.eval.circuits import patching, sites
+from nla.eval.circuits import trace as trace_command
+from nla.eval.circuits.graph_format import read_graph
+from nla.eval.circuits.minimal_pairs import MinimalPair, encode_pairs, of_items, read_pairs, role_columns
+from nla.eval.circuits.organism_pairs import PlantedSite
+from nla.eval.circuits.trace import TraceSettings, trace
 from nla.eval.items import rhyme_items
 from nla.eval.target import Patch, Target
 from nla.models.points import Point
@@ -174,7 +179,7 @@ def couplet_pairs(target: Target, n_pairs: int = 8) -> list[MinimalPair]:
 @pytest.fixture(scope="module")
 def traced(used: Target, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trace")
-    return trace.run(used, couplet_pairs(used), n_controls=2, out_dir=folder), folder
+    return trace(used, TraceSettings(couplet_pairs(used), n_controls=2), folder), folder
 
 
 def test_the_trace_of_a_planted_plan_finds_its_block_and_token_and_no_other(traced) -> None:
@@ -194,63 +199,71 @@ def test_the_trace_of_a_planted_plan_finds_its_block_and_token_and_no_other(trac
 
 def test_the_trace_of_a_plan_that_is_decodable_and_unused_finds_nothing() -> None:
     target = planted_target(used=False)
-    report = trace.run(target, couplet_pairs(target, 4), n_controls=1)
+    report = trace(target, TraceSettings(couplet_pairs(target, 4), n_controls=1))
     assert report.of_verdict(sites.CAUSAL) == [] and report.headline() == "no causal site"
 
 
 def test_a_large_effect_that_random_directions_have_too_is_none(used: Target) -> None:
-    found = sites.measure(used, couplet_pairs(used, 4), n_sites=64, n_controls=3)
-    assert sites.CAUSAL in [site.verdict for site in sites.judge(found)]
+    found = sites.measure_sites(used, couplet_pairs(used, 4), n_sites=64, n_controls=3)
+    assert sites.CAUSAL in [site.verdict for site in sites.judge_sites(found)]
     found.sweep.controls[:] = found.sweep.effect[..., None]
-    assert {site.verdict for site in sites.judge(found)} == {sites.NONE}
+    assert {site.verdict for site in sites.judge_sites(found)} == {sites.NONE}
 
 
 def test_every_token_is_looked_at_where_no_role_is_named(used: Target) -> None:
-    report = trace.run(used, couplet_pairs(used, 2), all_tokens=True, n_sites=200, n_controls=2)
+    report = trace(used, TraceSettings(couplet_pairs(used, 2), all_tokens=True, n_sites=200, n_controls=2))
     assert len(report.roles) > 7 and report.roles[-2:] == ["-2 ,", "-1 ⏎"] and not report.tested
     assert [(site.point, site.role) for site in report.of_verdict(sites.CAUSAL)] == [(POINT, "-1 ⏎")]
 
 
 def test_only_the_shortlist_is_patched_and_the_rest_is_called_not_measured(used: Target) -> None:
-    found = sites.measure(used, couplet_pairs(used, 4), n_sites=3, n_controls=1)
+    found = sites.measure_sites(used, couplet_pairs(used, 4), n_sites=3, n_controls=1)
     measured = ~found.sweep.effect.isnan().all(0)
     assert int(measured.sum()) == 3 and not (measured & ~found.live).any()
-    verdicts = [site.verdict for site in sites.judge(found)]
+    verdicts = [site.verdict for site in sites.judge_sites(found)]
     assert verdicts.count(sites.UNMEASURED) == int(found.live.sum()) - 3
 
 
 def test_holm_counts_the_sites_that_the_shortlist_left_out(used: Target) -> None:
     pairs = [dataclasses.replace(pair, document=row // 2) for row, pair in enumerate(couplet_pairs(used))]
-    found = sites.measure(used, pairs, n_sites=12, n_controls=5)
-    (planted,) = [site for site in sites.judge(found) if site.verdict == sites.CAUSAL]
+    found = sites.measure_sites(used, pairs, n_sites=12, n_controls=5)
+    (planted,) = [site for site in sites.judge_sites(found) if site.verdict == sites.CAUSAL]
     place = (found.points.index(planted.point), found.roles.index(planted.role))
-    n_draws = sites._n_draws(found)
-    raw = sites.above_controls(*sites._effects(found, *place), torch.arange(8) // 2)
+    n_draws = found.n_draws
+    raw = sites.above_controls(*found.effects(*place), torch.arange(8) // 2)
     assert planted.p_value == pytest.approx(raw * int(found.live.sum())) and n_draws == 20_000
     many = dataclasses.replace(found, live=torch.ones(2000, dtype=torch.bool))
-    assert 2000 / (sites._n_draws(many) + 1) < sites.ALPHA and not sites.testable(many)
+    assert 2000 / (many.n_draws + 1) < sites.ALPHA and not many.testable
 
 
 def test_pairs_of_one_document_are_not_tested_however_many(used: Target) -> None:
     pairs = [dataclasses.replace(pair, document=1) for pair in couplet_pairs(used, 8)]
-    report = trace.run(used, pairs, n_sites=2)
+    report = trace(used, TraceSettings(pairs, n_sites=2))
     assert not report.tested and report.n_controls == sites.N_CONTROLS_FEW
 
 
-def test_rank_agreement_does_without_the_probability_before_a_patch(used: Target) -> None:
-    found = sites.measure(used, couplet_pairs(used, 3), n_sites=5, n_controls=1)
-    before = sites.agreement(found)
+def test_rank_agreement_is_scipys_with_ties_and_does_without_the_probability_before_a_patch(used: Target) -> None:
+    found = sites.measure_sites(used, couplet_pairs(used, 3), n_sites=5, n_controls=1)
+    assert sites.agreement(found) is None  # the plan is read by its largest entry: no gradient, and nothing to rank
+    shape, generator = found.attribution.shape, torch.Generator().manual_seed(0)
+    first, second = (torch.randint(4, shape, generator=generator).double() for _ in range(2))
+    change = torch.where(found.sweep.effect.isnan(), torch.nan, first + second)
+    found = dataclasses.replace(found, attribution=first, sweep=found.sweep._replace(log_probability=change))
+    before, patched = sites.agreement(found), ~change.isnan().any(0)
+    means = [values.mean(0)[patched] for values in (first, change)]
+    assert before.value == pytest.approx(scipy.stats.spearmanr(*means).statistic, abs=1e-12)
+    assert any(len(values.unique()) < len(values) for values in means)  # there are ties
     found.bounds.low[:] = 0.0  # a long continuation underflows
     assert sites.agreement(found) == before and -1 <= before.low <= before.high <= 1
 
 
 def test_an_embedded_target_is_held_to_its_plant_on_its_own_pairs_only(used: Target, monkeypatch) -> None:
-    monkeypatch.setattr(trace, "open_named", lambda model, device: ("couplets/planner", used))
-    monkeypatch.setattr(trace, "PLANTED", {"couplets/planner": trace.Planted(POINT)})
-    report = trace.run("couplets", n_pairs=1, all_tokens=True, n_sites=200, n_controls=1)
+    monkeypatch.setattr(trace_command, "open_named", lambda model, device: ("couplets/planner", used))
+    monkeypatch.setattr(trace_command, "PLANTED_SITES", {"couplets/planner": PlantedSite(POINT)})
+    report = trace("couplets", TraceSettings(n_pairs=1, all_tokens=True, n_sites=200, n_controls=1))
     assert [check.passed for check in report.checks] == [True, True] and POINT in report.checks[0].name
     own = [dataclasses.replace(pair, roles={"end": -1}) for pair in couplet_pairs(used, 1)]
-    report = trace.run("couplets", own, n_controls=1)
+    report = trace("couplets", TraceSettings(own, n_controls=1))
     assert [check.passed for check in report.checks] == [None] and report.headline() == f"causal at {POINT} at end"
 
 
@@ -261,7 +274,7 @@ def test_graphs_of_a_trace_fit_the_published_schema_and_name_what_causal_places_
     for item, path in zip(items, paths, strict=True):
         content = json.loads(path.read_text())
         assert complaints(content) == []
-        graph = graphs.read(path)
+        graph = read_graph(path)
         plan = next(one for one in graph.supernodes if one.name == item.target)
         newline = len(graph.tokens) - 1
         assert [(node.layer, node.position) for node in plan.members] == [(1, newline)] and graph.tokens[-1] == "⏎"
@@ -276,7 +289,7 @@ def test_graphs_of_a_trace_fit_the_published_schema_and_name_what_causal_places_
 
 def test_links_carry_effects_to_the_output_and_what_arrives_to_later_sites(traced) -> None:
     _, folder = traced
-    graph = graphs.read(sorted(folder.glob("*.json"))[0])
+    graph = read_graph(sorted(folder.glob("*.json"))[0])
     plan, token = (
         next(n for n in graph.nodes if n.kind == kind and n.activation > 0.5) for kind in ("causal site", "embedding")
     )
@@ -303,12 +316,12 @@ def test_the_report_is_written_beside_the_graphs(traced) -> None:
 def test_graphs_of_an_earlier_larger_trace_are_not_mixed_with_new_ones(
     traced, used: Target, tmp_path, monkeypatch
 ) -> None:
-    trace.run(used, couplet_pairs(used, 3), n_controls=1, out_dir=tmp_path)
+    trace(used, TraceSettings(couplet_pairs(used, 3), n_controls=1), tmp_path)
     with pytest.raises(ArgumentError, match="earlier trace"):
-        trace.run(used, couplet_pairs(used, 2), n_controls=1, out_dir=tmp_path)
-    monkeypatch.setattr(sites, "measure", lambda *_: pytest.fail("found only after the work"))
+        trace(used, TraceSettings(couplet_pairs(used, 2), n_controls=1), tmp_path)
+    monkeypatch.setattr(trace_command, "measure_sites", lambda *_: pytest.fail("found only after the work"))
     with pytest.raises(ArgumentError, match="earlier trace"):
-        trace.run(used, couplet_pairs(used, 2), n_controls=1, out_dir=tmp_path)
+        trace(used, TraceSettings(couplet_pairs(used, 2), n_controls=1), tmp_path)
 
 
 def test_one_pair_for_any_model_with_named_tokens_in_the_middle(tmp_path) -> None:
@@ -318,7 +331,7 @@ def test_one_pair_for_any_model_with_named_tokens_in_the_middle(tmp_path) -> Non
     gain = patching.scale(target, batch)
     best = int((gain.high - gain.low).argmax())
     texts = (PROMPTS[0], DONORS[0], " on", f" {words[best]}")
-    report = trace.run(target, None, *texts, n_controls=2)
+    report = trace(target, TraceSettings(None, *texts, n_controls=2))
     assert (
         report.n_pairs == 1
         and report.roles == ["0 the", "1 cat", "2 sat", "3 on", "4 the", "5 mat"]
@@ -327,7 +340,7 @@ def test_one_pair_for_any_model_with_named_tokens_in_the_middle(tmp_path) -> Non
     # Of one prompt that differs in one token, that token before block 0 has all the effect, and none has the first.
     assert report.site("resid_post.0", "0 the").effect.value == 0.0
     pair = MinimalPair(*texts, roles={"animal": "cat", "verb": 2, "end": -1})
-    named = trace.run(target, [pair], n_controls=2, out_dir=tmp_path)
+    named = trace(target, TraceSettings([pair], n_controls=2), tmp_path)
     assert named.roles == ["animal", "verb", "end"]
     for role, whole in (("animal", "1 cat"), ("verb", "2 sat"), ("end", "5 mat")):
         assert named.site("resid_post.2", role).effect.value == pytest.approx(
@@ -339,9 +352,9 @@ def test_one_pair_for_any_model_with_named_tokens_in_the_middle(tmp_path) -> Non
 def test_pairs_that_the_target_does_not_tell_apart_are_left_out_or_refused(used: Target) -> None:
     pairs = couplet_pairs(used, 4)
     same = [dataclasses.replace(pair, donor_continuation=pair.continuation) for pair in pairs]
-    assert trace.run(used, [*pairs, same[0]], n_controls=1).n_dropped == 1
+    assert trace(used, TraceSettings([*pairs, same[0]], n_controls=1)).n_dropped == 1
     with pytest.raises(ArgumentError, match="none of which"):
-        trace.run(used, same)
+        trace(used, TraceSettings(same))
 
 
 def test_a_file_of_pairs_is_read_and_its_faults_are_named_by_line(tmp_path) -> None:
@@ -383,10 +396,10 @@ def test_a_role_that_is_no_one_token_is_refused(role) -> None:
     target = tiny()
     pair = MinimalPair(PROMPTS[0], DONORS[0], " on", " on", roles={"r": role})
     with pytest.raises(PositionError, match="pair 0"):
-        role_columns(target, [pair], sites.encode(target, [pair]))
+        role_columns(target, [pair], encode_pairs(target, [pair]))
 
 
 def test_options_out_of_range_and_models_without_pairs_are_refused(used: Target) -> None:
     for options in ({"n_sites": 0}, {"n_controls": 0}, {"n_pairs": 0}, {"prompt": "a"}, {}):
         with pytest.raises(ArgumentError):
-            trace.run(used, **options)
+            trace(used, TraceSettings(**options))

@@ -9,10 +9,13 @@ import pytest
 import torch
 
 from nla.errors import ArgumentError, ParseError, ShapeError, TokenizerMismatchError
-from nla.eval.circuits import graphs, sites, trace
-from nla.eval.circuits.graphs import Graph
+from nla.eval.circuits import patching
+from nla.eval.circuits.connections import connect
+from nla.eval.circuits.graph_format import Graph, write_graph
 from nla.eval.circuits.minimal_pairs import of_items
-from nla.eval.circuits.site_graphs import graph_of
+from nla.eval.circuits.sites import judge_sites, measure_sites
+from nla.eval.circuits.trace import TraceSettings, trace
+from nla.eval.circuits.trace_graphs import TraceResult, graph_of
 from nla.eval.items import rhyme_items
 from nla.eval.pair import against_graphs as scorer
 from nla.eval.pair.graph_concepts import DONOR, OTHER, OWN, SAME, UNUSED, Text, align, names, places_and_cells
@@ -32,10 +35,10 @@ def reads_all(graph: Graph) -> Text:
 def traced() -> list[Graph]:
     """Graphs of the planted plan, without files."""
     target = planted_target()
-    found = sites.measure(target, of_items(target, rhyme_items(8, seed=5)), n_sites=64, n_controls=1)
-    judged = sites.judge(found)
-    sources = sites.connect(target, found, judged)
-    return [graph_of(f"g-{row}", "planted", target, found, judged, sources, row) for row in range(8)]
+    measured = measure_sites(target, of_items(target, rhyme_items(8, seed=5)), n_sites=64, n_controls=1)
+    judged = judge_sites(measured)
+    result = TraceResult("planted", target, measured, judged, connect(target, measured, judged))
+    return [graph_of(f"g-{row}", result, row) for row in range(8)]
 
 
 def answers(places, cells, kinds) -> list[str]:
@@ -186,7 +189,7 @@ def test_a_pair_is_scored_on_files_and_other_models_graphs_are_refused(tmp_path)
     for number, prompt in enumerate(["the cat sat.\n", "a cat ran.\n"]):
         first, *rest = prompt.split()
         tokens = [first, *(f" {word}" for word in rest[:-1]), f" {rest[-1][:-1]}", ".", "⏎"]
-        graphs.write(small_graph(tokens, prompt), tmp_path / f"{number}.json")
+        write_graph(small_graph(tokens, prompt), tmp_path / f"{number}.json")
     files, pair = sorted(tmp_path.glob("*.json")), make_pair()
     report = scorer.run(files, pair, n_samples=2, out_dir=tmp_path / "out")
     assert (report.n_graphs, report.n_places, report.n_concepts, report.measured) == (2, 2, 2, False)
@@ -204,14 +207,14 @@ def test_a_pair_is_scored_on_files_and_other_models_graphs_are_refused(tmp_path)
 
 def _renamed(folder):
     path = folder / "other.json"
-    graphs.write(small_graph(["the", " c", "at", " sat", ".", "⏎"], "the cat sat.\n"), path)
+    write_graph(small_graph(["the", " c", "at", " sat", ".", "⏎"], "the cat sat.\n"), path)
     return path
 
 
 def test_graphs_without_a_concept_in_reach_and_wrong_numbers_of_texts_are_refused(tmp_path, traced) -> None:
     content = small_graph(["the", " cat", " sat", ".", "⏎"], "the cat sat.\n").content
     content["qParams"] = {}
-    graphs.write(Graph.parse(content), tmp_path / "bare.json")
+    write_graph(Graph.parse(content), tmp_path / "bare.json")
     with pytest.raises(ArgumentError, match="without a named concept"):
         scorer.run(tmp_path / "bare.json", make_pair())
     places, cells = places_and_cells(traced, [reads_all(graph) for graph in traced], layer=1)
@@ -224,9 +227,9 @@ def test_a_trace_of_any_model_is_scored_end_to_end(tmp_path) -> None:
     target, prompt = Target.of(pair), "the cat sat on the mat"
     words = [f" {word}" for word in WORDS if word.islower()]
     choices = [(f"the dog ran under the{end}", word) for end in words for word in words]
-    batch = sites.patching.encode(target, [prompt] * len(choices), *map(list, zip(*choices, strict=True)))
-    gain = sites.patching.scale(target, batch)
+    batch = patching.encode(target, [prompt] * len(choices), *map(list, zip(*choices, strict=True)))
+    gain = patching.scale(target, batch)
     donor, word = choices[int((gain.high - gain.low).argmax())]
-    trace.run(target, None, prompt, donor, " is", word, n_controls=2, out_dir=tmp_path)
+    trace(target, TraceSettings(None, prompt, donor, " is", word, n_controls=2), tmp_path)
     report = scorer.run(sorted(tmp_path.glob("*.json")), pair, n_samples=1)
     assert report.measured and report.n_concepts >= 1

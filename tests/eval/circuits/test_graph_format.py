@@ -9,8 +9,8 @@ import random
 import pytest
 
 from nla.errors import ParseError
-from nla.eval.circuits import graphs
-from nla.eval.circuits.graphs import Graph, concept_words
+from nla.eval.circuits import graph_format
+from nla.eval.circuits.graph_format import Graph, concept_words, read_graph, write_graph
 from tests.helpers.graph_schema import FIXTURES, PUBLISHED, complaints
 
 TWO_HOP = FIXTURES / "two-hop-graph.json"
@@ -27,7 +27,7 @@ def node_of(graph: Graph, identity: str, kind: str):
 
 
 def test_an_error_node_that_shares_its_id_with_a_feature_of_layer_0_is_told_apart() -> None:
-    graph = graphs.read(TWO_HOP)
+    graph = read_graph(TWO_HOP)
     feature = node_of(graph, "0_7_9", "cross layer transcoder")
     error = node_of(graph, "0_7_9", "mlp reconstruction error")
     assert (feature.layer, feature.position, feature.feature) == (0, 9, 7)
@@ -39,24 +39,24 @@ def test_an_error_node_that_shares_its_id_with_a_feature_of_layer_0_is_told_apar
 
 
 def test_an_embedding_has_its_vocabulary_id_from_its_node_id_and_stands_before_block_0() -> None:
-    node = node_of(graphs.read(TWO_HOP), "E_26865_9", "embedding")
-    assert (node.feature, node.position, node.layer) == (26865, 9, graphs.EMBEDDING_LAYER)
+    node = node_of(read_graph(TWO_HOP), "E_26865_9", "embedding")
+    assert (node.feature, node.position, node.layer) == (26865, 9, graph_format.EMBEDDING_LAYER)
 
 
 def test_a_feature_is_parsed_from_its_node_id_since_feature_mixes_in_the_layer() -> None:
     raw = next(node for node in CONTENT["nodes"] if node["node_id"] == "14_2268_9")
     assert raw["feature"] != 2268
-    assert node_of(graphs.read(TWO_HOP), "14_2268_9", "cross layer transcoder").feature == 2268
+    assert node_of(read_graph(TWO_HOP), "14_2268_9", "cross layer transcoder").feature == 2268
 
 
 def test_influence_is_kept_as_the_file_has_it() -> None:
-    graph = graphs.read(TWO_HOP)
+    graph = read_graph(TWO_HOP)
     strong, weak = (node_of(graph, name, "cross layer transcoder") for name in ("20_15589_10", "3_88_4"))
     assert (strong.influence, weak.influence) == (0.2, 0.75)
 
 
 def test_a_supernode_answers_at_its_tokens_from_the_layers_of_its_nodes_on() -> None:
-    texas = graphs.read(TWO_HOP).supernodes[1]
+    texas = read_graph(TWO_HOP).supernodes[1]
     assert texas.words == ("texas",)
     assert [len(texas.at(9, layer)) for layer in (13, 14, 20)] == [0, 1, 1]
     assert [len(texas.at(10, layer)) for layer in (14, 16)] == [0, 1] and texas.at(8, 26) == []
@@ -91,9 +91,9 @@ def test_reading_writing_and_reading_again_keeps_everything(tmp_path, content: d
     content["new_key"] = {"of": ["another", "tool", None, 1.5]}
     content["nodes"][0]["extra"], content["metadata"]["schema_version"] = "kept ⏎ é", 1
     (tmp_path / "a.json").write_text(json.dumps(content))
-    first = graphs.read(tmp_path / "a.json")
-    graphs.write(first, tmp_path / "b.json")
-    assert graphs.read(tmp_path / "b.json") == first
+    first = read_graph(tmp_path / "a.json")
+    write_graph(first, tmp_path / "b.json")
+    assert read_graph(tmp_path / "b.json") == first
     assert json.loads((tmp_path / "b.json").read_text()) == content
 
 
@@ -201,16 +201,16 @@ def test_files_that_are_cut_huge_deep_or_no_json_are_refused(tmp_path, monkeypat
     for content in bad:
         path.write_text(content)
         with pytest.raises(ParseError, match=r"graph\.json"):
-            graphs.read(path)
+            read_graph(path)
     path.write_bytes(text.encode("utf-16"))
     with pytest.raises(ParseError):
-        graphs.read(path)
+        read_graph(path)
     with pytest.raises(ParseError):
-        graphs.read(tmp_path)
-    monkeypatch.setattr(graphs, "MAX_BYTES", 1 << 12)
+        read_graph(tmp_path)
+    monkeypatch.setattr(graph_format, "MAX_BYTES", 1 << 12)
     path.write_text(text)
     with pytest.raises(ParseError, match="MiB"):
-        graphs.read(path)
+        read_graph(path)
 
 
 def test_a_thousand_random_mutations_parse_or_are_refused() -> None:

@@ -135,7 +135,7 @@ class Graph:
         return cls(content, nodes, links, list(_supernodes(content, nodes, known, f"{place}: qParams")))
 
 
-def read(path: str | Path) -> Graph:
+def read_graph(path: str | Path) -> Graph:
     """The graph in a file.
 
     Raises:
@@ -157,7 +157,7 @@ def read(path: str | Path) -> Graph:
     return Graph.parse(content, str(path))
 
 
-def write(graph: Graph, path: str | Path) -> None:
+def write_graph(graph: Graph, path: str | Path) -> None:
     """Write a graph, atomically, with every key it was read with.
 
     Raises:
