@@ -182,7 +182,7 @@ def _supernodes(
     for node in causal:
         if node["activation"] >= MIN_EFFECT:
             position = node["ctx_idx"]
-            name = words[position].strip() if differs[position] else trace.measured.pairs[row].target
+            name = str(words[position]).strip() if differs[position] else trace.measured.pairs[row].target
             groups.setdefault(name, []).append(node["node_id"])
     return [[name, *members] for name, members in groups.items() if name]
 
