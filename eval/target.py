@@ -18,10 +18,10 @@ from nla.models.forward import device_of, inference, pad_left
 from nla.models.generate import ends_of, pad_of, plain_settings, plainly
 from nla.models.hooks import patch
 from nla.models.load import load_target, read_config
-from nla.models.points import Point, blocks
+from nla.models.points import Point, blocks, context_length
 from nla.models.read import read
 from nla.organisms import TARGETS, adapter_folder, full_name, target_folder
-from nla.text.tokens import length_batches
+from nla.text.tokens import length_batches, prompt_ids
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -138,9 +138,9 @@ class Patch(NamedTuple):
         return Patch(self.point, self.positions[index], self.vectors[index])
 
 
-def token_ids(target: Target, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of texts, without special tokens of the tokenizer's own."""
-    return target.tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
+def token_ids(target: Target, prompts: Sequence[str]) -> list[list[int]]:
+    """Token ids of prompts as :func:`nla.models.read.read` reads them, with the special tokens that are added."""
+    return prompt_ids(target.tokenizer, prompts, context_length(target.model))
 
 
 def last_token(target: Target, prompts: Sequence[str]) -> Tensor:

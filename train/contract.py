@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from nla.config import DecoderConfig, InjectionConfig, NLAConfig, tokenizer_hash
 from nla.errors import ConfigError
-from nla.text.tokens import render_prompt
+from nla.text.tokens import continuation_ids, render_prompt, unknown_id
 
 SLOT = "{marker}"
 """In an encoder prompt: where the marker stands."""
@@ -55,8 +55,8 @@ def place_marker(tokenizer: Any, prompts: Prompts) -> tuple[str, int, int, int]:
     """
     choices = [prompts.marker] if prompts.marker is not None else list(candidates(tokenizer))
     for marker in choices:
-        found = tokenizer(marker, add_special_tokens=False)["input_ids"]
-        if len(found) != 1 or found[0] == tokenizer.unk_token_id:
+        found = continuation_ids(tokenizer, [marker])[0]
+        if len(found) != 1 or found[0] == unknown_id(tokenizer):
             continue
         ids = render_prompt(tokenizer, prompts.encoder.replace(SLOT, marker))
         if ids.count(found[0]) == 1 and 0 < (at := ids.index(found[0])) < len(ids) - 1:

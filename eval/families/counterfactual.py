@@ -18,10 +18,11 @@ from nla.eval.explainers import Reader
 from nla.eval.families.mention import MentionScore, keeps_facts, named, score, score_texts
 from nla.eval.items import Item, documents, repeat, retarget
 from nla.eval.report import Figures, Rate
-from nla.eval.target import Patch, Progress, Target, last_token, last_word, read_last, silent, token_ids, write
+from nla.eval.target import Patch, Progress, Target, last_token, last_word, read_last, silent, write
 from nla.metrics import cosine
 from nla.models.points import Point
 from nla.organisms.couplets import world
+from nla.text.tokens import continuation_ids
 
 COUNTERFACTUAL_MIN = 0.7
 N_FIT = 4096
@@ -203,4 +204,4 @@ def _elsewhere(
 
 def _first_word(target: Target, item: Item) -> str:
     """Text of the first token of the item's continuation."""
-    return target.tokenizer.decode(token_ids(target, [item.continuation])[0][:1])
+    return target.tokenizer.decode(continuation_ids(target.tokenizer, [item.continuation])[0][:1])

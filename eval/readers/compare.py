@@ -34,6 +34,7 @@ from nla.eval.readers.tasks import TRAIN, Sites, Task, random_task, read_sites
 from nla.eval.target import Progress, Target, silent
 from nla.pair.decoder import decode
 from nla.stats import holm
+from nla.text.tokens import continuation_ids
 
 if TYPE_CHECKING:
     from nla.autoencoder import NLA
@@ -217,7 +218,7 @@ def _reconstruct(nla: NLA, own: Reading) -> Tensor:
 def _n_tokens(target: Target, texts: Sequence[Sequence[str]]) -> float:
     """Mean tokens that a reader writes of an activation, all samples together."""
     flat = [text for samples in texts for text in samples]
-    ids = target.tokenizer(flat, add_special_tokens=False)["input_ids"]
+    ids = continuation_ids(target.tokenizer, flat)
     return sum(map(len, ids)) / max(1, len(texts))
 
 

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from nla.errors import ArgumentError, ShapeError
 from nla.eval.target import Progress, Target, silent
 from nla.models.forward import device_of
-from nla.models.points import Point, blocks, d_model, final_norm
+from nla.models.points import Point, blocks, d_model, logits_after
 from nla.models.read import read
-from nla.text.tokens import Span
+from nla.text.tokens import Span, continuation_ids, unknown_id
 
 N_TOP = 10
 N_STEPS, BATCH, LEARNING_RATE = 200, 256, 1e-3
@@ -52,7 +52,7 @@ def identity_lens(width: int) -> TunedLens:
 
 
 def logits(target: Target, vectors: Tensor, lens: TunedLens | None = None) -> Tensor:
-    """Next-token logits (n, vocabulary) float32 on the CPU: final norm and unembedding of activations (n, d).
+    """Next-token logits (n, vocabulary) float32 on the CPU: the target's own head, from the final norm on, on (n, d).
 
     At the last point these are the target's own. ``lens`` moves the activations first.
 
@@ -63,13 +63,8 @@ def logits(target: Target, vectors: Tensor, lens: TunedLens | None = None) -> Te
         raise ShapeError(f"vectors {tuple(vectors.shape)}", f"(n, {d_model(target.model)})", "read them at the point")
     moved = vectors if lens is None else lens(vectors)
     with target.active():
-        parts = [_speak(target, part).float().cpu() for part in moved.split(_CHUNK)]
+        parts = [logits_after(target.model, part).float().cpu() for part in moved.split(_CHUNK)]
     return torch.cat(parts) if parts else torch.empty(0, 0)
-
-
-def _speak(target: Target, vectors: Tensor) -> Tensor:
-    head = target.model.get_output_embeddings()
-    return head(final_norm(target.model)(vectors.to(device_of(target.model), head.weight.dtype)))
 
 
 def fit_lens(
@@ -140,8 +135,8 @@ def _both_ends(target: Target, texts: Sequence[str], seed: int) -> tuple[Tensor,
 def _divergence(target: Target, vectors: Tensor, final: Tensor) -> Tensor:
     """Mean KL divergence of what comes out of vectors from what comes out of the last point's activations."""
     with torch.no_grad():
-        wanted = _speak(target, final).float().log_softmax(-1)
-    found = _speak(target, vectors).float().log_softmax(-1)
+        wanted = logits_after(target.model, final).float().log_softmax(-1)
+    found = logits_after(target.model, vectors).float().log_softmax(-1)
     return torch.nn.functional.kl_div(found, wanted, log_target=True, reduction="batchmean")
 
 
@@ -188,9 +183,9 @@ def first_tokens(target: Target, word: str) -> set[int]:
     """First token of a word at the start of a text and after a space, without the unknown token."""
     found: set[int] = set()
     for text in (word, f" {word}"):
-        ids = target.tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = continuation_ids(target.tokenizer, [text])[0]
         if not ids:
             continue
         blank = not target.tokenizer.decode(ids[:1]).strip() and len(ids) > 1
         found.add(ids[1] if blank else ids[0])
-    return found - {target.tokenizer.unk_token_id}
+    return found - {unknown_id(target.tokenizer)}

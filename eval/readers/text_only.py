@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nla.eval.readers.patchscopes import base_of
 from nla.eval.readers.tasks import Sites
-from nla.eval.target import Target, generate
+from nla.eval.target import Target, generate, token_ids
 from nla.metrics import cosine
 from nla.models.forward import device_of
 from nla.models.generate import ends_of, pad_of, plain_settings
@@ -56,7 +56,7 @@ def continue_sites(
 def _prompts(target: Target, sites: Sites) -> list[list[int]]:
     """Token ids up to and including each site's token, as they stand in its text."""
     unique = sites.unique_texts
-    encoded = dict(zip(unique, target.tokenizer(unique)["input_ids"], strict=True))
+    encoded = dict(zip(unique, token_ids(target, unique), strict=True))
     return [
         encoded[text][: token + 1 if token >= 0 else len(encoded[text]) + token + 1]
         for text, token in zip(sites.texts, sites.tokens, strict=True)

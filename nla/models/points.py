@@ -11,7 +11,9 @@ import re
 from collections import OrderedDict
 from typing import Any, NamedTuple
 
-from torch import nn
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from nla.errors import ArchitectureError, PointError
 
@@ -214,14 +216,57 @@ def truncated_view(model: nn.Module, point: str | Point) -> Any:
     """
     full, layers = backbone(model), blocks(model)
     n_blocks, parts = Point.parse(point).within(len(layers)).layer + 1, _layout(full)
-    view = copy.copy(full)
-    # A shallow copy shares the dict of submodules and hooks: writing to it would cut the target itself.
-    view.__dict__["_modules"] = dict(full._modules)
-    for name in _HOOKS:
-        view.__dict__[name] = OrderedDict()
+    view = _shallow(full)
     setattr(view, parts.blocks, nn.ModuleList(list(layers)[:n_blocks]))
     setattr(view, parts.norm, nn.Identity())
     view.config = cut_config(full.config, n_blocks)
+    return view
+
+
+class _Entering(nn.Module):
+    """The final norm of given streams (n, d), whatever stream reaches it."""
+
+    def __init__(self, norm: nn.Module, streams: Tensor) -> None:
+        super().__init__()
+        self.norm, self.streams = norm, streams
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.norm(self.streams.to(hidden.device, hidden.dtype)[:, None])
+
+
+def logits_after(model: nn.Module, streams: Float[Tensor, "n d"]) -> Float[Tensor, "n v"]:
+    """What a causal LM says next where its last block's output is ``streams``; differentiable.
+
+    The model's own forward pass without its blocks: the final norm, the unembedding, and whatever an architecture does
+    to its logits (Gemma 2 caps them, Granite and Cohere scale them) are its own code.
+
+    Raises:
+        ArchitectureError: an architecture whose blocks are not known.
+    """
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    stack = backbone(base)
+    path = next(name for name, module in base.named_modules() if module is stack)
+    whole = view = _shallow(base)
+    for part in path.split("."):
+        child = _shallow(getattr(view, part))
+        setattr(view, part, child)
+        view = child
+    parts = _layout(stack)
+    setattr(view, parts.blocks, nn.ModuleList())
+    setattr(view, parts.norm, _Entering(final_norm(base), streams))
+    ids = torch.zeros(len(streams), 1, dtype=torch.int64, device=base.get_input_embeddings().weight.device)
+    return whole(input_ids=ids, use_cache=False).logits[:, 0]
+
+
+def _shallow(module: Any) -> Any:
+    """A copy of a module that shares its parts, in which parts can be exchanged.
+
+    ``copy.copy`` alone shares the dict of submodules and hooks too: writing to it would cut the model itself.
+    """
+    view = copy.copy(module)
+    view.__dict__["_modules"] = dict(module._modules)
+    for name in _HOOKS:
+        view.__dict__[name] = OrderedDict()
     # transformers installs its hidden-state recorders on blocks once per model; through the view they would be doubled.
     view._output_capturing_hooks_installed = True
     return view

@@ -173,10 +173,25 @@ def encode_batch(
     return out
 
 
+def prompt_ids(tokenizer: Any, texts: Sequence[str], max_length: int | None) -> list[list[int]]:
+    """Token ids of texts as a target reads them: with the special tokens that its tokenizer adds, such as BOS.
+
+    Raises:
+        See :func:`encode_batch`.
+    """
+    return [encoded.ids for encoded in encode_batch(tokenizer, texts, max_length)]
+
+
+def continuation_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of texts that follow a prompt: without special tokens of the tokenizer's own."""
+    return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+
+
 def unknown_id(tokenizer: Any) -> int | None:
     """The token that unknown words become; None if there is none, or if it has another meaning too.
 
-    Tokenizers of GPT-2's family know every text, and name one token beginning, end and unknown.
+    Tokenizers of GPT-2's family know every text, and name one token beginning, end and unknown: there the tokenizer's
+    ``unk_token_id`` in a text is no unknown word. Ask here, never there (a test of the source holds this).
     """
     others = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
     return None if tokenizer.unk_token_id in others else tokenizer.unk_token_id

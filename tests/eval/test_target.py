@@ -7,11 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import processors
 
 from nla.errors import NonFiniteError, PointError, TargetError
-from nla.eval.target import Target, open_target
+from nla.eval.circuits.patching import read_sites
+from nla.eval.target import Patch, Target, last_token, open_target, read_last, token_ids, write
+from nla.models.points import Point
 from nla.organisms import ADAPTERS, PAIRS, TARGETS, adapter_folder, couplets, pair_folder, switchboard, target_folder
 from tests.helpers.targets import POINT, files_of, saved
+from tests.helpers.tiny import TEXTS, make_model, make_tokenizer
 
 
 @pytest.fixture
@@ -55,6 +59,25 @@ def test_the_type_of_the_weights_and_the_adapter_are_those_asked_for() -> None:
     )
     changed = {n for n, p in planted.model.named_parameters() if not torch.equal(p, plain.model.get_parameter(n))}
     assert changed and all("layers" in name for name in changed)
+
+
+def test_a_tokenizer_that_adds_bos_gives_every_path_the_same_tokens() -> None:
+    """Reading, site reading, patching and writing count columns from the same first token."""
+    tokenizer = make_tokenizer()
+    tokenizer.bos_token = "<|user|>"
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|user|> $A", special_tokens=[("<|user|>", tokenizer.convert_tokens_to_ids("<|user|>"))]
+    )
+    target = Target(make_model(), tokenizer, Point.parse(POINT))
+    prompts = [text.strip() for text in TEXTS]
+    expected, columns = read_last(target, prompts), last_token(target, prompts)
+    assert all(ids[0] == tokenizer.bos_token_id for ids in token_ids(target, prompts))
+    sites = read_sites(target, token_ids(target, prompts), [POINT], columns[:, None])[:, 0, 0]
+    assert torch.allclose(sites, expected, atol=1e-5)
+    moved = torch.randn(expected.shape, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(read_last(target, prompts, patches=[Patch(POINT, columns, moved)]), moved)
+    assert write(target, prompts, [Patch(POINT, columns, expected)]) == write(target, prompts)
+    assert write(target, prompts) == [alone for prompt in prompts for alone in write(target, [prompt])]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from nla.baselines import UNKNOWN_STRATUM
 from nla.errors import ArgumentError, CorpusError, NLAError, TemplateError, TranscriptError, VocabularyError
 from nla.store.shards import Document, is_held_out
-from nla.text.tokens import Span
+from nla.text.tokens import Span, unknown_id
 from nla.train.data.corpus import CorpusSettings, Entry
 from nla.transcripts.messages import Transcript
 from nla.transcripts.positions import structure
@@ -158,15 +158,16 @@ class Reader:
             return []
         plain = {"padding": False, "truncation": False, "verbose": False, "return_attention_mask": False}
         batch = self.tokenizer(list(texts.values()), **plain)
-        unknown, out = self.tokenizer.unk_token_id, []
+        unknown, out = unknown_id(self.tokenizer), []
         # The encodings give the characters of single tokens; lists of all offsets would cost more than the rest.
         for (number, text), ids, encoding in zip(texts.items(), batch["input_ids"], batch.encodings, strict=True):
-            if unknown is not None and unknown in ids:
-                start, end = encoding.token_to_chars(ids.index(unknown)) or (0, 0)
+            own, special = encoding.special_tokens_mask, self.special
+            strange = [n for n, token in enumerate(ids) if token == unknown and not own[n]] if unknown in ids else []
+            if strange:
+                start, end = encoding.token_to_chars(strange[0]) or (0, 0)
                 got, fix = f"document {number} with {text[start:end]!r}", "use a target that knows the corpus' words"
                 self._refuse(number, VocabularyError(got, "words that the tokenizer knows", fix), counts, errors)
                 continue
-            own, special = encoding.special_tokens_mask, self.special
             eligible = [n for n, (token, added) in enumerate(zip(ids, own, strict=True)) if not added]
             eligible = [n for n in eligible if ids[n] not in special]
             out.append(Tokens(number, text, ids, _characters(encoding), eligible, None))

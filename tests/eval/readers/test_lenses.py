@@ -13,12 +13,14 @@ from nla.eval.readers import lenses, patchscopes, text_only
 from nla.eval.readers.patchscopes import Prompt
 from nla.eval.readers.tasks import Sites
 from nla.eval.target import Target
+from nla.models import points
 from nla.models.adapter import save_adapter
 from nla.models.hooks import rescale
 from nla.models.points import Point
 from nla.models.read import read
 from nla.pair import encoder
-from tests.helpers.tiny import CONTEXT, D_MODEL, MARKER, N_BLOCKS, TEXTS, make_model, make_pair, make_tokenizer
+from tests.helpers import tiny
+from tests.helpers.tiny import CONTEXT, D_MODEL, MARKER, MODELS, N_BLOCKS, TEXTS, make_model, make_pair, make_tokenizer
 
 LAST = Point("resid_post", N_BLOCKS - 1)
 
@@ -27,14 +29,35 @@ def target_of(model, point: str | Point = "resid_post.1") -> Target:
     return Target(model, make_tokenizer(), Point.parse(point))
 
 
-def test_the_logit_lens_at_the_last_block_gives_the_models_own_logits(model) -> None:
+def check_lens(model) -> None:
+    """The lens at the last block against the model's own forward pass; logits are large enough for caps to show."""
+    model.get_output_embeddings().weight.data.mul_(20)
     target = target_of(model, LAST)
     acts = read(model, target.tokenizer, TEXTS[:1], LAST)
     with torch.no_grad():
         own = model(input_ids=torch.tensor([[span.token_id for span in acts.spans]])).logits[0]
-    assert torch.allclose(lenses.logits(target, acts.vectors), own, atol=1e-4)
+    assert own.abs().max() > 20
+    assert torch.allclose(lenses.logits(target, acts.vectors), own, atol=1e-3)
+
+
+@pytest.mark.parametrize("architecture", MODELS)
+def test_the_lens_at_the_last_block_gives_the_models_own_logits(architecture: str) -> None:
+    model = make_model(architecture)
+    modules, config = [id(module) for module in model.modules()], model.config.to_dict()
+    check_lens(model)
+    assert [id(module) for module in model.modules()] == modules and model.config.to_dict() == config
+
+
+@pytest.mark.parametrize(("name", "scale"), [("Granite", {"logits_scaling": 0.25}), ("Cohere", {"logit_scale": 3.0})])
+def test_an_architecture_that_scales_its_logits_needs_nothing_but_its_layout(name, scale, monkeypatch) -> None:
+    monkeypatch.setitem(points.ARCHITECTURES, name.lower(), points.Layout())
+    monkeypatch.setitem(tiny.MODELS, name.lower(), (name, "model.norm", scale))
+    check_lens(make_model(name.lower()))
+
+
+def test_vectors_of_another_width_have_no_logits() -> None:
     with pytest.raises(ShapeError):
-        lenses.logits(target, acts.vectors[:, :5])
+        lenses.logits(target_of(make_model()), torch.randn(2, 5))
 
 
 def test_the_lenses_read_a_pairs_bare_target_and_not_its_adapters() -> None:
@@ -104,6 +127,14 @@ def test_lens_scores_are_the_likeliest_words_and_a_class_without_any_is_what_the
         assert found is not None and float(macro(found, torch.tensor([names.index("a"), names.index("b")]))) == expected
     assert lenses.class_scores(target, vectors, {}, ["a", "b"]) is None
     assert lenses.top_tokens(target, vectors, n_top=1) == ["cat", "dog"]
+
+
+def test_a_word_may_begin_with_the_end_token_of_a_gpt2_like_tokenizer() -> None:
+    target = target_of(make_model())
+    end = target.tokenizer.eos_token
+    assert target.tokenizer.unk_token_id not in lenses.first_tokens(target, "zebra")
+    target.tokenizer.unk_token = target.tokenizer.bos_token = end
+    assert target.tokenizer.eos_token_id in lenses.first_tokens(target, f"{end}cat")
 
 
 def test_selfie_is_the_bare_model_with_the_activation_as_an_embedding() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -221,6 +223,14 @@ def test_where_the_unknown_token_is_the_end_too_it_may_stand_in_a_text() -> None
         single="<|end|> $A", special_tokens=[("<|end|>", end)]
     )
     assert encode(tokenizer, "the cat", 64).ids[0] == end
+
+
+def test_only_one_function_asks_a_tokenizer_for_its_unknown_token() -> None:
+    """``unk_token_id`` is the end token too in GPT-2's family: everything else asks :func:`unknown_id`."""
+    root = Path(__file__).parents[3]
+    files = [path for room in ("nla", "train", "eval") for path in (root / room).rglob("*.py")]
+    asking = {str(path.relative_to(root)) for path in files if "unk_token_id" in path.read_text()}
+    assert len(files) > 100 and asking == {"nla/text/tokens.py"}
 
 
 def test_an_unknown_token_that_the_tokenizer_adds_itself_is_no_unknown_word() -> None:

@@ -7,6 +7,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from nla.errors import ArgumentError, ConfigError, CorpusError, TranscriptError, VocabularyError
@@ -16,6 +17,7 @@ from nla.train.data import documents
 from nla.train.data.corpus import CorpusSettings, open_corpus
 from nla.train.data.documents import Reader
 from nla.transcripts.messages import Transcript
+from tests.helpers.tiny import make_tokenizer
 
 WORDS = ["the", "a", "cat", "dog", "red", "blue", "sat", "ran", "on", "under", "mat", "tree"]
 TEXTS = [f"the cat {word}" for word in WORDS]
@@ -252,6 +254,27 @@ def test_empty_short_and_unreadable_documents_are_left_out_and_counted(tokenizer
         "refused": 2,
     }
     assert any("Document 5 is left out" in line and "zebra" in line for line in said)
+
+
+def test_a_document_that_holds_the_end_token_of_a_gpt2_like_tokenizer_is_read(tmp_path):
+    """Its tokenizer knows every text, and names one token beginning, end and unknown."""
+    tokenizer = make_tokenizer()
+    tokenizer.unk_token = tokenizer.bos_token = tokenizer.eos_token
+    rows = [{"text": f"the cat sat on a mat{tokenizer.eos_token}a dog ran under the tree"}]
+    settings = CorpusSettings(write_jsonl(tmp_path / "c.jsonl", rows), first_position=2)
+    (chunk,) = prepare(tokenizer, settings)
+    assert (chunk.counts["read"], chunk.counts["refused"]) == (1, 0)
+
+
+def test_an_unknown_token_that_the_tokenizer_adds_itself_does_not_drop_documents(tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|unk|> $A", special_tokens=[("<|unk|>", tokenizer.unk_token_id)]
+    )
+    rows = [{"text": "the cat sat on a mat"}, {"text": "the zebra sat on a mat"}]
+    settings = CorpusSettings(write_jsonl(tmp_path / "c.jsonl", rows), first_position=2)
+    (chunk,) = prepare(tokenizer, settings)
+    assert (chunk.counts["read"], chunk.counts["refused"]) == (1, 1)
 
 
 def test_only_tokens_up_to_the_last_one_read_are_run(tokenizer, tmp_path):
