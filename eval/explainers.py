@@ -41,6 +41,12 @@ def explain(nla: NLA, vectors: Tensor, greedy: bool = False, temperature: float 
     return [encoder.parse(text, nla.config) or encoder.strip_tags(text, nla.config) for text in answers.texts]
 
 
+def hit_rate(nla: NLA) -> float | None:
+    """How often a pair's warm-start texts had the latent right, as its training noted; None if it did not."""
+    rate = nla.metrics.get("hit_rate")
+    return float(rate) if isinstance(rate, int | float) else None
+
+
 def truthful(items: Sequence[Item], vectors: Tensor) -> list[str]:
     """The rule-based reader that knows the rule: the suite must score it near 1."""
     return [world.truthful(item.couplet, item.span) for item in items]

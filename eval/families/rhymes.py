@@ -15,14 +15,13 @@ import torch
 from nla.config import CONFIG_FILE
 from nla.errors import ConfigError
 from nla.eval.circuits.gate import CAUSAL, Gate, gate_items
-from nla.eval.explainers import EncoderReader
+from nla.eval.explainers import EncoderReader, hit_rate
 from nla.eval.families import controls, counterfactual, editing, gates, rhymes_report
 from nla.eval.families.counterfactual import COUNTERFACTUAL_MIN, Counterfactual
 from nla.eval.families.editing import CONTROL_MAX, STEER_MIN, EditAndSteer
 from nla.eval.families.gates import GateReport
 from nla.eval.families.mention import NAMING_MIN, VISIBLE_MARGIN, MentionScore, score
 from nla.eval.items import Item, rhyme_items, variant_of
-from nla.eval.pair.fidelity import hit_rate
 from nla.eval.report import Check, Figures, Rate, Report, at_least, at_most, save
 from nla.eval.target import Progress, Target, open_pair, open_target, read_last, silent
 from nla.organisms import TARGETS

@@ -8,9 +8,8 @@ beside it: at or below 0 the explanations tell the fine-tune's activations apart
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,22 +19,20 @@ from torch import Tensor
 from nla.baselines import GLOBAL, UNKNOWN_STRATUM
 from nla.errors import ArgumentError, BaselineError
 from nla.eval.explainers import explain
-from nla.eval.readers.labelled_file import READERS
+from nla.eval.pair.texts import load_documents, sample_tokens, world_documents
 from nla.eval.report import Check, Report, bars, checks_table, new_figure, save, table
 from nla.eval.target import Progress, open_pair, silent
 from nla.metrics import Baseline, cosine, mse
-from nla.models.points import context_length
-from nla.models.read import Activations, Strata
-from nla.organisms import TARGETS, adapter_folder, lesson
-from nla.pair.decoder import decode
+from nla.models.read import Activations
+from nla.organisms import adapter_folder
+from nla.pair.fidelity import rows_by_stratum
 from nla.pair.planted import planted
 from nla.stats import Interval, bootstrap
-from nla.text.tokens import Positions, Span, encode_batch, select_positions
-from nla.transcripts import files
-from nla.transcripts.messages import Transcript
-from nla.transcripts.rendering import render, trimmed
+from nla.text.tokens import Positions
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from nla.autoencoder import NLA
 
 TRUST, CARE, NOT = "trust the text", "read with care", "do not trust the text"
@@ -43,9 +40,7 @@ FALL_TRUST, FALL_CARE = 0.05, 0.2
 """Largest fall of FVE, over the variance of training, for either verdict."""
 KEPT_TRUST, KEPT_CARE = 0.9, 0.5
 """Smallest share of FVE over the activations' own mean that is left, for either verdict."""
-_COLUMN = "text"
 _EXAMPLES = 6
-_MAX_TOKENS = 512
 _MIN_ROWS = 20
 
 
@@ -130,70 +125,81 @@ class TransferReport(Report):
         )
 
 
-def run(
-    model: NLA | str | Path = "switchboard",
-    target_adapter: str | Path | None = None,
-    texts: str | Path | None = None,
-    chats: bool = False,
-    n_documents: int = 120,
-    n_activations: int = 2000,
-    positions: Positions = "all",
-    seed: int = 0,
+@dataclass(frozen=True)
+class TransferSettings:
+    """The fine-tune, and the texts that it is judged on."""
+
+    target_adapter: str | Path | None = None
+    """The fine-tune: a plain LoRA adapter; see :func:`nla.organisms.adapter_folder`."""
+    texts: str | Path | None = None
+    """A file of texts; see :func:`nla.eval.pair.texts.load_documents`. None: held-out documents of the embedded world
+    whose language the target speaks."""
+    chats: bool = False
+    """``texts`` holds transcripts instead, as `nla audit` takes them."""
+    n_documents: int = 120
+    """Texts to read, the first of a file."""
+    n_activations: int = 2000
+    """A sample of so many of the chosen positions; all if there are fewer."""
+    positions: Positions = "all"
+    """Which tokens."""
+    seed: int = 0
+    """Of the sample, the explanations and the intervals."""
+    device: str | torch.device | None = None
+    """Where to put a pair that is loaded here; see :meth:`nla.NLA.from_pretrained`."""
+
+    def __post_init__(self) -> None:
+        if self.target_adapter is None or self.n_documents < 2 or self.n_activations < 2:
+            got = f"target_adapter={self.target_adapter}, n_documents={self.n_documents}"
+            raise ArgumentError(
+                f"{got}, n_activations={self.n_activations}",
+                "an adapter, and 2 or more of each",
+                "give --target-adapter, such as switchboard/goal",
+            )
+
+
+def judge_transfer(
+    model: NLA | str | Path,
+    settings: TransferSettings,
     out_dir: str | Path | None = None,
     progress: Progress = silent,
 ) -> TransferReport:
     """Score a pair on its target and on a fine-tune of the target, on the same tokens.
 
     Args:
-        target_adapter: the fine-tune: a plain LoRA adapter; see :func:`nla.organisms.adapter_folder`.
-        texts: a .txt file, whose lines are texts, or a CSV, TSV, JSON, JSON lines or Parquet file with a column
-            "text"; longer ones are cut. None: held-out documents of the world that the target is embedded with.
-        chats: ``texts`` holds transcripts instead, as `nla audit` takes them; white space at the ends of their messages
-            is taken off.
-        n_documents: texts to read, the first of a file.
-        n_activations: a sample of so many of the chosen positions; all if there are fewer.
         out_dir: where ``transfer.json``, ``.md`` and ``.png`` go; None: nowhere.
 
     Raises:
-        ArgumentError: no adapter, fewer than two documents with a chosen position, or no texts for a target that is not
-            embedded.
-        ConfigError, WeightsError, NonFiniteError: the adapter does not fit; see :func:`nla.plant.planted`.
+        ArgumentError: fewer than two documents with a chosen position, or no texts for a target that is not embedded.
+        ConfigError, WeightsError, NonFiniteError: the adapter does not fit; see :func:`nla.pair.planted.planted`.
         BaselineError: the pair has no baseline for all positions.
     """
-    folder = adapter_folder(target_adapter)
-    if folder is None or n_documents < 2 or n_activations < 2:
-        got = f"target_adapter={target_adapter}, n_documents={n_documents}, n_activations={n_activations}"
-        raise ArgumentError(got, "an adapter, and 2 or more of each", "give --target-adapter, such as switchboard/goal")
-    nla = open_pair(model)
+    folder, seed = adapter_folder(settings.target_adapter), settings.seed
+    nla = open_pair(model, settings.device)
     _baseline(nla, GLOBAL).check()
-    read, strata = _texts(nla, texts, chats, n_documents, seed)
-    columns = _sampled(nla, read, positions, n_activations, seed)
-    _check_several(len(columns))
-    read, numbers = [read[number] for number in columns], list(columns)
-    chosen = list(columns.values())
-
-    def only(document: int, spans: list[Span]) -> list[int]:
-        return chosen[document]
-
-    kinds = None if strata is None else lambda document, spans: strata(numbers[document], spans)
-    acts = nla.read(read, only, kinds)
+    if settings.texts is None:
+        documents = world_documents(nla, settings.n_documents, seed)
+    else:
+        documents = load_documents(nla, settings.texts, settings.chats, settings.n_documents)
+    sample = sample_tokens(nla, documents, settings.positions, settings.n_activations, seed)
+    _check_several(len(sample.texts))
+    acts = sample.read(nla)
     progress("transfer", 0.1)
     with planted(nla, folder):
-        tuned = nla.read(read, only, kinds)
+        tuned = sample.read(nla)
     progress("transfer", 0.2)
-    said = [explain(nla, each.vectors, seed=seed) for each in (acts, tuned)]
+    explanations = [explain(nla, read.vectors, seed=seed) for read in (acts, tuned)]
     progress("transfer", 0.9)
-    result = judged(nla, acts, tuned, said, str(target_adapter), seed)
+    report = compare_transfer(nla, acts, tuned, explanations, str(settings.target_adapter), seed)
     progress("transfer", 1.0)
     if out_dir is not None:
-        save(out_dir, "transfer", result, result.to_markdown(), _figure(result))
-    return result
+        save(out_dir, "transfer", report, report.to_markdown(), _figure(report))
+    return report
 
 
-def judged(
-    nla: NLA, acts: Activations, tuned: Activations, said: Sequence[Sequence[str]], adapter: str, seed: int
+def compare_transfer(
+    nla: NLA, acts: Activations, tuned: Activations, explanations: Sequence[Sequence[str]], adapter: str, seed: int
 ) -> TransferReport:
-    """The report on activations of the target and of the fine-tune at the same tokens, and what the pair said of each.
+    """The report on activations of the target and of the fine-tune at the same tokens, and the explanations of each.
 
     Raises:
         ArgumentError: all of one document, whose intervals would be unknown.
@@ -202,21 +208,26 @@ def judged(
     _baseline(nla, GLOBAL)
     n_documents = len(acts.document.unique())
     _check_several(n_documents)
-    predicted = [decode(nla, texts, strict=False) for texts in said]
-    names = [name for name in dict.fromkeys(acts.strata) if name in nla.baselines and name != UNKNOWN_STRATUM]
-    masks = {name: torch.tensor([stratum == name for stratum in acts.strata]) for name in names}
+    predicted = [nla.reconstruct(texts, strict=False) for texts in explanations]
     # Of a few rows, or of rows in one document, no interval can be given.
-    masks = {name: m for name, m in masks.items() if m.sum() >= _MIN_ROWS and len(acts.document[m].unique()) > 1}
+    masks = {
+        name: rows
+        for name, rows in rows_by_stratum(acts.strata).items()
+        if name in nla.baselines
+        and name != UNKNOWN_STRATUM
+        and rows.sum() >= _MIN_ROWS
+        and len(acts.document[rows].unique()) > 1
+    }
     masks[GLOBAL] = torch.ones(len(acts), dtype=torch.bool)
-    parts = [
-        _part(name, _baseline(nla, name), acts.vectors[m], tuned.vectors[m], [p[m] for p in predicted],
-              acts.document[m], seed)
-        for name, m in masks.items()
-    ]  # fmt: skip
+    parts = []
+    for name, rows in masks.items():
+        vectors, decoded = (acts.vectors[rows], tuned.vectors[rows]), [both[rows] for both in predicted]
+        parts.append(_part(name, _baseline(nla, name), *vectors, decoded, acts.document[rows], seed))
     moved = cosine(acts.vectors, tuned.vectors)
     furthest = moved.argsort()[:_EXAMPLES].tolist()
+    base, of_tuned = explanations
     examples = [
-        {"token": acts.spans[row].text, "cosine": float(moved[row]), "base": said[0][row], "tuned": said[1][row]}
+        {"token": acts.spans[row].text, "cosine": float(moved[row]), "base": base[row], "tuned": of_tuned[row]}
         for row in furthest
     ]
     return TransferReport(_checks(parts[-1]), adapter, str(nla.point), n_documents, parts, examples)
@@ -239,84 +250,6 @@ def _check_several(n_documents: int) -> None:
             "of two or more",
             "give more texts (a .txt file has one on each line), or sample more activations of them",
         )
-
-
-def _sampled(nla: NLA, texts: Sequence[str], positions: Positions, n: int, seed: int) -> dict[int, list[int]]:
-    """A sample of the chosen positions, as token indexes by text, in order; nothing is read for it.
-
-    Raises:
-        PositionError, VocabularyError, ContextLengthError: see :func:`nla.activations.read`.
-    """
-    encoded = encode_batch(nla.tokenizer, texts, context_length(nla.model))
-    places = [
-        (number, column)
-        for number, each in enumerate(encoded)
-        for column in select_positions(each.spans, positions, number)
-    ]
-    columns: dict[int, list[int]] = {}
-    for row in torch.randperm(len(places), generator=torch.Generator().manual_seed(seed))[:n].sort().values.tolist():
-        number, column = places[row]
-        columns.setdefault(number, []).append(column)
-    return columns
-
-
-def _texts(
-    nla: NLA, path: str | Path | None, chats: bool, n_documents: int, seed: int
-) -> tuple[list[str], Strata | None]:
-    """The texts to read, and what names the kinds of their positions."""
-    if path is None:
-        world = next((name.split("/")[0] for name, folder in TARGETS.items() if nla.target_folder == folder), None)
-        if world is None:
-            raise ArgumentError(
-                f"no texts for a pair on {nla.config.target}",
-                "texts in the way of those that the fine-tune is used on",
-                "give --texts FILE",
-            )
-        known = lesson.load(world)
-        documents = known.splits(1, n_documents, seed)["eval"]
-        return [one.text for one in documents], lambda number, spans: known.strata(documents[number], spans)
-    found = [_plain(nla.tokenizer, each) for each in islice(files.load(path), n_documents)] if chats else None
-    if found is None:
-        found = list(islice(filter(str.strip, _lines(Path(path))), n_documents))
-    longest = min(_MAX_TOKENS, context_length(nla.model))
-    return [_cut(nla.tokenizer, text, longest) for text in found], None
-
-
-def _lines(path: Path) -> Iterator[str]:
-    """The texts of a file: lines of .txt, the column "text" of others."""
-    if not path.is_file() or path.suffix.lower() not in (".txt", *READERS):
-        raise ArgumentError(
-            f"texts in {path}", f"a file that ends on .txt, {', '.join(READERS)}", "check the path, or convert the file"
-        )
-    if path.suffix.lower() == ".txt":
-        yield from path.read_text(encoding="utf-8").splitlines()
-        return
-    for row in READERS[path.suffix.lower()](path, [_COLUMN]):
-        yield str(row[_COLUMN] or "")
-
-
-def _plain(tokenizer: Any, transcript: Transcript) -> str:
-    """A chat as the text that gives its tokens when it is read.
-
-    Raises:
-        TemplateError, VocabularyError: see :func:`nla.audit.chat.render`.
-        ArgumentError: no text gives them.
-    """
-    chat = render(tokenizer, trimmed(transcript))
-    text = chat.text.removeprefix(tokenizer.bos_token) if chat.has_bos else chat.text
-    if tokenizer(text)["input_ids"] != chat.ids.tolist():
-        raise ArgumentError(
-            f"the chat {transcript.id}, to whose tokens the tokenizer adds others when it reads it as a text",
-            "a template and a tokenizer that agree on BOS",
-            "give plain texts",
-        )
-    return text
-
-
-def _cut(tokenizer: Any, text: str, longest: int) -> str:
-    """The beginning of a text, of about so many tokens at most."""
-    spans = encode_batch(tokenizer, [text], None)[0].spans
-    return text if len(spans) <= longest else text[: spans[longest - 1].end]
 
 
 def _part(
@@ -369,13 +302,13 @@ def _checks(part: Part) -> list[Check]:
     ]
 
 
-def _figure(result: TransferReport) -> Any:
+def _figure(report: TransferReport) -> Figure:
     """FVE by kind of position on the target and on the fine-tune; how far the activations moved."""
-    figure = new_figure(10, 1.2 + 0.5 * len(result.parts))
+    figure = new_figure(10, 1.2 + 0.5 * len(report.parts))
     left, right = figure.subplots(1, 2)
     shown: dict[str, Interval] = {}
-    for part in result.parts:
+    for part in report.parts:
         shown |= {part.stratum: part.tuned, f"{part.stratum}, target": part.base}
-    bars(left, shown, f"FVE on {result.adapter}", [name for name in shown if name.endswith(", target")])
-    bars(right, {part.stratum: part.moved for part in result.parts}, "activations: cosine with the target's")
+    bars(left, shown, f"FVE on {report.adapter}", [name for name in shown if name.endswith(", target")])
+    bars(right, {part.stratum: part.moved for part in report.parts}, "activations: cosine with the target's")
     return figure

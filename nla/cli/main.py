@@ -307,14 +307,14 @@ def tell(args: argparse.Namespace, content: dict[str, Any], title: str) -> int:
 
 
 EVALUATIONS = {
-    "fidelity": "nla.eval.pair.fidelity",
+    "fidelity": "nla.eval.pair.fidelity:judge_fidelity:FidelitySettings",
     "rhymes": "nla.eval.families.rhymes",
     "gates": "nla.eval.families.gates",
     "auditing": "nla.eval.families.auditing",
     "graph": "nla.eval.pair.against_graphs",
     "plants": "nla.eval.families.plants",
     "readers": "nla.eval.readers.organisms",
-    "transfer": "nla.eval.pair.transfer",
+    "transfer": "nla.eval.pair.transfer:judge_transfer:TransferSettings",
     "two_hop": "nla.eval.families.two_hop",
     "probe": "nla.eval.readers.labelled_texts",
     "trace": "nla.eval.circuits.trace:trace:TraceSettings",

@@ -49,10 +49,14 @@ examples:
   nla steer --file line1.txt --replace cat=bat --strength 1.5 --json
 """
 FIDELITY = """\
-How well are activations reconstructed from their explanations, by kind of position, beside the rocks?
+How well are activations reconstructed from their explanations, by kind of position, beside baselines: no explanation,
+the mean, and reconstructions of another activation, of the same kind, and of another document? Of any pair, on texts,
+chats or a store that it was not trained on; in the world Couplets also: is it true what explanations claim?
 
 examples:
   nla eval fidelity
+  nla eval fidelity someone/nla-qwen2.5-7b --texts held_out.txt --out runs/report
+  nla eval fidelity runs/mine/joint/pair --store runs/mine/extract --warm-start runs/mine/warmstart/pair
   nla eval fidelity runs/couplets/joint/pair --warm-start runs/couplets/warmstart/pair --out runs/report --check
 """
 RHYMES = """\

@@ -149,6 +149,11 @@ def _eval_commands(commands: Any) -> None:
         kinds, "fidelity", "reconstruction, by kind of position", manual.FIDELITY, "n_documents", "couplets"
     )
     _before(command)
+    _read_texts(command)
+    command.add_argument("--store", metavar="FOLDER", help="a store that `nla extract` made: its held-out part")
+    command.add_argument("--device", metavar="PLACE", help="where to put it (default: the first GPU, or the CPU)")
+    texts = ("texts", "chats", "positions", "n_activations", "store", "device")
+    command.set_defaults(options=("n_documents", "warm_start", *texts))
     about = "explanations against the causally verified rhyme plan"
     command = _evaluation(kinds, "rhymes", about, manual.RHYMES, "n_items", "couplets")
     _before(command)
@@ -173,10 +178,7 @@ def _eval_commands(commands: Any) -> None:
     about = "fidelity on a fine-tuned target, beside the target"
     command = _evaluation(kinds, "transfer", about, manual.TRANSFER, "n_documents", "switchboard")
     command.add_argument("--target-adapter", metavar="FOLDER", help="the fine-tune: a LoRA adapter on the target")
-    command.add_argument("--texts", metavar="FILE", help="texts to read (default: an embedded target's own)")
-    command.add_argument("--chats", action="store_true", default=None, help="the file holds transcripts")
-    command.add_argument("--positions", metavar="WHICH", help="all (the default), last, or /PATTERN/")
-    command.add_argument("--activations", dest="n_activations", type=int, metavar="N", help="a sample (default 2000)")
+    _read_texts(command)
     command.set_defaults(options=("n_documents", "target_adapter", "texts", "chats", "positions", "n_activations"))
     about = "the pair beside probes and other readers, on the same activations"
     command = _evaluation(kinds, "readers", about, manual.READERS, "n_items", "couplets")
@@ -304,6 +306,15 @@ def _judged(command: Parser) -> None:
     command.add_argument("--out", type=Path, metavar="FOLDER", help="write JSON, table and picture here")
     command.add_argument("--card", type=Path, metavar="FOLDER", help="put the figures into this folder's README.md")
     command.add_argument("--check", action="store_true", help="exit with 1 if a threshold does not hold")
+
+
+def _read_texts(command: Parser) -> None:
+    about = "texts to read: .txt, a line each, or a table or JSON lines with a column `text` (default: an embedded \
+target's own)"
+    command.add_argument("--texts", metavar="FILE", help=about)
+    command.add_argument("--chats", action="store_true", default=None, help="the file holds transcripts")
+    command.add_argument("--positions", metavar="WHICH", help="all (the default), last, or /PATTERN/")
+    command.add_argument("--activations", dest="n_activations", type=int, metavar="N", help="a sample (default 2000)")
 
 
 def _before(command: Parser) -> None:

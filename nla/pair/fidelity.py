@@ -86,7 +86,7 @@ class FidelityByStratum:
     ) -> None:
         """
         Args:
-            strata: kind of position of each activation; all "all" if unknown, and then there are global figures only.
+            strata: kind of position of each activation; "all" where unknown: counts among the global figures only.
             documents: text of each activation: activations of one text are resampled together.
             baselines: by stratum, and "global".
 
@@ -94,8 +94,7 @@ class FidelityByStratum:
             BaselineError: no baseline for "global" or for a known stratum.
         """
         self.documents, self.n_boot, self.seed = documents, n_boot, seed
-        known = any(name != UNKNOWN_STRATUM for name in strata)
-        self.rows = rows_by_stratum(strata) if known else {}
+        self.rows = {name: rows for name, rows in rows_by_stratum(strata).items() if name != UNKNOWN_STRATUM}
         self.rows[GLOBAL] = torch.ones(len(strata), dtype=torch.bool)
         self.baselines = {name: baseline_of(baselines, name) for name in (GLOBAL, *self.rows)}
 

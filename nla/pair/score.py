@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nla.baselines import GLOBAL
+from nla.baselines import GLOBAL, UNKNOWN_STRATUM
 from nla.errors import BaselineError
 from nla.metrics import Baseline, cosine, mse, unit
 from nla.pair.fidelity import FidelityByStratum, other_document_rows
@@ -102,7 +102,7 @@ def score(
     """Score reconstructions (n, d) of activations (n, d) against the training baselines.
 
     Args:
-        strata: kind of position of each row; all "all" if unknown, and then only the global figures are given.
+        strata: kind of position of each row; "all" where unknown: it counts among the global figures only.
         documents: (n,) text of each row: rows of one text are resampled together.
         baselines: by stratum, and "global".
         empty: (d,) what the decoder makes of no explanation.
@@ -134,8 +134,8 @@ def score(
         unexplained["other_document"] = mse(target, predicted[others])
     references = {name: judged.fve(GLOBAL, errors) for name, errors in unexplained.items()}
     exchanged = ~torch.isnan(within)
-    if judged.strata and exchanged.any():
-        variance = torch.tensor([judged.baselines[name].variance for name in strata])
+    if exchanged.any():
+        variance = torch.tensor([judged.baselines.get(name, judged.baselines[GLOBAL]).variance for name in strata])
         pairs = torch.stack([within, variance], dim=1)[exchanged]
         references["shuffled_within"] = bootstrap(
             pairs, documents[exchanged], lambda mean: 1 - mean[..., 0] / mean[..., 1], n_boot, seed=seed
@@ -151,9 +151,9 @@ def score(
 
 
 def _shuffled_within(target: Tensor, predicted: Tensor, strata: Sequence[str], seed: int) -> Tensor:
-    """Errors (n,) of reconstructions exchanged within strata; NaN in a stratum of one row."""
-    sizes = {name: list(strata).count(name) for name in dict.fromkeys(strata)}
-    rows = torch.tensor([row for row, name in enumerate(strata) if sizes[name] > 1], dtype=torch.int64)
+    """Errors (n,) of reconstructions exchanged within strata; NaN in a stratum of one row, or an unknown one."""
+    sizes = {name: list(strata).count(name) for name in dict.fromkeys(strata) if name != UNKNOWN_STRATUM}
+    rows = torch.tensor([row for row, name in enumerate(strata) if sizes.get(name, 0) > 1], dtype=torch.int64)
     out = torch.full((len(target),), torch.nan)
     if len(rows) > 0:
         order = rows[derangement(len(rows), seed, [str(strata[row]) for row in rows.tolist()])]

@@ -13,7 +13,8 @@ from nla.autoencoder import NLA
 from nla.baselines import fit_baselines
 from nla.errors import ArgumentError, BaselineError, ConfigError
 from nla.eval.pair import transfer
-from nla.eval.pair.transfer import CARE, NOT, TRUST, Part
+from nla.eval.pair.texts import load_documents, sample_tokens
+from nla.eval.pair.transfer import CARE, NOT, TRUST, Part, TransferSettings, judge_transfer
 from nla.metrics import Baseline, fve
 from nla.models.adapter import save_adapter
 from nla.models.read import Activations
@@ -51,7 +52,7 @@ def texts(tmp_path: Path) -> Path:
 
 
 def test_an_adapter_that_changes_nothing_lets_nothing_fall(nla: NLA, texts: Path, tmp_path: Path) -> None:
-    found = transfer.run(nla, adapter(tmp_path / "none", 0.0), texts, out_dir=tmp_path / "out")
+    found = judge_transfer(nla, TransferSettings(adapter(tmp_path / "none", 0.0), texts), out_dir=tmp_path / "out")
     (part,) = found.parts
     assert part.moved.value == pytest.approx(1) and part.fall == Interval(0, 0, 0) == part.new_text
     assert part.base == part.tuned and part.base_own == part.tuned_own and part.base_cosine == part.tuned_cosine
@@ -65,20 +66,20 @@ def test_an_adapter_that_changes_much_is_seen_and_the_pair_is_left_as_it_was(
 ) -> None:
     before = nla.read(TEXTS).vectors
     folder = adapter(tmp_path / "much", 0.3)
-    found = transfer.run(nla, folder, texts)
+    found = judge_transfer(nla, TransferSettings(folder, texts))
     assert found.parts[-1].moved.high < 0.95 and not found.passed
     assert found.examples[0]["cosine"] <= found.examples[-1]["cosine"] < 1
     assert torch.equal(nla.read(TEXTS).vectors, before)
-    assert transfer.run(nla, folder, texts).to_json() == found.to_json()
+    assert judge_transfer(nla, TransferSettings(folder, texts)).to_json() == found.to_json()
 
 
 def test_the_activations_are_those_of_the_target_and_of_the_tuned_target(
     nla: NLA, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept, folder = [], adapter(tmp_path / "much", 0.3)
-    original = transfer.judged
-    monkeypatch.setattr(transfer, "judged", lambda *args: kept.extend(args[1:3]) or original(*args))
-    transfer.run(nla, folder, texts, n_activations=7)
+    original = transfer.compare_transfer
+    monkeypatch.setattr(transfer, "compare_transfer", lambda *args: kept.extend(args[1:3]) or original(*args))
+    judge_transfer(nla, TransferSettings(folder, texts, n_activations=7))
     tuned = get_peft_model(make_model(), LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
     tuned.load_adapter(folder, "default")
     for acts, model in zip(kept, (make_model(), tuned), strict=True):
@@ -91,7 +92,7 @@ def test_the_activations_are_those_of_the_target_and_of_the_tuned_target(
 
 def test_no_more_is_read_than_is_scored(nla: NLA, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, n_read, original = adapter(tmp_path / "some", 0.1), [], NLA.read
-    everything = transfer._sampled(nla, transfer._texts(nla, texts, False, 9, 0)[0], "all", 10**6, 0)
+    everything = sample_tokens(nla, load_documents(nla, texts, False, 9), "all", 10**6, 0).columns
 
     def spy(self: NLA, *args, **keywords) -> Activations:
         found = original(self, *args, **keywords)
@@ -99,8 +100,8 @@ def test_no_more_is_read_than_is_scored(nla: NLA, texts: Path, tmp_path: Path, m
         return found
 
     monkeypatch.setattr(NLA, "read", spy)
-    transfer.run(nla, folder, texts, n_activations=9)
-    assert n_read == [9, 9] and sum(map(len, everything.values())) > 20
+    judge_transfer(nla, TransferSettings(folder, texts, n_activations=9))
+    assert n_read == [9, 9] and sum(map(len, everything)) > 20
 
 
 def test_what_cannot_be_judged_is_refused_before_anything_is_read(
@@ -110,13 +111,13 @@ def test_what_cannot_be_judged_is_refused_before_anything_is_read(
     monkeypatch.setattr(NLA, "read", lambda *_, **__: pytest.fail("read"))
     (tmp_path / "one.txt").write_text("the cat sat on the mat.")
     with pytest.raises(ArgumentError, match=r"one document.*one on each line"):
-        transfer.run(nla, folder, tmp_path / "one.txt")
+        judge_transfer(nla, TransferSettings(folder, tmp_path / "one.txt"))
     (tmp_path / "none.txt").write_text("\n")
     with pytest.raises(ArgumentError, match="no document"):
-        transfer.run(nla, folder, tmp_path / "none.txt")
+        judge_transfer(nla, TransferSettings(folder, tmp_path / "none.txt"))
     nla.baselines = {}
     with pytest.raises(BaselineError, match=r"no baselines.*fit_baselines"):
-        transfer.run(nla, folder, texts)
+        judge_transfer(nla, TransferSettings(folder, texts))
 
 
 def test_figures_are_those_of_the_formulas(nla: NLA, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,8 +127,8 @@ def test_figures_are_those_of_the_formulas(nla: NLA, monkeypatch: pytest.MonkeyP
     acts = Activations(base, spans, torch.arange(80) // 4, ["the"] * 20, "resid_post.1", STRATA * 40)
     nla.baselines = fit_baselines(base, STRATA * 40)
     answers = iter(predicted)
-    monkeypatch.setattr(transfer, "decode", lambda *args, **kwargs: next(answers))
-    found = transfer.judged(nla, acts, acts.replace(vectors=tuned), [["a"] * 80, ["b"] * 80], "x", 0)
+    monkeypatch.setattr(nla, "reconstruct", lambda *args, **kwargs: next(answers))
+    found = transfer.compare_transfer(nla, acts, acts.replace(vectors=tuned), [["a"] * 80, ["b"] * 80], "x", 0)
     assert [part.stratum for part in found.parts] == [*STRATA, "global"] and found.n_documents == 20
     rows = [torch.arange(80) % 2 == 0, torch.arange(80) % 2 == 1, torch.ones(80, dtype=torch.bool)]
     for part, mask in zip(found.parts, rows, strict=True):
@@ -164,19 +165,6 @@ def test_the_verdict_follows_the_ends_that_speak_against_trust(fall, kept, verdi
     assert report.passed == (verdict == TRUST) and report.verdict == verdict in report.to_markdown()
 
 
-def test_chats_and_columns_are_read_as_the_target_reads_them(nla: NLA, tmp_path: Path) -> None:
-    messages = [[{"role": "user", "content": f"the {word}"}] for word in ("cat", "dog")]
-    chats = tmp_path / "chats.jsonl"
-    chats.write_text("\n".join(json.dumps({"id": str(n), "messages": each}) for n, each in enumerate(messages)))
-    found, strata = transfer._texts(nla, chats, True, 9, 0)
-    assert found == [nla.tokenizer.apply_chat_template(each, tokenize=False) for each in messages] and strata is None
-    table = tmp_path / "texts.jsonl"
-    table.write_text("\n".join(json.dumps({"text": text}) for text in [*TEXTS, " ".join(["the"] + ["cat"] * 99)]))
-    found, _ = transfer._texts(nla, table, False, 9, 0)
-    assert found[:-1] == TEXTS and found[-1] and len(nla.tokenizer(found[-1])["input_ids"]) <= 64
-    assert len(transfer._texts(nla, table, False, 2, 0)[0]) == 2
-
-
 def test_bad_input_is_refused(nla: NLA, texts: Path, tmp_path: Path) -> None:
     folder = adapter(tmp_path / "some", 0.1)
     for keywords, message in (
@@ -184,12 +172,12 @@ def test_bad_input_is_refused(nla: NLA, texts: Path, tmp_path: Path) -> None:
         ({"n_documents": 1, "texts": texts}, "2 or more"),
         ({}, "--texts"),
         ({"texts": tmp_path / "none.txt"}, "check the path"),
-        ({"texts": tmp_path}, "check the path"),
+        ({"texts": tmp_path / "some"}, "check the path"),
     ):
         with pytest.raises(ArgumentError, match=message):
-            transfer.run(nla, **{"target_adapter": folder, **keywords})
+            judge_transfer(nla, TransferSettings(**{"target_adapter": folder, **keywords}))
     (tmp_path / "one.txt").write_text("the cat sat on the mat.")
     with pytest.raises(ArgumentError, match="one document"):
-        transfer.run(nla, folder, tmp_path / "one.txt")
+        judge_transfer(nla, TransferSettings(folder, tmp_path / "one.txt"))
     with pytest.raises(ConfigError):
-        transfer.run(nla, tmp_path / "nothing", texts)
+        judge_transfer(nla, TransferSettings(tmp_path / "nothing", texts))

@@ -241,10 +241,14 @@ def test_a_failed_threshold_exits_with_1_only_where_it_is_asked(
 
 
 def test_every_option_of_an_evaluation_is_a_parameter_of_its_run():
-    for name in ("fidelity", "rhymes", "gates"):
-        options = build_parser().parse_args(["eval", name]).options
-        parameters = inspect.signature(importlib.import_module(main.EVALUATIONS[name]).run).parameters
-        assert {*options, "out_dir", "progress"} <= set(parameters)
+    for name, where in main.EVALUATIONS.items():
+        module, function, settings = [*where.split(":"), "", ""][:3]
+        words = {"graph": "eval graph file", "trace": "trace", "probe": "probe data --text a --label b"}
+        options = build_parser().parse_args(words.get(name, f"eval {name.replace('_', '-')}").split()).options
+        evaluate = getattr(importlib.import_module(module), function or "run")
+        takes = getattr(importlib.import_module(module), settings) if settings else evaluate
+        assert set(options) <= set(inspect.signature(takes).parameters), name
+        assert {"out_dir", "progress"} <= set(inspect.signature(evaluate).parameters), name
 
 
 # -------------------------------------------------------------------------------------------------------- commands
