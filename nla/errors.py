@@ -112,8 +112,12 @@ class JudgeError(NLAError):
     """A judge cannot be reached, or does not answer as it should."""
 
 
+class EndpointError(NLAError):
+    """An endpoint's address or key is not one to be used, or it cannot be reached, refuses, or has no answer."""
+
+
 class DescriberError(NLAError):
-    """A describer is unknown, has no key, cannot be reached, refuses, or fails on too many texts."""
+    """A describer is unknown, cannot be reached, refuses, or fails on too many texts."""
 
 
 class BudgetError(DescriberError):

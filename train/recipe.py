@@ -20,8 +20,8 @@ from nla.models.points import Point
 from nla.organisms import lesson
 from nla.train.data.corpus import CorpusSettings
 from nla.train.data.world import ExtractSettings
-from nla.train.describe.describer import DescriberSettings
 from nla.train.describe.lesson import DescribeSettings
+from nla.train.describe.settings import DescriberSettings
 from nla.train.fit.settings import JointSettings, refuse, require_least, require_positive, require_seed
 from nla.train.plan import HardwareSettings, ShapeSettings
 

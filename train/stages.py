@@ -23,11 +23,10 @@ from nla.text.tokens import load_tokenizer, render_prompt
 from nla.train.contract import SLOT, contract, place_marker
 from nla.train.data import world
 from nla.train.data.extract import extract_corpus
-from nla.train.describe.describer import open_describer
 from nla.train.describe.lesson import describe, save_texts
 from nla.train.describe.prompt import pair_marks
 from nla.train.describe.quote import quote_all
-from nla.train.describe.texts import Summary, describe_texts
+from nla.train.describe.texts import Summary, describe_texts, open_describer
 from nla.train.fit import processes
 from nla.train.fit.joint import share_step, train_joint
 from nla.train.fit.warmstart import warmstart_decoder, warmstart_encoder
@@ -100,7 +99,7 @@ def preflight(recipe: Recipe, describing: bool, reachable: bool) -> None:
 
     Raises:
         ConfigError, TemplateError: no token can be the marker, or there is no chat template.
-        DescriberError, MissingExtraError: the describer's address, key or client is missing.
+        EndpointError, MissingExtraError: the describer's address, key or client is missing.
         PointError, ContextLengthError: the target is not deep, or not long, enough.
         ArgumentError: the rows of a step do not divide over the processes.
     """

@@ -15,9 +15,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import anthropic
+import openai
+
 from nla.train.describe.client import EndpointDescriber
-from nla.train.describe.describer import DescriberSettings
+from nla.train.describe.settings import DescriberSettings
 from nla.train.describe.texts import Described, describe_texts
+
+for package in (openai, anthropic):
+    package._base_client.INITIAL_RETRY_DELAY = 0.001  # waits too short to notice, in tests alone
 
 FORMS = ("openai", "anthropic")
 CUT_REASON = {"openai": {"finish": "length"}, "anthropic": {"stop": "max_tokens"}}
@@ -176,11 +182,11 @@ def prefixes(n: int) -> list[str]:
 
 
 def describer(server: Server, **changes: Any) -> EndpointDescriber:
-    """One that asks the server, with waits too short to notice."""
+    """One that asks the server."""
     defaults: dict[str, Any] = dict(
         describer=server.form, model="m", url=server.url, concurrency=8, timeout_s=5.0, failing_share=0.9
     )
-    return EndpointDescriber(DescriberSettings(**{**defaults, **changes}), backoff_s=0.001)
+    return EndpointDescriber(DescriberSettings(**{**defaults, **changes}))
 
 
 def described(server: Server, folder: Path, n: int = 3, **changes: Any) -> Described:

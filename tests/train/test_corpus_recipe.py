@@ -23,7 +23,7 @@ from nla.errors import (
     ConfigError,
     ContextLengthError,
     CorpusError,
-    DescriberError,
+    EndpointError,
     PointError,
     RecipeError,
 )
@@ -182,7 +182,7 @@ def test_a_recipe_in_two_processes_reads_the_same_rows_and_learns_as_one(work, w
         (["pair.max_new_tokens=600"], ContextLengthError, "512"),
         (["pair.marker=two words"], ConfigError, "marker"),
         (["warmstart.rows_per_backward=3"], ArgumentError, "batch_size"),
-        (["describer.describer=openai", "describer.model=m"], DescriberError, "OPENAI_API_KEY"),
+        (["describer.describer=openai", "describer.model=m"], EndpointError, "OPENAI_API_KEY"),
     ],
 )
 def test_bad_input_is_refused_before_anything_runs(tiny, tmp_path, monkeypatch, overrides, error, says):

@@ -19,8 +19,9 @@ from nla.models.points import context_length
 from nla.storage.hashes import digest
 from nla.text.fingerprint import tokenizer_hash
 from nla.text.tokens import undated
-from nla.train.describe.describer import DescriberSettings, Reply
+from nla.train.describe.describer import Reply
 from nla.train.describe.prompt import CUT, Question
+from nla.train.describe.settings import DescriberSettings
 
 _PLACE = "\N{OBJECT REPLACEMENT CHARACTER}here\N{OBJECT REPLACEMENT CHARACTER}"
 _BATCHES = 16
@@ -31,7 +32,7 @@ _TAIL_TOKENS = 16
 
 @dataclass
 class LocalDescriber:
-    """Asks a loaded model in batches; see :class:`nla.train.describers.Describer`.
+    """Asks a loaded model in batches; see :class:`nla.train.describe.describer.Describer`.
 
     The answer starts behind the opening tag, which small models would forget. Sampling is keyed by text, so in float32
     neither batch nor order changes what is drawn, but for ties within rounding. In bfloat16 and float16 a row's numbers
@@ -75,7 +76,7 @@ class LocalDescriber:
         return len(self._ids(text, ""))
 
     def ask(self, questions: Iterator[Question], stop: Callable[[], bool]) -> Iterator[Reply]:
-        """See :meth:`nla.train.describers.Describer.ask`; ``stop`` is asked between batches.
+        """See :meth:`nla.train.describe.describer.Describer.ask`; ``stop`` is asked between batches.
 
         A batch is so many questions in a row, so those in a row should be of similar length.
 

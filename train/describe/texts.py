@@ -16,6 +16,7 @@ from nla.errors import DescriberError, InterruptedTraining
 from nla.train.describe.cache import TextCache, cache_key
 from nla.train.describe.describer import Describer, Reply
 from nla.train.describe.prompt import CUT, Question, ask_about
+from nla.train.describe.settings import DescriberSettings
 from nla.train.fit.loop import StopOnInterrupt
 
 ADVICE = {
@@ -323,6 +324,49 @@ class _Work:
     def check(self) -> None:
         """Raise when that is so."""
         self.summary.check(self.settings.failing_share, self.n_all)
+
+
+def open_describer(
+    settings: DescriberSettings,
+    model: Any = None,
+    tokenizer: Any = None,
+    *,
+    dtype: str = "float32",
+    device: Any = None,
+) -> Describer:
+    """The describer that the settings name.
+
+    Args:
+        model, tokenizer: the target, already loaded, for ``local`` without a ``model`` of its own.
+        dtype: of the weights of ``local``'s own ``model``, unless the settings say it.
+        device: where to put that model; None: the first GPU if there is one, else the CPU.
+
+    Raises:
+        EndpointError: the address or the key is not one to be used.
+        DescriberError: there is no model.
+        MissingExtraError: the provider's client is not installed.
+        The rest is as for :func:`nla.models.load.load_target`.
+    """
+    if settings.describer != "local":
+        from nla.train.describe.client import EndpointDescriber
+
+        return EndpointDescriber(settings)
+    from nla.train.describe.local import LocalDescriber
+
+    if settings.model is not None:
+        from nla.models.load import load_target
+
+        model, tokenizer = load_target(
+            settings.model,
+            revision=settings.revision,
+            dtype=settings.dtype or dtype,
+            device=device,
+            quantization=settings.quantization,
+        )
+    if model is None or tokenizer is None:
+        got, expected = "a local describer without a model", "the loaded target and its tokenizer, or a model's name"
+        raise DescriberError(got, expected, "pass model and tokenizer, or set describer.model")
+    return LocalDescriber(settings, model, tokenizer)
 
 
 def _added(costs: Sequence[float | None]) -> float | None:

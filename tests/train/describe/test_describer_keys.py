@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import importlib
 import json
 import logging
 import pickle
@@ -11,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from nla.errors import ArgumentError, DescriberError, MissingExtraError, NLAError, RecipeError
+from nla.errors import ArgumentError, DescriberError, EndpointError, MissingExtraError, NLAError, RecipeError
+from nla.models.endpoint import Endpoint
 from nla.train.describe.client import EndpointDescriber
-from nla.train.describe.describer import DescriberSettings, open_describer
-from nla.train.describe.endpoint import endpoint_of, open_client
-from nla.train.describe.texts import describe_texts
+from nla.train.describe.settings import DescriberSettings
+from nla.train.describe.texts import describe_texts, open_describer
 from nla.train.recipe import build
 from tests.helpers.endpoint_server import (
     FORMS,
@@ -110,17 +112,17 @@ def test_addresses_and_keys_are_checked_before_anything_is_sent(monkeypatch: pyt
         "https://x.y/v1?key=secret",
         "http://[x",
     ):
-        with pytest.raises(DescriberError, match="address") as caught:
+        with pytest.raises(EndpointError, match="address") as caught:
             opened(url=url)
         assert "secret" not in str(caught.value)
     for name in FORMS:
-        with pytest.raises(DescriberError, match=f"{name.upper()}_API_KEY"):
+        with pytest.raises(EndpointError, match=f"{name.upper()}_API_KEY"):
             opened(describer=name)
-    with pytest.raises(DescriberError, match="MY_KEY"):
+    with pytest.raises(EndpointError, match="MY_KEY"):
         opened(url="http://localhost:1/v1", key_variable="MY_KEY")
     monkeypatch.setenv("MY_KEY", SECRET)
     for host in ("example.com", "10.0.0.1", "localhost.example.com"):
-        with pytest.raises(DescriberError, match="plain http"):
+        with pytest.raises(EndpointError, match="plain http"):
             opened(url=f"http://{host}/v1", key_variable="MY_KEY")
         opened(url=f"https://{host}/v1", key_variable="MY_KEY")
         opened(url=f"http://{host}/v1")
@@ -128,28 +130,32 @@ def test_addresses_and_keys_are_checked_before_anything_is_sent(monkeypatch: pyt
         opened(url=f"http://{host}/v1", key_variable="MY_KEY")
     for odd in ("a b", "schlüssel", "a\x1bb", " "):
         monkeypatch.setenv("MY_KEY", odd)
-        with pytest.raises(DescriberError, match="no usable key") as caught:
+        with pytest.raises(EndpointError, match="no usable key") as caught:
             opened(url="http://localhost/v1", key_variable="MY_KEY")
         assert odd == " " or odd not in str(caught.value)
 
 
 def test_certificates_are_checked_wherever_tls_is_spoken(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    package: Any = pytest.importorskip(form)
-    kind, given = package.DefaultAsyncHttpxClient, {}
+    package: Any = importlib.import_module(form)
+    given: dict[str, Any] = {}
+    start = package.DefaultAsyncHttpxClient.__init__
 
-    def opened(**arguments: Any) -> Any:
+    def opened(self: Any, **arguments: Any) -> None:
         given.update(arguments)
-        return kind(**arguments)
+        start(self, **arguments)
 
-    monkeypatch.setattr(package, "DefaultAsyncHttpxClient", opened)
+    async def connect(url: str) -> None:
+        async with Endpoint("m", form, url).connect():
+            pass
+
+    monkeypatch.setattr(package.DefaultAsyncHttpxClient, "__init__", opened)
     for url, checked in (
         ("https://x.y/v1", True),
         ("HTTPS://x.y/v1", True),
         ("HtTpS://[::1]/", True),
         ("http://x", False),
     ):
-        settings = DescriberSettings(form, "m", url)
-        open_client(endpoint_of(settings), settings)
+        asyncio.run(connect(url))
         assert given["verify"] is checked and given["follow_redirects"] is False
 
 
@@ -199,8 +205,8 @@ def test_a_key_typed_where_its_variables_name_belongs_is_not_shown(describer: st
 def test_a_key_that_has_the_form_of_a_name_is_not_shown_either() -> None:
     key = "gsk_0123456789abcdef"
     settings = DescriberSettings("openai", "m", key_variable=key)
-    with pytest.raises(DescriberError, match=r"that describer\.key_variable names") as caught:
-        endpoint_of(settings)
+    with pytest.raises(EndpointError, match="that key_variable names") as caught:
+        EndpointDescriber(settings)
     assert key not in str(caught.value) and key not in repr(settings)
     with pytest.raises(ArgumentError) as refused:
         DescriberSettings("local", key_variable=key)

@@ -13,10 +13,10 @@ from transformers import Qwen2ForCausalLM
 from nla.errors import ArgumentError, ConfigError, ContextLengthError, DescriberError, TemplateError
 from nla.models import load as target
 from nla.train.describe.cache import TextCache
-from nla.train.describe.describer import DescriberSettings, open_describer
 from nla.train.describe.local import KeyedSampling, LocalDescriber, weights_print
 from nla.train.describe.prompt import Description, Question
-from nla.train.describe.texts import describe_texts
+from nla.train.describe.settings import DescriberSettings
+from nla.train.describe.texts import describe_texts, open_describer
 from tests.helpers.tiny import TEMPLATE, make_model, make_tokenizer
 
 PROMPTS = ["the cat sat", "a dog", "it is here and the red dog ran under the blue tree", "so", "the mat is blue"]

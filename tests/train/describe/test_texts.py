@@ -17,8 +17,8 @@ import pytest
 from nla.errors import BudgetError, DescriberError, InterruptedTraining, StorageError
 from nla.train.describe.cache import CACHE_FILE, TextCache
 from nla.train.describe.client import EndpointDescriber
-from nla.train.describe.describer import DescriberSettings
 from nla.train.describe.prompt import Question, ask_about
+from nla.train.describe.settings import DescriberSettings
 from nla.train.describe.texts import Described, Summary, _Work, describe_texts
 from tests.helpers.endpoint_server import (
     CLAIMS,
@@ -81,7 +81,7 @@ def test_two_runs_at_once_share_what_they_find(tmp_path: Path) -> None:
 def describe_in_child(pipe: Any, folder: Path) -> None:
     settings = DescriberSettings("openai", "m", pipe.recv(), concurrency=4)
     try:
-        describe_texts(prefixes(400), EndpointDescriber(settings, backoff_s=0.001), folder)
+        describe_texts(prefixes(400), EndpointDescriber(settings), folder)
     except InterruptedTraining:
         os._exit(3)
     os._exit(0)
