@@ -336,7 +336,7 @@ def _open_sdk(endpoint: Endpoint) -> Any:
     key = None if endpoint.variable is None else read_key(endpoint.variable)
 
     class Connections(package.DefaultAsyncHttpxClient):
-        async def send(self, request: Any, **how: Any) -> Any:
+        async def send(self, request: Any, *, stream: bool = False, **how: Any) -> Any:
             tries, around = _ASKED.get()
             _strip(request, endpoint.host, key)
             made = Try()
@@ -344,7 +344,7 @@ def _open_sdk(endpoint: Endpoint) -> Any:
                 tries.append(made)
                 try:
                     async with asyncio.timeout(endpoint.timeout_s):
-                        response = await super().send(request, **how | {"stream": True})
+                        response = await super().send(request, stream=True, **how)
                         body = await _read(response)
                 except (TimeoutError, httpx2.TimeoutException):
                     made.cause, made.passing, made.charged = TIMEOUT, True, True
