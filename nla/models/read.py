@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -15,18 +14,15 @@ from torch import Tensor, nn
 from nla.baselines import UNKNOWN_STRATUM
 from nla.errors import PositionError, ShapeError, WeightsError
 from nla.metrics import check_finite
-from nla.models.forward import device_of, inference, pad_right
+from nla.models.forward import Intervene, vectors_at
 from nla.models.points import Point, context_length, truncated_view
 from nla.storage.tensors import load_tensors, save_tensors
-from nla.text.tokens import Encoded, Positions, Span, encode_batch, length_batches, select_positions
+from nla.text.tokens import Encoded, Positions, Span, encode_batch, select_positions
 
 ACTIVATIONS_FILE = "activations.safetensors"
 
 Strata = Callable[[int, list[Span]], Sequence[str]]
 """From a document's index and all its spans, the kind of position of each token."""
-
-Intervene = Callable[[Tensor], contextlib.AbstractContextManager]
-"""From the document indexes (b,) of a batch, a context in which the model's forward pass runs."""
 
 
 @dataclass
@@ -149,8 +145,8 @@ def read(
 ) -> Activations:
     """Activations of texts at a point, in the order of texts and, within a text, of ``positions``.
 
-    Runs the blocks up to the point only; batches by length, padded on the right without a mask: causality keeps real
-    positions exact. A model with adapters is read as it stands; ``NLA.read`` reads its target.
+    Runs the blocks up to the point only (see :func:`nla.models.forward.vectors_at`). A model with adapters is read as
+    it stands; ``NLA.read`` reads its target.
 
     Args:
         positions: see :func:`nla.tokens.select_positions`.
@@ -168,18 +164,8 @@ def read(
     columns = [select_positions(entry.spans, positions, number) for number, entry in enumerate(encoded)]
     kinds = [_strata_of(number, entry, columns[number], strata) for number, entry in enumerate(encoded)]
     counts = torch.tensor([len(chosen) for chosen in columns], dtype=torch.int64)
-    starts = (counts.cumsum(0) - counts).tolist()
-    vectors = torch.empty(int(counts.sum()), view.config.hidden_size)
-    batches = length_batches([len(entry.ids) for entry in encoded], max_tokens_per_batch)
-    with inference(model):
-        for batch in _progress(batches, progress):
-            rows = torch.tensor([row for row, number in enumerate(batch) for _ in columns[number]])
-            cols = torch.tensor([column for number in batch for column in columns[number]])
-            out = torch.tensor([i for n in batch for i in range(starts[n], starts[n] + len(columns[n]))])
-            ids = pad_right([encoded[number].ids for number in batch]).to(device_of(model))
-            with intervene(torch.tensor(batch)) if intervene else contextlib.nullcontext():
-                hidden = view(input_ids=ids, use_cache=False).last_hidden_state
-            vectors[out] = hidden[rows.to(ids.device), cols.to(ids.device)].float().cpu()
+    rows = [entry.ids for entry in encoded]
+    vectors = vectors_at(view, rows, columns, max_tokens_per_batch, intervene, progress).float()
     check_finite(vectors)
     return Activations(
         vectors=vectors,
@@ -202,11 +188,3 @@ def _strata_of(number: int, entry: Encoded, columns: list[int], strata: Strata |
             "name every span that the function is given",
         )
     return [names[column] for column in columns]
-
-
-def _progress(batches: list[list[int]], shown: bool) -> Any:
-    if not shown:
-        return batches
-    from tqdm import tqdm
-
-    return tqdm(batches, desc="read", unit="batch")

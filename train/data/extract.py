@@ -19,13 +19,13 @@ from torch import Tensor
 
 from nla.config import tokenizer_hash
 from nla.errors import ArgumentError, ContextLengthError
-from nla.models.forward import device_of, inference, pad_right
+from nla.models.forward import vectors_at
 from nla.models.load import load_truncated
 from nla.models.points import context_length
 from nla.storage.files import read_json
 from nla.store.manifest import SETTINGS_FILE, Manifest
 from nla.store.writer import StoreWriter
-from nla.text.tokens import length_batches, load_tokenizer
+from nla.text.tokens import load_tokenizer
 from nla.train.data.corpus import Corpus, CorpusSettings, describe_files, open_corpus
 from nla.train.data.documents import Prepared, Reader
 
@@ -129,13 +129,14 @@ def _run(
         for chunk, entries in corpus.chunks(settings, wanted):
             yield None if entries is None else reader.prepare(chunk, entries)
 
-    with ThreadPoolExecutor(2) as pool, inference(view), _bar(settings, progress) as bar:
+    with ThreadPoolExecutor(2) as pool, _bar(settings, progress) as bar:
         writing: Future[None] | None = None
         for work in _ahead(pool, prepared()):
             n_chunks += 1
             if work is None:
                 continue
-            vectors = _forward(view, work, max_tokens)
+            columns = [[span.index for span in document.spans] for document in work.documents]
+            vectors = vectors_at(view, work.ids, columns, max_tokens)
             if writing is not None:
                 writing.result()
             writing = pool.submit(_write, writer, work, vectors)
@@ -200,36 +201,6 @@ def _ahead(pool: ThreadPoolExecutor, items: Iterator[Any]) -> Iterator[Any]:
     while (item := coming.result()) is not end:
         coming = pool.submit(next, items, end)
         yield item
-
-
-def _forward(view: Any, work: Prepared, max_tokens: int) -> Tensor:
-    """Vectors (n, d) of all positions of a chunk, in the order of its documents.
-
-    Longest batch first: a budget that is too large fails at once. Padding is on the right and without a mask:
-    causality keeps real tokens exact, and the fast attention kernel stays.
-    """
-    columns = [[span.index for span in document.spans] for document in work.documents]
-    starts = [0]
-    for chosen in columns:
-        starts.append(starts[-1] + len(chosen))
-    device, vectors = device_of(view), None
-    waiting: tuple[Tensor, Tensor] | None = None
-    for batch in reversed(length_batches([len(ids) for ids in work.ids], max_tokens)):
-        rows = torch.tensor([row for row, number in enumerate(batch) for _ in columns[number]], device=device)
-        cols = torch.tensor([column for number in batch for column in columns[number]], device=device)
-        places = torch.tensor([place for number in batch for place in range(starts[number], starts[number + 1])])
-        ids = pad_right([work.ids[number] for number in batch]).to(device)
-        chosen = view(input_ids=ids, use_cache=False).last_hidden_state[rows, cols]
-        if vectors is None:
-            vectors = torch.empty(starts[-1], chosen.shape[1], dtype=chosen.dtype)
-        # One batch behind: the copy waits for the device only once the next batch is queued there.
-        if waiting is not None:
-            vectors[waiting[0]] = waiting[1].cpu()
-        waiting = places, chosen
-    if waiting is None or vectors is None:
-        return torch.empty(0, view.config.hidden_size)
-    vectors[waiting[0]] = waiting[1].cpu()
-    return vectors
 
 
 def _write(writer: StoreWriter, work: Prepared, vectors: Tensor) -> None:

@@ -9,7 +9,8 @@ from torch import nn
 
 from nla.errors import ArgumentError, NonFiniteError, PointError, PositionError, ShapeError, WeightsError
 from nla.models import hooks
-from nla.models.forward import inference, pad_right
+from nla.models.forward import inference, pad_right, vectors_at
+from nla.models.points import truncated_view
 from nla.models.read import ACTIVATIONS_FILE, Activations, read
 from tests.helpers.tiny import D_MODEL, N_BLOCKS, TEXTS, make_model, make_pair
 
@@ -122,6 +123,24 @@ def test_a_target_that_gives_nan_is_refused(tokenizer) -> None:
 def test_an_unknown_point_is_refused(tokenizer) -> None:
     with pytest.raises(PointError):
         read(make_model(), tokenizer, TEXTS, "resid_post.99")
+
+
+def test_vectors_come_row_after_row_in_the_order_of_the_columns_and_rows_without_any_are_not_run() -> None:
+    model, ids = make_model(), [[11, 12, 13, 14, 15], [12], [13, 14], [14, 11, 12]]
+    columns, ran = [[4, 0], [0], [], [1, 1, 2]], []
+    with torch.no_grad():
+        alone = [model(torch.tensor([row]), output_hidden_states=True).hidden_states[2][0] for row in ids]
+    expected = torch.cat([stream[chosen] for stream, chosen in zip(alone, columns, strict=True)])
+    view = truncated_view(model, "resid_post.1")
+    view.register_forward_pre_hook(lambda module, args, kwargs: ran.append(kwargs["input_ids"].shape), with_kwargs=True)
+    for budget in (1, 6, 100):
+        ran.clear()
+        assert torch.allclose(vectors_at(view, ids, columns, budget), expected, atol=1e-5)
+        assert (
+            sum(n_rows for n_rows, _ in ran) == 3 and [width for _, width in ran] == sorted((w for _, w in ran))[::-1]
+        )
+    assert vectors_at(view, ids, [[]] * 4, 100).shape == (0, D_MODEL)
+    assert vectors_at(view.to(torch.bfloat16), ids, columns, 100).dtype == torch.bfloat16
 
 
 @pytest.fixture(scope="module")

@@ -185,15 +185,17 @@ def test_killed_in_the_middle_of_a_write_it_ends_with_the_same_bytes(
 
 def test_only_what_is_missing_is_read_again(whole, target, settings, tmp_path, monkeypatch):
     extract_corpus(settings, target, POINT, tmp_path)
-    run, chunks = extraction._forward, []
-    monkeypatch.setattr(extraction, "_forward", lambda view, work, n: chunks.append(work.chunk) or run(view, work, n))
+    run, rows, write, chunks = extraction.vectors_at, [], extraction._write, []
+    monkeypatch.setattr(extraction, "vectors_at", lambda view, ids, *rest: rows.extend(ids) or run(view, ids, *rest))
+    monkeypatch.setattr(extraction, "_write", lambda to, work, new: chunks.append(work) or write(to, work, new))
     extract_corpus(settings, target, POINT, tmp_path)
-    assert chunks == []
+    assert rows == chunks == []
     shard = tmp_path / "train" / "000003.safetensors"
     shard.write_bytes(shard.read_bytes()[:-10])
     (tmp_path / "chunks" / "000007.json").unlink()
     extract_corpus(settings, target, POINT, tmp_path)
-    assert chunks == [3, 7] and different(tmp_path, whole) == []
+    assert [work.chunk for work in chunks] == [3, 7] and rows == [ids for work in chunks for ids in work.ids]
+    assert different(tmp_path, whole) == []
 
 
 def test_a_full_disk_ends_the_run_and_the_next_one_goes_on(whole, target, settings, tmp_path):
