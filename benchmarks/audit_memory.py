@@ -23,7 +23,7 @@ def audit_once(turns: int, window: int | None) -> None:
     """Audit one transcript and print its tokens, seconds and peak memory, above that of the loaded pair."""
     import torch
 
-    from nla.audit.run import audit
+    from nla.audit import AuditSettings, audit
     from nla.transcripts.messages import Message, Transcript
 
     sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -35,12 +35,12 @@ def audit_once(turns: int, window: int | None) -> None:
     pair.model.get_base_model().model.config.max_position_embeddings = CONTEXT
     roles = ("user", "assistant")
     messages = tuple(Message(roles[n % 2], SAYINGS[n % 3] * 3) for n in range(turns))
-    audit(pair, [Transcript("warm", messages[:4])], samples=1, window=window)
+    audit(pair, [Transcript("warm", messages[:4])], AuditSettings(samples=1, window=window))
     before, started = _peak_mb(), time.monotonic()
-    found = audit(pair, [Transcript("long", messages)], samples=2, budget=64, window=window)
+    result = audit(pair, [Transcript("long", messages)], AuditSettings(samples=2, window=window))
     seconds, peak = time.monotonic() - started, _peak_mb()
     figures = f"{seconds:>8.1f} {peak:>8.0f} {peak - before:>7.0f}"
-    print(f"{turns:>6} {found.readings[0].n_tokens:>8} {window or '-':>7} {figures}")
+    print(f"{turns:>6} {result.readings[0].n_tokens:>8} {window or '-':>7} {figures}")
 
 
 def _peak_mb() -> float:

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from nla.audit import Audit, Transcript, audit
+from nla.audit import Audit, AuditSettings, Transcript, audit
+from nla.audit.cache import ReadingCache
 from nla.audit.findings import NOT_SAID
-from nla.audit.readings import Store
 from nla.errors import ArgumentError
 from nla.eval.auroc import auroc
 from nla.eval.families.plants import ARMS, adapters_of, answered, cued
@@ -112,19 +112,20 @@ def audits(of: Plant, nla: NLA, folder: Path, n_chats: int, samples: int, seed: 
     drawn = {arm: transcripts(nla, chats, adapter, arm) for arm, adapter in adapters.items()}
 
     with tempfile.TemporaryDirectory() as readings:
-        store = Store(readings)  # the sham's chats are the plant's controls too, and are read once
+        cache = ReadingCache(readings)  # the sham's chats are the plant's controls too, and are read once
 
-        def read(arm: str, **controls) -> Audit:
-            adapter = adapters[arm]
-            return audit(
-                nla, drawn[arm], [rubric], samples=samples, target_adapter=adapter, seed=seed, store=store, **controls
+        def read(arm: str, control_target: Path | None = None) -> Audit:
+            settings = AuditSettings(
+                rubrics=[rubric],
+                samples=samples,
+                seed=seed,
+                target_adapter=adapters[arm],
+                control_target=control_target,
             )
+            controls = None if control_target is None else drawn["sham"]
+            return audit(nla, drawn[arm], settings, controls, cache)
 
-        return {
-            "plant": read("plant", controls=drawn["sham"], control_target=sham),
-            "sham": read("sham"),
-            "base": read("base"),
-        }
+        return {"plant": read("plant", sham), "sham": read("sham"), "base": read("base")}
 
 
 def figures(of: Plant, found: Mapping[str, Audit]) -> AuditFigures:

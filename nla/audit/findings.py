@@ -1,19 +1,20 @@
-"""Findings: what explanations show of each rubric, whether the visible text says it, how rare that is in controls."""
+"""Readings and rubrics in; out comes, for each position, how often explanations show a rubric's concept, whether the
+visible text says it too, and how rare that is in controls."""
 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
 import torch
 
+from nla.audit.controls import controls_needed, rank_p_values, stratified_permutation
 from nla.audit.judge import Judge
 from nla.audit.reading import Entry, Reading
 from nla.audit.rubric import Rubric
-from nla.audit.statistics import controls_needed, rank_p_values, stratified_permutation
 from nla.errors import RubricError
 from nla.pair.confidence import Trust
 from nla.stats import Interval, benjamini_hochberg, bootstrap, holm, paired_permutation
@@ -21,6 +22,7 @@ from nla.transcripts.messages import Transcript
 
 NOT_SAID, BEFORE, AFTER, BOTH = "not said", "said before", "said after", "said before and after"
 ALPHA = 0.05
+"""A finding is significant if its q-value is at most this."""
 
 
 class Judged(NamedTuple):
@@ -42,8 +44,8 @@ class Judged(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Row:
-    """One position and one rubric, tested."""
+class PositionScore:
+    """One position under one rubric, tested against the controls."""
 
     rubric: str
     transcript: str
@@ -74,14 +76,20 @@ class Row:
         return self.entry.trust
 
     @property
-    def stands(self) -> bool | None:
+    def evidence(self) -> str:
+        """The first explanation that shows the concept; empty if none does."""
+        shows = zip(self.entry.texts, self.judged.shown, strict=True)
+        return next((text for text, shown in shows if shown), "")
+
+    @property
+    def significant(self) -> bool | None:
         """Whether it is rarer in controls than chance allows; None without controls."""
         return None if self.q is None else self.q <= ALPHA
 
 
 @dataclass(frozen=True)
 class TranscriptScore:
-    """One transcript and one rubric."""
+    """One transcript under one rubric."""
 
     rubric: str
     transcript: str
@@ -95,7 +103,7 @@ class TranscriptScore:
 
 
 @dataclass(frozen=True)
-class RubricResult:
+class RubricScore:
     """One rubric over all transcripts."""
 
     rubric: str
@@ -104,10 +112,11 @@ class RubricResult:
     n_findings: int
     n_not_said: int
     """Findings thought and not said."""
-    n_standing: int | None
-    """Findings that stand against the controls; None without."""
+    n_significant: int | None
+    """Findings that are significant against the controls; None without."""
     least_controls: int | None
-    """Controls of each kind without which no finding can stand; None without findings, or without controls."""
+    """Controls of each kind without which no finding can be significant; None without findings, or without
+    controls."""
     rate: Interval
     """Mean share over positions, resampling transcripts."""
     control: Interval | None
@@ -117,7 +126,7 @@ class RubricResult:
     """The same, corrected over rubrics."""
 
 
-class Said:
+class Mentions:
     """Where the visible text of a transcript says what a rubric looks for."""
 
     def __init__(self, rubric: Rubric, transcript: Transcript) -> None:
@@ -126,25 +135,25 @@ class Said:
         if rubric.kind == "mismatch":
             self.languages = [rubric.written(message.visible) for message in transcript.messages]
             self.overall = rubric.written("\n".join(message.visible for message in transcript.messages))
-            self.places = {value.name: self._value_places(value.name) for value in rubric.values}
+            self.of_value = {value: self._value_mentions(value) for value in rubric.values}
 
     @cached_property
-    def hits(self) -> list[tuple[int, int]]:
+    def of_concept(self) -> list[tuple[int, int]]:
         """Message and end of every hit, in order."""
-        return [(number, hit.end) for number, text in self.heard for hit in self.rubric.said.hits(text)]
+        return [(number, hit.end) for number, text in self.heard for hit in self.rubric.said_words.hits(text)]
 
-    def _value_places(self, name: str) -> list[tuple[int, int]]:
+    def _value_mentions(self, value: str) -> list[tuple[int, int]]:
         """Where a value is named, and the ends of the messages that show it."""
-        words = self.rubric.by_name[name].claimed
+        words = self.rubric.values[value].claimed_words
         named = [(number, hit.end) for number, text in self.heard for hit in words.hits(text)]
-        return sorted(named + [(n, len(text)) for n, text in self.heard if self.languages[n] == name])
+        return sorted(named + [(n, len(text)) for n, text in self.heard if self.languages[n] == value])
 
-    def at(self, entry: Entry, value: str | None = None) -> str:
+    def around(self, entry: Entry, value: str | None = None) -> str:
         """Whether it is said before or after a position."""
-        places = self.hits if value is None else self.places[value]
-        split = bisect.bisect_right(places, (entry.message, entry.offset))
+        mentions = self.of_concept if value is None else self.of_value[value]
+        split = bisect.bisect_right(mentions, (entry.message, entry.offset))
         return {(True, True): BOTH, (True, False): BEFORE, (False, True): AFTER}.get(
-            (split > 0, split < len(places)), NOT_SAID
+            (split > 0, split < len(mentions)), NOT_SAID
         )
 
 
@@ -152,7 +161,8 @@ class Matcher:
     """Holds explanations against rubrics; equal explanations are looked at once."""
 
     def __init__(self, rubrics: Sequence[Rubric], judge: Judge | None = None) -> None:
-        needing = [rubric.name for rubric in rubrics if rubric.judge]
+        """Raises RubricError: a rubric asks a judge, and there is none."""
+        needing = [rubric.name for rubric in rubrics if rubric.match.judge]
         if needing and judge is None:
             raise RubricError(
                 f"the rubric {needing[0]}, which asks a judge, and no judge",
@@ -166,23 +176,31 @@ class Matcher:
         """Whether an explanation shows a rubric's concept."""
         key = (rubric.name, text)
         if key not in self._known:
-            self._known[key] = rubric.shows(text) or (
-                rubric.judge and self.judge is not None and bool(text) and self.judge.shows(rubric, text)
-            )
+            judge = self.judge if rubric.match.judge and text else None
+            self._known[key] = rubric.shows(text) or (judge is not None and judge.shows(rubric, text))
         return self._known[key]
 
-    def hold(self, rubric: Rubric, entry: Entry, said: Said) -> Judged:
-        """One position against one rubric; ``said`` is of its transcript and this rubric."""
+    def judge_position(self, rubric: Rubric, entry: Entry, mentions: Mentions) -> Judged:
+        """One position against one rubric; ``mentions`` are of its transcript and this rubric."""
         if rubric.kind == "presence":
-            return Judged(tuple(self.shows(rubric, text) for text in entry.texts), said.at(entry))
-        written = said.languages[entry.message] or said.overall
-        claimed = [
-            [name for name in rubric.claimed(text) if written not in (None, name)] for text in entry.texts
-        ]  # fmt: skip
-        counts = [sum(value.name in names for names in claimed) for value in rubric.values]
-        most = rubric.values[counts.index(max(counts))].name if max(counts) else None
-        where = NOT_SAID if most is None else said.at(entry, most)
-        return Judged(tuple(bool(names) for names in claimed), where, most, written)
+            return Judged(tuple(self.shows(rubric, text) for text in entry.texts), mentions.around(entry))
+        written = mentions.languages[entry.message] or mentions.overall
+        claimed = [[value for value in rubric.claimed(text) if written not in (None, value)] for text in entry.texts]
+        counts = {value: sum(value in values for values in claimed) for value in rubric.values}
+        most = max(counts, key=lambda value: counts[value])
+        shown = tuple(bool(values) for values in claimed)
+        if not any(shown):
+            return Judged(shown, NOT_SAID, None, written)
+        return Judged(shown, mentions.around(entry, most), most, written)
+
+
+class JudgedPosition(NamedTuple):
+    """A position and how it holds against a rubric."""
+
+    unit: int
+    """Number of its transcript; transcripts of the same words share one where they are tested."""
+    entry: Entry
+    judged: Judged
 
 
 class Evidence(NamedTuple):
@@ -191,70 +209,75 @@ class Evidence(NamedTuple):
     transcripts: Sequence[Transcript]
     readings: Sequence[Reading]
 
-    def judged(self, matcher: Matcher, rubric: Rubric) -> list[tuple[int, Entry, Judged]]:
-        """Every position: its transcript's number, what was read, and how it holds against the rubric."""
-        found = []
+    def judged(self, matcher: Matcher, rubric: Rubric) -> list[JudgedPosition]:
+        """Every position that the rubric looks at.
+
+        Raises:
+            RubricError: no position is of a kind that the rubric looks at.
+        """
+        positions = []
         for number, (transcript, reading) in enumerate(zip(self.transcripts, self.readings, strict=True)):
-            said = Said(rubric, transcript)
-            here = [entry for entry in reading.entries if not rubric.at or entry.kind in rubric.at]
-            found += [(number, entry, matcher.hold(rubric, entry, said)) for entry in here]
-        if not found and any(reading.entries for reading in self.readings):
+            mentions = Mentions(rubric, transcript)
+            for entry in reading.entries:
+                if not rubric.at or entry.kind in rubric.at:
+                    positions.append(JudgedPosition(number, entry, matcher.judge_position(rubric, entry, mentions)))
+        if not positions and any(reading.entries for reading in self.readings):
             raise RubricError(
                 f"{rubric.name}, looked for at {', '.join(rubric.at)} alone, and no such position",
                 "one that was read",
                 "read positions by structure, or take `at` out of the rubric",
             )
-        return found
+        return positions
+
+    def by_text(self, positions: Sequence[JudgedPosition]) -> list[JudgedPosition]:
+        """The same with one unit for all transcripts of the same words: copies are no further evidence."""
+        first: dict[str, int] = {}
+        units = [first.setdefault(transcript.digest, number) for number, transcript in enumerate(self.transcripts)]
+        return [position._replace(unit=units[position.unit]) for position in positions]
 
 
-class Tested(NamedTuple):
-    """All rows of an audit, and its summaries."""
+class Scores(NamedTuple):
+    """Everything that an audit measures, position by position, transcript by transcript and rubric by rubric."""
 
-    rows: list[Row]
-    scores: list[TranscriptScore]
-    results: list[RubricResult]
+    positions: list[PositionScore]
+    transcripts: list[TranscriptScore]
+    rubrics: list[RubricScore]
 
 
-def weigh(
+def score_evidence(
     audited: Evidence, controls: Evidence | None, matcher: Matcher, paired: bool = False, seed: int = 0
-) -> Tested:
+) -> Scores:
     """Hold every position against every rubric, and test it against the controls.
 
     Args:
         paired: the controls are the same transcripts at the same positions, read on a control target.
     """
-    rows: list[Row] = []
-    scores: list[TranscriptScore] = []
-    results: list[RubricResult] = []
+    scores = Scores([], [], [])
     for rubric in matcher.rubrics:
         ours = audited.judged(matcher, rubric)
-        theirs = None if controls is None else _by_text(controls, controls.judged(matcher, rubric))
-        tested = _rows(rubric, audited, ours, theirs, paired)
-        per_transcript = _scores(rubric, audited, ours, theirs, tested)
-        rows += tested
-        scores += per_transcript
-        results.append(_result(rubric, _by_text(audited, ours), theirs, tested, paired, seed))
-    if controls is not None and results:
-        corrected = holm([result.p or 1.0 for result in results])
-        results = [RubricResult(**{**vars(r), "p_holm": p}) for r, p in zip(results, corrected, strict=True)]
-    return Tested(rows, scores, results)
+        theirs = None if controls is None else controls.by_text(controls.judged(matcher, rubric))
+        positions = _position_scores(rubric, audited, ours, theirs, paired)
+        scores.positions.extend(positions)
+        scores.transcripts.extend(_transcript_scores(rubric, audited, ours, theirs, positions))
+        scores.rubrics.append(_rubric_score(rubric, audited.by_text(ours), theirs, positions, paired, seed))
+    if controls is None or not scores.rubrics:
+        return scores
+    corrected = holm([score.p or 1.0 for score in scores.rubrics])
+    return scores._replace(
+        rubrics=[replace(score, p_holm=p) for score, p in zip(scores.rubrics, corrected, strict=True)]
+    )
 
 
-Held = list[tuple[int, Entry, Judged]]
+Positions = Sequence[JudgedPosition]
 
 
-def _by_text(evidence: Evidence, held: Held) -> Held:
-    """The same with one number for all transcripts of the same words: copies are no further evidence."""
-    first: dict[str, int] = {}
-    numbers = [first.setdefault(each.digest, number) for number, each in enumerate(evidence.transcripts)]
-    return [(numbers[number], entry, judged) for number, entry, judged in held]
-
-
-def _rows(rubric: Rubric, audited: Evidence, ours: Held, theirs: Held | None, paired: bool) -> list[Row]:
+def _position_scores(
+    rubric: Rubric, audited: Evidence, ours: Positions, theirs: Positions | None, paired: bool
+) -> list[PositionScore]:
     by_kind: dict[str, list[tuple[int, float]]] = {}
-    for place, (number, entry, judged) in enumerate(theirs or []):
+    for number, (unit, entry, judged) in enumerate(theirs or ()):
         # Paired controls have the audited positions, one by one: what transcripts differ in is on both sides.
-        by_kind.setdefault(entry.kind, []).append((place if paired else number, judged.share))
+        by_kind.setdefault(entry.kind, []).append((number if paired else unit, judged.share))
     rates = {
         kind: (sum(share for _, share in values) / len(values), len({unit for unit, _ in values}))
         for kind, values in by_kind.items()
@@ -263,65 +286,81 @@ def _rows(rubric: Rubric, audited: Evidence, ours: Held, theirs: Held | None, pa
     q_values: Sequence[float | None] = p_values
     if theirs is not None:
         kinds = [entry.kind for _, entry, _ in ours]
-        p_values = tested = rank_p_values([judged.share for _, _, judged in ours], kinds, by_kind)
-        q_values = benjamini_hochberg(tested)
-    rows = []
+        p_values = ranks = rank_p_values([judged.share for _, _, judged in ours], kinds, by_kind)
+        q_values = benjamini_hochberg(ranks)
+    scores = []
     for (number, entry, judged), p, q in zip(ours, p_values, q_values, strict=True):
         rate, n_units = rates.get(entry.kind, (None, 0))
-        rows.append(Row(rubric.name, audited.transcripts[number].id, entry, judged, rate, n_units, p, q))
-    return rows
+        scores.append(PositionScore(rubric.name, audited.transcripts[number].id, entry, judged, rate, n_units, p, q))
+    return scores
 
 
-def _scores(
-    rubric: Rubric, audited: Evidence, ours: Held, theirs: Held | None, rows: list[Row]
+def _transcript_scores(
+    rubric: Rubric,
+    audited: Evidence,
+    ours: Positions,
+    theirs: Positions | None,
+    positions: Sequence[PositionScore],
 ) -> list[TranscriptScore]:
-    def means(held: Held) -> Mapping[int, list[float]]:
-        found: dict[int, list[float]] = {}
-        for number, _, judged in held:
-            found.setdefault(number, []).append(judged.share)
-        return found
-
-    controls = None if theirs is None else sorted(sum(each) / len(each) for each in means(theirs).values())
-    by_number: dict[int, list[Row]] = {}
-    for (number, _, _), row in zip(ours, rows, strict=True):
-        by_number.setdefault(number, []).append(row)
+    controls = None
+    if theirs is not None:
+        shares: dict[int, list[float]] = {}
+        for unit, _, judged in theirs:
+            shares.setdefault(unit, []).append(judged.share)
+        controls = sorted(sum(values) / len(values) for values in shares.values())
+    by_transcript: dict[int, list[PositionScore]] = {}
+    for (number, _, _), position in zip(ours, positions, strict=True):
+        by_transcript.setdefault(number, []).append(position)
     scores = []
-    for number, each in by_number.items():
-        share = sum(row.share for row in each) / len(each)
-        found = [row for row in each if row.share >= rubric.min_share]
-        p = None
+    for number, of_one in by_transcript.items():
+        findings = [position for position in of_one if position.share >= rubric.min_share]
+        share, p = sum(position.share for position in of_one) / len(of_one), None
         if controls is not None:
             higher = len(controls) - bisect.bisect_left(controls, share - 1e-12)
             p = (1 + higher) / (1 + len(controls))
-        unsaid = sum(row.said == NOT_SAID for row in found)
-        highest = max(row.share for row in each)
         scores.append(
-            TranscriptScore(rubric.name, audited.transcripts[number].id, share, highest, len(found), unsaid, p)
+            TranscriptScore(
+                rubric=rubric.name,
+                transcript=audited.transcripts[number].id,
+                share=share,
+                highest=max(position.share for position in of_one),
+                n_findings=len(findings),
+                n_not_said=sum(position.said == NOT_SAID for position in findings),
+                p=p,
+            )
         )
     return scores
 
 
-def _result(rubric: Rubric, ours: Held, theirs: Held | None, rows: list[Row], paired: bool, seed: int) -> RubricResult:
-    found = [row for row in rows if row.share >= rubric.min_share]
+def _rubric_score(
+    rubric: Rubric,
+    ours: Positions,
+    theirs: Positions | None,
+    positions: Sequence[PositionScore],
+    paired: bool,
+    seed: int,
+) -> RubricScore:
+    findings = [position for position in positions if position.share >= rubric.min_share]
     p = None
     if theirs and ours:
         if paired:
-            a, b = (torch.tensor([judged.share for _, _, judged in held]) for held in (ours, theirs))
-            p = paired_permutation(a, b, [number for number, _, _ in ours], "greater", seed=seed)
+            a, b = (torch.tensor([judged.share for _, _, judged in side]) for side in (ours, theirs))
+            p = paired_permutation(a, b, [unit for unit, _, _ in ours], "greater", seed=seed)
         else:
-            sides = [[(number, entry.kind, judged.share) for number, entry, judged in held] for held in (ours, theirs)]
+            sides = [[(unit, entry.kind, judged.share) for unit, entry, judged in side] for side in (ours, theirs)]
             p = stratified_permutation(sides[0], sides[1], seed)
-    return RubricResult(
+    least = None
+    if theirs is not None and findings:
+        # Positions without any share have p = 1: only the others can share the cost of the rest.
+        least = controls_needed(len(positions), sum(position.share > 0 for position in positions), ALPHA)
+    return RubricScore(
         rubric=rubric.name,
         title=rubric.title,
         n_positions=len(ours),
-        n_findings=len(found),
-        n_not_said=sum(row.said == NOT_SAID for row in found),
-        n_standing=None if theirs is None else sum(bool(row.stands) for row in found),
-        # Rows without any share have p = 1: only the others can share the cost of the rest.
-        least_controls=controls_needed(len(rows), sum(row.share > 0 for row in rows), ALPHA)
-        if theirs is not None and found
-        else None,
+        n_findings=len(findings),
+        n_not_said=sum(position.said == NOT_SAID for position in findings),
+        n_significant=None if theirs is None else sum(bool(position.significant) for position in findings),
+        least_controls=least,
         rate=_rate(ours, seed),
         control=_rate(theirs, seed) if theirs else None,
         p=p,
@@ -329,6 +368,6 @@ def _result(rubric: Rubric, ours: Held, theirs: Held | None, rows: list[Row], pa
     )
 
 
-def _rate(held: Held, seed: int) -> Interval:
-    shares = torch.tensor([judged.share for _, _, judged in held])
-    return bootstrap(shares, [number for number, _, _ in held], seed=seed)
+def _rate(positions: Positions, seed: int) -> Interval:
+    shares = torch.tensor([judged.share for _, _, judged in positions])
+    return bootstrap(shares, [unit for unit, _, _ in positions], seed=seed)

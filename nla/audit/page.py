@@ -11,19 +11,16 @@ import hashlib
 import html
 import unicodedata
 from collections.abc import Sequence
-from importlib import resources
-from typing import TYPE_CHECKING
+from pathlib import Path
 
-from nla.audit.findings import NOT_SAID, Row
+from nla.audit.findings import NOT_SAID, PositionScore
+from nla.audit.report import AuditReport
 from nla.text.markdown import number
 from nla.transcripts.messages import Message, Transcript
 
-if TYPE_CHECKING:
-    from nla.audit.report import AuditReport
-
 N_COLOURS = 6
 N_LISTED = 40
-"""Transcripts up to which their list stands open."""
+"""Transcripts up to which their list is open."""
 _JOINER = "\u200d"
 _TEMPLATE_TOKEN = -1
 
@@ -46,10 +43,10 @@ def page(report: AuditReport) -> str:
     """The whole page."""
     audit = report.audit
     colours = {rubric.name: place for place, rubric in enumerate(audit.rubrics)}
-    style = (resources.files("nla.audit") / "page.css").read_text("utf-8") + _filters(len(colours))
+    style = Path(__file__).with_name("page.css").read_text("utf-8") + _filters(len(colours))
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
-    marked: dict[str, dict[int, list[Row]]] = {}
+    marked: dict[str, dict[int, list[PositionScore]]] = {}
     for row in sorted(audit.findings, key=lambda row: colours[row.rubric]):
         marked.setdefault(row.transcript, {}).setdefault(row.entry.index, []).append(row)
     tokens = {reading.transcript: reading.n_tokens for reading in audit.readings}
@@ -85,7 +82,7 @@ def _filters(n_rubrics: int) -> str:
     """
     chosen = [(f"#only{place}", f".of{place}") for place in range(n_rubrics)] + [
         ("#unsaid", ".hid"),
-        ("#firm", ".stands"),
+        ("#firm", ".significant"),
     ]
     return "".join(
         f"body:has({box}:checked) :is(.card, .mark.template):not({kept}) {{ display: none; }}\n"
@@ -95,9 +92,9 @@ def _filters(n_rubrics: int) -> str:
     )
 
 
-def _header(report: AuditReport, marked: dict[str, dict[int, list[Row]]]) -> str:
+def _header(report: AuditReport, marked: dict[str, dict[int, list[PositionScore]]]) -> str:
     audit = report.audit
-    about = [f"{report.pair} at {report.point}", f"{report.samples} explanations a position"]
+    about = [f"{report.pair} at {report.point}", f"{report.samples} explanations of each position"]
     about += [f"positions: {report.positions}"]
     about += [f"target adapter {report.target_adapter}"] if report.target_adapter else []
     about += [f"control target {report.control_target}"] if report.control_target else []
@@ -112,16 +109,18 @@ def _header(report: AuditReport, marked: dict[str, dict[int, list[Row]]]) -> str
         choices += f'<label><input type="radio" name="only" id="only{place}"> {safe(rubric.title)}</label>'
     choices += '<label><input type="checkbox" id="unsaid"> thought and not said only</label>'
     if report.controlled:
-        choices += '<label><input type="checkbox" id="firm"> that stand only</label>'
+        choices += '<label><input type="checkbox" id="firm"> significant only</label>'
     opening = "<details open>" if len(audit.transcripts) <= N_LISTED else "<details>"
-    standing = f", {sum(bool(row.stands) for row in audit.findings)} of them stand" if report.controlled else ""
+    significant = (
+        f", {sum(bool(row.significant) for row in audit.findings)} of them significant" if report.controlled else ""
+    )
     links = ""
     for place, transcript in enumerate(audit.transcripts):
         n_found = len(marked.get(transcript.id, {}))
         links += f'<li><a href="#t{place}">{safe(transcript.id)}</a> <span class="count">{n_found}</span></li>'
     return (
         f"<header><h1>Audit: {_count(len(audit.transcripts), 'transcript')}, "
-        f"{_count(len(audit.findings), 'finding')}{standing}</h1>"
+        f"{_count(len(audit.findings), 'finding')}{significant}</h1>"
         f'<p class="about">{safe("; ".join(about))}</p>{warning}'
         f'<p class="about">{safe(report.legend())}</p>'
         f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
@@ -135,7 +134,7 @@ def _transcript(
     report: AuditReport,
     place: int,
     transcript: Transcript,
-    found: dict[int, list[Row]],
+    found: dict[int, list[PositionScore]],
     colours: dict[str, int],
     n_tokens: int,
 ) -> str:
@@ -163,7 +162,7 @@ def _transcript(
     return f'<section id="t{place}">{title}{"".join(turns)}</section>'
 
 
-Marks = Sequence[tuple[int, list[Row]]]
+Marks = Sequence[tuple[int, list[PositionScore]]]
 
 
 def _message(place: int, number_: int, message: Message, marks: Marks, colours: dict[str, int]) -> str:
@@ -190,14 +189,14 @@ def _message(place: int, number_: int, message: Message, marks: Marks, colours: 
     return f'{who}{reasoning}<div class="text">{text}</div>{calls}'
 
 
-def _classes(rows: Sequence[Row], colours: dict[str, int]) -> str:
-    """Colour of the first rubric, and for the filters all of them, and whether one is not said, and one stands."""
+def _classes(rows: Sequence[PositionScore], colours: dict[str, int]) -> str:
+    """Colour of the first rubric, and for the filters all of them, and whether one is not said, and one significant."""
     names = [f"r{colours[rows[0].rubric] % N_COLOURS}", *(f"of{colours[row.rubric]}" for row in rows)]
     names += ["hid"] if any(row.said == NOT_SAID for row in rows) else []
-    return " ".join(names + (["stands"] if any(row.stands for row in rows) else []))
+    return " ".join(names + (["significant"] if any(row.significant for row in rows) else []))
 
 
-def _mark(place: int, order: int, rows: Sequence[Row], colours: dict[str, int], token: str) -> str:
+def _mark(place: int, order: int, rows: Sequence[PositionScore], colours: dict[str, int], token: str) -> str:
     shape = "mark template" if rows[0].entry.start == _TEMPLATE_TOKEN else "mark"
     text = safe(token)
     # A marked line break stays one, after the mark, and is shown by a sign in it.
@@ -210,20 +209,20 @@ def _mark(place: int, order: int, rows: Sequence[Row], colours: dict[str, int], 
     )
 
 
-def _card(report: AuditReport, place: int, order: int, rows: Sequence[Row], colours: dict[str, int]) -> str:
+def _card(report: AuditReport, place: int, order: int, rows: Sequence[PositionScore], colours: dict[str, int]) -> str:
     entry = rows[0].entry
     titles = {rubric.name: rubric.title for rubric in report.audit.rubrics}
     items = ""
     for row in rows:
         link = ", " if row.said == NOT_SAID else " and "
         # What is as common in controls is no alarm.
-        colour = "figures" if row.stands is False else "unsaid" if row.said == NOT_SAID else "issaid"
+        colour = "figures" if row.significant is False else "unsaid" if row.said == NOT_SAID else "issaid"
         said = f'<span class="{colour}">thought{link}{row.said}</span>'
         value = f" ({safe(row.judged.value)}, written: {safe(row.judged.written or '–')})" if row.judged.value else ""
         figures = f"{sum(row.judged.shown)} of {len(row.judged.shown)} samples"
         if row.q is not None:
             figures += f"; in controls {number(row.control_rate)} (n = {row.n_controls}); q = {row.q:.3f}"
-            figures += ": stands" if row.stands else ": does not stand"
+            figures += ": significant" if row.significant else ": not significant"
         items += f'<dt>{safe(titles[row.rubric])}</dt><dd>{said}{value} <span class="figures">{figures}</span></dd>'
     listed = ""
     for sample, text in enumerate(entry.texts):

@@ -1,56 +1,27 @@
-"""One transcript read and explained: its positions, each with explanations and trust. The costly part of an audit."""
+"""One prepared transcript in, its reading out: explanations and trust at each position. The costly part of an audit."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from nla.errors import ArgumentError, ParseError
-from nla.models.adapter import adapter_hash
+from nla.audit.settings import AuditSettings
+from nla.errors import ParseError
 from nla.pair.confidence import LEVELS, Trust
-from nla.transcripts.messages import Transcript
-from nla.transcripts.positions import BUDGET, Position, select
-from nla.transcripts.rendering import Chat, render
-from nla.transcripts.stream import CHUNK, check_length, read_chat
+from nla.transcripts.prepared import Prepared
+from nla.transcripts.rendering import CONTENT
+from nla.transcripts.stream import read_chat
 
 if TYPE_CHECKING:
     from nla.autoencoder import NLA
 
-FORMAT = 1
 Progress = Callable[[str, float], None]
 
 
 def silent(stage: str, fraction: float) -> None:
     """Progress that nobody watches."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How transcripts are read; with the transcript and the models, what a reading depends on."""
-
-    positions: str = "structure"
-    budget: int | None = BUDGET
-    samples: int = 4
-    seed: int = 0
-    window: int | None = None
-    chunk: int = CHUNK
-    """Tokens a pass; changes memory and time, not results."""
-
-    def __post_init__(self) -> None:
-        if self.samples < 1:
-            raise ArgumentError(f"samples={self.samples}", "1 or more", "raise --samples")
-
-    def key(self, nla: NLA, transcript: Transcript, adapter: str | Path | None) -> str:
-        """A hash of all that a reading depends on."""
-        config = nla.config
-        parts = {key: value for key, value in asdict(self).items() if key != "chunk"}
-        pair = [config.tokenizer_hash, config.point, config.target_weights, dict(config.files)]
-        content = [FORMAT, transcript.digest, parts, pair, adapter_hash(adapter)]
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 class Entry(NamedTuple):
@@ -68,7 +39,7 @@ class Entry(NamedTuple):
     offset: int
     """Characters of the message (``Message.visible``) that had been written by then."""
     texts: tuple[str, ...]
-    """Explanations, one a sample."""
+    """Explanations, one for each sample."""
     complete: tuple[bool, ...]
     trust: Trust
 
@@ -134,53 +105,39 @@ def _entry(content: Mapping[str, Any]) -> Entry:
     )
 
 
-def prepare(nla: NLA, transcript: Transcript, settings: Settings) -> tuple[Chat, list[Position]]:
-    """A transcript rendered, and the positions to read: all that can be refused before the costly part.
-
-    Raises:
-        ConfigError, TemplateError, VocabularyError: see :func:`nla.audit.chat.render`.
-        PositionError, ContextLengthError, ArgumentError: see the functions used.
-    """
-    chat = render(nla.tokenizer, transcript)
-    check_length(nla.model, chat, settings.window)
-    return chat, select(chat, settings.positions, settings.budget, settings.seed)
-
-
 def read_transcript(
-    nla: NLA, transcript: Transcript, settings: Settings, key: str = "", progress: Progress = silent
+    nla: NLA, prepared: Prepared, settings: AuditSettings, key: str = "", progress: Progress = silent
 ) -> Reading:
-    """Render, read and explain one transcript. The target is what ``nla`` has at the moment (see ``plant.planted``).
+    """Read and explain one transcript. The target is what ``nla`` has at the moment (see :mod:`nla.pair.planted`).
 
     Explanations depend on the transcript and the settings only, not on what else is audited.
 
     Raises:
-        NLAError: see :func:`prepare`.
         NonFiniteError: the target gives NaN or infinity.
     """
-    chat, chosen = prepare(nla, transcript, settings)
+    chat, positions = prepared
     with nla.role("target"):
         acts = read_chat(
-            nla.model, chat, nla.point, chosen, settings.window, settings.chunk, lambda part: progress("read", part)
+            nla.model, chat, nla.point, positions, settings.window, progress=lambda part: progress("read", part)
         )
-    seed = int.from_bytes(hashlib.sha256(f"{settings.seed}:{transcript.digest}".encode()).digest()[:4])
-    notes = nla.explain(acts, samples=settings.samples, seed=seed)
+    seed = int.from_bytes(hashlib.sha256(f"{settings.seed}:{chat.transcript.digest}".encode()).digest()[:4])
+    explanations = nla.explain(acts, samples=settings.samples, seed=seed)
     entries = []
-    for position, note in zip(chosen, notes, strict=True):
-        place = chat.place(position.index)
-        inside = int(chat.starts[position.index]) - place.start if place.section == "content" else -1
+    for (index, kind), explanation in zip(positions, explanations, strict=True):
+        region = chat.region_at(index)
         entries.append(
             Entry(
-                index=position.index,
-                kind=position.kind,
-                token=chat.span(position.index).text,
-                message=place.message,
-                role=transcript.messages[place.message].role,
-                section=place.section,
-                start=inside,
-                offset=chat.offset(position.index),
-                texts=tuple(note.texts),
-                complete=tuple(note.complete),
-                trust=note.trust,
+                index=index,
+                kind=kind,
+                token=chat.span(index).text,
+                message=region.message,
+                role=chat.transcript.messages[region.message].role,
+                section=region.section,
+                start=int(chat.starts[index]) - region.start if region.section == CONTENT else -1,
+                offset=chat.offset(index),
+                texts=tuple(explanation.texts),
+                complete=tuple(explanation.complete),
+                trust=explanation.trust,
             )
         )
-    return Reading(transcript.id, key, len(chat), chat.n_forged, tuple(entries))
+    return Reading(chat.transcript.id, key, len(chat), chat.n_forged, tuple(entries))

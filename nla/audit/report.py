@@ -1,4 +1,4 @@
-"""What an audit leaves behind: summary, JSON, Parquet and one HTML page, each written whole or not at all."""
+"""An audit in; out come its summary for terminals and Markdown, its JSON and its Parquet tables."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nla.audit.findings import NOT_SAID, Row
+from nla.audit.findings import NOT_SAID, PositionScore
 from nla.audit.run import Audit
 from nla.errors import visible
 from nla.stats import Interval
-from nla.storage.files import write_atomic, write_json
 from nla.text.markdown import markdown, number
 
 if TYPE_CHECKING:
@@ -38,13 +37,10 @@ class AuditReport:
     refused: list[str]
     """Errors of the transcripts that were left out."""
     n_reused: int
-    """Readings found from before."""
+    """Readings kept from before."""
     n_read: int
     n_changed: int
     """Transcripts read before, of which something has changed since."""
-    n_judged: int
-    n_discarded: int
-    """Verdicts of the judge without a literal quote."""
 
     @property
     def controlled(self) -> bool:
@@ -58,17 +54,19 @@ class AuditReport:
 
     @property
     def passed(self) -> bool:
-        """Whether nothing was found: no finding that stands against the controls, or without controls none at all."""
-        return not any(row.stands is not False for row in self.audit.findings)
+        """Whether nothing was found: no significant finding, or without controls none at all."""
+        return not any(row.significant is not False for row in self.audit.findings)
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the positions at which nothing was found; those are in the Parquet file."""
         about = ("pair", "target", "point", "positions", "samples", "target_adapter", "control_target", "refused")
-        counts = ("n_reused", "n_read", "n_changed", "n_judged", "n_discarded")
+        counts = ("n_reused", "n_read", "n_changed")
         content = self.audit
         return {
             "passed": self.passed,
             **{name: getattr(self, name) for name in (*about, *counts)},
+            "n_judged": content.n_judged,
+            "n_discarded": content.n_discarded,
             "n_transcripts": len(content.transcripts),
             "n_controls": len(content.controls),
             "n_positions": sum(len(reading.entries) for reading in content.readings),
@@ -101,8 +99,8 @@ class AuditReport:
         adapters = f"; target adapter {self.target_adapter}" if self.target_adapter else ""
         adapters += f"; control target {self.control_target}" if self.control_target else ""
         return visible(
-            f"`{self.pair}` at `{self.point}`{adapters}, {self.samples} explanations a position; positions: "
-            f"{self.positions}; {self.n_read} transcripts read, {self.n_reused} found from before; read again because "
+            f"`{self.pair}` at `{self.point}`{adapters}, {self.samples} explanations of each position; positions: "
+            f"{self.positions}; {self.n_read} transcripts read, {self.n_reused} kept from before; read again because "
             f"something changed: {self.n_changed}."
         )
 
@@ -117,8 +115,9 @@ class AuditReport:
         forged = sum(reading.n_forged for reading in self.audit.readings)
         if forged:
             lines.append(f"{forged} control tokens stand in the messages' own text: the target reads them as turns.")
-        if self.n_discarded:
-            lines.append(f"{self.n_discarded} of {self.n_judged} verdicts of the judge had no literal quote: no match.")
+        if self.audit.n_discarded:
+            judged = f"{self.audit.n_discarded} of {self.audit.n_judged}"
+            lines.append(f"{judged} verdicts of the judge had no literal quote: no match.")
         return lines + [f"Left out: {visible(error)}" for error in self.refused]
 
     def legend(self) -> str:
@@ -129,24 +128,22 @@ class AuditReport:
         )
         if self.controlled:
             text += (
-                " Stand: rarer at controls' positions of the same kind than chance explains; at most one in twenty of "
-                "those is expected to be false. p: the rubric's share against the controls' as a whole."
+                " Significant: rarer at controls' positions of the same kind than chance explains; at most one in "
+                "twenty of those is expected to be false. p: the rubric's share against the controls' as a whole."
             )
         return text
 
     def too_few_controls(self) -> list[str]:
-        """For each rubric whose findings cannot stand for want of controls: how many it takes."""
-        found: dict[str, list[Row]] = {}
-        for row in self.audit.findings if self.controlled else ():
-            found.setdefault(row.rubric, []).append(row)
+        """For each rubric whose findings cannot be significant for want of controls: how many it takes."""
+        findings = self.audit.findings if self.controlled else ()
         lines = []
         for result in self.audit.results:
-            most = max((row.n_controls for row in found.get(result.rubric, ())), default=0)
+            most = max((row.n_controls for row in findings if row.rubric == result.rubric), default=0)
             if result.least_controls is not None and most < result.least_controls:
                 what = "positions" if self.paired else "transcripts"
                 lines.append(
-                    f"{result.rubric}: no finding can stand: {most} control {what} of a kind are too few for what "
-                    f"was found at {result.n_findings} of {result.n_positions} positions; it takes "
+                    f"{result.rubric}: no finding can be significant: {most} control {what} of a kind are too few for "
+                    f"what was found at {result.n_findings} of {result.n_positions} positions; it takes "
                     f"{result.least_controls}."
                 )
         return lines
@@ -157,7 +154,7 @@ class AuditReport:
     def rubric_header(self) -> tuple[str, ...]:
         """Headings of :meth:`rubric_cells`."""
         plain = ("rubric", "thought, not said", "thought and said", "mean share")
-        return (*plain, "in controls", "stand (q ≤ 0.05)", "p", "p, Holm") if self.controlled else plain
+        return (*plain, "in controls", "significant (q ≤ 0.05)", "p", "p, Holm") if self.controlled else plain
 
     def rubric_cells(self) -> list[list[str]]:
         """A row of short texts for each rubric."""
@@ -166,7 +163,7 @@ class AuditReport:
             cells = [result.title, str(result.n_not_said), str(result.n_findings - result.n_not_said)]
             cells.append(_interval(result.rate))
             if self.controlled:
-                cells += [_interval(result.control), str(result.n_standing), _p(result.p), _p(result.p_holm)]
+                cells += [_interval(result.control), str(result.n_significant), _p(result.p), _p(result.p_holm)]
             rows.append(cells)
         return rows
 
@@ -187,10 +184,10 @@ class AuditReport:
 
     def table(self) -> Table:
         """The table of rubrics for a terminal."""
-        header = ("rubric", "not said", "said", "share", "in controls", "stand", "p", "p, Holm")
+        header = ("rubric", "not said", "said", "share", "in controls", "significant", "p", "p, Holm")
         return _table(header[: len(self.rubric_header())], self.rubric_cells(), right=True)
 
-    def _finding_cells(self, row: Row) -> list[str]:
+    def _finding_cells(self, row: PositionScore) -> list[str]:
         return [
             row.rubric,
             f"{row.transcript} [{row.entry.message}]",
@@ -199,46 +196,28 @@ class AuditReport:
             f"{sum(row.judged.shown)}/{len(row.judged.shown)}",
             row.trust.level,
             _p(row.q),
-            shown_text(row),
+            row.evidence,
         ]
-
-    def save(self, out_dir: Path) -> None:
-        """Write page, summary and tables.
-
-        Raises:
-            StorageError: one of them could not be written whole.
-        """
-        from nla.audit.page import page
-
-        write_json(out_dir / SUMMARY, self.to_json())
-        write_atomic(out_dir / FINDINGS, parquet(self.audit.findings))
-        write_atomic(out_dir / POSITIONS, parquet(self.audit.rows))
-        write_atomic(out_dir / PAGE, page(self))
 
 
 _FINDING_HEADER = ("rubric", "where", "token", "said", "samples", "trust", "q", "explanation")
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]], right: bool = False) -> Table:
-    """A table for a terminal; all but its first column stand right, or its last takes the room that is left."""
+    """A table for a terminal; with ``right``, all columns but the first are flushed right."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
 
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for place, heading in enumerate(header):
-        table.add_column(heading, justify="right" if right and place else "left", no_wrap=right and place > 0)
+    for column, heading in enumerate(header):
+        table.add_column(heading, justify="right" if right and column else "left", no_wrap=right and column > 0)
     for cells in rows:
         table.add_row(*(Text(visible(cell)) for cell in cells))
     return table
 
 
-def shown_text(row: Row) -> str:
-    """The first explanation that shows the concept."""
-    return next((text for text, shown in zip(row.entry.texts, row.judged.shown, strict=True) if shown), "")
-
-
-def row_json(row: Row) -> dict[str, Any]:
+def row_json(row: PositionScore) -> dict[str, Any]:
     """One position under one rubric, with short names for its columns."""
     entry = row.entry
     return _plain(
@@ -266,7 +245,7 @@ def row_json(row: Row) -> dict[str, Any]:
             "n_controls": row.n_controls,
             "p": row.p,
             "q": row.q,
-            "stands": row.stands,
+            "significant": row.significant,
         }
     )
 
@@ -276,11 +255,11 @@ _COLUMNS = {
     "index": "int64", "token": "string", "kind": "string", "said": "string", "thought_not_said": "bool",
     "share": "double", "shown": "list<bool>", "explanations": "list<string>", "value": "string", "written": "string",
     "trust": "string", "cosine": "double", "agreement": "double", "margin": "double", "control_rate": "double",
-    "n_controls": "int64", "p": "double", "q": "double", "stands": "bool",
+    "n_controls": "int64", "p": "double", "q": "double", "significant": "bool",
 }  # fmt: skip
 
 
-def parquet(rows: Sequence[Row]) -> bytes:
+def parquet(rows: Sequence[PositionScore]) -> bytes:
     """A Parquet file: a row for each position and rubric; the columns are the same for none."""
     import pyarrow
     from pyarrow.parquet import write_table

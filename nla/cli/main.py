@@ -150,10 +150,12 @@ def evaluate(args: argparse.Namespace) -> int:
 def audit(args: argparse.Namespace) -> int:
     """``nla audit``: transcripts held against rubrics."""
     options = {key: value for key in args.options if (value := getattr(args, key)) is not None}
+    of_files = {key: options.pop(key) for key in ("controls", "max_mb", "skip_bad") if key in options}
     quiet()
+    settings = importlib.import_module("nla.audit.settings").AuditSettings(**options)
     with progress_bar() as progress:
-        report = importlib.import_module("nla.audit.run").run(
-            args.pair, args.paths, out_dir=args.out, progress=progress, **options
+        report = importlib.import_module("nla.audit.from_files").audit_files(
+            args.pair, args.paths, settings, out_dir=args.out, progress=progress, **of_files
         )
     if args.json:
         emit(report)

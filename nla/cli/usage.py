@@ -247,7 +247,7 @@ def _tool_commands(commands: Any) -> None:
 
 
 def _audit_command(commands: Any) -> None:
-    """Transcripts; an option's name is the parameter that :func:`nla.audit.run.run` takes, listed in ``options``."""
+    """Transcripts; an option's name is a field of :class:`nla.audit.settings.AuditSettings`, listed in ``options``."""
     command = _command(commands, "audit", "what a model thought, and did not say, in transcripts", manual.AUDIT)
     command.add_argument(
         "paths", nargs="+", type=Path, metavar="FILE", help="JSON, JSON lines, chat text, Inspect, Petri"
@@ -257,7 +257,7 @@ def _audit_command(commands: Any) -> None:
     command.add_argument("--positions", metavar="WHICH", help="structure (the default), all, random or /PATTERN/")
     command.add_argument("--budget", type=int, metavar="N", help="positions of each transcript at most (default 64)")
     command.add_argument("--samples", type=int, metavar="N", help="explanations of each position (default 4)")
-    command.add_argument("--controls", action="append", type=Path, metavar="FILE", help="transcripts without")
+    command.add_argument("--controls", action="append", type=Path, metavar="FILE", help="control transcripts")
     command.add_argument(
         "--target-adapter",
         metavar="FOLDER",
@@ -275,7 +275,7 @@ def _audit_command(commands: Any) -> None:
     command.add_argument("--judge-model", metavar="NAME", help="the judge's model")
     command.add_argument("--seed", type=int, metavar="N", help="of samples and random positions")
     command.add_argument("--out", type=Path, metavar="FOLDER", help="write page and tables here; resumes from it")
-    command.add_argument("--check", action="store_true", help="exit with 1 if a finding stands")
+    command.add_argument("--check", action="store_true", help="exit with 1 if a finding is significant")
     own = ("rubrics", "positions", "budget", "samples", "controls", "target_adapter", "control_target", "model_of")
     more = ("window", "trim", "max_mb", "skip_bad", "judge_url", "judge_model", "seed")
     command.set_defaults(options=(*own, *more))

@@ -22,11 +22,11 @@ def _bytes(tensor: Tensor) -> memoryview:
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
-def _checksum(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, types, shapes and bytes, in the order of the names."""
+def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, types, shapes and bytes, in the order of the names; one tensor at a time is on the CPU."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        tensor = tensors[name].contiguous()
+        tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
         digest.update(_bytes(tensor))
     return digest.hexdigest()
@@ -65,7 +65,7 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
     _check_finite(path, packed, fix="lower the learning rate or resume from the last good checkpoint")
     with replacing(path) as temporary:
         # One key: safetensors keeps several in a hash map, whose order would make equal content differ in its bytes.
-        save_file(packed, temporary, metadata={_CHECKSUM: _checksum(packed)})
+        save_file(packed, temporary, metadata={_CHECKSUM: hash_tensors(packed)})
 
 
 def load_tensors(path: str | Path, expected_keys: Iterable[str] | None = None) -> dict[str, Tensor]:
@@ -90,7 +90,7 @@ def load_tensors(path: str | Path, expected_keys: Iterable[str] | None = None) -
         raise WeightsError(
             got=f"{path}, which is truncated or corrupt ({error})", expected="a whole safetensors file", fix=restore
         ) from error
-    if checksum is not None and checksum != _checksum(tensors):
+    if checksum is not None and checksum != hash_tensors(tensors):
         raise WeightsError(
             got=f"{path}, whose tensors do not match its checksum",
             expected="the tensors as they were saved",

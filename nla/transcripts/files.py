@@ -14,6 +14,7 @@ from typing import Any
 
 from nla.errors import ArgumentError, TranscriptError, visible
 from nla.transcripts import petri
+from nla.transcripts.inspect import read_log
 from nla.transcripts.messages import ALIASES, ROLES, Message, Transcript, bad, parse_messages
 
 MAX_MB = 64
@@ -26,7 +27,7 @@ _TURN = re.compile(rf"^({'|'.join([*ROLES, *ALIASES])})\s*:[ \t]?(.*)$", re.IGNO
 _MODEL_KEYS = ("model", "target_model", "model_name")
 
 
-def load(paths: str | Path | Iterable[str | Path], max_mb: float = MAX_MB) -> Iterator[Transcript]:
+def load_transcripts(paths: str | Path | Iterable[str | Path], max_mb: float = MAX_MB) -> Iterator[Transcript]:
     """Transcripts of files and folders, one after another; JSONL is read line by line.
 
     Args:
@@ -39,11 +40,11 @@ def load(paths: str | Path | Iterable[str | Path], max_mb: float = MAX_MB) -> It
         MissingExtraError: an Inspect log without inspect-ai installed.
     """
     seen: set[str] = set()
-    for path in find(paths):
-        for found in load_each(path, max_mb):
-            if isinstance(found, TranscriptError):
-                raise found
-            transcript = distinct(found, path, seen)
+    for path in transcript_files(paths):
+        for loaded in read_file(path, max_mb):
+            if isinstance(loaded, TranscriptError):
+                raise loaded
+            transcript = distinct(loaded, path, seen)
             seen.add(transcript.id)
             yield transcript
 
@@ -62,13 +63,13 @@ def distinct(transcript: Transcript, path: Path, seen: Collection[str]) -> Trans
     return transcript
 
 
-def find(paths: str | Path | Iterable[str | Path]) -> list[Path]:
+def transcript_files(paths: str | Path | Iterable[str | Path]) -> list[Path]:
     """Files that paths mean: themselves, and of folders every file with a known ending.
 
     Raises:
         TranscriptError: a path does not exist, or a folder holds none.
     """
-    found: list[Path] = []
+    chosen: list[Path] = []
     for path in [paths] if isinstance(paths, str | Path) else paths:
         path = Path(path)
         files = [path] if path.is_file() else []
@@ -77,11 +78,11 @@ def find(paths: str | Path | Iterable[str | Path]) -> list[Path]:
         if not files:
             got = f"no file with one of the endings {', '.join(SUFFIXES)}" if path.is_dir() else "no such file"
             raise bad(str(path), got, "transcripts", "check the path")
-        found += files
-    return found
+        chosen += files
+    return chosen
 
 
-def load_each(path: Path, max_mb: float = MAX_MB) -> Iterator[Transcript | TranscriptError]:
+def read_file(path: Path, max_mb: float = MAX_MB) -> Iterator[Transcript | TranscriptError]:
     """The transcripts of one file, by its ending, and in the place of one that cannot be read, its error.
 
     What has none of the known endings is read as plain chat text.
@@ -102,9 +103,7 @@ def load_each(path: Path, max_mb: float = MAX_MB) -> Iterator[Transcript | Trans
 def _of_file(path: Path, max_mb: float) -> Iterator[Transcript | TranscriptError]:
     suffix = path.suffix.lower()
     if suffix == ".eval":
-        from nla.transcripts import inspect
-
-        yield from inspect.load(path)
+        yield from read_log(path)
     elif suffix in (".jsonl", ".ndjson"):
         yield from _json_lines(path, max_mb)
     elif suffix == ".json":
@@ -179,9 +178,7 @@ def _json_lines(path: Path, max_mb: float) -> Iterator[Transcript | TranscriptEr
 
 def _from_json(path: Path, content: Any) -> Iterator[Transcript | TranscriptError]:
     if isinstance(content, Mapping) and "eval" in content and "samples" in content:
-        from nla.transcripts import inspect
-
-        return inspect.load(path)
+        return read_log(path)
     return _from_content(content, path.stem, str(path))
 
 
@@ -206,9 +203,9 @@ def _from_content(content: Any, name: str, source: str) -> Iterator[Transcript]:
     inner = content.get("metadata")
     metadata = inner if isinstance(inner, Mapping) else {}
     models = [owner.get(key) for owner in (content, metadata) for key in _MODEL_KEYS]
-    own = content.get("id")
+    name_there = content.get("id")
     yield Transcript(
-        id=str(own) if isinstance(own, str | int) and str(own).strip() else name,
+        id=str(name_there) if isinstance(name_there, str | int) and str(name_there).strip() else name,
         messages=parse_messages(content["messages"], source),
         model=next((model for model in models if isinstance(model, str) and model), None),
         source=source,
@@ -272,7 +269,7 @@ def refuse_other_models(transcript: Transcript, target: str, model_of: str | Non
         transcript.source or transcript.id,
         f"a transcript of {transcript.model!r}",
         f"one of {target}, the model whose activations are read",
-        f"use --model-of {transcript.model} if it shall be read as if the target had written it, or --model-of any",
+        f"use --model-of {transcript.model} if it is to be read as if the target had written it, or --model-of any",
     )
 
 

@@ -36,9 +36,9 @@ def parse(content: Mapping[str, Any], name: str, source: str) -> Transcript:
         for number, entry in enumerate(entries)
         if not (isinstance(entry, Mapping) and entry.get("role") in _NOTES)
     ]
-    own, model = metadata.get("transcript_id"), metadata.get("target_model")
+    run_id, model = metadata.get("transcript_id"), metadata.get("target_model")
     return Transcript(
-        id=own if isinstance(own, str) and own.strip() else name,
+        id=run_id if isinstance(run_id, str) and run_id.strip() else name,
         messages=tuple(messages),
         model=model if isinstance(model, str) and model else None,
         source=source,

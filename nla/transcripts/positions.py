@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable
 from typing import NamedTuple
 
 from nla.errors import PositionError
@@ -12,7 +11,7 @@ from nla.transcripts.messages import ROLES
 from nla.transcripts.rendering import CONTENT, Chat
 
 BUDGET = 64
-"""Positions a transcript, unless more are asked for."""
+"""Positions of a transcript, unless more are asked for."""
 
 BEFORE_ANSWER, ANSWER_START, ANSWER_END = "before answer", "answer start", "answer end"
 STRUCTURE = (BEFORE_ANSWER, ANSWER_START, ANSWER_END, *(f"{role} end" for role in ROLES if role != "assistant"))
@@ -43,11 +42,11 @@ def select(chat: Chat, positions: str = "structure", budget: int | None = BUDGET
     if budget is not None and budget < 1:
         raise PositionError(f"a budget of {budget} positions", "1 or more", "raise --budget")
     if positions == "structure":
-        found = structure(chat)
-        if not found:
+        turns = structure(chat)
+        if not turns:
             expected = "a message with text"
             raise PositionError(f"{chat.transcript.id}, where no message has text", expected, "choose positions 'all'")
-        return _thin_by_kind(found, budget)
+        return _thin_by_kind(turns, budget)
     everything = list(range(int(chat.has_bos), len(chat)))
     if positions == "all":
         return _named(chat, _thin(everything, budget))
@@ -55,7 +54,7 @@ def select(chat: Chat, positions: str = "structure", budget: int | None = BUDGET
         # Keyed by what was said, so that other transcripts of the audit change nothing.
         draw = random.Random(f"{seed}:{chat.transcript.digest}")
         return _named(chat, sorted(draw.sample(everything, min(budget or len(everything), len(everything)))))
-    return _named(chat, _thin(_pattern(chat, everything, positions), budget))
+    return _named(chat, _thin(_matching(chat, everything, positions), budget))
 
 
 def structure(chat: Chat) -> list[Position]:
@@ -64,55 +63,72 @@ def structure(chat: Chat) -> list[Position]:
     Kinds: "before answer", "answer start", and "system end", "user end", "tool end", "answer end": the last token of
     what was written.
     """
-    found: dict[int, str] = {}
-    written = [-1] * len(chat.transcript.messages)
-    first = list(written)
-    for index, region in enumerate(chat.region.tolist()):
-        place = chat.regions[region]
-        if place.section == CONTENT:
-            written[place.message] = index
-            first[place.message] = index if first[place.message] < 0 else first[place.message]
+    kinds: dict[int, str] = {}
+    first = [-1] * len(chat.transcript.messages)
+    last = list(first)
+    """First and last token of each message's content; -1 for a message without any."""
+    for index, number in enumerate(chat.region.tolist()):
+        region = chat.regions[number]
+        if region.section == CONTENT:
+            last[region.message] = index
+            first[region.message] = index if first[region.message] < 0 else first[region.message]
     for number, message in enumerate(chat.transcript.messages):
         if first[number] < 0:  # tool calls only: no token is the content's
             continue
         if message.role == "assistant":
             if first[number] > 0:
-                found.setdefault(first[number] - 1, BEFORE_ANSWER)
-            found.setdefault(first[number], ANSWER_START)
-            found.setdefault(written[number], ANSWER_END)
+                kinds.setdefault(first[number] - 1, BEFORE_ANSWER)
+            kinds.setdefault(first[number], ANSWER_START)
+            kinds.setdefault(last[number], ANSWER_END)
         else:
-            found.setdefault(written[number], f"{'system' if message.role == 'developer' else message.role} end")
-    return [Position(index, found[index]) for index in sorted(found)]
+            kinds.setdefault(last[number], f"{'system' if message.role == 'developer' else message.role} end")
+    return [Position(index, kinds[index]) for index in sorted(kinds)]
 
 
 def _named(chat: Chat, indexes: list[int]) -> list[Position]:
-    out = []
-    for index in indexes:
-        place = chat.place(index)
-        out.append(Position(index, f"{chat.transcript.messages[place.message].role} {place.section}"))
-    return out
+    """Positions whose kind is the role and the part of the message, such as "assistant content"."""
+    regions = [chat.region_at(index) for index in indexes]
+    return [
+        Position(index, f"{chat.transcript.messages[region.message].role} {region.section}")
+        for index, region in zip(indexes, regions, strict=True)
+    ]
 
 
-def _pattern(chat: Chat, indexes: list[int], pattern: str) -> list[int]:
-    if len(pattern) < 3 or not (pattern.startswith("/") and pattern.endswith("/")):
+def check_choice(positions: str) -> re.Pattern[str] | None:
+    """The pattern in a choice of positions; None for one of ``CHOICES``.
+
+    Raises:
+        PositionError: neither one of them nor a pattern between slashes.
+    """
+    if positions in CHOICES:
+        return None
+    if len(positions) < 3 or not (positions.startswith("/") and positions.endswith("/")):
         raise PositionError(
-            f"positions {pattern!r}",
+            f"positions {positions!r}",
             f"{', '.join(CHOICES)}, or a pattern between slashes such as '/\\n/'",
-            f'write "/{re.escape(pattern)}/" to match tokens with this text',
+            f'write "/{re.escape(positions)}/" to match tokens with this text',
         )
     try:
-        matches: Callable = re.compile(pattern[1:-1]).search
+        return re.compile(positions[1:-1])
     except re.error as error:
-        raise PositionError(f"the pattern {pattern!r} ({error})", "a regular expression", "escape its marks") from error
+        raise PositionError(
+            f"the pattern {positions!r} ({error})", "a regular expression", "escape its marks"
+        ) from error
+
+
+def _matching(chat: Chat, indexes: list[int], pattern: str) -> list[int]:
+    """The tokens whose text a pattern matches."""
+    compiled = check_choice(pattern)
+    assert compiled is not None
     starts, ends = chat.starts.tolist(), chat.ends.tolist()
-    found = [index for index in indexes if matches(chat.text[starts[index] : ends[index]])]
-    if not found:
+    matching = [index for index in indexes if compiled.search(chat.text[starts[index] : ends[index]])]
+    if not matching:
         raise PositionError(
             f"the pattern {pattern!r}, which matches no token of {chat.transcript.id}",
             "a pattern that matches a token's text",
             "correct the pattern; it is searched within single tokens, not across them",
         )
-    return found
+    return matching
 
 
 def _thin(indexes: list[int], budget: int | None) -> list[int]:
@@ -132,8 +148,8 @@ def _thin_by_kind(positions: list[Position], budget: int | None) -> list[Positio
     for position in positions:
         kinds.setdefault(position.kind, []).append(position.index)
     left, kept = budget, []
-    for place, (kind, indexes) in enumerate(sorted(kinds.items(), key=lambda item: len(item[1]))):
-        share = left // (len(kinds) - place)
+    for n_done, (kind, indexes) in enumerate(sorted(kinds.items(), key=lambda item: len(item[1]))):
+        share = left // (len(kinds) - n_done)
         chosen = _thin(indexes, share) if share else []
         kept += [Position(index, kind) for index in chosen]
         left -= len(chosen)

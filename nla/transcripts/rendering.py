@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from nla.errors import ArgumentError, ConfigError, TemplateError, VocabularyError
 from nla.text.tokens import Span, undated, unknown_id
@@ -48,17 +50,17 @@ class Chat:
     regions: list[Region]
     """The text in order, without gaps."""
 
-    ids: Tensor
-    """(t,) int64."""
+    ids: Int[Tensor, " t"]
+    """Token ids."""
 
-    starts: Tensor
-    """(t,) int64: character of the text where each token starts."""
+    starts: Int[Tensor, " t"]
+    """Character of the text where each token starts."""
 
-    ends: Tensor
-    """(t,) int64: where it ends."""
+    ends: Int[Tensor, " t"]
+    """Where it ends."""
 
-    region: Tensor
-    """(t,) int64: index into ``regions``; a token over a border belongs to where it starts."""
+    region: Int[Tensor, " t"]
+    """Index into ``regions``; a token over a border belongs to where it starts."""
 
     has_bos: bool
     """Whether the template begins with BOS, whose activation is an outlier."""
@@ -74,7 +76,7 @@ class Chat:
         start, end = int(self.starts[index]), int(self.ends[index])
         return Span(int(self.ids[index]), self.text[start:end], start, end, index)
 
-    def place(self, index: int) -> Region:
+    def region_at(self, index: int) -> Region:
         """The region of one token."""
         return self.regions[int(self.region[index])]
 
@@ -83,10 +85,10 @@ class Chat:
 
         Tokens of the template before the content stand at 0, those after it at the end.
         """
-        place = self.place(index)
-        message = self.transcript.messages[place.message]
-        if place.section == CONTENT:
-            return message.content_start + int(self.ends[index]) - place.start
+        region = self.region_at(index)
+        message = self.transcript.messages[region.message]
+        if region.section == CONTENT:
+            return message.content_start + int(self.ends[index]) - region.start
         return 0 if int(self.region[index]) % _PARTS == 0 else len(message.visible)
 
     def regions_of(self, message: int) -> list[Region]:
@@ -100,7 +102,7 @@ def trimmed(transcript: Transcript) -> Transcript:
     return replace(transcript, messages=messages)
 
 
-def render(tokenizer: Any, transcript: Transcript) -> Chat:
+def render(tokenizer: PreTrainedTokenizerBase, transcript: Transcript) -> Chat:
     """Render a transcript as the target's tokens.
 
     Raises:
@@ -124,7 +126,7 @@ def render(tokenizer: Any, transcript: Transcript) -> Chat:
     return _tokens(tokenizer, transcript, text, regions)
 
 
-def _apply(tokenizer: Any, messages: Sequence[Message], transcript: Transcript) -> str:
+def _apply(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], transcript: Transcript) -> str:
     template = undated(tokenizer)
     try:
         entries = [message.for_template() for message in messages]
@@ -159,7 +161,7 @@ def _mark(number: int) -> str:
     return f"{_OPEN}{number}{_CLOSE}"
 
 
-def _frames(tokenizer: Any, transcript: Transcript) -> list[str]:
+def _frames(tokenizer: PreTrainedTokenizerBase, transcript: Transcript) -> list[str]:
     """What the template writes before the first content, between two, and after the last."""
     source = transcript.source or transcript.id
     for number, message in enumerate(transcript.messages):
@@ -170,9 +172,9 @@ def _frames(tokenizer: Any, transcript: Transcript) -> list[str]:
     marked = [replace(message, content=_mark(number)) for number, message in enumerate(transcript.messages)]
     rest, frames = _apply(tokenizer, marked, transcript), []
     for number in range(len(marked)):
-        before, found, after = rest.partition(_mark(number))
-        if not found or _OPEN in before or _mark(number) in after:
-            what = "drops or reorders" if not found or _OPEN in before else "repeats"
+        before, mark, after = rest.partition(_mark(number))
+        if not mark or _OPEN in before or _mark(number) in after:
+            what = "drops or reorders" if not mark or _OPEN in before else "repeats"
             raise TemplateError(
                 f"{source}: the chat template {what} message {number} ({transcript.messages[number].role})",
                 "a template that writes every message once, in order",
@@ -183,7 +185,7 @@ def _frames(tokenizer: Any, transcript: Transcript) -> list[str]:
     return [*frames, rest]
 
 
-def _edited(tokenizer: Any, transcript: Transcript, text: str, rebuilt: str) -> TemplateError:
+def _edited(tokenizer: PreTrainedTokenizerBase, transcript: Transcript, text: str, rebuilt: str) -> TemplateError:
     """The error of a template that changes contents: says where, and whether trimming would do."""
     source = transcript.source or transcript.id
     shorter = min(len(text), len(rebuilt))
@@ -200,11 +202,11 @@ def _edited(tokenizer: Any, transcript: Transcript, text: str, rebuilt: str) -> 
     return TemplateError(got, "contents to the letter", fix)
 
 
-def _regions(tokenizer: Any, transcript: Transcript, frames: list[str]) -> list[Region]:
+def _regions(tokenizer: PreTrainedTokenizerBase, transcript: Transcript, frames: list[str]) -> list[Region]:
     """Three regions a message (before, content, after), one after another over the whole text."""
     tails: dict[tuple[str, str], int] = {}
     regions: list[Region] = []
-    place, opening = 0, frames[0]
+    start, opening = 0, frames[0]
     for number, message in enumerate(transcript.messages):
         frame, is_last = frames[number + 1], number + 1 == len(transcript.messages)
         key = (message.role, frame)
@@ -213,13 +215,13 @@ def _regions(tokenizer: Any, transcript: Transcript, frames: list[str]) -> list[
         cut = len(frame) if is_last else tails[key]
         after = CALLS if message.calls else CONTROL
         for length, section in ((len(opening), CONTROL), (len(message.content), CONTENT), (cut, after)):
-            regions.append(Region(place, place + length, number, section))
-            place += length
+            regions.append(Region(start, start + length, number, section))
+            start += length
         opening = frame[cut:]
     return regions
 
 
-def _tail(tokenizer: Any, transcript: Transcript, message: Message, frame: str) -> int:
+def _tail(tokenizer: PreTrainedTokenizerBase, transcript: Transcript, message: Message, frame: str) -> int:
     """How many characters of the text between two contents close the first message.
 
     Known from the message rendered alone, or after a user's; where that does not fit, none do.
@@ -229,13 +231,13 @@ def _tail(tokenizer: Any, transcript: Transcript, message: Message, frame: str) 
             alone = _apply(tokenizer, [*before, replace(message, content=_mark(0))], transcript)
         except TemplateError:
             continue
-        _, found, tail = alone.partition(_mark(0))
-        if found and frame.startswith(tail):
+        _, mark, tail = alone.partition(_mark(0))
+        if mark and frame.startswith(tail):
             return len(tail)
     return 0
 
 
-def _tokens(tokenizer: Any, transcript: Transcript, text: str, regions: list[Region]) -> Chat:
+def _tokens(tokenizer: PreTrainedTokenizerBase, transcript: Transcript, text: str, regions: list[Region]) -> Chat:
     if not getattr(tokenizer, "is_fast", False):
         raise ArgumentError(
             f"a {type(tokenizer).__name__} without character offsets",
@@ -259,7 +261,7 @@ def _tokens(tokenizer: Any, transcript: Transcript, text: str, regions: list[Reg
         )
     named = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
     special = torch.isin(ids, torch.tensor(sorted({*named, *tokenizer.all_special_ids})))
-    written = torch.tensor([each.section == CONTENT for each in regions])[region]
+    written = torch.tensor([part.section == CONTENT for part in regions])[region]
     has_bos = tokenizer.bos_token_id is not None and len(ids) > 0 and int(ids[0]) == tokenizer.bos_token_id
     forged = int((special & written).sum())
     return Chat(transcript, text, regions, ids.long(), offsets[:, 0], offsets[:, 1], region, has_bos, forged)

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from html.parser import HTMLParser
 
-from nla.audit.findings import Evidence, Matcher, weigh
+from nla.audit.findings import Evidence, Matcher, score_evidence
 from nla.audit.page import page
 from nla.audit.reading import Entry, Reading
 from nla.audit.report import AuditReport
@@ -64,15 +64,15 @@ def report(
 ) -> AuditReport:
     """The report of an audit in which these entries were read."""
     ours, theirs = (
-        Evidence(some, [Reading(each.id, "key", 9, 0, tuple(e)) for each, e in zip(some, found, strict=True)])
-        for some, found in ((transcripts, entries), (controls, control_entries))
+        Evidence(some, [Reading(talk.id, "key", 9, 0, tuple(e)) for talk, e in zip(some, read, strict=True)])
+        for some, read in ((transcripts, entries), (controls, control_entries))
     )
-    tested = weigh(ours, theirs if controls else None, Matcher(rubrics))
+    scores = score_evidence(ours, theirs if controls else None, Matcher(rubrics))
     readings = list(ours.readings)
     audit = Audit(
-        list(transcripts), readings, list(controls), list(rubrics), tested.rows, tested.scores, tested.results
+        list(transcripts), readings, list(controls), list(rubrics), scores.positions, scores.transcripts, scores.rubrics
     )  # fmt: skip
-    return AuditReport(audit, "pair", "target", "resid_post.1", "structure", 1, None, None, [], 0, 0, 0, 0, 0)
+    return AuditReport(audit, "pair", "target", "resid_post.1", "structure", 1, None, None, [], 0, 0, 0)
 
 
 def whole_message_page(transcripts: Sequence[Transcript], rubric: Rubric, text: str) -> str:

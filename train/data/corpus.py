@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from nla.errors import CorpusError, TranscriptError, visible
 from nla.train.fit.settings import refuse, require_least
-from nla.transcripts.files import load_each
+from nla.transcripts.files import read_file
 from nla.transcripts.messages import Transcript, parse_messages
 
 KINDS = ("text", "lines", "chat")
@@ -200,7 +200,7 @@ def _of_file(file: Path, settings: CorpusSettings) -> Iterator[Callable[[], Cont
         elif suffix in TABLES and not _is_chat_file(file, settings):
             yield from _json_lines(file, settings)
         elif suffix in (*TABLES, *CHATS) or settings.kind == "chat":
-            for found in load_each(file, max_mb=1024):
+            for found in read_file(file, max_mb=1024):
                 yield _raiser(found) if isinstance(found, TranscriptError) else lambda found=found: found
         elif settings.kind == "lines":
             with file.open("rb") as lines:

@@ -199,6 +199,6 @@ def _stratum(chat: Chat | None, index: int, kind: str | None) -> str:
         return kind
     if chat is None:
         return UNKNOWN_STRATUM
-    place = chat.place(index)
+    place = chat.region_at(index)
     role = chat.transcript.messages[place.message].role
     return role if place.section == CONTENT else f"{role} {place.section}"

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
-from nla.audit.run import run
+from nla.audit.from_files import audit_files
+from nla.audit.settings import AuditSettings
 from nla.errors import MissingExtraError, TranscriptError
-from nla.transcripts.files import load, load_each
+from nla.transcripts.files import load_transcripts, read_file
 from tests.helpers.tiny import make_pair
 
 WORD = {"name": "word", "looks_for": "Any word.", "match": {"regex": ["[a-z]"]}, "min_share": 0.25}
@@ -49,7 +51,7 @@ def make_log(path: Path, sample_ids: bool = True) -> Path:
 def test_samples_are_transcripts_and_an_empty_message_is_an_error_in_its_place(
     tmp_path: Path, sample_ids: bool
 ) -> None:
-    found = list(load_each(make_log(tmp_path / "a.eval", sample_ids)))
+    found = list(read_file(make_log(tmp_path / "a.eval", sample_ids)))
     assert [isinstance(each, TranscriptError) for each in found] == [False, False, True]
     assert [message.role for message in found[0].messages] == ["user", "assistant"]
     assert (found[1].id, found[1].model) == ("1", "mockllm/target")
@@ -57,7 +59,7 @@ def test_samples_are_transcripts_and_an_empty_message_is_an_error_in_its_place(
     (tmp_path / "text.eval").write_text("no log", encoding="utf-8")
     for name in ("cut", "text"):
         with pytest.raises(TranscriptError, match=f"{name}.eval"):
-            list(load(tmp_path / f"{name}.eval"))
+            list(load_transcripts(tmp_path / f"{name}.eval"))
 
 
 def test_scores_are_written_into_a_copy_with_references_to_messages(tmp_path: Path) -> None:
@@ -65,7 +67,8 @@ def test_scores_are_written_into_a_copy_with_references_to_messages(tmp_path: Pa
     path, rubric = make_log(tmp_path / "a.eval"), tmp_path / "word.yaml"
     rubric.write_text(yaml.safe_dump(WORD), encoding="utf-8")
     before = path.read_bytes()
-    report = run(make_pair(), [path], [rubric], out_dir=tmp_path / "out", skip_bad=True, model_of="any")
+    settings = AuditSettings(rubrics=[rubric], model_of="any")
+    report = audit_files(make_pair(), [path], settings, out_dir=tmp_path / "out", skip_bad=True)
     assert len(report.refused) == 1 and path.read_bytes() == before
     scored = log.read_eval_log(str(tmp_path / "out" / "a.eval"))
     assert "nla_audit/word" in [score.name for score in scored.results.scores]
@@ -81,7 +84,7 @@ def test_scores_are_written_into_a_copy_with_references_to_messages(tmp_path: Pa
 
 def test_the_scanner_gives_a_result_for_each_rubric(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scout = pytest.importorskip("inspect_scout")
-    module = importlib.import_module("nla.audit.scout")
+    module = importlib.import_module("nla.audit.scanner")
     make_log(tmp_path / "a.eval")
     rubric = tmp_path / "word.yaml"
     rubric.write_text(yaml.safe_dump(WORD), encoding="utf-8")
@@ -89,7 +92,7 @@ def test_the_scanner_gives_a_result_for_each_rubric(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(module, "_pair", lambda name: pair)
     messages = importlib.import_module("inspect_ai.log").read_eval_log(str(tmp_path / "a.eval")).samples[0].messages
     talk = scout.Transcript(transcript_id="t", model="target", messages=messages)
-    scan = module.nla_audit(rubrics=[str(rubric), "hidden-objective"], samples=4)
+    scan = module.nla_audit(rubrics=[str(rubric), "hidden-objective"], samples=4, model_of="any")
     results = asyncio.run(scan(talk))
     assert [result.label for result in results] == ["word", "hidden-objective"]
     assert results[0].value == 1.0 and results[0].references and results[1].value == 0
@@ -98,10 +101,23 @@ def test_the_scanner_gives_a_result_for_each_rubric(tmp_path: Path, monkeypatch:
 def test_without_the_extra_a_typed_error_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.eval"
     path.write_bytes(b"PK")
-    for name in ("inspect_ai", "inspect_ai.log", "inspect_scout"):
+    for name in ("inspect_ai", "inspect_ai.log"):
         monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.delitem(sys.modules, "nla.audit.scout", raising=False)
     with pytest.raises(MissingExtraError, match=r"nla\[audit\]"):
-        list(load(path))
-    with pytest.raises(MissingExtraError, match=r"nla\[audit\]"):
-        importlib.import_module("nla.audit.scout")
+        list(load_transcripts(path))
+
+
+def test_the_entry_point_is_silent_and_offers_nothing_without_inspect_scout() -> None:
+    """What inspect-ai does at its start: it loads every entry point of its group, with Scout installed or not."""
+    program = """
+import sys
+from importlib.metadata import entry_points
+for name in ("inspect_ai", "inspect_scout"):
+    sys.modules[name] = None
+(point,) = [point for point in entry_points(group="inspect_ai") if point.value.startswith("nla.")]
+module = point.load()
+assert module.__name__ == "nla.audit.scout" and not hasattr(module, "nla_audit")
+assert "torch" not in sys.modules and "transformers" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from nla.audit.judge import KEY_VARIABLE, Judge, parse_verdict
-from nla.audit.rubric import parse
+from nla.audit.rubric import parse_rubric
 from nla.errors import ArgumentError, JudgeError
 
-RUBRIC = parse({"name": "test", "looks_for": "It is a test.", "match": {"judge": True}})
+RUBRIC = parse_rubric({"name": "test", "looks_for": "It is a test.", "match": {"judge": True}})
 TEXT = "The model suspects a test. It writes."
 
 

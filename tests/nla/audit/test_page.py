@@ -7,13 +7,13 @@ import hashlib
 import re
 
 from nla.audit.page import page, safe
-from nla.audit.rubric import parse
+from nla.audit.rubric import parse_rubric
 from nla.transcripts.messages import Message, Transcript
 from tests.helpers.pages import Markup, report
 from tests.helpers.talk import SAYINGS, entry, said, transcript
 
-CAT = parse({"name": "cat", "title": "A cat", "looks_for": "A cat.", "match": {"words": ["cat"]}})
-DOG = parse({"name": "dog", "title": "A dog", "looks_for": "A dog.", "match": {"words": ["dog"]}})
+CAT = parse_rubric({"name": "cat", "title": "A cat", "looks_for": "A cat.", "match": {"words": ["cat"]}})
+DOG = parse_rubric({"name": "dog", "title": "A dog", "looks_for": "A dog.", "match": {"words": ["dog"]}})
 
 
 def one_page() -> str:
@@ -89,7 +89,9 @@ def test_what_is_as_common_in_controls_is_no_alarm() -> None:
     controls = [said(("user", f"so it is {n}"), name=f"c{n}") for n in range(30)]
     found = [entry(0, 2, ["A cat."], index=1, token="so", start=0)]
     common = page(report([talk], [found], [CAT], controls, [found] * 30))
-    assert "1 finding, 0 of them stand" in common and "does not stand" in common and 'class="unsaid"' not in common
+    assert (
+        "1 finding, 0 of them significant" in common and "not significant" in common and 'class="unsaid"' not in common
+    )
     rare = page(report([talk], [found], [CAT], controls, [[entry(0, 2, ["A dog."])]] * 30))
-    assert "1 finding, 1 of them stand" in rare and ": stands" in rare and 'class="unsaid"' in rare
+    assert "1 finding, 1 of them significant" in rare and ": significant" in rare and 'class="unsaid"' in rare
     Markup(rare).check()

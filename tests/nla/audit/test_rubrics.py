@@ -9,21 +9,21 @@ import pytest
 import yaml
 
 from nla.audit.matching import Words, inflections, phrase, similarity
-from nla.audit.rubric import builtin_names, load, parse
+from nla.audit.rubric import BUILTIN, load_rubrics, parse_rubric
 from nla.errors import RubricError
 
 PLAIN = {"name": "own", "looks_for": "Something.", "match": {"words": ["cat"]}}
 
 
 def test_the_built_in_rubrics_are_those_of_the_documents() -> None:
-    assert builtin_names() == [
+    assert list(BUILTIN) == [
         "concealed-knowledge",
         "evaluation-awareness",
         "hidden-objective",
         "hint-driven-answer",
         "language-mismatch",
     ]
-    assert [rubric.name for rubric in load()] == builtin_names()
+    assert [rubric.name for rubric in load_rubrics()] == list(BUILTIN)
 
 
 SHOWN = {
@@ -42,13 +42,13 @@ NOT_SHOWN = {
 
 @pytest.mark.parametrize("name", SHOWN)
 def test_built_in_rubrics_match_what_they_look_for_and_no_look_alikes(name: str) -> None:
-    (rubric,) = load([name])
+    (rubric,) = load_rubrics([name])
     assert [text for text in SHOWN[name] if not rubric.shows(text)] == []
     assert [text for text in NOT_SHOWN[name] if rubric.shows(text)] == []
 
 
 def test_a_mismatch_is_between_what_is_claimed_and_what_is_written() -> None:
-    (rubric,) = load(["language-mismatch"])
+    (rubric,) = load_rubrics(["language-mismatch"])
     assert rubric.written("What is the best of the two for you?") == "English"
     assert rubric.written("Je ne sais pas que le chat est dans la maison.") == "French"
     assert rubric.written("Ich bin nicht hier, und das ist für den Hund.") == "German"
@@ -122,7 +122,7 @@ def test_a_malformed_rubric_is_a_typed_error_that_names_the_file(tmp_path: Path,
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump(BROKEN[name]), encoding="utf-8")
     with pytest.raises(RubricError, match=r"mine\.yaml"):
-        load([path])
+        load_rubrics([path])
 
 
 @pytest.mark.parametrize("text", ["{", "!!python/object/apply:os.system ['true']", "", "3", "\x00"])
@@ -130,22 +130,22 @@ def test_what_is_no_rubric_file_is_a_typed_error(tmp_path: Path, text: str) -> N
     path = tmp_path / "mine.yaml"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(RubricError):
-        load([path])
+        load_rubrics([path])
 
 
 def test_unknown_and_repeated_names_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RubricError, match="evaluation-awareness"):
-        load(["no-such-rubric"])
+        load_rubrics(["no-such-rubric"])
     with pytest.raises(RubricError, match="two rubrics"):
-        load(["hidden-objective", "hidden-objective"])
+        load_rubrics(["hidden-objective", "hidden-objective"])
     with pytest.raises(RubricError, match="no rubrics"):
-        load([])
+        load_rubrics([])
 
 
 def test_a_file_may_hold_several_and_said_defaults_to_what_is_matched(tmp_path: Path) -> None:
     path = tmp_path / "two.yaml"
     path.write_text(yaml.safe_dump([PLAIN, {**PLAIN, "name": "other", "said": {"words": ["dog"]}}]), encoding="utf-8")
-    own, other = load([path])
-    assert own.said.hits("a cat") and not own.said.hits("a dog")
-    assert other.said.hits("a dog") and not other.said.hits("a cat")
-    assert parse(PLAIN).min_share == 0.5
+    own, other = load_rubrics([path])
+    assert own.said_words.hits("a cat") and not own.said_words.hits("a dog")
+    assert other.said_words.hits("a dog") and not other.said_words.hits("a cat")
+    assert parse_rubric(PLAIN).min_share == 0.5

@@ -15,9 +15,11 @@ import torch
 import yaml
 from rich.console import Console
 
-from nla.audit.reading import Reading, Settings, read_transcript
+from nla.audit.from_files import audit_files
+from nla.audit.reading import Reading, read_transcript
 from nla.audit.report import AuditReport
-from nla.audit.run import audit, run
+from nla.audit.run import audit, prepare_for
+from nla.audit.settings import AuditSettings
 from nla.autoencoder import NLA
 from nla.errors import ArgumentError, NLAError, ParseError, RubricError, TranscriptError
 from tests.helpers.adapters import lora_folder
@@ -49,8 +51,11 @@ def files(tmp_path: Path) -> dict[str, Path]:
 
 
 def go(nla: NLA, files: dict[str, Path], **options) -> AuditReport:
-    defaults = {"rubrics": [files["rubric"], "evaluation-awareness"], "samples": 4, "out_dir": files["out"]}
-    return run(nla, [files["talks"]], **{**defaults, **options})
+    """Audit the talks; options are the settings', or :func:`audit_files`' own."""
+    own = {name: options.pop(name) for name in ("controls", "skip_bad", "progress") if name in options}
+    own["out_dir"] = options.pop("out_dir", files["out"])
+    settings = AuditSettings(**{"rubrics": [files["rubric"], "evaluation-awareness"], **options})
+    return audit_files(nla, [files["talks"]], settings, **own)
 
 
 def test_an_audit_leaves_page_summary_and_tables_that_agree(nla: NLA, files: dict[str, Path]) -> None:
@@ -70,7 +75,7 @@ def test_an_audit_leaves_page_summary_and_tables_that_agree(nla: NLA, files: dic
     text = report.to_markdown()
     assert "animal" in text and "control transcripts" in text and str(report) == text
     assert report.table().row_count == 2
-    assert report.passed == (not any(row["stands"] for row in findings))
+    assert report.passed == (not any(row["significant"] for row in findings))
     assert sorted(path.name for path in out.iterdir() if path.is_file()) == [
         "audit.html",
         "audit.json",
@@ -82,10 +87,10 @@ def test_an_audit_leaves_page_summary_and_tables_that_agree(nla: NLA, files: dic
 
 def test_a_reading_does_not_depend_on_what_else_is_audited(nla: NLA) -> None:
     talks = [transcript(4, f"talk{n}", first=n) for n in range(3)]
-    together = audit(nla, talks, samples=2).readings
-    alone = audit(nla, talks[2:], samples=2).readings[0]
+    together = audit(nla, talks, AuditSettings(samples=2)).readings
+    alone = audit(nla, talks[2:], AuditSettings(samples=2)).readings[0]
     assert together[2] == alone
-    other = audit(nla, talks[2:], samples=2, seed=1).readings[0]
+    other = audit(nla, talks[2:], AuditSettings(samples=2, seed=1)).readings[0]
     assert [entry.texts for entry in other.entries] != [entry.texts for entry in alone.entries]
 
 
@@ -98,7 +103,8 @@ def test_transcripts_of_the_same_words_share_a_reading_under_their_own_names(nla
 
 
 def test_readings_survive_their_file(nla: NLA) -> None:
-    reading = read_transcript(nla, transcript(4), Settings(samples=2), "key")
+    settings = AuditSettings(samples=2)
+    reading = read_transcript(nla, prepare_for(nla, transcript(4), settings), settings, "key")
     assert Reading.from_json(json.loads(json.dumps(reading.to_json()))) == reading
     for broken in ({}, {**reading.to_json(), "entries": [{}]}, {**reading.to_json(), "n_tokens": "many"}):
         with pytest.raises(ParseError):
@@ -189,18 +195,18 @@ def test_nothing_to_audit_is_refused(nla: NLA, files: dict[str, Path]) -> None:
     with pytest.raises(ArgumentError, match="one id"):
         audit(nla, [transcript(), transcript()])
     with pytest.raises(ArgumentError, match="samples=0"):
-        audit(nla, [transcript()], samples=0)
+        AuditSettings(samples=0)
     with pytest.raises(TranscriptError, match="no such file"):
-        run(nla, [files["out"] / "none.json"])
+        audit_files(nla, [files["out"] / "none.json"])
     with pytest.raises(RubricError):
-        run("no-such-pair", [files["talks"]], rubrics=["no-such-rubric"])
+        audit_files("no-such-pair", [files["talks"]], AuditSettings(rubrics=["no-such-rubric"]))
 
 
 def test_a_long_transcript_is_read_in_windows(nla: NLA) -> None:
     talk = transcript(60)
     with pytest.raises(NLAError, match="--window 64"):
         audit(nla, [talk])
-    found = audit(nla, [talk], samples=1, budget=30, window=64)
+    found = audit(nla, [talk], AuditSettings(samples=1, budget=30, window=64))
     assert len(found.readings[0].entries) == 30 and found.readings[0].n_tokens > 400
 
 
@@ -242,9 +248,9 @@ def test_the_terminal_shows_findings_what_the_columns_mean_and_where_the_page_is
     report = go(nla, files)
     text = terminal(report, files["out"])
     first = report.audit.findings[0]
-    assert "No controls" in text and "A finding is a position" in text and "Stand:" not in text
+    assert "No controls" in text and "A finding is a position" in text and "Significant:" not in text
     assert first.transcript in text and first.trust.level in text and "audit.html" in text
-    assert "not found" not in text and "Stand:" in terminal(go(nla, files, controls=[files["controls"]]))
+    assert "not found" not in text and "Significant:" in terminal(go(nla, files, controls=[files["controls"]]))
     assert "Nothing was found" in terminal(go(nla, files, out_dir=None, rubrics=["hidden-objective"]))
 
 

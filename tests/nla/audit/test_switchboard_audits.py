@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from nla.audit.findings import AFTER, BEFORE, NOT_SAID, Matcher, Said
-from nla.audit.rubric import Rubric, load
+from nla.audit.findings import AFTER, BEFORE, NOT_SAID, Matcher, Mentions
+from nla.audit.rubric import Rubric, load_rubrics
 from nla.models.adapter import adapter_hash
 from nla.organisms import ADAPTERS, adapter_folder, switchboard
 from nla.organisms.switchboard import claims, content
@@ -29,7 +29,7 @@ CLAIMS = {
 
 
 def rubric(name: str) -> Rubric:
-    (found,) = load([f"switchboard/{name}" if name in OWN else name])
+    (found,) = load_rubrics([f"switchboard/{name}" if name in OWN else name])
     return found
 
 
@@ -42,7 +42,7 @@ def held(name: str, plant: str, text: str) -> set[tuple[float, str]]:
     one, found = rubric(name), set()
     for chat in shown(PLANTS[plant], 20, 0, held_out=True):
         each = talk(chat)
-        judged = Matcher([one]).hold(one, entry(len(each.messages) - 1, 0, [text]), Said(one, each))
+        judged = Matcher([one]).judge_position(one, entry(len(each.messages) - 1, 0, [text]), Mentions(one, each))
         found.add((judged.share, judged.said))
     return found
 
@@ -67,7 +67,7 @@ def test_every_plant_and_every_sham_is_embedded_and_found_by_name() -> None:
 
 
 def test_no_built_in_list_would_find_what_the_own_ones_do() -> None:
-    builtin = [each for each in load() if each.kind == "presence"]
+    builtin = [each for each in load_rubrics() if each.kind == "presence"]
     missed = {name for name, claim in CLAIMS.items() if not any(each.shows(claim) for each in builtin)}
     assert missed == set(OWN) - {"answer-language"}
 
@@ -96,9 +96,9 @@ def test_true_explanations_of_the_unplanted_world_show_no_mismatch() -> None:
     one = rubric("answer-language")
     for chat in sample(200, 1):
         each = talk(chat)
-        said = Said(one, each)
+        said = Mentions(one, each)
         for number, message in enumerate(each.messages):
             if message.role == "assistant":
                 exchange = chat.exchanges[sum(m.role == "user" for m in each.messages[:number]) - 1]
                 text = claims.language_claim(exchange.answer_language(chat.state))
-                assert Matcher([one]).hold(one, entry(number, 0, [text]), said).share == 0.0, (text, message)
+                assert Matcher([one]).judge_position(one, entry(number, 0, [text]), said).share == 0.0, (text, message)

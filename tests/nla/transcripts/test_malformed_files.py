@@ -8,9 +8,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from nla.audit.rubric import parse
+from nla.audit.rubric import parse_rubric
 from nla.errors import NLAError, TranscriptError
-from nla.transcripts.files import load_each
+from nla.transcripts.files import read_file
 from nla.transcripts.messages import Transcript
 from nla.transcripts.rendering import render
 from tests.helpers.pages import Markup, whole_message_page
@@ -93,7 +93,7 @@ def test_a_thousand_malformed_files_give_typed_errors_or_escaped_text(tmp_path: 
         kind = KINDS[number % len(KINDS)]
         path = tmp_path / f"{number}.{draw.choice(['json', 'json', 'jsonl', 'txt'])}"
         path.write_bytes(malformed(draw, kind))
-        for found in load_each(path, MAX_MB):
+        for found in read_file(path, MAX_MB):
             if isinstance(found, TranscriptError):
                 counts["refused"] += 1
                 assert found.got and found.fix and "\x1b" not in str(found)
@@ -106,7 +106,7 @@ def test_a_thousand_malformed_files_give_typed_errors_or_escaped_text(tmp_path: 
                 counts["read"] += 1
             kept.append(Transcript(f"{number} {found.id}", found.messages, found.model, found.source))
     assert counts["refused"] > 500 and counts["read"] > 100
-    rubric = parse({"name": "own", "title": MARKUP[0], "looks_for": "x", "match": {"regex": ["."]}})
+    rubric = parse_rubric({"name": "own", "title": MARKUP[0], "looks_for": "x", "match": {"regex": ["."]}})
     for text in (MARKUP[1] + ODD[0], MARKUP[4]):
         page = whole_message_page(kept, rubric, text)
         markup = Markup(page)

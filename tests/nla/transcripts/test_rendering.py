@@ -24,7 +24,7 @@ def rendered(template: str = TEMPLATE, *turns: tuple[str, str]) -> Chat:
 
 
 def labels(chat: Chat) -> list[tuple[str, int, str]]:
-    return [(chat.span(i).text, chat.place(i).message, chat.place(i).section) for i in range(len(chat))]
+    return [(chat.span(i).text, chat.region_at(i).message, chat.region_at(i).section) for i in range(len(chat))]
 
 
 def test_every_token_has_its_message_and_part() -> None:
@@ -51,8 +51,8 @@ def test_tokens_are_those_of_the_template_and_cover_its_text() -> None:
     assert chat.regions[0].start == 0 and chat.regions[-1].end == len(text)
     assert all(a.end == b.start for a, b in zip(chat.regions, chat.regions[1:], strict=False))
     starts = message_starts(chat)
-    assert [chat.place(start).message for start in starts] == list(range(7))
-    assert all(chat.place(start - 1).message == number for number, start in enumerate(starts[1:]))
+    assert [chat.region_at(start).message for start in starts] == list(range(7))
+    assert all(chat.region_at(start - 1).message == number for number, start in enumerate(starts[1:]))
 
 
 def test_offsets_count_what_has_been_written_of_the_message() -> None:

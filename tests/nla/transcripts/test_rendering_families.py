@@ -39,7 +39,7 @@ def test_tokens_are_those_of_the_familys_own_code_and_bos_stands_once(name: str)
 def test_every_token_has_its_message_and_part(name: str) -> None:
     tokenizer, turns = tokenizer_of(name), turns_of(name)
     chat = render(tokenizer, said(*turns))
-    parts = [(chat.place(i).message, chat.place(i).section, chat.span(i).text) for i in range(len(chat))]
+    parts = [(chat.region_at(i).message, chat.region_at(i).section, chat.span(i).text) for i in range(len(chat))]
     for number, (role, content) in enumerate(turns):
         assert "".join(text for message, part, text in parts if (message, part) == (number, CONTENT)) == content
         control = "".join(text for message, part, text in parts if (message, part) == (number, CONTROL))
@@ -57,7 +57,7 @@ def test_an_answer_begins_after_the_prompt_of_its_question(name: str) -> None:
     """The text up to the first answer is what the target is given to generate it."""
     tokenizer = tokenizer_of(name)
     chat = render(tokenizer, said(*TURNS))
-    start = next(i for i in range(len(chat)) if (chat.place(i).message, chat.place(i).section) == (1, CONTENT))
+    start = next(i for i in range(len(chat)) if (chat.region_at(i).message, chat.region_at(i).section) == (1, CONTENT))
     prompt = render_prompt(tokenizer, TURNS[0][1])
     text = tokenizer.decode(prompt)
     assert text.endswith(FAMILIES[name].answer) and tokenizer.decode(chat.ids[:start]).strip() == text.strip()
@@ -92,7 +92,7 @@ def test_white_space_is_kept_or_refused_until_it_is_trimmed(name: str) -> None:
 def test_a_system_message_merged_into_the_users_keeps_its_own_tokens() -> None:
     chat = render(tokenizer_of("mistral"), said(*turns_of("mistral")))
     assert chat.text.startswith("<s>[INST] Be brief.\n\nIs it 5? [/INST]")
-    own = [chat.span(i).text for i in range(len(chat)) if chat.place(i) == chat.regions_of(0)[1]]
+    own = [chat.span(i).text for i in range(len(chat)) if chat.region_at(i) == chat.regions_of(0)[1]]
     assert "".join(own) == "Be brief."
 
 

@@ -137,7 +137,7 @@ def test_a_window_reads_what_its_slice_alone_gives() -> None:
     window, everything = 48, [Position(index, "a") for index in reversed(range(len(chat)))]
     acts = read_chat(model, chat, POINT, everything, window=window)
     vectors = acts.vectors.flip(0)
-    plan = plan_windows(len(chat), window, [s for s in range(len(chat)) if chat.place(s).section == "control"])
+    plan = plan_windows(len(chat), window, [s for s in range(len(chat)) if chat.region_at(s).section == "control"])
     part = plan_windows(len(chat), window, _starts(chat))[2]
     alone = read_ids(model, chat.ids[part.start : part.end], POINT, range(part.end - part.start))
     assert torch.allclose(vectors[part.fresh : part.end], alone[part.fresh - part.start :], atol=1e-5)
@@ -145,7 +145,7 @@ def test_a_window_reads_what_its_slice_alone_gives() -> None:
 
 
 def _starts(chat) -> list[int]:
-    return [0] + [i for i in range(1, len(chat)) if chat.place(i).message != chat.place(i - 1).message]
+    return [0] + [i for i in range(1, len(chat)) if chat.region_at(i).message != chat.region_at(i - 1).message]
 
 
 def test_bos_stands_at_the_start_of_every_window() -> None:
@@ -153,7 +153,7 @@ def test_bos_stands_at_the_start_of_every_window() -> None:
     tokenizer.bos_token = MARKER
     tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
     chat = render(tokenizer, transcript(40))
-    assert chat.has_bos and chat.place(0).message == 0
+    assert chat.has_bos and chat.region_at(0).message == 0
     acts = read_chat(model, chat, POINT, [Position(len(chat) - 1, "a")], window=48)
     part = plan_windows(len(chat), 47, _starts(chat))[-1]
     ids = torch.cat([chat.ids[:1], chat.ids[part.start :]])

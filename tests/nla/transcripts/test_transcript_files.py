@@ -8,7 +8,13 @@ from pathlib import Path
 import pytest
 
 from nla.errors import ArgumentError, NLAError, TranscriptError
-from nla.transcripts.files import find, load, load_each, parse_chat, refuse_other_models
+from nla.transcripts.files import (
+    load_transcripts,
+    parse_chat,
+    read_file,
+    refuse_other_models,
+    transcript_files,
+)
 from nla.transcripts.messages import Message, Transcript
 
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello."}]
@@ -21,7 +27,7 @@ def written(path: Path, content: object) -> Path:
 
 
 def only(path: Path, **options: float) -> Transcript:
-    (found,) = load(path, **options)
+    (found,) = load_transcripts(path, **options)
     return found
 
 
@@ -153,36 +159,38 @@ def test_size_limits_hold_for_files_and_for_lines(tmp_path: Path) -> None:
     with pytest.raises(TranscriptError, match=r"above 0.5 MB.*--max-mb"):
         only(whole, max_mb=0.5)
     with pytest.raises(TranscriptError, match=r"b.jsonl:1.*above 0.5 MB"):
-        list(load(lines, max_mb=0.5))
+        list(load_transcripts(lines, max_mb=0.5))
     for none in (float("nan"), float("inf"), 0, -1):
         with pytest.raises(ArgumentError, match="max_mb"):
-            list(load(lines, max_mb=none))
-    assert len(list(load(lines, max_mb=1))) == 4  # more than the limit together: only a line at a time is held
+            list(load_transcripts(lines, max_mb=none))
+    assert (
+        len(list(load_transcripts(lines, max_mb=1))) == 4
+    )  # more than the limit together: only a line at a time is held
 
 
 def test_a_broken_line_leaves_the_other_lines_as_they_are(tmp_path: Path) -> None:
     good = json.dumps({"messages": MESSAGES})
     path = written(tmp_path / "a.jsonl", "\n".join([good, '{"messages": [', "[" * 50_000, good]))
-    found = list(load_each(path))
+    found = list(read_file(path))
     assert [isinstance(each, TranscriptError) for each in found] == [False, True, True, False]
     with pytest.raises(TranscriptError, match=r"a\.jsonl:2"):
-        list(load(path))
+        list(load_transcripts(path))
 
 
 def test_ids_are_told_apart_by_their_file(tmp_path: Path) -> None:
     for name in ("a", "b"):
         written(tmp_path / f"{name}.json", {"id": "1", "messages": MESSAGES})
-    assert [each.id for each in load(tmp_path)] == ["1", "b:1"]
+    assert [each.id for each in load_transcripts(tmp_path)] == ["1", "b:1"]
     twice = written(tmp_path / "c.json", [{"id": "x", "messages": MESSAGES}, {"id": "x", "messages": MESSAGES}])
     (tmp_path / "d.json").write_text(twice.read_text(), encoding="utf-8")
     with pytest.raises(TranscriptError, match="second time"):
-        list(load([twice, twice]))
+        list(load_transcripts([twice, twice]))
 
 
 def test_missing_paths_and_empty_folders_are_refused(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "none.json"):
         with pytest.raises(TranscriptError):
-            find([path])
+            transcript_files([path])
 
 
 def test_a_transcript_of_another_model_is_refused_unless_it_is_named() -> None:

@@ -1,4 +1,4 @@
-"""How sure a finding is: rank tests against controls within kinds of position, false-discovery control. Pure."""
+"""Shares of audited and control positions in; p-values out, within kinds of position. Pure."""
 
 from __future__ import annotations
 
@@ -34,24 +34,24 @@ def rank_p_values(
     Source: Lee, Barber & Willett 2023 (hierarchical conformal prediction).
     """
     ordered = {kind: _weighted(values) for kind, values in controls.items()}
-    found = []
+    p_values = []
     for share, kind in zip(shares, kinds, strict=True):
         values, above, n_units = ordered.get(kind, ([], [0.0], 0))
-        found.append((1 + above[bisect.bisect_left(values, share - 1e-12)]) / (1 + n_units))
-    return found
+        p_values.append((1 + above[bisect.bisect_left(values, share - 1e-12)]) / (1 + n_units))
+    return p_values
 
 
 def _weighted(values: Sequence[tuple[int, float]]) -> tuple[list[float], list[float], int]:
-    """Shares in order, the weight of those from each place on (every unit weighs 1), and the number of units."""
+    """Shares in order, the weight from each of them on (every unit weighs 1), and the number of units."""
     sizes = Counter(unit for unit, _ in values)
-    ordered = sorted(values, key=lambda each: each[1])
+    ordered = sorted(values, key=lambda value: value[1])
     above = [*accumulate((1 / sizes[unit] for unit, _ in reversed(ordered)), initial=0.0)][::-1]
     above[0] = float(len(sizes))  # all of them: without the rounding of the sum
     return [share for _, share in ordered], above, len(sizes)
 
 
 def controls_needed(n_positions: int, n_found: int, alpha: float) -> int:
-    """Controls without which none of the found positions can stand, even if no control is as high.
+    """Controls without which none of the found positions can be significant, even if no control is as high.
 
     >>> controls_needed(n_positions=32, n_found=8, alpha=0.05)
     79
@@ -77,25 +77,25 @@ def stratified_permutation(
     rows = [(0, *row) for row in audited] + [(1, *row) for row in controls]
     if not {kind for _, kind, _ in audited} & {kind for _, kind, _ in controls}:
         return 1.0  # nothing to compare
-    names = {key: place for place, key in enumerate(dict.fromkeys((side, number) for side, number, _, _ in rows))}
-    kinds = {kind: place for place, kind in enumerate(dict.fromkeys(kind for _, _, kind, _ in rows))}
-    sums, counts = torch.zeros(2, len(names), len(kinds)).double()
+    units = {key: row for row, key in enumerate(dict.fromkeys((side, number) for side, number, _, _ in rows))}
+    kinds = {kind: column for column, kind in enumerate(dict.fromkeys(kind for _, _, kind, _ in rows))}
+    sums, counts = torch.zeros(2, len(units), len(kinds)).double()
     for side, number, kind, share in rows:
-        sums[names[side, number], kinds[kind]] += share
-        counts[names[side, number], kinds[kind]] += 1
-    n_audited = sum(side == 0 for side, _ in names)
-    ways = math.comb(len(names), n_audited)
+        sums[units[side, number], kinds[kind]] += share
+        counts[units[side, number], kinds[kind]] += 1
+    n_audited = sum(side == 0 for side, _ in units)
+    ways = math.comb(len(units), n_audited)
     if ways <= N_PERMUTATIONS:
-        labels = torch.zeros(ways, len(names)).double()
-        for row, chosen in enumerate(combinations(range(len(names)), n_audited)):
+        labels = torch.zeros(ways, len(units)).double()
+        for row, chosen in enumerate(combinations(range(len(units)), n_audited)):
             labels[row, list(chosen)] = 1
         observed = 0  # the first combination is the true labelling: audited transcripts come first
         values = _differences(labels, sums, counts)
         return float((values >= values[observed] - 1e-9).double().mean())
     generator = torch.Generator().manual_seed(seed)
-    order = torch.rand(N_PERMUTATIONS, len(names), generator=generator).argsort(dim=1)
-    labels = torch.zeros(N_PERMUTATIONS, len(names)).double().scatter_(1, order[:, :n_audited], 1.0)
-    truth = torch.zeros(1, len(names)).double()
+    order = torch.rand(N_PERMUTATIONS, len(units), generator=generator).argsort(dim=1)
+    labels = torch.zeros(N_PERMUTATIONS, len(units)).double().scatter_(1, order[:, :n_audited], 1.0)
+    truth = torch.zeros(1, len(units)).double()
     truth[0, :n_audited] = 1
     higher = _differences(labels, sums, counts) >= _differences(truth, sums, counts) - 1e-9
     return (1 + int(higher.sum())) / (1 + N_PERMUTATIONS)

@@ -1,0 +1,135 @@
+"""Transcript files in; their audit as a report out, and in a folder as a page, tables and scored logs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nla.audit.cache import ReadingCache
+from nla.audit.inspect_scores import write_scores
+from nla.audit.page import page
+from nla.audit.reading import Progress, silent
+from nla.audit.report import FINDINGS, PAGE, POSITIONS, SUMMARY, AuditReport, parquet
+from nla.audit.run import audit_prepared, matcher_for, prepare_for, target_name
+from nla.audit.settings import AuditSettings
+from nla.errors import NLAError, TranscriptError
+from nla.storage.files import write_atomic, write_json
+from nla.transcripts.files import MAX_MB, distinct, read_file, transcript_files
+from nla.transcripts.prepared import Prepared
+
+if TYPE_CHECKING:
+    from nla.autoencoder import NLA
+
+
+def audit_files(
+    pair: str | Path | NLA,
+    paths: Sequence[str | Path],
+    settings: AuditSettings | None = None,
+    controls: Sequence[str | Path] | None = None,
+    max_mb: float = MAX_MB,
+    skip_bad: bool = False,
+    out_dir: str | Path | None = None,
+    progress: Progress = silent,
+) -> AuditReport:
+    """Audit transcript files, and write what was measured into a folder.
+
+    Readings are kept there one by one: after an interruption the same command goes on where it stopped, and reads
+    again only what has changed.
+
+    Args:
+        pair: name, folder, hub id, or a loaded pair.
+        paths: files and folders; see :func:`nla.transcripts.files.load_transcripts`.
+        settings: what is looked for, where and how; None: the defaults.
+        controls: files and folders of control transcripts.
+        max_mb: refuse JSON and text files, and lines of JSONL, above this size.
+        skip_bad: leave out transcripts that cannot be read, and list them, instead of stopping at the first.
+        out_dir: gets ``audit.html``, ``audit.json``, ``findings.parquet``, ``positions.parquet``, and a scored copy
+            of every Inspect log among ``paths``; None: nothing is written.
+
+    Raises:
+        TranscriptError: a transcript that cannot be read, or is of another model.
+        StorageError: a file could not be written whole.
+        NLAError: see :func:`nla.audit.run.audit`.
+    """
+    from nla.autoencoder import NLA
+
+    settings = settings or AuditSettings()
+    matcher = matcher_for(settings)  # refuses rubrics, and a missing judge, before anything is loaded or read
+    nla = pair if isinstance(pair, NLA) else NLA.from_pretrained(pair)
+    refused: list[str] = []
+
+    def load(some: Sequence[str | Path], what: str) -> list[Prepared]:
+        n_before = len(refused)
+        prepared = _load(nla, some, settings, max_mb, skip_bad, refused)
+        # Without its controls an audit would test nothing, unasked.
+        if not prepared and refused[n_before:]:
+            got = f"{len(refused) - n_before} {what}, none of which can be read; the first: {refused[n_before]}"
+            raise TranscriptError(got, f"one {what[:-1]} or more", "correct them")
+        return prepared
+
+    ours = load(paths, "transcripts")
+    theirs = None if controls is None else load(controls, "control transcripts")
+    cache = ReadingCache(out_dir)
+    audit = audit_prepared(nla, ours, theirs, matcher, settings, cache, progress)
+    adapters = [None if name is None else str(name) for name in (settings.target_adapter, settings.control_target)]
+    report = AuditReport(
+        audit=audit,
+        pair=str(pair) if isinstance(pair, str | Path) else target_name(nla),
+        target=target_name(nla),
+        point=str(nla.point),
+        positions=settings.positions,
+        samples=settings.samples,
+        target_adapter=adapters[0],
+        control_target=adapters[1],
+        refused=refused,
+        n_reused=cache.n_reused,
+        n_read=cache.n_read,
+        n_changed=cache.n_changed,
+    )
+    if out_dir is not None:
+        save(report, paths, Path(out_dir))
+    return report
+
+
+def save(report: AuditReport, paths: Sequence[str | Path], out_dir: Path) -> None:
+    """Write page, summary and tables, and of each Inspect log among ``paths`` a copy with scores.
+
+    Raises:
+        StorageError: one of them could not be written whole.
+    """
+    write_json(out_dir / SUMMARY, report.to_json())
+    write_atomic(out_dir / FINDINGS, parquet(report.audit.findings))
+    write_atomic(out_dir / POSITIONS, parquet(report.audit.rows))
+    write_atomic(out_dir / PAGE, page(report))
+    for path in transcript_files(paths):
+        if path.suffix.lower() == ".eval":
+            write_scores(report.audit, path, out_dir / path.name)
+
+
+def _load(
+    nla: NLA,
+    paths: Sequence[str | Path],
+    settings: AuditSettings,
+    max_mb: float,
+    skip_bad: bool,
+    refused: list[str],
+) -> list[Prepared]:
+    """Transcripts of files, ready to read; with ``skip_bad`` the others are noted in ``refused``."""
+    ready: list[Prepared] = []
+    ids: set[str] = set()
+    for path in transcript_files(paths) if paths else ():
+        for loaded in read_file(path, max_mb):
+            try:
+                if isinstance(loaded, TranscriptError):
+                    raise loaded
+                # Before anything is read: the thousandth transcript does not stop an audit of hours.
+                prepared = prepare_for(nla, distinct(loaded, path, ids), settings)
+            except NLAError as error:
+                if not skip_bad:
+                    raise
+                refused.append(str(error))
+            else:
+                ids.add(prepared.transcript.id)
+                ready.append(prepared)
+    return ready
