@@ -95,7 +95,7 @@ def load_documents(nla: NLA, path: str | Path, chats: bool, n_documents: int) ->
     if not chats:
         texts = islice((text for text in _lines(Path(path)) if text.strip()), n_documents)
         return Documents([_cut(nla.tokenizer, text, longest) for text in texts], None, f"texts of {path}")
-    read = [_chat_text(nla.tokenizer, transcript) for transcript in islice(files.load(path), n_documents)]
+    read = [_chat_text(nla.tokenizer, transcript) for transcript in islice(files.load_transcripts(path), n_documents)]
     return Documents(
         [_cut(nla.tokenizer, text, longest) for text, _ in read],
         lambda number, spans: _chat_strata(read[number][1], read[number][0], spans),
