@@ -130,7 +130,7 @@ def _apply(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tran
     template = undated(tokenizer)
     try:
         entries = [message.for_template() for message in messages]
-        return tokenizer.apply_chat_template(
+        text = tokenizer.apply_chat_template(
             entries, chat_template=template, tokenize=False, add_generation_prompt=False
         )
     except Exception as error:  # a template is a program: it may raise anything
@@ -139,6 +139,8 @@ def _apply(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tran
             "roles, and an order of them, that the target's template knows",
             _remedy(messages),
         ) from error
+    assert isinstance(text, str)  # tokenize=False
+    return text
 
 
 def _remedy(messages: Sequence[Message]) -> str:
