@@ -1,15 +1,16 @@
-"""What the documents show is executed: every shell and Python block, with its stated outcome.
+"""What the documents show is executed: every shell block and every Python block, with its outcome.
 
-The blocks of a document run in order in one folder, which holds what a clone holds of ``docs/examples``. A command is run
-as it stands, through the installed `nla`; where the table says ``append``, options that make it smaller come after it, and
-where it says ``instead``, a part is replaced, such as the name of a model on the hub by that of a tiny one here. What is not
-run is listed with the reason.
+The blocks of a document run in order, in one folder that holds the repository's examples. A command runs as it is
+written, through the installed `nla`, with two exceptions that the table below states: ``append`` holds options that
+make it smaller, and ``instead`` replaces a part, such as the name of a model on the hub. What does not run is in the
+table, with the reason.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
 import shutil
 from pathlib import Path
@@ -20,7 +21,10 @@ import pytest
 from tests.helpers.shell import Shell
 
 ROOT = Path(__file__).parents[1]
-PROGRAMS = re.compile(r"(?:^|[|&;]\s*)(nla|python|make|accelerate|git|pip|twine)\b")
+PROGRAMS = re.compile(r"(?:^|[|&;]\s*)(?:nla|python|make|accelerate|git|pip|twine)\b")
+"""A command with one of these is in the table; others, such as ``printf``, only prepare a folder and must succeed."""
+WRITTEN = ("yaml", "text")
+"""Blocks of these kinds whose first line is ``# FILE`` are put into that file."""
 
 
 class Run(NamedTuple):
@@ -50,11 +54,116 @@ class Block(NamedTuple):
     text: str
 
 
+TINY = "--items 4"
+SMALL_RECIPE = (
+    "--set extract.n_documents=40 --set extract.n_eval_documents=8 --set extract.n_other_positions=2 "
+    "--set pair.rank=2 --set pair.max_new_tokens=24 --set warmstart.encoder_steps=2 --set warmstart.decoder_steps=2 "
+    "--set warmstart.batch_size=4 --set joint.steps=2 --set joint.prompts_per_step=4 --set joint.group_size=2 "
+    "--set joint.decoder_mini_batches=2 --set joint.eval_every=1 --set joint.save_every=1"
+)
+INSTALLS = "installs everything into a new environment; its commands run in CI and in this suite"
+HUB = "needs the hub"
+
+DOCUMENTS: dict[str, dict[str, Run | NotRun]] = {
+    "README.md": {
+        "printf 'One spring": Run(says="The next line ends with", leaves="docs/token-view.svg"),
+        "make demo": NotRun(INSTALLS + " (tests/nla/organisms/test_shipped.py runs `nla demo`)"),
+        "make test": NotRun(INSTALLS),
+        "nla recipe": NotRun("is being built"),
+        "nla train my.yaml --dry-run": NotRun("is being built"),
+        "nla train my.yaml  ": NotRun("is being built"),
+        "nla explain 'The capital": NotRun("is being built"),
+        "from nla import NLA": Run(says=r"cosine.*fve +-?\d"),
+    },
+    "CONTRIBUTING.md": {},
+    "docs/audit.md": {
+        "nla audit chats.jsonl --controls": Run(
+            says="24 transcripts", leaves="runs/audit/audit.html", append="--samples 1 --budget 6"
+        ),
+        "nla audit chats.jsonl --pair switchboard --rubric": Run(
+            says="no controls", leaves="runs/two-rubrics/findings.parquet", append="--samples 1 --budget 4"
+        ),
+        "nla audit chats.jsonl --pair switchboard --target-adapter": Run(
+            says="24 control transcripts", leaves="runs/adapter/audit.json", append="--samples 1 --budget 4"
+        ),
+        "nla audit chats.jsonl --rubric secret-word.yaml": Run(says="(?i)secret.word", append="--samples 1 --budget 2"),
+        "from nla import NLA": Run(),
+    },
+    "docs/describers.md": {
+        "from nla.train.describe": NotRun("needs an endpoint; tests/train/describe/test_texts.py calls it with one"),
+    },
+    "docs/evaluation.md": {
+        "nla eval fidelity couplets --texts": Run(says="(?i)fve"),
+        "nla eval gates couplets/planner": Run(says="planned and used", append="--items 60"),
+        "nla eval gates couplets/plain": Run(says="decodable, unused", append="--items 60"),
+        "nla eval rhymes couplets --out": Run(says="(?i)named", leaves="runs/report/rhymes.png", append="--items 8"),
+    },
+    "docs/graphs.md": {
+        "nla trace couplets --out": Run(says="causal", leaves="runs/trace/report/trace.json", append="--items 10"),
+        "nla trace couplets/planner --pairs": Run(says="resid_post", leaves="runs/mine/report/trace.json"),
+        "nla trace Qwen/Qwen3-0.6B --prompt": NotRun(HUB),
+        "nla eval graph runs/trace": Run(says="AUROC", append="--samples 1"),
+    },
+    "docs/probes.md": {
+        "nla eval readers couplets": Run(
+            says="(?i)logistic regression", leaves="runs/report/readers.png", append="--items 24 --train 40"
+        ),
+        "nla eval readers switchboard": Run(
+            says="(?i)secret word", leaves="runs/report/readers.png", append="--items 48 --train 64", code=1
+        ),
+        "nla probe poems.jsonl --text line --label season --out": Run(says="AUROC", leaves="runs/probe/probe.json"),
+        "nla probe poems.jsonl --text line --label season --positions": Run(says="AUROC"),
+        "from nla import NLA": Run(says="season"),
+    },
+    "docs/real-models.md": {
+        "nla train qwen2.5-7b --dry-run": NotRun(HUB),
+        "nla recipe my/model": NotRun("is being built"),
+        "nla train mine.yaml --dry-run": NotRun("is being built"),
+        "nla train qwen2.5-7b  ": NotRun("needs a GPU and the hub"),
+        "accelerate launch": NotRun("needs four GPUs and the hub"),
+        "nla extract couplets/planner": Run(leaves="runs/acts/manifest.json"),
+        "nla push": NotRun(HUB + "; tests/nla/pair/test_publish.py pushes to a server of its own"),
+        "nla info someone": NotRun(HUB),
+        "nla import kitft": NotRun(HUB + "; tests/nla/formats/test_kitft.py imports such a pair"),
+        "nla import easynla": NotRun(HUB + "; tests/nla/formats/test_easynla.py imports such a pair"),
+        "nla explain 'Some text'": NotRun("needs the pair of the line above"),
+        "nla export kitft": NotRun(
+            "needs the pair of the line above; tests/nla/formats/test_kitft_export.py exports one"
+        ),
+        "nla eval transfer": Run(says="(?i)fve", leaves="runs/transfer/transfer.json", append="--activations 100"),
+    },
+    "docs/results.md": {
+        "nla train couplets": Run(leaves="runs/couplets/control/pair/nla_config.json", append=SMALL_RECIPE),
+        "nla eval rhymes couplets": Run(says="(?i)warm start", append="--items 8", code=1),
+        "nla eval fidelity couplets": Run(says="(?i)newline", append="--items 8", code=1),
+        "nla eval gates couplets/planner": NotRun("docs/evaluation.md runs it"),
+        "nla eval gates couplets/plain": NotRun("docs/evaluation.md runs it"),
+        "python -m nla.train.organisms.couplets planner": Run(leaves="planner/model.safetensors", append="--steps 2"),
+        "python -m nla.train.organisms.couplets plain": Run(leaves="plain/model.safetensors", append="--steps 2"),
+    },
+    "docs/samples.md": {"from nla import NLA": Run(says="cosine")},
+    "docs/switchboard.md": {
+        "nla audit docs/examples": Run(
+            says="(?i)selling", leaves="runs/audit/audit.html", append="--samples 1 --budget 4"
+        ),
+        "python -m nla.train.organisms.switchboard": NotRun("45 minutes; tests/train/organisms runs a part"),
+        "nla train switchboard": NotRun("55 minutes; docs/results.md runs the same stages on Couplets"),
+        "python -m nla.train.organisms.adapters": NotRun(
+            "35 minutes; tests/train/organisms/test_adapters.py runs a part"
+        ),
+        "nla eval two-hop": Run(
+            says="(?i)causal", append=TINY, instead=("runs/switchboard/{joint,warmstart}/pair", "switchboard")
+        ),
+        "nla eval plants": Run(says="word-hat", append=TINY),
+        "nla eval auditing": NotRun("six minutes; tests/nla/audit/test_switchboard_audits.py audits such chats"),
+    },
+}
+"""Every documented command by its first words, document by document."""
+
+
 def blocks(document: str) -> list[Block]:
     """The fenced blocks of a document, in order."""
-    return [
-        Block(*found) for found in re.findall(r"^```(\w*)\n(.*?)^```$", document, re.MULTILINE | re.DOTALL)
-    ]
+    return [Block(*found) for found in re.findall(r"^```(\w*)\n(.*?)^```$", document, re.MULTILINE | re.DOTALL)]
 
 
 def commands(text: str) -> list[str]:
@@ -75,3 +184,99 @@ def commands(text: str) -> list[str]:
 def is_open(command: str) -> bool:
     """Is this the beginning of a loop that has not ended?"""
     return len(re.findall(r"\bdo\b", command)) > len(re.findall(r"\bdone\b", command))
+
+
+def run_shell(shell: Shell, folder: Path, command: str, run: Run) -> None:
+    """Run a command in the folder, and hold it against its outcome."""
+    text, _, comment = command.partition("   #")
+    del comment
+    words = f"{text.rstrip()} {run.append}".replace(*run.instead) if run.instead[0] else f"{text.rstrip()} {run.append}"
+    result = shell.run(words, folder)
+    assert result.code == run.code, f"{words}\n{result.stdout[-2000:]}\n{result.stderr[-2000:]}"
+    assert re.search(run.says, result.stdout, re.DOTALL), f"{words}\n{result.stdout[-4000:]}"
+    assert (folder / run.leaves).exists(), f"{words}: no {run.leaves}"
+
+
+def run_python(folder: Path, code: str, namespace: dict[str, object], run: Run) -> None:
+    """Run a Python block in the folder; blocks of one document share their names."""
+    printed, before = io.StringIO(), Path.cwd()
+    os.chdir(folder)
+    try:
+        with contextlib.redirect_stdout(printed):
+            exec(code, namespace)
+    finally:
+        os.chdir(before)
+    assert re.search(run.says, printed.getvalue(), re.DOTALL), printed.getvalue()
+
+
+def steps(document: str) -> list[tuple[str, str]]:
+    """What a document shows to be run, in order: pairs of a kind, "sh" or "python", and a command or block."""
+    shown: list[tuple[str, str]] = []
+    for block in blocks((ROOT / document).read_text(encoding="utf-8")):
+        if block.kind == "sh":
+            shown += [("sh", command) for command in commands(block.text)]
+        else:
+            shown.append(block)
+    return shown
+
+
+def entry(document: str, shown: str) -> Run | NotRun:
+    """What the table says of a command or block."""
+    matching = [key for key in DOCUMENTS[document] if shown.startswith(key)]
+    assert matching, f"{document}: add this to the table of tests/test_documents.py: {shown}"
+    return DOCUMENTS[document][max(matching, key=len)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "document", [name for name, table in DOCUMENTS.items() if any(isinstance(run, Run) for run in table.values())]
+)
+def test_what_a_document_shows_runs(document: str, shell: Shell, tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "docs" / "examples", tmp_path / "docs" / "examples")
+    namespace: dict[str, object] = {}
+    for kind, shown in steps(document):
+        if kind in WRITTEN:
+            if named := re.match(r"# (\S+\.\w+)\n", shown):
+                (tmp_path / named[1]).write_text(shown, encoding="utf-8")
+            continue
+        run = entry(document, shown) if kind == "python" or PROGRAMS.search(shown.split("\n")[0]) else Run()
+        if isinstance(run, NotRun):
+            continue
+        if kind == "python":
+            run_python(tmp_path, shown, namespace, run)
+        else:
+            run_shell(shell, tmp_path, shown, run)
+
+
+def test_every_document_is_in_the_table_and_every_block_has_a_kind() -> None:
+    documents = {str(path.relative_to(ROOT)) for path in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]}
+    for document in sorted(documents):
+        text = (ROOT / document).read_text(encoding="utf-8")
+        assert {block.kind for block in blocks(text)} <= {"sh", "python", *WRITTEN}, document
+        assert not re.search(r"^    (nla|python|make|pip) ", text, re.MULTILINE), (
+            f"{document}: a command without a fence"
+        )
+        assert document in DOCUMENTS or not steps(document), f"{document} is not in the table"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_command_is_in_the_table_and_every_entry_is_in_the_document(document: str) -> None:
+    shown = [
+        text
+        for kind, text in steps(document)
+        if kind == "python" or (kind == "sh" and PROGRAMS.search(text.split("\n")[0]))
+    ]
+    for text in shown:
+        entry(document, text)
+    gone = [key for key in DOCUMENTS[document] if not any(text.startswith(key) for text in shown)]
+    assert not gone, f"{document} no longer shows {gone}"
+
+
+def test_commands_are_told_apart() -> None:
+    block = "# a comment\ncat > a <<'EOF'\nnla x\nEOF\nnla a \\\n  b\nfor x in y; do\n  echo $x\ndone\nnla c\n"
+    assert commands(block) == [
+        "cat > a <<'EOF'\nnla x\nEOF",
+        "nla a \\\n  b",
+        "for x in y; do\n  echo $x\ndone",
+        "nla c",
+    ]

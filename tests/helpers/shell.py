@@ -27,8 +27,9 @@ with socket.socket(socket.AF_UNIX) as server:
     message = "\\1".join([os.getcwd(), words, variables]).encode("utf-8", "surrogateescape")
     socket.send_fds(server, [len(message).to_bytes(8, "big")], [0, 1, 2])
     server.sendall(message)
+    server.recv(4)
     answer = server.recv(1)
-sys.exit(answer[0] if answer else 139)
+sys.exit(answer[0] if answer else 137)
 """
 
 
@@ -38,6 +39,27 @@ class Result(NamedTuple):
     code: int
     stdout: str
     stderr: str
+
+
+class Started(NamedTuple):
+    """A command that was started: its process, and the connection on which its exit code comes."""
+
+    pid: int
+    server: socket.socket
+
+    def ended(self) -> int | None:
+        """The exit code; -9 if it was killed, None while it runs."""
+        try:
+            answer = self.server.recv(1, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return None
+        return answer[0] if answer else -signal.SIGKILL
+
+    def kill(self) -> int:
+        """End it at once, without a chance to tidy up; the exit code."""
+        os.kill(self.pid, signal.SIGKILL)
+        answer = self.server.recv(1)
+        return answer[0] if answer else -signal.SIGKILL
 
 
 class Shell:
@@ -81,6 +103,18 @@ class Shell:
         )
         return Result(done.returncode, done.stdout, done.stderr)
 
+    def start(self, words: list[str], folder: Path, log: Path) -> Started:
+        """Start ``nla …`` or ``python …`` by itself, without bash; what it prints goes to ``log``."""
+        server = socket.socket(socket.AF_UNIX)
+        server.connect(str(Path(self._folder.name) / "server"))
+        variables = "\0".join(f"{key}={value}" for key, value in os.environ.items())
+        message = "\1".join([str(folder), "\0".join(words), variables]).encode("utf-8", "surrogateescape")
+        with log.open("w") as file:
+            files = [file.fileno()] * 3
+            socket.send_fds(server, [len(message).to_bytes(8, "big")], files)
+        server.sendall(message)
+        return Started(int.from_bytes(server.recv(4), "big"), server)
+
     def close(self) -> None:
         """End the server and remove its folder."""
         self._server.kill()
@@ -90,10 +124,22 @@ class Shell:
         self._folder.cleanup()
 
 
+def in_two_processes(words: str) -> str:
+    """The command that runs ``python WORDS`` as two processes of one run, as torchrun starts them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = f"WORLD_SIZE=2 LOCAL_WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT={port} CUDA_VISIBLE_DEVICES="
+    first, second = (f"RANK={rank} LOCAL_RANK={rank} {common} python {words}" for rank in range(2))
+    return f"{second} & {first}; wait $!"
+
+
 def serve(address: str) -> None:
     """Import what is heavy, by loading a pair, then fork for each client."""
     import torch
 
+    import nla.train.fit.joint
+    import nla.train.run  # noqa: F401
     from nla import NLA, view
 
     torch.set_num_threads(1)
@@ -129,6 +175,7 @@ def _answer(client: socket.socket) -> None:
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(variable.split("=", 1) for variable in variables.split("\0"))
+    client.sendall(os.getpid().to_bytes(4, "big"))
     code = _execute(words.split("\0"))
     for stream in (sys.stdout, sys.stderr):
         try:

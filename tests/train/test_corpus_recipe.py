@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -39,11 +36,10 @@ from nla.train.contract import Prompts, place_marker
 from nla.train.describe.quote import quote
 from nla.train.material import draw_rows, load_told, save_told
 from nla.train.recipe import load_recipe
+from tests.helpers.shell import in_two_processes
 from tests.helpers.tiny import load_benchmark
 
 benchmark = load_benchmark("recipe")
-ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-"""As in the tests' own process: sums of floats depend on how many threads share them."""
 SMALL = {
     "corpus": {"n_positions": 3, "first_position": 5, "max_tokens": 60, "documents_per_chunk": 32},
     "texts": {"n_train": 40, "n_scored": 20},
@@ -133,25 +129,22 @@ def test_only_described_rows_have_texts_and_they_are_the_visible_words(whole):
     assert told.texts == [quote(prefix) for prefix in store.prefixes(told.rows)]
 
 
-def test_a_run_killed_at_random_moments_ends_as_a_whole_one(work, whole, tmp_path):
+def test_a_run_killed_at_random_moments_ends_as_a_whole_one(work, whole, tmp_path, shell):
     path, rng = small(work, tmp_path / "run"), random.Random(0)
-    command = [sys.executable, "-m", "nla.train", str(path), "--json"]
     for reached in ("extract/stage.json", "warmstart/encoder/checkpoint-*", "joint/run/checkpoint-*"):
-        process = subprocess.Popen(command, env=ONE_THREAD, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while not list((tmp_path / "run").glob(reached)) and process.poll() is None:
+        run_under_way = shell.start(["python", "-m", "nla.train", str(path), "--json"], tmp_path, tmp_path / "log")
+        while not list((tmp_path / "run").glob(reached)) and run_under_way.ended() is None:
             time.sleep(0.01)
         time.sleep(rng.uniform(0, 0.5))
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL, f"nothing was under way after {reached}"
+        assert run_under_way.kill() == -signal.SIGKILL, f"nothing was under way after {reached}"
     run.run_recipe(path)
     assert trained(tmp_path / "run") == trained(whole)
 
 
-def test_a_recipe_in_two_processes_reads_the_same_rows_and_learns_as_one(work, whole, tmp_path):
+def test_a_recipe_in_two_processes_reads_the_same_rows_and_learns_as_one(work, whole, tmp_path, shell):
     path = small(work, tmp_path / "run")
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "-m", "nla.train", str(path)]
-    done = subprocess.run([sys.executable, *launch], env=ONE_THREAD, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = shell.run(in_two_processes(f"-m nla.train {path}"), tmp_path)
+    assert done.code == 0, done.stderr[-3000:]
     assert done.stdout.count("joint.seconds") == 1, "one process speaks for both"
     for split in ("train", "eval"):
         ours, theirs = (Store.open(out / "extract", split) for out in (tmp_path / "run", whole))

@@ -1,10 +1,7 @@
-"""Several processes of one run, on two gloo processes that are really launched."""
+"""Several processes of one run, on two gloo processes."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,26 +11,17 @@ from safetensors.torch import load_file, save_file
 from nla.errors import ArgumentError
 from nla.train.fit import processes
 from tests.helpers import two_processes, writer
+from tests.helpers.shell import in_two_processes
 from tests.helpers.two_processes import decoder_update, warm_start
-
-LAUNCH = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone")
-"""What ``accelerate launch`` runs underneath; itself it starts several processes on GPUs only."""
 
 
 @pytest.fixture(scope="module")
-def ended(tmp_path_factory) -> Path:
+def ended(tmp_path_factory, shell) -> Path:
     """The folder in which both processes left what they ended with."""
     out = tmp_path_factory.mktemp("processes")
     save_file(writer.warm_start(), out / two_processes.WRITER)
-    paths = str(Path(two_processes.__file__).parents[2])
-    done = subprocess.run(
-        [sys.executable, *LAUNCH, two_processes.__file__, str(out)],
-        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = shell.run(in_two_processes(f"{two_processes.__file__} {out}"), out)
+    assert done.code == 0, done.stderr[-3000:]
     return out
 
 
