@@ -1,16 +1,22 @@
-# make demo: install into .venv, then run the main job.   make test: install, lint, run the tests.
+# make demo: install into .venv, then run the main jobs.   make test: install, lint, type-check, run all tests.
+# make check: the same without the slow tests, for while you work.
 # Needs python3 (3.11 or later). A second run finds the installation and starts at once.
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+# One thread per test process: two processes of several threads each are slower, and sums of floats depend on the threads.
+TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test lint clean
+.PHONY: demo test check lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/nla demo
 
 test: lint
-	$(BIN)/python -m pytest
+	$(TESTS)
+
+check: lint
+	$(TESTS) -m "not slow"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

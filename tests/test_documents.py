@@ -19,9 +19,10 @@ from typing import NamedTuple
 import pytest
 
 from tests.helpers.shell import Shell
+from tests.helpers.tiny import load_benchmark
 
 ROOT = Path(__file__).parents[1]
-PROGRAMS = re.compile(r"(?:^|[|&;]\s*)(?:nla|python|make|accelerate|git|pip|twine)\b")
+PROGRAMS = re.compile(r"(?:^|[|&;]\s*)(?:\S*/)?(?:nla|python3?|make|accelerate|git|pip|twine|sed|cd)\b")
 """A command with one of these is in the table; others, such as ``printf``, only prepare a folder and must succeed."""
 WRITTEN = ("yaml", "text")
 """Blocks of these kinds whose first line is ``# FILE`` are put into that file."""
@@ -55,7 +56,18 @@ class Block(NamedTuple):
 
 
 TINY = "--items 4"
-SMALL_RECIPE = (
+CORPUS = (
+    "--set corpus.source=corpus.jsonl --set corpus.config=null --set corpus.streaming=false --set corpus.max_tokens=60 "
+    "--set corpus.n_positions=3 --set corpus.first_position=5 --set describer.describer=quote "
+)
+"""In place of a corpus on the hub and of a describer that a random model would be."""
+SMALL = (
+    "--set texts.n_train=40 --set texts.n_scored=20 --set pair.rank=2 --set pair.max_new_tokens=6 "
+    "--set warmstart.encoder_steps=2 --set warmstart.decoder_steps=2 --set warmstart.batch_size=4 "
+    "--set warmstart.rows_per_backward=null --set joint.steps=2 --set joint.prompts_per_step=4 "
+    "--set joint.group_size=2 --set joint.rows_per_backward=null --set joint.decoder_mini_batches=2"
+)
+SMALL_COUPLETS = (
     "--set extract.n_documents=40 --set extract.n_eval_documents=8 --set extract.n_other_positions=2 "
     "--set pair.rank=2 --set pair.max_new_tokens=24 --set warmstart.encoder_steps=2 --set warmstart.decoder_steps=2 "
     "--set warmstart.batch_size=4 --set joint.steps=2 --set joint.prompts_per_step=4 --set joint.group_size=2 "
@@ -69,13 +81,25 @@ DOCUMENTS: dict[str, dict[str, Run | NotRun]] = {
         "printf 'One spring": Run(says="The next line ends with", leaves="docs/token-view.svg"),
         "make demo": NotRun(INSTALLS + " (tests/nla/organisms/test_shipped.py runs `nla demo`)"),
         "make test": NotRun(INSTALLS),
-        "nla recipe": NotRun("is being built"),
-        "nla train my.yaml --dry-run": NotRun("is being built"),
-        "nla train my.yaml  ": NotRun("is being built"),
-        "nla explain 'The capital": NotRun("is being built"),
+        "nla recipe": Run(leaves="my.yaml", instead=("Qwen/Qwen2.5-0.5B-Instruct", "my/model")),
+        "nla train my.yaml --dry-run": Run(says="would_run.*rollouts", append=CORPUS),
+        "nla train my.yaml  ": Run(leaves="runs/model/joint/pair/nla_config.json", append=CORPUS + SMALL),
+        "nla explain 'The capital": Run(says="France", instead=("runs/qwen2.5-0.5b-instruct", "runs/model")),
         "from nla import NLA": Run(says=r"cosine.*fve +-?\d"),
     },
-    "CONTRIBUTING.md": {},
+    "CONTRIBUTING.md": {
+        "make check": NotRun(INSTALLS),
+        "make test": NotRun(INSTALLS),
+        ".venv/bin/python -m pytest tests/nla/test_metrics.py -k fve": NotRun("it is this suite"),
+        "sed -i": NotRun("changes the repository"),
+        ".venv/bin/python -m pytest tests/nla/test_metrics.py -k fve   # must fail": NotRun("needs the line above"),
+        "git checkout": NotRun("changes the repository"),
+        ".venv/bin/python -m build": NotRun("test_packaging.py builds"),
+        ".venv/bin/twine": NotRun("needs the line above"),
+        "python3 -m venv": NotRun(INSTALLS),
+        "/tmp/release/bin/pip": NotRun(INSTALLS),
+        "cd ": NotRun("needs the line above; tests/nla/organisms/test_shipped.py runs `nla demo`"),
+    },
     "docs/audit.md": {
         "nla audit chats.jsonl --controls": Run(
             says="24 transcripts", leaves="runs/audit/audit.html", append="--samples 1 --budget 6"
@@ -86,7 +110,7 @@ DOCUMENTS: dict[str, dict[str, Run | NotRun]] = {
         "nla audit chats.jsonl --pair switchboard --target-adapter": Run(
             says="24 control transcripts", leaves="runs/adapter/audit.json", append="--samples 1 --budget 4"
         ),
-        "nla audit chats.jsonl --rubric secret-word.yaml": Run(says="(?i)secret.word", append="--samples 1 --budget 2"),
+        "nla audit chats.jsonl --rubric secret-word.yaml": Run(says="(?i)secret.word"),
         "from nla import NLA": Run(),
     },
     "docs/describers.md": {
@@ -106,7 +130,7 @@ DOCUMENTS: dict[str, dict[str, Run | NotRun]] = {
     },
     "docs/probes.md": {
         "nla eval readers couplets": Run(
-            says="(?i)logistic regression", leaves="runs/report/readers.png", append="--items 24 --train 40"
+            says="(?i)logistic regression", leaves="runs/report/readers.png", append="--items 60 --train 240"
         ),
         "nla eval readers switchboard": Run(
             says="(?i)secret word", leaves="runs/report/readers.png", append="--items 48 --train 64", code=1
@@ -117,8 +141,8 @@ DOCUMENTS: dict[str, dict[str, Run | NotRun]] = {
     },
     "docs/real-models.md": {
         "nla train qwen2.5-7b --dry-run": NotRun(HUB),
-        "nla recipe my/model": NotRun("is being built"),
-        "nla train mine.yaml --dry-run": NotRun("is being built"),
+        "nla recipe my/model": Run(leaves="mine.yaml"),
+        "nla train mine.yaml --dry-run": Run(says="would_run.*rollouts", append=CORPUS),
         "nla train qwen2.5-7b  ": NotRun("needs a GPU and the hub"),
         "accelerate launch": NotRun("needs four GPUs and the hub"),
         "nla extract couplets/planner": Run(leaves="runs/acts/manifest.json"),
@@ -133,7 +157,7 @@ DOCUMENTS: dict[str, dict[str, Run | NotRun]] = {
         "nla eval transfer": Run(says="(?i)fve", leaves="runs/transfer/transfer.json", append="--activations 100"),
     },
     "docs/results.md": {
-        "nla train couplets": Run(leaves="runs/couplets/control/pair/nla_config.json", append=SMALL_RECIPE),
+        "nla train couplets": Run(leaves="runs/couplets/control/pair/nla_config.json", append=SMALL_COUPLETS),
         "nla eval rhymes couplets": Run(says="(?i)warm start", append="--items 8", code=1),
         "nla eval fidelity couplets": Run(says="(?i)newline", append="--items 8", code=1),
         "nla eval gates couplets/planner": NotRun("docs/evaluation.md runs it"),
@@ -190,7 +214,8 @@ def run_shell(shell: Shell, folder: Path, command: str, run: Run) -> None:
     """Run a command in the folder, and hold it against its outcome."""
     text, _, comment = command.partition("   #")
     del comment
-    words = f"{text.rstrip()} {run.append}".replace(*run.instead) if run.instead[0] else f"{text.rstrip()} {run.append}"
+    words = f"{text.rstrip()} {run.append}".rstrip()
+    words = words.replace(*run.instead) if run.instead[0] else words
     result = shell.run(words, folder)
     assert result.code == run.code, f"{words}\n{result.stdout[-2000:]}\n{result.stderr[-2000:]}"
     assert re.search(run.says, result.stdout, re.DOTALL), f"{words}\n{result.stdout[-4000:]}"
@@ -233,6 +258,9 @@ def entry(document: str, shown: str) -> Run | NotRun:
 )
 def test_what_a_document_shows_runs(document: str, shell: Shell, tmp_path: Path) -> None:
     shutil.copytree(ROOT / "docs" / "examples", tmp_path / "docs" / "examples")
+    if "my/model" in str(DOCUMENTS[document]):
+        recipe = load_benchmark("recipe")
+        recipe.make_target(tmp_path / "my" / "model", recipe.make_corpus(tmp_path / "corpus.jsonl", 96))
     namespace: dict[str, object] = {}
     for kind, shown in steps(document):
         if kind in WRITTEN:
