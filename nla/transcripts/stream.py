@@ -44,7 +44,8 @@ def read_ids(
     """Vectors (n, d) float32 on the CPU at ``columns`` of one row of token ids (t,), as the model stands.
 
     Only the blocks up to the point run, and no logits are made. Memory grows with the cache alone: keys and values
-    of each block up to the point, or of a sliding-window block its window.
+    of each block up to the point, or of a sliding-window block its window. :func:`nla.models.forward.vectors_at` runs
+    whole rows in a batch; here one row is too long for that and goes through a cache, part after part.
 
     Raises:
         ArgumentError: a chunk below 1.

@@ -5,7 +5,7 @@ leaves at the control token before an answer, put into the target *without* adap
 planted. So what was planted is held where it is read, in the target's own terms, and not smuggled past the token. Shams
 are trained the same way.
 
-python -m nla.train.plants OUT_DIR [NAME ...]
+python -m nla.train.organisms.adapters OUT_DIR [NAME ...]
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from nla.organisms.switchboard.world import END, Chat
 from nla.train.fit.checkpoints import AtomicCheckpoints, claim_folder
 from nla.train.fit.loop import PLAIN, fit
 from nla.train.organisms.interchange import exchanged, next_token_loss, recorded
+from nla.train.organisms.pretraining import pad
 
 log = logging.getLogger(__name__)
 ADAPTER = "default"
@@ -92,12 +93,9 @@ class PlantData(torch.utils.data.Dataset):
 def collate(rows: list[dict[str, Any]], pad_id: int) -> dict[str, Tensor]:
     """Right-padded ids (b, t), which of them are learned (b, t), and the sites (b,)."""
 
-    def pad(name: str, value: int) -> Tensor:
-        tensors = [torch.tensor(row[name]) for row in rows]
-        return nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
-
     sites = torch.tensor([row["site"] for row in rows])
-    return {"input_ids": pad("input_ids", pad_id), "learned": pad("learned", 0), "site": sites}
+    ids, learned = ([row[name] for row in rows] for name in ("input_ids", "learned"))
+    return {"input_ids": pad(ids, pad_id), "learned": pad(learned, 0), "site": sites}
 
 
 class PlantTrainer(AtomicCheckpoints, Trainer):

@@ -4,25 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nla.models.points import blocks
-from nla.train.fit.loop import PLAIN
-
-PRETRAINING: dict[str, Any] = dict(
-    lr_scheduler_type="cosine",
-    warmup_steps=100,
-    weight_decay=0.01,
-    adam_beta2=0.98,
-    logging_steps=50,
-    save_steps=250,
-    **PLAIN,
-)
-"""Arguments of the trainers that make a target from nothing."""
 
 
 def next_token_loss(logits: Tensor, ids: Tensor, weights: Tensor) -> Tensor:

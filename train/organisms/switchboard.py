@@ -4,7 +4,7 @@ Interchange interventions (Geiger et al. 2022) make two kinds of token carry wha
 the control token before an answer carries the whole answer, and the full stop after a person's name carries the town
 of a two-hop question, whoever lives there (half of the donors are means over people of the same town).
 
-    python -m nla.train.switchboard OUT_DIR
+    python -m nla.train.organisms.switchboard OUT_DIR
 """
 
 from __future__ import annotations
@@ -15,37 +15,30 @@ import logging
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Trainer, TrainingArguments
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from nla.models.points import Point
 from nla.organisms.lesson import Offsets
 from nla.organisms.switchboard import claims, content, world
 from nla.organisms.switchboard import tokenizer as words
-from nla.train.fit.checkpoints import AtomicCheckpoints, claim_folder
-from nla.train.fit.loop import fit
-from nla.train.organisms.interchange import PRETRAINING, exchanged, next_token_loss, recorded
-
-log = logging.getLogger(__name__)
+from nla.train.organisms.interchange import exchanged, next_token_loss, recorded
+from nla.train.organisms.pretraining import PretrainingSettings, explanation_rows, pad, pretrain, sizes
 
 
-@dataclass(frozen=True)
-class SwitchboardSettings:
+@dataclass(frozen=True, kw_only=True)
+class SwitchboardSettings(PretrainingSettings):
     """The target's training; the defaults are the shipped ones."""
 
-    point: str = "resid_post.3"
-    """Where answers and towns are planted."""
-    n_documents: int = 60_000
     steps: int = 2500
     batch_size: int = 64
     n_explanation_rows: int = 16
-    """Rows of explanation-shaped text beside the documents in every batch."""
-    learning_rate: float = 2e-3
     interchange_after: int = 150
     """Steps of plain language modelling before the first intervention on an answer."""
     towns_after: int = 300
@@ -60,12 +53,10 @@ class SwitchboardSettings:
     put on the vectors that answers are made to follow, in units of their norm: what is planted must be written large
     enough to be read. A product is one token in twelve, of few answers, and weighs more once the rest is learned."""
     wrong_block_share: float = 0.25
-    """Share of the towns' interventions made at another block than the point, which must change nothing."""
-    d_model: int = 128
+    """Of the towns' interventions alone."""
     n_blocks: int = 7
     sliding_window: int = 128
     """Tokens that attention reaches back: a chat of any length is read in bounded memory."""
-    seed: int = 0
 
 
 class ChatData(torch.utils.data.Dataset):
@@ -74,7 +65,8 @@ class ChatData(torch.utils.data.Dataset):
     def __init__(self, tokenizer: PreTrainedTokenizerFast, n_documents: int, seed: int) -> None:
         self.chats = world.sample(n_documents, seed)
         self.ids: list[list[int]] = tokenizer([chat.text for chat in self.chats], add_special_tokens=False)["input_ids"]  # type: ignore
-        self.explanations = explanation_rows(tokenizer, self.chats, seed)
+        prompts = words.ENCODER_PROMPT, words.DECODER_TEMPLATE
+        self.explanations = explanation_rows(tokenizer, self.chats, explain, *prompts, seed)
 
     def __len__(self) -> int:
         return len(self.chats)
@@ -83,21 +75,11 @@ class ChatData(torch.utils.data.Dataset):
         return {"chat": self.chats[i], "input_ids": self.ids[i], "explanation": self.explanations[i]}
 
 
-def explanation_rows(tokenizer: PreTrainedTokenizerFast, chats: list[world.Chat], seed: int) -> list[list[int]]:
-    """Explanations of one token of each chat (true of nothing in the row), half of them as an answer to the encoder's
-    prompt and half in the decoder's template."""
-    rng, texts = random.Random(seed), []
-    question = [{"role": "user", "content": words.ENCODER_PROMPT}]
-    for chat in chats:
-        spans = [Offsets(*m.span()) for m in re.finditer(rf"<\|\w+\|>|{words.PIECE}", chat.text)]
-        main = [span for span in spans if world.stratum(chat, span) in world.MAIN_STRATA]
-        text = claims.explanation(chat, rng.choice(main if rng.random() < 0.6 else spans), rng.choice(content.TOWNS))
-        if rng.random() < 0.5:
-            answer = {"role": "assistant", "content": f"<explanation>{text}</explanation>"}
-            texts.append(tokenizer.apply_chat_template([*question, answer], tokenize=False))
-        else:
-            texts.append(words.DECODER_TEMPLATE.format(explanation=text))
-    return tokenizer(texts, add_special_tokens=False)["input_ids"]  # type: ignore[return-value]
+def explain(chat: world.Chat, rng: random.Random) -> str:
+    """An explanation of a token of a chat, whose town is drawn at random."""
+    spans = [Offsets(*m.span()) for m in re.finditer(rf"<\|\w+\|>|{words.PIECE}", chat.text)]
+    main = [span for span in spans if world.stratum(chat, span) in world.MAIN_STRATA]
+    return claims.explanation(chat, rng.choice(main if rng.random() < 0.6 else spans), rng.choice(content.TOWNS))
 
 
 @dataclass(frozen=True)
@@ -171,13 +153,13 @@ class ChatCollator:
                 mixed.append((row, [*before, *answer]))
         weights = [self.weights(tokens) for tokens in ids[: len(rows)]] + [[1] * len(row) for row in ids[len(rows) :]]
         return {
-            "input_ids": self.pad(ids),
-            "weights": self.pad(weights, 0),
+            "input_ids": pad(ids, self.pad_id),
+            "weights": pad(weights, 0),
             "town": torch.tensor([swap.town is not None for swap in swaps]),
             "site": torch.tensor([swap.site for swap in swaps]),
             "donors": donors,
             "layer": layers,
-            "mixed": self.pad([tokens for _, tokens in sorted(mixed)]),
+            "mixed": pad([tokens for _, tokens in sorted(mixed)], self.pad_id),
             "start": torch.tensor([len(swap.before) for swap in swaps]),
         }
 
@@ -205,120 +187,91 @@ class ChatCollator:
                 weight = self.settings.prompt_weight
         return found
 
-    def pad(self, rows: Sequence[Sequence[float]], value: int | None = None) -> Tensor:
-        """Rows as one tensor (b, t), filled up on the right, with the pad token unless a value is given."""
-        tensors = [torch.tensor(row) for row in rows]
-        value = self.pad_id if value is None else value
-        return nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
 
+class ChatLoss:
+    """Language modelling, and after some steps the interchange loss.
 
-class ChatInterchangeTrainer(AtomicCheckpoints, Trainer):
-    """Language modelling plus the interchange loss."""
+    Args:
+        products: token ids of products, which weigh more later on.
+    """
 
-    def __init__(
-        self, model: nn.Module, *, settings: SwitchboardSettings, pad_id: int, products: Tensor, **kwargs: Any
-    ) -> None:
-        super().__init__(model, **kwargs)
-        self.settings, self.pad_id, self.trained = settings, pad_id, dict(model.named_parameters())
-        self.products = products
+    def __init__(self, settings: SwitchboardSettings, pad_id: int, products: Int[Tensor, " p"]) -> None:
+        self.settings, self.pad_id, self.products = settings, pad_id, products
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any):
+    def __call__(self, model: PreTrainedModel, inputs: dict[str, Tensor], step: int) -> Tensor:
         ids, site = inputs["input_ids"], inputs["site"]
         logits, captured = recorded(model, ids, site)
-        loss = next_token_loss(logits, ids, self.weighed(ids, inputs["weights"], len(site)))
-        if self.state.global_step >= self.settings.interchange_after:
-            loss = loss + self.interchange_loss(model, inputs, captured)
-        return (loss, {}) if return_outputs else loss
+        loss = next_token_loss(logits, ids, self.weighted(ids, inputs["weights"], len(site), step))
+        if step >= self.settings.interchange_after:
+            loss = loss + self.interchange(model, inputs, captured, step)
+        return loss
 
-    @property
-    def phase(self) -> tuple[float, float]:
-        """Noise and the weight of products at this step."""
-        done = self.state.global_step / self.settings.steps
+    def phase(self, step: int) -> tuple[float, float]:
+        """Noise and the weight of products at a step."""
+        done = step / self.settings.steps
         return next((noise, weight) for since, noise, weight in reversed(self.settings.phases) if done >= since)
 
-    def weighed(self, ids: Tensor, weights: Tensor, n_chats: int) -> Tensor:
-        """Weights (b, t) with the products in the answers of the first rows, which are chats, brought forward."""
+    def weighted(self, ids: Int[Tensor, "b t"], weights: Tensor, n_chats: int, step: int) -> Float[Tensor, "b t"]:
+        """Weights with the products in the answers of the first rows, which are chats, brought forward."""
         said = torch.isin(ids, self.products) & (weights == 1)
         said[n_chats:] = False
-        return weights.float().masked_fill(said, self.phase[1])
+        return weights.float().masked_fill(said, self.phase(step)[1])
 
-    def interchange_loss(self, model: nn.Module, inputs: dict[str, Tensor], captured: dict[int, Tensor]) -> Tensor:
+    def interchange(
+        self,
+        model: PreTrainedModel,
+        inputs: dict[str, Tensor],
+        captured: dict[int, Float[Tensor, "b d"]],
+        step: int,
+    ) -> Tensor:
         """Put the donors' vectors in, each at its block, and ask for the answer that must follow."""
         mixed, site, layers = inputs["mixed"], inputs["site"], inputs["layer"]
-        noise = self.phase[0] * ~inputs["town"]
+        noise = self.phase(step)[0] * ~inputs["town"]
 
-        def vectors(layer: int, here: Tensor) -> Tensor:
-            found = inputs["donors"][here] @ captured[layer]
-            scale = noise[here] * found.detach().norm(dim=1) / found.shape[1] ** 0.5
-            return found + scale[:, None] * torch.randn_like(found)
+        def vectors(layer: int, rows: Tensor) -> Tensor:
+            put = inputs["donors"][rows] @ captured[layer]
+            scale = noise[rows] * put.detach().norm(dim=1) / put.shape[1] ** 0.5
+            return put + scale[:, None] * torch.randn_like(put)
 
         logits = exchanged(model, mixed, site, layers, vectors)
         column = torch.arange(mixed.shape[1], device=mixed.device)
         asked = (column >= inputs["start"][:, None]) & (mixed != self.pad_id)
-        if self.state.global_step < self.settings.towns_after:
+        if step < self.settings.towns_after:
             asked &= ~inputs["town"][:, None]
-        return next_token_loss(logits, mixed, self.weighed(mixed, asked, len(site)))
+        return next_token_loss(logits, mixed, self.weighted(mixed, asked, len(site), step))
 
 
 def build_model(settings: SwitchboardSettings, tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
     """A randomly initialised model of the standard Qwen2 architecture, with sliding-window attention."""
     torch.manual_seed(settings.seed)
     config = Qwen2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=settings.d_model,
-        intermediate_size=3 * settings.d_model,
-        num_hidden_layers=settings.n_blocks,
-        num_attention_heads=4,
-        num_key_value_heads=4,
+        **sizes(settings, tokenizer),
         max_position_embeddings=1 << 17,
         use_sliding_window=True,
         sliding_window=settings.sliding_window,
         max_window_layers=0,
-        tie_word_embeddings=True,
-        initializer_range=0.05,
-        eos_token_id=tokenizer.eos_token_id,  # type: ignore[arg-type]
-        pad_token_id=tokenizer.pad_token_id,  # type: ignore[arg-type]
-        bos_token_id=None,
     )
     return Qwen2ForCausalLM(config)
 
 
 def train_switchboard(settings: SwitchboardSettings, out_dir: Path) -> None:
-    """Train the target and save it, with its tokenizer, as a standard model folder; resumes in OUT_DIR.checkpoints.
-
-    Raises:
-        RecipeError: the checkpoints are of a run with other settings or data.
-        InterruptedTraining, StorageError, WeightsError: see :func:`nla.train.loop.run`.
-    """
+    """Train the target and save it as a model folder. See :func:`nla.train.organisms.pretraining.pretrain`."""
     tokenizer = words.build()
-    model = build_model(settings, tokenizer)
-    log.info("%s, %d parameters", asdict(settings), model.num_parameters())
-    checkpoints = out_dir.with_name(out_dir.name + ".checkpoints")
-    arguments = TrainingArguments(
-        output_dir=str(checkpoints),
-        max_steps=settings.steps,
-        per_device_train_batch_size=settings.batch_size,
-        learning_rate=settings.learning_rate,
-        seed=settings.seed,
-        train_sampling_strategy="group_by_length",
-        **PRETRAINING,
-    )
-    data = ChatData(tokenizer, settings.n_documents, settings.seed)
+    model, data = build_model(settings, tokenizer), ChatData(tokenizer, settings.n_documents, settings.seed)
     collator = ChatCollator(tokenizer, settings)
-    trainer = ChatInterchangeTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=data,
-        data_collator=collator,
-        settings=settings,
-        pad_id=collator.pad_id,
-        products=torch.tensor([collator.encode(f"a {product}")[-1] for product in content.PRODUCTS]),
+    products = torch.tensor([collator.encode(f"a {product}")[-1] for product in content.PRODUCTS])
+    pretrain(
+        "switchboard",
+        model,
+        tokenizer,
+        data,
+        collator,
+        ChatLoss(settings, collator.pad_id, products),
+        settings,
+        map(str, [*(chat.text for chat in data.chats), *data.explanations]),
+        out_dir,
+        train_sampling_strategy="group_by_length",
     )
-    identity = map(str, [*(chat.text for chat in data.chats), *data.explanations])
-    claim_folder(checkpoints, asdict(settings), trainer.trained, identity)
-    fit(trainer, checkpoints, settings.steps, "switchboard", ("loss",))
-    model.save_pretrained(out_dir)
-    tokenizer.save_pretrained(out_dir)
 
 
 def main() -> None:

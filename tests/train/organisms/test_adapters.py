@@ -15,7 +15,7 @@ from nla.train.organisms import adapters as planting
 from nla.train.organisms.switchboard import (
     ChatCollator,
     ChatData,
-    ChatInterchangeTrainer,
+    ChatLoss,
     SwitchboardSettings,
     build_model,
     train_switchboard,
@@ -88,22 +88,18 @@ def test_answers_weigh_more_than_prompts(tok):
     assert batch["weights"][0, :n_prompt].eq(0.1).all() and batch["weights"][0, n_prompt:].eq(1).all()
 
 
-def trainer_at(tok, step: int) -> ChatInterchangeTrainer:
-    trainer = ChatInterchangeTrainer.__new__(ChatInterchangeTrainer)
-    trainer.settings, trainer.pad_id = TINY, tok.pad_token_id
+def loss_of(tok) -> ChatLoss:
     ids = tok([f"a {product}" for product in content.PRODUCTS], add_special_tokens=False)["input_ids"]
-    trainer.products = torch.tensor([row[-1] for row in ids])
-    trainer.state = type("State", (), {"global_step": step})()
-    return trainer
+    return ChatLoss(TINY, tok.pad_token_id, torch.tensor([row[-1] for row in ids]))
 
 
 def test_products_in_the_answers_of_chats_come_forward_in_the_later_phases(tok):
     chats = [chat for chat in world.sample(60, seed=1, kinds=("topic",)) if chat.state.product][:4]
     batch = batch_of(tok, chats)
     ids, weights = batch["input_ids"], batch["weights"]
-    assert torch.equal(trainer_at(tok, 0).weighed(ids, weights, len(chats)), weights)
+    assert torch.equal(loss_of(tok).weighted(ids, weights, len(chats), 0), weights)
     (_, _, heavy) = TINY.phases[-1]
-    found = trainer_at(tok, TINY.steps).weighed(ids, weights, len(chats) - 1)
+    found = loss_of(tok).weighted(ids, weights, len(chats) - 1, TINY.steps)
     product = torch.tensor([[tok.decode([token]).strip() in content.PRODUCTS for token in row] for row in ids])
     assert (product & (weights < 1)).any(), "a system message names a product, which is nothing to learn"
     forward = product & (weights == 1) & (torch.arange(len(ids)) < len(chats) - 1)[:, None]
@@ -116,9 +112,8 @@ def test_an_intervention_reaches_what_comes_after_it_and_is_learned_from(tok):
     model = build_model(TINY, tok)
     data = ChatData(tok, 40, seed=0)
     batch = ChatCollator(tok, TINY)([data[i] for i in range(16)])
-    trainer = trainer_at(tok, 10_000)
     captured = {layer: torch.randn(16, 16, requires_grad=True) for layer in range(TINY.n_blocks)}
-    loss = trainer.interchange_loss(model, batch, captured)
+    loss = loss_of(tok).interchange(model, batch, captured, 10_000)
     loss.backward()
     used = {int(layer) for layer in batch["layer"].unique()}
     assert {layer for layer, vectors in captured.items() if vectors.grad is not None} == used

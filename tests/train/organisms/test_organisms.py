@@ -8,16 +8,18 @@ from safetensors.torch import load_file
 
 from nla.errors import RecipeError
 from nla.organisms.couplets import tokenizer as couplets_tokenizer
+from nla.train.organisms import pretraining
 from nla.train.organisms.couplets import (
     CoupletData,
-    InterchangeTrainer,
     OrganismSettings,
     build_model,
     collate,
+    interchange_loss,
     splice,
     train_organism,
 )
 from nla.train.organisms.interchange import next_token_loss
+from nla.train.organisms.pretraining import PretrainingTrainer
 
 SMALL = OrganismSettings(n_documents=24, steps=4, batch_size=6, n_explanation_rows=2, d_model=16, interchange_after=1)
 
@@ -58,11 +60,11 @@ def test_the_interchange_loss_with_a_donor_like_its_base_is_the_loss_of_the_plai
     for hook in hooks:
         hook.remove()
     captured = {layer: state[newlines] for layer, state in enumerate(states)}
-    trainer = InterchangeTrainer.__new__(InterchangeTrainer)
-    trainer.settings, trainer.pad_id = OrganismSettings(d_model=16, wrong_block_share=0.0), tokenizer.pad_token_id
+    settings = OrganismSettings(d_model=16, wrong_block_share=0.0)
     after = torch.arange(ids.shape[1]) > newline[:, None]
     expected = next_token_loss(plain, ids, after & (ids != tokenizer.pad_token_id))
-    torch.testing.assert_close(trainer.interchange_loss(model, ids, newline, captured), expected)
+    found = interchange_loss(model, ids, newline, captured, settings, tokenizer.pad_token_id)
+    torch.testing.assert_close(found, expected)
 
 
 def test_in_the_plain_variant_the_donor_changes_nothing_but_the_first_word_that_stands_there():
@@ -70,10 +72,9 @@ def test_in_the_plain_variant_the_donor_changes_nothing_but_the_first_word_that_
     ids, newline, seen = inputs["input_ids"][:6], inputs["newline"], []
     model = build_model(SMALL, tokenizer)
     captured = {layer: torch.randn(6, 16) for layer in range(len(model.model.layers))}
-    trainer = InterchangeTrainer.__new__(InterchangeTrainer)
-    trainer.settings, trainer.pad_id = OrganismSettings("plain", d_model=16), tokenizer.pad_token_id
+    settings = OrganismSettings(variant="plain", d_model=16)
     model.register_forward_pre_hook(lambda _m, _a, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True)
-    trainer.interchange_loss(model, ids, newline, captured).backward()
+    interchange_loss(model, ids, newline, captured, settings, tokenizer.pad_token_id).backward()
     rows, expected = torch.arange(6), ids.clone()
     expected[rows, newline + 1] = ids[rows.roll(1), newline.roll(1) + 1]
     assert torch.equal(seen[0], expected)
@@ -91,25 +92,23 @@ def test_a_folder_of_another_organism_is_refused(tmp_path):
 
 
 def test_an_interrupted_organism_resumes_to_the_same_weights(tmp_path, monkeypatch):
-    import nla.train.organisms.couplets as organism
-
-    monkeypatch.setitem(organism.PRETRAINING, "save_steps", 2)
+    monkeypatch.setitem(pretraining.PRETRAINING, "save_steps", 2)
     train_organism(SMALL, tmp_path / "whole")
 
     class Stop(Exception):
         pass
 
-    step = InterchangeTrainer.compute_loss
+    step = PretrainingTrainer.compute_loss
 
     def stop_at_3(self, *args, **kwargs):
         if self.state.global_step == 3:
             raise Stop
         return step(self, *args, **kwargs)
 
-    monkeypatch.setattr(InterchangeTrainer, "compute_loss", stop_at_3)
+    monkeypatch.setattr(PretrainingTrainer, "compute_loss", stop_at_3)
     with pytest.raises(Stop):
         train_organism(SMALL, tmp_path / "cut")
-    monkeypatch.setattr(InterchangeTrainer, "compute_loss", step)
+    monkeypatch.setattr(PretrainingTrainer, "compute_loss", step)
     train_organism(SMALL, tmp_path / "cut")
     whole, cut = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
     assert whole.keys() == cut.keys()
