@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,13 +23,13 @@ from nla.train.data.world import MANIFEST, documents, load_stores
 from nla.train.describe.lesson import load_texts
 from nla.train.fit.monitor import EvalSet
 from nla.train.fit.vectors import Chosen, Vectors
-
-if TYPE_CHECKING:
-    from nla.train.recipe import Recipe
+from nla.train.recipe import Recipe
 
 N_WATCHED = 600
 """Held-out activations that training is watched on."""
 CORPUS_SPLITS = ("train", "eval")
+DONE, PAIR = "stage.json", "pair"
+"""In a stage's folder: the mark of a finished stage, and the pair that it trained."""
 
 
 @dataclass(frozen=True)

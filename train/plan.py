@@ -10,16 +10,12 @@ whether a run takes an hour or a week, and whether it fits.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from nla.errors import TargetError
 from nla.models.points import Point
 from nla.organisms import target_folder
-from nla.train.fit.settings import require_least, require_positive
-
-if TYPE_CHECKING:
-    from nla.train.recipe import Recipe
+from nla.train.recipe import Recipe, ShapeSettings
 
 BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
 QUANTIZED_BYTES = {"8bit": 1.1, "4bit": 0.6}
@@ -45,44 +41,6 @@ READ_TOKENS = 16_384
 """Of a batch of extraction."""
 WATCHED = 600
 """Held-out rows of an evaluation: N_WATCHED of material.py, which is heavy to import."""
-
-
-@dataclass(frozen=True)
-class HardwareSettings:
-    """What a plan reckons with: one device, and how many there are."""
-
-    name: str = "unnamed"
-    devices: int = 1
-    tflops: float = 100.0
-    """Operations a device can do, in 10¹² a second, dense, in the target's type."""
-    memory_gb: float = 80.0
-    bandwidth_gbs: float = 2000.0
-    """Of its memory, GB a second."""
-    utilisation: float = 0.35
-    """Share of both that is reached."""
-
-    def __post_init__(self) -> None:
-        require_least("hardware", self, devices=1)
-        require_positive("hardware", self, "tflops", "memory_gb", "bandwidth_gbs", "utilisation")
-
-
-@dataclass(frozen=True)
-class ShapeSettings:
-    """A target's sizes, for a plan before it has been downloaded."""
-
-    n_blocks: int
-    d_model: int
-    d_mlp: int
-    n_heads: int
-    n_kv_heads: int
-    head_dim: int
-    vocabulary: int
-    tied: bool = False
-    """Whether embeddings and head are one matrix."""
-
-    def __post_init__(self) -> None:
-        sizes = ("n_blocks", "d_model", "d_mlp", "n_heads", "n_kv_heads", "head_dim", "vocabulary")
-        require_least("shape", self, **dict.fromkeys(sizes, 1))
 
 
 class Shape(NamedTuple):

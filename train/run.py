@@ -8,14 +8,11 @@ and what an older version of the recipe made is moved aside, never deleted.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import fcntl
 import gc
-import hashlib
-import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +23,19 @@ from nla.errors import ConfigError, OutOfMemoryError, RecipeError, StorageError
 from nla.models.read import ACTIVATIONS_FILE
 from nla.organisms import target_folder
 from nla.pair import layout
-from nla.storage import hashes
 from nla.storage.files import read_json, write_json
-from nla.train.data.corpus import describe_files, local_files
 from nla.train.data.world import BASELINES, MANIFEST, SPLITS
+from nla.train.fingerprints import fingerprints, former_fingerprints, target_print
 from nla.train.fit import processes
-from nla.train.fit.settings import FRUGAL
+from nla.train.material import DONE, PAIR
 from nla.train.plan import find_shape, plan
-from nla.train.recipe import Recipe, load_recipe
+from nla.train.recipe import load_recipe
+from nla.train.schema import STAGES
+from nla.train.stages import preflight, run_stage
 
 log = logging.getLogger(__name__)
 
-STAGES = ("extract", "describe", "warmstart", "joint", "control")
-STARTED, DONE, LOCK, PAIR = "started.json", "stage.json", ".lock", "pair"
+STARTED, LOCK = "started.json", ".lock"
 PAIR_FILES = tuple(f"{PAIR}/{name}" for name in (config.CONFIG_FILE, *layout.MANIFEST))
 PAIRS = {"warmstart": PAIR_FILES, "joint": PAIR_FILES, "control": PAIR_FILES}
 OF_WORLD = PAIRS | {
@@ -47,8 +44,6 @@ OF_WORLD = PAIRS | {
 }
 OF_CORPUS = PAIRS | {"extract": (MANIFEST, BASELINES), "describe": ("train.jsonl", "eval.jsonl")}
 """What each finished stage holds, relative to its folder."""
-ASKING = ("concurrency", "timeout_s", "tries", "price_in", "price_out", "budget_usd", "failing_share", "parameters_b")
-"""Settings of a describer that do not change what it says."""
 
 
 def run_recipe(
@@ -64,18 +59,17 @@ def run_recipe(
         RecipeError: see :func:`load_recipe`; also an unknown ``until``, or another process is at work in ``out``.
         InterruptedTraining: stopped; the same command resumes.
     """
-    from nla.train.stages import preflight, run_stage
-
     processes.join(on_cpu=not torch.cuda.is_available())
     recipe = load_recipe(path, overrides)
     stages = [stage for stage in STAGES if stage != "control" or recipe.control]
     if until is not None and until not in stages:
         raise RecipeError(f"until={until!r}", f"one of {', '.join(stages)}", "name a stage of this recipe")
     stages = stages[: stages.index(until) + 1] if until else stages
-    prints = fingerprints(recipe, target_print(target_folder(recipe.target), recipe.revision))
+    target = target_print(target_folder(recipe.target), recipe.revision)
+    prints, former = fingerprints(recipe, target), former_fingerprints(recipe, target)
     whole = OF_WORLD if recipe.corpus is None else OF_CORPUS
     summary: dict[str, Any] = {}
-    done = [is_done(Path(recipe.out) / stage, prints[stage], whole[stage]) for stage in stages]
+    done = [is_done(Path(recipe.out) / stage, (prints[stage], former[stage]), whole[stage]) for stage in stages]
     done = processes.agreed(done)
     shape = find_shape(recipe) if dry_run and recipe.corpus is not None else None
     expected = {} if shape is None else plan(recipe, shape)
@@ -85,6 +79,8 @@ def run_recipe(
     with contextlib.nullcontext() if dry_run or not processes.is_main() else locked(Path(recipe.out)):
         for stage, finished in zip(stages, done, strict=True):
             folder = Path(recipe.out) / stage
+            if not dry_run and processes.is_main():
+                renew_marks(folder, former[stage], prints[stage])
             if finished:
                 summary[stage] = {"skipped": True, **read_json(folder / DONE)["summary"]}
                 log.info("%s: inputs unchanged, skipped", stage)
@@ -166,56 +162,6 @@ def begin(folder: Path, fingerprint: str) -> float:
     return spent
 
 
-def fingerprints(recipe: Recipe, target: str) -> dict[str, str]:
-    """What decides each stage's result: its settings, and all that came before."""
-    settings = dataclasses.asdict(recipe)
-    shared = {name: settings[name] for name in ("world", "point", "seed", "dtype", "quantization")} | {"target": target}
-    if recipe.corpus is None:
-        sources = settings["extract"], settings["describe"]
-    else:
-        files = local_files(recipe.corpus)
-        sources = (
-            {"corpus": settings["corpus"], "files": files and describe_files(files)},
-            without(settings["describer"], ASKING) | settings["texts"],
-        )
-    own = {
-        "extract": sources[0],
-        "describe": sources[1],
-        "warmstart": {"pair": settings["pair"], "warmstart": without(settings["warmstart"], FRUGAL)},
-        "joint": without(settings["joint"], FRUGAL),
-        "control": "",
-    }
-    prints, before = {}, json.dumps(shared, sort_keys=True)
-    for stage in STAGES:
-        before = hashlib.sha256((before + json.dumps(own[stage], sort_keys=True)).encode()).hexdigest()
-        prints[stage] = before
-    return prints
-
-
-def without(settings: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """Settings but for some."""
-    return {name: value for name, value in settings.items() if name not in names}
-
-
-def target_print(target: str, revision: str | None = None) -> str:
-    """Identity of the target: a folder's hash, but for its README and git's files; or a hub id and its revision.
-
-    Raises:
-        RecipeError: a revision of a folder.
-    """
-    folder = Path(target)
-    if not folder.is_dir():
-        return f"{target}@{revision}"
-    if revision is not None:
-        raise RecipeError(f"revision {revision!r} of the folder {target}", "a revision of a hub id", "remove it")
-    digest = hashlib.sha256()
-    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-        name = file.relative_to(folder)
-        if not name.parts[0].startswith((".git", "README")):
-            digest.update(f"{name}\0{hashes.sha256(file)}\0".encode())
-    return digest.hexdigest()
-
-
 def mark(path: Path) -> str | None:
     """The fingerprint in a mark file; None if it is not one."""
     try:
@@ -224,9 +170,16 @@ def mark(path: Path) -> str | None:
         return None
 
 
-def is_done(folder: Path, fingerprint: str, made: Sequence[str]) -> bool:
+def renew_marks(folder: Path, former: str, fingerprint: str) -> None:
+    """Write a stage's fingerprint in the place of the one that an earlier version of nla gave to the same inputs."""
+    for path in (folder / STARTED, folder / DONE):
+        if mark(path) == former:
+            write_json(path, read_json(path) | {"fingerprint": fingerprint})
+
+
+def is_done(folder: Path, fingerprints: Sequence[str], made: Sequence[str]) -> bool:
     """Whether a stage was finished on these very inputs, and what it ``made`` is still there."""
-    return mark(folder / DONE) == fingerprint and all((folder / name).is_file() for name in made)
+    return mark(folder / DONE) in fingerprints and all((folder / name).is_file() for name in made)
 
 
 def set_aside(folder: Path) -> None:

@@ -32,7 +32,9 @@ from nla.train.fit.joint import share_step, train_joint
 from nla.train.fit.warmstart import warmstart_decoder, warmstart_encoder
 from nla.train.material import (
     CORPUS_SPLITS,
+    DONE,
     N_WATCHED,
+    PAIR,
     Material,
     activation_norm,
     draw_rows,
@@ -42,7 +44,6 @@ from nla.train.material import (
     save_told,
 )
 from nla.train.recipe import Recipe
-from nla.train.run import DONE, PAIR
 
 ANSWERS = "answers"
 """Folder of a run with every answer of a describer: kept when the stage is made anew, since answers may have cost."""

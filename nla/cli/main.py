@@ -212,12 +212,12 @@ def train(args: argparse.Namespace) -> int:
 
 def extract(args: argparse.Namespace) -> int:
     """``nla extract``: a corpus to a store."""
-    recipe = importlib.import_module("nla.train.recipe")
+    schema = importlib.import_module("nla.train.schema")
     content: dict[str, Any] = {}
     for override in args.set:
-        recipe.apply_override(content, override)
+        schema.override(content, override)
     settings = importlib.import_module("nla.train.data.corpus").CorpusSettings
-    corpus = recipe.build(settings, {**content, "source": args.source}, "--set")
+    corpus = schema.build(settings, {**content, "source": args.source}, "--set")
     share = re.fullmatch(r"(\d+)/(\d+)", args.process)
     if share is None:
         raise ArgumentError(f"--process {args.process}", "I/N, such as 0/4", "count processes from 0")

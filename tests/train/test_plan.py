@@ -9,8 +9,8 @@ from transformers import LlamaConfig, Qwen2Config
 
 from nla.errors import AccessError, ArchitectureError, RecipeError, TargetError
 from nla.train.material import N_WATCHED
-from nla.train.plan import WATCHED, ShapeSettings, count_shape, find_shape, plan, shape_of, usual_shape
-from nla.train.recipe import SHIPPED, load_recipe
+from nla.train.plan import WATCHED, count_shape, find_shape, plan, shape_of, usual_shape
+from nla.train.recipe import SHIPPED, ShapeSettings, load_recipe
 from tests.helpers.tiny import make_model, make_tokenizer
 
 CORPORA = sorted(path.stem for path in SHIPPED.glob("*.yaml") if "corpus:" in path.read_text())

@@ -21,7 +21,7 @@ from nla.pair import layout
 from nla.storage import tensors
 from nla.storage.files import read_json
 from nla.text.tokens import Span
-from nla.train import material, run, stages
+from nla.train import fingerprints, material, run, stages
 from nla.train import recipe as recipes
 from nla.train.data.world import ExtractSettings, documents, load_stores
 from nla.train.organisms.couplets import OrganismSettings, build_model
@@ -160,15 +160,15 @@ def test_a_single_process_leaves_the_place_of_the_target_to_its_loader(tiny, mon
 def test_every_file_of_a_target_counts_but_its_readme_and_gits(target, tmp_path):
     folder = tmp_path / "target"
     shutil.copytree(target, folder)
-    before = run.target_print(str(folder))
+    before = fingerprints.target_print(str(folder))
     (folder / ".git").mkdir()
     for name in ("README.md", ".gitattributes", ".git/HEAD"):
         (folder / name).write_text("x")
-    assert run.target_print(str(folder)) == before
+    assert fingerprints.target_print(str(folder)) == before
     (folder / "chat_template.jinja").write_text("{{ messages }}")
-    changed = run.target_print(str(folder))
+    changed = fingerprints.target_print(str(folder))
     (folder / "chat_template.jinja").rename(folder / "chat_template.txt")
-    assert len({before, changed, run.target_print(str(folder))}) == 3
+    assert len({before, changed, fingerprints.target_print(str(folder))}) == 3
 
 
 def test_the_revision_of_a_target_on_the_hub_reaches_its_loaders_and_the_pair(tiny, tmp_path, target, monkeypatch):
@@ -180,9 +180,9 @@ def test_the_revision_of_a_target_on_the_hub_reaches_its_loaders_and_the_pair(ti
     recipe = recipes.load_recipe(tiny, ["target=some/planner", "revision=v2"])
     assert stages.new_pair(recipe, tmp_path / "run").config.target_revision == "v2"
     assert asked == ["v2"]
-    assert run.target_print("some/planner", "v2") != run.target_print("some/planner", "v3")
+    assert fingerprints.target_print("some/planner", "v2") != fingerprints.target_print("some/planner", "v3")
     with pytest.raises(RecipeError, match="v2"):
-        run.target_print(str(target), "v2")
+        fingerprints.target_print(str(target), "v2")
 
 
 def test_truth_counts_the_next_line_at_the_newline_and_all_other_claims():

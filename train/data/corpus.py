@@ -8,13 +8,14 @@ import json
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Annotated, Any, NamedTuple, NoReturn
+
+from pydantic import Field
 
 from nla.errors import CorpusError, TranscriptError, visible
-from nla.train.fit.settings import refuse, require_least
+from nla.train.schema import Count, Number, one_of, refuse, section
 from nla.transcripts.files import read_file
 from nla.transcripts.messages import Transcript, parse_messages
 
@@ -28,7 +29,7 @@ _EDGE = 1 << 20
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@section("corpus", decides="extract")
 class CorpusSettings:
     """Which documents are read, at which of their tokens, and how they are split.
 
@@ -39,7 +40,7 @@ class CorpusSettings:
     source: str
     """A ``datasets`` name; or a file, folder or glob of .parquet, .jsonl or .txt files, or of transcripts as
     `nla audit` takes them. Files are read in the order of their names."""
-    kind: str | None = None
+    kind: Annotated[str, one_of(*KINDS)] | None = None
     """"text" (of a .txt file, the whole is one document), "lines" (of a .txt file, each line is one) or "chat" (a list
     of messages, rendered by the target's template, white space at the ends of messages taken off). None: as the column
     says, and text for .txt files."""
@@ -53,36 +54,29 @@ class CorpusSettings:
     """Read a ``datasets`` name as it is downloaded, and no more of it than is needed."""
     text_column: str | None = None
     """Column of the text, or of a chat's messages; None: "text", or "messages"."""
-    n_documents: int | None = None
+    n_documents: Count | None = None
     """The first so many of the corpus; None: all."""
-    max_tokens: int = 1024
+    max_tokens: Count = 1024
     """Longer documents are cut here; the manifest counts them."""
     positions: str = "random"
     """"random": ``n_positions`` of each document, drawn by a generator keyed to its text; "last"; "every:k"; or
     "turns": where a chat's turns are decided and end. Never a special token."""
-    n_positions: int = 10
+    n_positions: Count = 10
     """For "random"."""
-    first_position: int = 50
+    first_position: Annotated[int, Field(ge=0)] = 50
     """Tokens before this one are not chosen, for "random" and "every:k": they have little to tell."""
-    eval_fraction: float = 0.05
+    eval_fraction: Annotated[Number, Field(gt=0, lt=1)] = 0.05
     """Share of the documents that are held out."""
     n_eval: int | None = None
     """About so many documents held out instead; ``n_documents`` must say of how many."""
     split_key: str = "nla"
     """Another key holds other documents out. What is held out follows from this and a document's text alone."""
-    documents_per_chunk: int = 512
+    documents_per_chunk: Count = 512
     """Documents in one file, in memory at a time, and done again after a kill."""
 
     def __post_init__(self) -> None:
-        if self.kind is not None and self.kind not in KINDS:
-            refuse("corpus.kind", self.kind, f"one of {', '.join(KINDS)}, or nothing")
         if not re.fullmatch(r"random|last|turns|every:[1-9][0-9]*", self.positions):
             refuse("corpus.positions", self.positions, '"random", "last", "turns" or "every:k" such as "every:8"')
-        require_least("corpus", self, max_tokens=1, n_positions=1, first_position=0, documents_per_chunk=1)
-        if self.n_documents is not None:
-            require_least("corpus", self, n_documents=1)
-        if not 0 < self.eval_fraction < 1:
-            refuse("corpus.eval_fraction", self.eval_fraction, "between 0 and 1")
         if self.n_eval is not None and not (self.n_documents and 0 < self.n_eval < self.n_documents):
             refuse("corpus.n_eval", self.n_eval, f"between 1 and n_documents = {self.n_documents}, which must be set")
 

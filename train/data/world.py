@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +15,23 @@ from nla.models.read import Activations, read
 from nla.organisms.lesson import Lesson
 from nla.storage.files import write_json
 from nla.text.tokens import Span
-from nla.train.fit.settings import require_least
+from nla.train.schema import Count, section
 
 SPLITS = ("train", "eval", "held_out")
 MANIFEST = "manifest.json"
 BASELINES = "baselines.safetensors"
 
 
-@dataclass(frozen=True)
+@section("extract", decides="extract")
 class ExtractSettings:
     """How many documents, and which of their tokens."""
 
-    n_documents: int = 20_000
+    n_documents: Count = 20_000
     """Documents to train on; none has a held-out latent."""
-    n_eval_documents: int = 400
+    n_eval_documents: Count = 400
     """Documents of each held-out split: ``eval`` and ``held_out`` (whose latents were never trained on)."""
-    n_other_positions: int = 2
+    n_other_positions: Count = 2
     """Tokens drawn at random from each document beside those of its main strata."""
-
-    def __post_init__(self) -> None:
-        require_least("extract", self, n_documents=1, n_eval_documents=1, n_other_positions=1)
 
 
 def documents(lesson: Lesson, settings: ExtractSettings, seed: int) -> dict[str, list[Any]]:

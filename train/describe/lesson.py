@@ -5,26 +5,24 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
-from nla.errors import ArgumentError, ParseError
+from pydantic import Field
+
+from nla.errors import ParseError
 from nla.models.read import Activations
 from nla.organisms.lesson import Lesson
 from nla.storage.files import write_atomic
+from nla.train.schema import Number, section
 
 
-@dataclass(frozen=True)
+@section("describe", decides="describe")
 class DescribeSettings:
     """What the describer knows."""
 
-    notice: float = 0.25
+    notice: Annotated[Number, Field(ge=0, le=1)] = 0.25
     """Probability that it sees the latent; otherwise it guesses, as an outsider to the world would."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.notice <= 1:
-            raise ArgumentError(f"describe.notice = {self.notice}", "a probability", "set it between 0 and 1")
 
 
 class Texts(NamedTuple):

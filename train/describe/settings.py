@@ -2,86 +2,83 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field
+from dataclasses import field
+from typing import Annotated
+
+from pydantic import Field
 
 from nla.config import DTYPES, QUANTIZATIONS
-from nla.errors import ArgumentError, DescriberError, visible
+from nla.errors import ArgumentError
 from nla.models.endpoint import check_variable
-from nla.train.fit.settings import refuse, require_least, require_positive, require_seed
+from nla.train.schema import (
+    NOTHING,
+    Count,
+    NotNegative,
+    Number,
+    Positive,
+    Seed,
+    Text,
+    one_of,
+    refuse,
+    section,
+)
 
 DESCRIBERS = ("local", "openai", "anthropic", "quote")
 CHARS_PER_TOKEN = 4
 """Of a token, where neither a tokenizer nor an endpoint says: an estimate, and named so wherever it is shown."""
 
 
-@dataclass(frozen=True)
+@section("describer", decides="describe")
 class DescriberSettings:
     """Who writes the warm-start texts, how, and at what price.
 
     Raises:
-        DescriberError: no such describer.
         ArgumentError: a value is out of range, or does not fit the describer.
     """
 
-    describer: str = "local"
+    describer: Annotated[str, one_of(*DESCRIBERS)] = "local"
     """``local`` (a Hugging Face model here), ``openai`` (any endpoint of that form), ``anthropic``, or ``quote`` (no
     model: the visible words, repeated; to try a recipe out)."""
-    model: str | None = None
+    model: Text | None = None
     """The endpoint's name of its model; of ``local`` a folder or hub id, None: the target itself."""
-    url: str | None = None
+    url: Text | None = None
     """Base of the endpoint's API, such as ``http://localhost:8000/v1``; None: the provider's own."""
-    key_variable: str | None = field(default=None, repr=False)
+    key_variable: Annotated[str | None, NOTHING] = field(default=None, repr=False)
     """Environment variable that holds the key. None: the provider's own at its own address, no key anywhere else. Not
     shown, lest somebody puts the key itself here."""
-    concurrency: int = 16
+    concurrency: Annotated[Count, NOTHING] = 16
     """Requests in flight at once; of ``local``, rows of a batch, which in less than float32 sway what is written."""
-    timeout_s: float = 60.0
+    timeout_s: Annotated[Positive, NOTHING] = 60.0
     """Of one request, from its start to the last byte of the answer."""
-    tries: int = 6
+    tries: Annotated[Count, NOTHING] = 6
     """Requests for one text before it counts as failed."""
-    temperature: float | None = None
+    temperature: NotNegative | None = None
     """Of sampling; 0: the likeliest text. None: the endpoint's own, and the likeliest text of ``local``."""
-    max_tokens: int = 250
+    max_tokens: Count = 250
     """Longest answer, with what some models think before it. Longer ones are cut, and a cut answer counts as none."""
-    max_chars: int = 4000
+    max_chars: Annotated[int, Field(ge=40)] = 4000
     """Characters of a prefix that are shown: its end."""
-    price_in: float | None = None
+    price_in: Annotated[NotNegative | None, NOTHING] = None
     """USD for a million tokens of prompts; None: not known, and never guessed."""
-    price_out: float | None = None
+    price_out: Annotated[NotNegative | None, NOTHING] = None
     """USD for a million tokens of answers; None: not known, and never guessed."""
-    budget_usd: float | None = None
+    budget_usd: Annotated[NotNegative | None, NOTHING] = None
     """Stop before a request that could lead above this, counting from the start of the run; None: no limit."""
-    failing_share: float = 0.1
+    failing_share: Annotated[Number, Field(ge=0, lt=1), NOTHING] = 0.1
     """Stop when more than this share of the texts has failed."""
-    seed: int = 0
+    seed: Seed = 0
     """Of ``local``'s sampling. Endpoints are not sent it, but under another seed they are asked anew."""
-    dtype: str | None = None
+    dtype: Annotated[str, one_of(*DTYPES)] | None = None
     """Of the weights of ``local``'s own ``model``; None: the target's."""
-    revision: str | None = None
+    revision: Text | None = None
     """Commit, tag or branch of that model on the hub; None: its main branch."""
-    quantization: str | None = None
+    quantization: Annotated[str, one_of(*QUANTIZATIONS)] | None = None
     """8bit or 4bit, by bitsandbytes; None: its weights as they are."""
-    parameters_b: float | None = None
+    parameters_b: Annotated[Positive | None, NOTHING] = None
     """Billions of its parameters, for ``--dry-run`` alone; None: what it takes is not known."""
 
     def __post_init__(self) -> None:
-        if self.describer not in DESCRIBERS:
-            got = f"the describer {visible(str(self.describer))[:40]!r}"
-            raise DescriberError(got, f"one of {', '.join(DESCRIBERS)}", "set describer to one of these")
-        require_least("describer", self, concurrency=1, tries=1, max_tokens=1, max_chars=40)
-        require_positive("describer", self, "timeout_s")
-        require_seed("describer.seed", self.seed)
         self._check_key_variable()
-        for name in ("timeout_s", "temperature", "price_in", "price_out", "budget_usd", "parameters_b"):
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value >= 0):
-                refuse(f"describer.{name}", value, "a finite number, 0 or more")
-        if not 0 <= self.failing_share < 1:
-            refuse("describer.failing_share", self.failing_share, "a share from 0 to below 1")
-        for name in ("model", "url", "revision"):
-            if getattr(self, name) == "":
-                refuse(f"describer.{name}", "", "a text, or null")
         if self.describer in ("local", "quote"):
             for name in ("url", "budget_usd"):
                 if getattr(self, name) is not None:
@@ -105,11 +102,6 @@ class DescriberSettings:
         for name in ("dtype", "revision", "quantization", "parameters_b"):
             if getattr(self, name) is not None and (self.describer != "local" or self.model is None):
                 refuse(f"describer.{name}", getattr(self, name), "null: it is said of a local describer's own `model`")
-        for name, known in (("dtype", DTYPES), ("quantization", QUANTIZATIONS)):
-            if getattr(self, name) not in (None, *known):
-                refuse(f"describer.{name}", getattr(self, name), f"one of {', '.join(known)}, or null")
-        if self.parameters_b == 0:
-            refuse("describer.parameters_b", 0, "above 0, or null")
 
     def cost(self, tokens_in: int, tokens_out: int) -> float | None:
         """USD of so many tokens; 0 for what asks nobody, None where a price is not known."""

@@ -18,7 +18,7 @@ from nla.models.endpoint import Endpoint
 from nla.train.describe.client import EndpointDescriber
 from nla.train.describe.settings import DescriberSettings
 from nla.train.describe.texts import describe_texts, open_describer
-from nla.train.recipe import build
+from nla.train.schema import build
 from tests.helpers.endpoint_server import (
     FORMS,
     SECRET,
@@ -167,7 +167,7 @@ def test_a_missing_client_names_the_extra(form: str, tmp_path: Path, monkeypatch
 
 
 def test_settings_are_checked_and_read_from_yaml() -> None:
-    with pytest.raises(DescriberError, match="local, openai, anthropic"):
+    with pytest.raises(ArgumentError, match=r"describer\.describer = 'gpt'; expected one of local, openai, ant"):
         DescriberSettings("gpt")
     for changes in (
         {"concurrency": 0},

@@ -1,0 +1,96 @@
+"""What decides each stage's result: a recipe and its target go in, one hash a stage comes out."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from nla.errors import RecipeError
+from nla.storage import hashes
+from nla.train.data.corpus import describe_files, local_files
+from nla.train.recipe import Recipe
+from nla.train.schema import STAGES, deciding
+
+
+def fingerprints(recipe: Recipe, target: str) -> dict[str, str]:
+    """A hash for each stage of the settings that it is the first to be decided by, and of all that came before.
+
+    Args:
+        target: identity of the target, see :func:`target_print`.
+    """
+    decided: dict[str, dict[str, Any]] = {stage: {} for stage in STAGES}
+    for stage, name, value in deciding(recipe):
+        decided[stage][name] = value
+    decided["extract"] |= {"target": target, "files": _corpus_files(recipe)}
+    return _chain(decided, "")
+
+
+def former_fingerprints(recipe: Recipe, target: str) -> dict[str, str]:
+    """The hashes that versions before 0.4 wrote: stages that they finished are still taken for done."""
+    settings = dataclasses.asdict(recipe)
+    shared = {name: settings[name] for name in ("world", "point", "seed", "dtype", "quantization")} | {"target": target}
+    frugal = ("rows_per_backward", "gradient_checkpointing", "eval_every", "save_every")
+    asking = (
+        "concurrency",
+        "timeout_s",
+        "tries",
+        "price_in",
+        "price_out",
+        "budget_usd",
+        "failing_share",
+        "parameters_b",
+    )
+    sources = settings["extract"], settings["describe"]
+    if recipe.corpus is not None:
+        sources = (
+            {"corpus": settings["corpus"], "files": _corpus_files(recipe)},
+            _without(settings["describer"], asking) | settings["texts"],
+        )
+    decided = {
+        "extract": sources[0],
+        "describe": sources[1],
+        "warmstart": {"pair": settings["pair"], "warmstart": _without(settings["warmstart"], frugal)},
+        "joint": _without(settings["joint"], frugal),
+        "control": "",
+    }
+    return _chain(decided, json.dumps(shared, sort_keys=True))
+
+
+def _chain(decided: Mapping[str, Any], before: str) -> dict[str, str]:
+    prints = {}
+    for stage in STAGES:
+        before = hashlib.sha256((before + json.dumps(decided[stage], sort_keys=True)).encode()).hexdigest()
+        prints[stage] = before
+    return prints
+
+
+def _corpus_files(recipe: Recipe) -> Any:
+    files = None if recipe.corpus is None else local_files(recipe.corpus)
+    return files and describe_files(files)
+
+
+def _without(settings: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name not in names}
+
+
+def target_print(target: str, revision: str | None = None) -> str:
+    """Identity of the target: a folder's hash, but for its README and git's files; or a hub id and its revision.
+
+    Raises:
+        RecipeError: a revision of a folder.
+    """
+    folder = Path(target)
+    if not folder.is_dir():
+        return f"{target}@{revision}"
+    if revision is not None:
+        raise RecipeError(f"revision {revision!r} of the folder {target}", "a revision of a hub id", "remove it")
+    digest = hashlib.sha256()
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = file.relative_to(folder)
+        if not name.parts[0].startswith((".git", "README")):
+            digest.update(f"{name}\0{hashes.sha256(file)}\0".encode())
+    return digest.hexdigest()
