@@ -5,9 +5,12 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -74,3 +77,78 @@ def test_an_unknown_public_name_is_refused_and_the_known_ones_listed() -> None:
     with pytest.raises(AttributeError, match="NLAConfig"):
         nla.Autoencoder  # noqa: B018
     assert set(nla.__all__) <= set(dir(nla))
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the wheel and the source distribution, built from a copy of the repository."""
+    source, out = tmp_path_factory.mktemp("source") / "nla", tmp_path_factory.mktemp("dist")
+    left_out = shutil.ignore_patterns(".git", ".venv", "__pycache__", "build", "dist", "runs", ".*_cache", "*.egg-info")
+    shutil.copytree(ROOT, source, ignore=left_out)
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(source)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return out
+
+
+def packaged_files() -> set[str]:
+    """What the packages and their data are, as the names that they have when installed."""
+    names = set()
+    for package in SETUPTOOLS["packages"]:
+        top = package.split(".")[1] if package.split(".")[1:2] in (["train"], ["eval"]) else "nla"
+        folder = ROOT / top / "/".join(package.removeprefix(FOLDERS[top]).strip(".").split("."))
+        patterns = ["*.py", *SETUPTOOLS["package-data"].get(package, [])]
+        for path in (path for pattern in patterns for path in folder.glob(pattern) if path.is_file()):
+            names.add("/".join((*package.split("."), *path.relative_to(folder).parts)))
+    return names
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_the_packages_and_their_data_and_nothing_else(built: Path) -> None:
+    (wheel,) = built.glob("*.whl")
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    assert names == packaged_files()
+    stated = re.search(r"and is (\d+) MB large", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
+    assert stated is not None and abs(wheel.stat().st_size / 1e6 - int(stated[1])) < 1
+
+
+@pytest.mark.slow
+def test_the_source_distribution_holds_tests_documents_and_what_builds_it(built: Path) -> None:
+    (archive,) = built.glob("*.tar.gz")
+    with tarfile.open(archive) as opened:
+        names = {name.partition("/")[2] for name in opened.getnames()}
+    for folder in ("nla", "train", "eval", "tests", "docs", "benchmarks"):
+        files = {path for path in (ROOT / folder).rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+        assert {str(path.relative_to(ROOT)) for path in files} <= names, folder
+    assert {
+        "README.md",
+        "CHANGELOG.md",
+        "CONTRIBUTING.md",
+        "LICENSE",
+        "Makefile",
+        "constraints.txt",
+        ".ci/run",
+    } <= names
+
+
+@pytest.mark.slow
+def test_twine_finds_nothing_wrong(built: Path) -> None:
+    command = [sys.executable, "-m", "twine", "check", "--strict", *map(str, built.iterdir())]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_the_wheel_alone_explains_a_text(built: Path, tmp_path: Path) -> None:
+    (wheel,) = built.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
+    (tmp_path / "empty").mkdir()
+    code = (
+        "import sys, nla; from nla.cli.main import main; print(nla.__file__);"
+        "sys.exit(main(['explain', 'In spring Anna left a red ribbon near the rat,', '--samples', '1']))"
+    )
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "installed")}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path / "empty", env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(str(tmp_path / "installed")) and "resid_post.3" in done.stdout
