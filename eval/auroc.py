@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from nla.errors import ArgumentError, NonFiniteError, ShapeError
@@ -22,14 +23,16 @@ _CHUNK_ELEMENTS = 1 << 22
 
 
 class Ranked(NamedTuple):
-    """An AUROC with its 95 % interval by group, and the resampled values (n_boot,) that paired tests compare."""
+    """An AUROC with its 95 % interval by group, and the resampled values that paired tests compare."""
 
     auroc: Interval
-    draws: Tensor
+    draws: Float[Tensor, " n_boot"]
 
 
-def auroc(scores: Tensor, positive: Tensor, weights: Tensor | None = None) -> Tensor:
-    """AUROC of scores (n,) for the items that are ``positive`` (n,) bool: in [0, 1], (b,) for weights (b, n).
+def auroc(
+    scores: Shaped[Tensor, " n"], positive: Bool[Tensor, " n"], weights: Float[Tensor, "b n"] | None = None
+) -> Float[Tensor, " b"]:
+    """AUROC of scores for the items that are ``positive``: in [0, 1].
 
     Without weights (b = 1) this is the usual one; a weight counts how often a resample drew the item. NaN where a
     resample holds one class only.
@@ -57,23 +60,24 @@ def auroc(scores: Tensor, positive: Tensor, weights: Tensor | None = None) -> Te
     return torch.where(pairs > 0, (wins * outranked).sum(1) / pairs, math.nan)
 
 
-def macro(scores: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Mean over classes of the AUROC of each column of ``scores`` (n, k) against the rest: (b,).
+def macro_auroc(
+    scores: Shaped[Tensor, "n k"], labels: Int[Tensor, " n"], weights: Float[Tensor, "b n"] | None = None
+) -> Float[Tensor, " b"]:
+    """Mean over classes of the AUROC of each column of ``scores`` against the rest.
 
     A class without items, or without others, does not count; NaN if none does.
-
-    Args:
-        labels: (n,) int64, the class of each item.
     """
     if scores.ndim != 2 or labels.shape != scores.shape[:1]:
         raise ShapeError(f"scores {tuple(scores.shape)}, labels {tuple(labels.shape)}", "(n, k) and (n,)", "align them")
     columns = range(scores.shape[1]) if scores.shape[1] != 2 else (1,)
-    each = torch.stack([auroc(scores[:, column], labels == column, weights) for column in columns])
-    return each.nanmean(0)
+    by_class = torch.stack([auroc(scores[:, column], labels == column, weights) for column in columns])
+    return by_class.nanmean(0)
 
 
-def resample(groups: Tensor | Sequence[int], n_boot: int = N_BOOT, seed: int = 0) -> Tensor:
-    """How often each item (b, n) is drawn when whole groups are drawn with replacement.
+def resample_groups(
+    groups: Int[Tensor, " n"] | Sequence[int], n_boot: int = N_BOOT, seed: int = 0
+) -> Float[Tensor, "n_boot n"]:
+    """How often each item is drawn when whole groups are drawn with replacement.
 
     Raises:
         ArgumentError: no items, or ``n_boot`` below 1.
@@ -88,8 +92,14 @@ def resample(groups: Tensor | Sequence[int], n_boot: int = N_BOOT, seed: int = 0
     return torch.zeros(n_boot, n_groups).scatter_add_(1, drawn, torch.ones(n_boot, n_groups))[:, index]
 
 
-def rank(scores: Tensor, labels: Tensor, groups: Tensor | Sequence[int], n_boot: int = N_BOOT, seed: int = 0) -> Ranked:
-    """AUROC of scores (n, k) with its percentile interval over resampled groups.
+def ranked_auroc(
+    scores: Shaped[Tensor, "n k"],
+    labels: Int[Tensor, " n"],
+    groups: Int[Tensor, " n"] | Sequence[int],
+    n_boot: int = N_BOOT,
+    seed: int = 0,
+) -> Ranked:
+    """AUROC of scores with its percentile interval over resampled groups.
 
     Equal ``groups``, ``n_boot`` and ``seed`` give equal resamples, so two readers' draws are paired. Where every
     resample gives exactly 1 or 0 the interval is Wilson's, of one trial a group (of the smaller of two classes). There
@@ -98,12 +108,12 @@ def rank(scores: Tensor, labels: Tensor, groups: Tensor | Sequence[int], n_boot:
     Raises:
         ArgumentError: no item, or all of one class.
     """
-    value = float(macro(scores, labels))
+    value = float(macro_auroc(scores, labels))
     if math.isnan(value):
         raise ArgumentError(f"{len(labels)} items of one class", "items of two classes or more", "add items")
     members = torch.as_tensor(groups)
-    weights, chunk = resample(members, n_boot, seed), max(1, _CHUNK_ELEMENTS // len(labels))
-    draws = torch.cat([macro(scores, labels, part) for part in weights.split(chunk)])
+    weights, chunk = resample_groups(members, n_boot, seed), max(1, _CHUNK_ELEMENTS // len(labels))
+    draws = torch.cat([macro_auroc(scores, labels, part) for part in weights.split(chunk)])
     known = draws[~torch.isnan(draws)]
     if len(members.unique()) < 2 or not len(known):
         return Ranked(Interval(value, math.nan, math.nan), draws)
@@ -132,7 +142,7 @@ def paired_p(a: Ranked, b: Ranked) -> float:
     return min(1.0, 2 * (1 + smaller) / (1 + len(difference)))
 
 
-def difference(a: Ranked, b: Ranked) -> Interval:
+def auroc_difference(a: Ranked, b: Ranked) -> Interval:
     """AUROC of one reader minus that of another on the same items, with its interval from their paired resamples."""
     draws = (a.draws - b.draws)[~torch.isnan(a.draws - b.draws)]
     value = a.auroc.value - b.auroc.value
@@ -140,12 +150,13 @@ def difference(a: Ranked, b: Ranked) -> Interval:
         return Interval(value, math.nan, math.nan)
     low, high = torch.quantile(draws, torch.tensor([0.025, 0.975]).double()).tolist()
     if low == high != 0:  # no resample changes it: what the two intervals leave open
-        (own, least, most), (other, lowest, highest) = a.auroc, b.auroc
-        low, high = value - math.hypot(own - least, highest - other), value + math.hypot(most - own, other - lowest)
+        below = math.hypot(a.auroc.value - a.auroc.low, b.auroc.high - b.auroc.value)
+        above = math.hypot(a.auroc.high - a.auroc.value, b.auroc.value - b.auroc.low)
+        low, high = value - below, value + above
     return Interval(value, low, high)
 
 
-def mean(ranked: Sequence[Ranked]) -> Interval:
+def mean_auroc(ranked: Sequence[Ranked]) -> Interval:
     """Mean AUROC of several labellings of the same items, with its interval from their paired resamples."""
     values = sum(one.auroc.value for one in ranked) / len(ranked)
     draws = torch.stack([one.draws for one in ranked]).nanmean(0)
@@ -155,7 +166,7 @@ def mean(ranked: Sequence[Ranked]) -> Interval:
     return Interval(values, *torch.quantile(draws, torch.tensor([0.025, 0.975]).double()).tolist())
 
 
-def _n_trials(labels: Tensor, groups: Tensor, n_classes: int) -> int:
+def _n_trials(labels: Int[Tensor, " n"], groups: Int[Tensor, " n"], n_classes: int) -> int:
     if n_classes > 2:
         return len(groups.unique())
     return min(len(groups[labels == label].unique()) for label in labels.unique())

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from nla.errors import visible
 from nla.pair.layout import CARD_FILE
 from nla.stats import Interval, bootstrap, wilson
 from nla.storage.files import write_atomic, write_json
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _LABEL_WIDTH = 48
+_CLIP = 110
 
 
 class Rate(NamedTuple):
@@ -154,6 +156,12 @@ def cell(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "NO"
     return f"{round(value, 3) + 0.0:.3f}" if isinstance(value, float) else str(value)  # + 0.0: no minus before zero
+
+
+def one_line(text: str, limit: int = _CLIP) -> str:
+    """One line of a text from a model or a file, shortened, without what could act on a terminal, table or browser."""
+    line = visible(text).replace("|", "¦").replace("`", "'").replace("<", "‹").replace("](", "] (")
+    return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

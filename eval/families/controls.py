@@ -16,13 +16,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from nla.eval.adversaries import bag_of_words, closest_texts, text_lm_claims
 from nla.eval.explainers import EncoderReader, Reader
 from nla.eval.families.mention import MentionScore, score, score_texts
 from nla.eval.items import Item, documents
-from nla.eval.target import Target, last_word, write
-from nla.metrics import cosine
+from nla.eval.target import Target, last_word
 from nla.organisms.couplets import world
-from nla.pair.decoder import decode
 from nla.stats import derangement
 
 if TYPE_CHECKING:
@@ -39,10 +38,10 @@ def text_lm(target: Target) -> Reader:
     """The target continues the visible text greedily; the word that its line ends on is its claim about the plan."""
 
     def read_text(items: Sequence[Item], vectors: Tensor) -> list[str]:
-        lines = write(target, [item.prompt for item in items])
-        return [
-            world.explanation(item.couplet, item.span, last_word(line)) for item, line in zip(items, lines, strict=True)
-        ]
+        def claim(row: int, line: str) -> str:
+            return world.explanation(items[row].couplet, items[row].span, last_word(line))
+
+        return text_lm_claims(target, [item.prompt for item in items], claim)
 
     return read_text
 
@@ -57,16 +56,9 @@ def describer(notice: float, seed: int = 0) -> Reader:
     return describe
 
 
-def bag_of_words(n_fit: int = 4000, seed: int = 0) -> Reader:
-    """Logistic regression from the words of the visible text to the plan, fitted on other documents."""
-    from sklearn.feature_extraction.text import CountVectorizer
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-
-    couplets = documents(n_fit, seed + 1)
-    model = make_pipeline(
-        CountVectorizer(lowercase=False, token_pattern=r"\w+"), LogisticRegression(max_iter=1000, C=10.0)
-    )
+def plan_classifier(n_fit: int = 4000, seed: int = 0) -> Reader:
+    """The bag of words, from the visible text to the plan, fitted on other documents."""
+    couplets, model = documents(n_fit, seed + 1), bag_of_words()
     model.fit([couplet.line1 for couplet in couplets], [couplet.plan for couplet in couplets])
 
     def classify(items: Sequence[Item], vectors: Tensor) -> list[str]:
@@ -83,10 +75,9 @@ def confabulator(nla: NLA, seed: int = 0, n_tries: int = N_CONFABULATIONS) -> Re
     """
 
     def pick(items: Sequence[Item], vectors: Tensor) -> list[str]:
-        outsider, rows = describer(0.0, seed), [item for item in items for _ in range(n_tries)]
-        texts = outsider(rows, vectors)
-        closeness = cosine(decode(nla, texts), vectors.repeat_interleave(n_tries, dim=0)).reshape(-1, n_tries)
-        return [texts[row * n_tries + best] for row, best in enumerate(closeness.argmax(1).tolist())]
+        texts = describer(0.0, seed)([item for item in items for _ in range(n_tries)], vectors)
+        offers = [texts[row * n_tries : (row + 1) * n_tries] for row in range(len(items))]
+        return [picked for (picked,) in closest_texts(nla, offers, vectors)]
 
     return pick
 
@@ -98,7 +89,7 @@ def adversaries(
     scores = [
         score(TEXT_LM, text_lm(target), items, vectors, 1, seed),
         score(OUTSIDER, describer(0.0, seed), items, vectors, n_samples, seed),
-        score(BAG, bag_of_words(n_fit, seed), items, vectors, 1, seed),
+        score(BAG, plan_classifier(n_fit, seed), items, vectors, 1, seed),
     ]
     if nla is not None:
         scores.append(score(CONFABULATOR, confabulator(nla, seed), items, vectors, 1, seed))

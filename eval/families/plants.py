@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from nla.errors import ArgumentError
+from nla.eval.adversaries import bag_of_words
 from nla.eval.auroc import auroc
 from nla.eval.explainers import explain
 from nla.eval.families.plants_report import PlantFigures, PlantsReport, Secrets, checks, draw
@@ -193,16 +194,12 @@ def secrets(chats: Sequence[Chat], arms: Mapping[str, Arm], seed: int) -> Secret
 def text_reader(prompts: Sequence[str], n_words: int, n_folds: int = 5) -> Rate:
     """Share of right guesses of a bag of words fitted on the prompts of all the words' adapters, cross-validated by
     prompt: each prompt occurs once under every adapter."""
-    from sklearn.feature_extraction.text import CountVectorizer
-    from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import GroupKFold, cross_val_predict
-    from sklearn.pipeline import make_pipeline
 
     rows = [prompt for prompt in prompts for _ in range(n_words)]
     words = [word for _ in prompts for word in range(n_words)]
-    model = make_pipeline(CountVectorizer(), LogisticRegression(max_iter=500))
     n_groups = len(set(prompts))
-    guessed = cross_val_predict(model, rows, words, groups=rows, cv=GroupKFold(min(n_folds, n_groups)))
+    guessed = cross_val_predict(bag_of_words(), rows, words, groups=rows, cv=GroupKFold(min(n_folds, n_groups)))
     return Rate.of(int(guess) == word for guess, word in zip(guessed, words, strict=True))
 
 

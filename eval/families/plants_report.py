@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from nla.eval.readers.tables import plain
-from nla.eval.report import Check, Figures, Rate, Report, at_most, bars, checks_table, heat, new_figure, table
+from nla.eval.report import Check, Figures, Rate, Report, at_most, bars, checks_table, heat, new_figure, one_line, table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -94,7 +93,7 @@ class PlantsReport(Report):
                 table(("adapter", *words), grid),
                 "Names by how often their job was told in the adapter's training:",
                 table(("told", "answered", "called known"), counts),
-                "Examples under the plant: " + " · ".join(f"*{p.name}*: {plain(p.example)}" for p in self.plants),
+                "Examples under the plant: " + " · ".join(f"*{p.name}*: {one_line(p.example)}" for p in self.plants),
             ]
         )
 

@@ -8,8 +8,7 @@ from nla.eval.families.controls import best
 from nla.eval.families.counterfactual import COUNTERFACTUAL_MIN, Counterfactual, Reading
 from nla.eval.families.editing import STEER_MIN, EditAndSteer
 from nla.eval.families.mention import NAMING_MIN
-from nla.eval.readers.tables import plain
-from nla.eval.report import bars, cell, checks_table, heat, new_figure, table
+from nla.eval.report import bars, cell, checks_table, heat, new_figure, one_line, table
 
 if TYPE_CHECKING:
     from nla.eval.families.rhymes import Naming, RhymesReport
@@ -61,7 +60,7 @@ def _naming(naming: Naming) -> str:
             "tells it from a reader of activations.",
             table(("reader", "names the plan", "a distractor", "visible claims true", "facts kept", "p (Holm)"), rows),
             "First sampled explanations: "
-            + " · ".join(f"“{plain(text)}”" for text in naming.sampled.examples[:_N_SHOWN]),
+            + " · ".join(f"“{one_line(text)}”" for text in naming.sampled.examples[:_N_SHOWN]),
         ]
     )
 

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from nla.errors import ArgumentError
+from nla.eval.adversaries import text_lm_claims
 from nla.eval.circuits import gate as causal
 from nla.eval.circuits import patching
 from nla.eval.circuits.minimal_pairs import MinimalPair
 from nla.eval.explainers import explain
-from nla.eval.readers.tables import plain
-from nla.eval.report import Check, Rate, Report, at_least, at_most, bars, checks_table, new_figure, save
+from nla.eval.report import Check, Rate, Report, at_least, at_most, bars, checks_table, new_figure, one_line, save
 from nla.eval.target import Patch, Progress, Target, last_token, open_pair, read_last, silent, write
 from nla.organisms.switchboard import claims, content, world
 from nla.organisms.switchboard.world import END, Chat, Exchange
@@ -100,7 +100,7 @@ class TwoHopReport(Report):
                 f"{self.n_items} questions: {verdicts}. {self.samples} sampled explanations each; 95 % intervals by "
                 "person.",
                 checks_table(self.checks),
-                "Examples: " + " · ".join(map(plain, self.examples)),
+                "Examples: " + " · ".join(map(one_line, self.examples)),
             ]
         )
 
@@ -145,9 +145,11 @@ def named(texts: Sequence[str], towns: Sequence[str], people: Sequence[str], sam
 def text_lm(target: Target, items: Sequence[Hop]) -> list[str]:
     """The target itself, asked in words where the person lives: a reader of the text that knows the facts."""
     asked = [Chat(exchanges=(Exchange("where", person=item.question.person),)).prompt for item in items]
-    answers = write(target, asked, max_new_tokens=12, stop=END)
-    towns = [next((town for town in content.TOWNS if town in answer), "") for answer in answers]
-    return [claims.town_claim(town) for town in towns]
+
+    def claim(_row: int, answer: str) -> str:
+        return claims.town_claim(next((town for town in content.TOWNS if town in answer), ""))
+
+    return text_lm_claims(target, asked, claim, max_new_tokens=12, stop=END)
 
 
 def run(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nla.errors import ArgumentError, ShapeError
-from nla.eval.auroc import rank
+from nla.eval.auroc import ranked_auroc
 from nla.eval.circuits.graph_format import read_graph
 from nla.eval.explainers import explain
 from nla.eval.pair.graph_concepts import DONOR, OTHER, OWN, SAME, UNUSED, Cell, Place, align, names, places_and_cells
@@ -247,7 +247,7 @@ def _auroc(cells: Sequence[Cell], share: Tensor, owner: Tensor, seed: int) -> In
     there = torch.tensor([cell.kind == OWN for cell in cells])
     if there.all() or not there.any():
         return None
-    return rank(torch.stack([1 - share, share], 1), there.long(), owner, seed=seed).auroc
+    return ranked_auroc(torch.stack([1 - share, share], 1), there.long(), owner, seed=seed).auroc
 
 
 def _checks(scores: Sequence[GraphScore]) -> list[Check]:

@@ -1,7 +1,7 @@
-"""Readers compared on the same activations, splits and items: one row a reader, one table a task.
+"""Readers compared on the same activations, splits and items: labelled tasks in, one table of readers for each out.
 
-Everything that does not depend on labels (activations, texts, reconstructions) is gathered once for equal sites and
-shared by all tasks over them; the measures of a task are in nla/eval/measures.py.
+Everything that does not depend on labels (activations, texts, reconstructions) is made once for equal sites and shared
+by all tasks over them; the measures of a task are in `measures`.
 """
 
 from __future__ import annotations
@@ -10,27 +10,31 @@ import functools
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from nla.errors import ShapeError
+from nla.errors import ArgumentError, ShapeError
+from nla.eval import adversaries
+from nla.eval.adversaries import Writer
 from nla.eval.explainers import explain
-from nla.eval.readers import lenses, patchscopes, probes, text_only
+from nla.eval.readers import lenses, patchscopes, probes
 from nla.eval.readers.measures import (
     ACTIVATION,
     ADVERSARY,
     CONFABULATOR,
     NLA_READER,
     PROBE,
-    Gathered,
-    Reading,
+    ReaderOutput,
+    SiteReadings,
     TaskResult,
-    judge,
     judge_coins,
+    judge_task,
 )
-from nla.eval.readers.tasks import TRAIN, Sites, Task, random_task, read_sites
+from nla.eval.readers.tasks import TRAIN, Sites, Task, random_task, read_task_sites
 from nla.eval.target import Progress, Target, silent
 from nla.pair.decoder import decode
 from nla.stats import holm
@@ -46,9 +50,13 @@ SHUFFLED = "shuffled-activation NLA"
 N_TRIES, N_COINS = 10, 5
 
 
-@dataclass(frozen=True)
-class Options:
-    """How the readers are run."""
+@dataclass(frozen=True, kw_only=True)
+class ComparisonSettings:
+    """How the readers are run. The settings of the commands are these and their own.
+
+    Raises:
+        ArgumentError: a number out of range, or an oracle without a question, or the reverse.
+    """
 
     n_samples: int = 1
     """Explanations of each activation, by every reader that samples."""
@@ -56,13 +64,38 @@ class Options:
     n_tries: int = N_TRIES
     """Texts that the confabulator offers for each activation."""
 
-    n_continued: int = text_only.N_CONTINUED
+    n_continued: int = adversaries.N_CONTINUED
     """Tokens that the text-only LM goes on to write."""
 
     lens_steps: int = lenses.N_STEPS
+    """Steps that the tuned lens is fitted for."""
+
     budgets: tuple[int, ...] = probes.BUDGETS
+    """Numbers of labels to fit on, beside all of them."""
+
     n_boot: int = 500
+    """Resamples of groups, for intervals and tests."""
+
+    oracle: str | Path | None = None
+    """A PEFT folder of an activation oracle on the pair's target."""
+
+    question: str = ""
+    """What the oracle is asked; holds the pair's marker once."""
+
     seed: int = 0
+    """Of every draw."""
+
+    device: str | torch.device | None = None
+    """Where a pair that is loaded goes, and its oracle; None: the first GPU, or the CPU."""
+
+    def __post_init__(self) -> None:
+        if (self.oracle is None) != (not self.question):
+            got = f"oracle={self.oracle}, question={self.question!r}"
+            raise ArgumentError(got, "both or neither", "give --oracle and --question")
+        positive = {name: getattr(self, name) for name in ("n_samples", "n_tries", "n_continued", "n_boot")}
+        if min(positive.values()) < 1 or self.lens_steps < 0 or self.seed < 0:
+            got = f"{positive}, lens_steps={self.lens_steps}, seed={self.seed}"
+            raise ArgumentError(got, "1 or more of each; 0 or more steps; a seed of 0 or more", "correct them")
 
 
 @dataclass(frozen=True)
@@ -76,143 +109,168 @@ class Sources:
     """The pair; None: no explanations."""
 
     oracle: Target | None = None
-    """An activation oracle on the same base (:func:`nla.eval.patchscopes.load_oracle`)."""
+    """An activation oracle on the same base (:func:`nla.eval.readers.patchscopes.load_oracle`)."""
 
     question: str = ""
     """What the oracle is asked; holds the pair's marker."""
 
-    writers: Mapping[Sites, text_only.Writer] | None = None
+    writers: Mapping[Sites, Writer] | None = None
     """Better text-only writers of explanations than the target's continuations, for the confabulator."""
 
-    read: Callable[[Sites], Tensor] | None = None
-    """Activations (n, d) of sites, where they are not those of ``target`` (one with a plant, say)."""
+    read: Callable[[Sites], Float[Tensor, "n d"]] | None = None
+    """Activations of sites, where they are not those of ``target`` (one with a plant, say)."""
+
+    @classmethod
+    def of_pair(cls, nla: NLA, settings: ComparisonSettings) -> Sources:
+        """A pair and its target, and the oracle if there is one.
+
+        Raises:
+            ConfigError, WeightsError: see :func:`nla.eval.readers.patchscopes.load_oracle`.
+        """
+        target, oracle = Target.of(nla), None
+        if settings.oracle is not None:
+            oracle = patchscopes.load_oracle(nla.target_folder or nla.config.target, settings.oracle, target)
+        return cls(target, nla, oracle, settings.question)
 
 
-def compare(
+def compare_readers(
     tasks: Sequence[Task],
     sources: Sources,
-    options: Options,
+    settings: ComparisonSettings,
     progress: Progress = silent,
-    shared: dict[Sites, Gathered] | None = None,
+    shared: dict[Sites, SiteReadings] | None = None,
 ) -> list[TaskResult]:
     """Every reader on every task, and after them what it makes of coin flips at the same sites.
 
     Holm's correction is over the tasks.
 
     Args:
-        shared: takes what is gathered at each of the sites, for a caller who has more to ask of it.
+        shared: takes what all readers gave at each of the sites, for a caller who has more to ask of it.
 
     Raises:
-        ShapeError: activations are not one a site.
+        ShapeError: activations are not one for each site.
         NLAError: see the readers.
     """
     shared = {} if shared is None else shared
     coins: dict[Sites, TaskResult] = {}
     results = []
+    n_boot, seed = settings.n_boot, settings.seed
     for number, task in enumerate(tasks):
         if task.sites not in shared:
-            found = shared[task.sites] = gather(task, sources, options, progress)
-            seeds = range(options.seed, options.seed + N_COINS)
-            flips = [random_task(task.sites, task.splits, seed) for seed in seeds]
+            shared[task.sites] = run_readers(task, sources, settings, progress)
+            flips = [random_task(task.sites, task.splits, flip) for flip in range(seed, seed + N_COINS)]
             beside = [other.name for other in tasks if other.sites == task.sites]
-            coins[task.sites] = judge_coins(flips, found, beside, options.n_boot, options.seed)
-        result = judge(task, shared[task.sites], options.budgets, options.n_boot, options.seed)
+            coins[task.sites] = judge_coins(flips, shared[task.sites], beside, n_boot, seed)
+        result = judge_task(task, shared[task.sites], settings.budgets, n_boot, seed)
         results.append(result.beside(coins[task.sites]))
         progress("judge", (number + 1) / len(tasks))
-    return _holm(results) + list(coins.values())
+    return _holm_over_tasks(results) + list(coins.values())
 
 
-def gather(task: Task, sources: Sources, options: Options, progress: Progress = silent) -> Gathered:
+def run_readers(
+    task: Task, sources: Sources, settings: ComparisonSettings, progress: Progress = silent
+) -> SiteReadings:
     """Activations, texts and reconstructions of a task's sites. The tuned lens is fitted on its train split's texts."""
-    sites, target, nla, seed = task.sites, sources.target, sources.nla, options.seed
-    vectors = read_sites(target, sites) if sources.read is None else sources.read(sites)
+    sites, target, nla = task.sites, sources.target, sources.nla
+    vectors = read_task_sites(target, sites) if sources.read is None else sources.read(sites)
     if len(vectors) != len(sites):
         raise ShapeError(f"{len(vectors)} activations", f"{len(sites)}, one a site", "read every site once")
     progress("read", 1.0)
-    moved = moved_away(sites, seed)
-    readings = [Reading(name, PROBE, vectors, probe=name) for name in probes.VECTOR_PROBES]
-    readings += _lenses(task, target, vectors, options, progress)
-    predicted = None
-    if nla is not None:
-        asked = _injected(sources, nla, vectors, options, progress)
-        predicted = _reconstruct(nla, asked[-1])
-        readings += asked
-    rivals = _adversaries(sites, sources, vectors, readings, moved, options, progress)
-    return Gathered(vectors, predicted, moved, [*readings, *rivals])
+    exchanged = sites_of_other_groups(sites, settings.seed)
+    outputs = [ReaderOutput(name, PROBE, vectors, probe=name) for name in probes.VECTOR_PROBES]
+    outputs += _run_lenses(task, target, vectors, settings, progress)
+    if nla is None:
+        outputs += _run_text_readers(sites, target, settings, progress)
+        return SiteReadings(vectors, None, exchanged, outputs)
+    outputs += _run_injected(sources, nla, vectors, settings, progress)
+    explained = outputs[-1]
+    outputs += _run_text_readers(sites, target, settings, progress)
+    outputs.append(_run_confabulator(sites, sources, nla, vectors, settings, progress))
+    others = [explained.texts[row] for row in exchanged.tolist()]
+    outputs.append(ReaderOutput(SHUFFLED, ADVERSARY, others, n_tokens=explained.n_tokens))
+    return SiteReadings(vectors, _reconstruct(nla, explained), exchanged, outputs)
 
 
-def _injected(sources: Sources, nla: NLA, vectors: Tensor, options: Options, progress: Progress) -> list[Reading]:
+def _run_injected(
+    sources: Sources, nla: NLA, vectors: Float[Tensor, "n d"], settings: ComparisonSettings, progress: Progress
+) -> list[ReaderOutput]:
     """The readers that are given the activation in a prompt; the NLA last."""
     target, oracle = sources.target, sources.oracle
     selfie = functools.partial(patchscopes.selfie, nla, target, vectors)
-    found = [_sampled(SELFIE, target, lambda s: selfie(seed=s), options, progress)]
+    outputs = [_sampled(SELFIE, target, lambda seed: selfie(seed=seed), settings, progress)]
     if oracle is not None:
         prompt = patchscopes.Prompt.ask(nla, sources.question)
         ask = functools.partial(patchscopes.answers, oracle, prompt, vectors)
-        found.append(_sampled(ORACLE, oracle, lambda s: ask(seed=s), options, progress))
-    found.append(_sampled(NLA_READER, target, lambda s: explain(nla, vectors, seed=s), options, progress))
-    return found
+        outputs.append(_sampled(ORACLE, oracle, lambda seed: ask(seed=seed), settings, progress))
+    outputs.append(_sampled(NLA_READER, target, lambda seed: explain(nla, vectors, seed=seed), settings, progress))
+    return outputs
 
 
-def _lenses(task: Task, target: Target, vectors: Tensor, options: Options, progress: Progress) -> list[Reading]:
+def _run_lenses(
+    task: Task, target: Target, vectors: Float[Tensor, "n d"], settings: ComparisonSettings, progress: Progress
+) -> list[ReaderOutput]:
     texts = list(dict.fromkeys(task.sites.texts[row] for row in task.rows(TRAIN)))
-    tuned = lenses.fit_lens(target, texts, options.lens_steps, options.seed, progress)
-    readings = []
+    tuned = lenses.fit_lens(target, texts, settings.lens_steps, settings.seed, progress)
+    outputs = []
     for name, lens in ((LOGIT_LENS, None), (TUNED_LENS, tuned)):
         tops = [[text] for text in lenses.top_tokens(target, vectors, lens)]
         scores = functools.partial(_lens_scores, target, vectors, lens)
-        readings.append(Reading(name, ACTIVATION, tops, n_tokens=float(lenses.N_TOP), scores=scores))
-    return readings
+        outputs.append(ReaderOutput(name, ACTIVATION, tops, n_tokens=float(lenses.N_TOP), scores=scores))
+    return outputs
 
 
-def _lens_scores(target: Target, vectors: Tensor, lens: lenses.TunedLens | None, task: Task) -> Tensor | None:
+def _lens_scores(
+    target: Target, vectors: Float[Tensor, "n d"], lens: lenses.TunedLens | None, task: Task
+) -> Float[Tensor, "n k"] | None:
     return lenses.class_scores(target, vectors, task.words, task.classes, lens)
 
 
-def _adversaries(
+def _run_text_readers(
+    sites: Sites, target: Target, settings: ComparisonSettings, progress: Progress
+) -> list[ReaderOutput]:
+    """The visible text, and the visible text with what the target goes on to write."""
+    visible, prefixes = sites.visible(target.tokenizer), sites.prefixes(target.tokenizer)
+    progress(TEXT_LM, 0.0)
+    write = adversaries.continuations(target, prefixes, settings.n_continued)
+    samples = [write(settings.seed + sample) for sample in range(settings.n_samples)]
+    continued = [[text + sample[row] for sample in samples] for row, text in enumerate(visible)]
+    progress(TEXT_LM, 1.0)
+    texts = {BAG: [[text] for text in visible], TEXT_LM: continued}
+    return [ReaderOutput(name, ADVERSARY, given, n_tokens=_n_tokens(target, given)) for name, given in texts.items()]
+
+
+def _run_confabulator(
     sites: Sites,
     sources: Sources,
-    vectors: Tensor,
-    readings: Sequence[Reading],
-    moved: Tensor,
-    options: Options,
+    nla: NLA,
+    vectors: Float[Tensor, "n d"],
+    settings: ComparisonSettings,
     progress: Progress,
-) -> list[Reading]:
-    target, nla, seed = sources.target, sources.nla, options.seed
-    seen = [[text] for text in sites.visible(target.tokenizer)]
-    found = [Reading(BAG, ADVERSARY, seen, n_tokens=_n_tokens(target, seen))]
-    progress(TEXT_LM, 0.0)
-    written = text_only.text_lm(target, sites, options.n_samples, seed, options.n_continued)
-    found.append(Reading(TEXT_LM, ADVERSARY, written, n_tokens=_n_tokens(target, written)))
-    progress(TEXT_LM, 1.0)
-    if nla is None:
-        return found
-    writer = (sources.writers or {}).get(sites) or text_only.continuations(target, sites, options.n_continued)
-    picked = text_only.confabulate(nla, vectors, writer, options.n_tries, options.n_samples, seed)
-    found.append(Reading(CONFABULATOR, ADVERSARY, picked, n_tokens=_n_tokens(target, picked)))
+) -> ReaderOutput:
+    target, writer = sources.target, (sources.writers or {}).get(sites)
+    writer = writer or adversaries.continuations(target, sites.prefixes(target.tokenizer), settings.n_continued)
+    picked = adversaries.confabulate(nla, vectors, writer, settings.n_tries, settings.n_samples, settings.seed)
     progress("confabulator", 1.0)
-    own = next(reading for reading in readings if reading.name == NLA_READER)
-    others = [own.texts[row] for row in moved.tolist()]
-    return [*found, Reading(SHUFFLED, ADVERSARY, others, n_tokens=own.n_tokens)]
+    return ReaderOutput(CONFABULATOR, ADVERSARY, picked, n_tokens=_n_tokens(target, picked))
 
 
 def _sampled(
-    name: str, target: Target, write: Callable[[int], list[str]], options: Options, progress: Progress
-) -> Reading:
+    name: str, target: Target, write: Writer, settings: ComparisonSettings, progress: Progress
+) -> ReaderOutput:
     """A reader of activations whose texts come from ``write``, which is given another seed for each sample."""
     drawn = []
     progress(name, 0.0)
-    for sample in range(options.n_samples):
-        drawn.append(write(options.seed + sample))
-        progress(name, (sample + 1) / options.n_samples)
+    for sample in range(settings.n_samples):
+        drawn.append(write(settings.seed + sample))
+        progress(name, (sample + 1) / settings.n_samples)
     texts = [list(samples) for samples in zip(*drawn, strict=True)]
-    return Reading(name, ACTIVATION, texts, n_tokens=_n_tokens(target, texts))
+    return ReaderOutput(name, ACTIVATION, texts, n_tokens=_n_tokens(target, texts))
 
 
-def _reconstruct(nla: NLA, own: Reading) -> Tensor:
-    """Reconstructions (n, d): of several samples, the direction of their mean."""
-    each = decode(nla, [text for samples in own.texts for text in samples], strict=False)
-    return each.reshape(len(own.texts), -1, each.shape[1]).mean(1)
+def _reconstruct(nla: NLA, explained: ReaderOutput) -> Float[Tensor, "n d"]:
+    """Reconstructions: of several samples, the direction of their mean."""
+    samples = decode(nla, [text for samples in explained.texts for text in samples], strict=False)
+    return samples.reshape(len(explained.texts), -1, samples.shape[1]).mean(1)
 
 
 def _n_tokens(target: Target, texts: Sequence[Sequence[str]]) -> float:
@@ -222,11 +280,11 @@ def _n_tokens(target: Target, texts: Sequence[Sequence[str]]) -> float:
     return sum(map(len, ids)) / max(1, len(texts))
 
 
-def moved_away(sites: Sites, seed: int) -> Tensor:
-    """For each site another one (n,), of another group unless one group holds more than half of the sites.
+def sites_of_other_groups(sites: Sites, seed: int) -> Int[Tensor, " n"]:
+    """For each site another one, of another group unless one group holds more than half of the sites.
 
     Which one of a group is drawn too: where every group holds one site of each class, in the same order, an equal
-    place would be an equal class.
+    position would be an equal class.
     """
     members: dict[int, list[int]] = {}
     for row, group in enumerate(sites.groups):
@@ -234,28 +292,28 @@ def moved_away(sites: Sites, seed: int) -> Tensor:
     groups = list(members.values())
     rng = random.Random(seed)
     rng.shuffle(groups)
-    for own in groups:
-        rng.shuffle(own)
-    order = [row for group in groups for row in group]
-    shift, moved = max(map(len, groups)), torch.empty(len(sites), dtype=torch.int64)
-    for place, row in enumerate(order):
-        moved[row] = order[(place + shift) % len(order)]
-    return moved
+    for rows in groups:
+        rng.shuffle(rows)
+    order = [row for rows in groups for row in rows]
+    shift, others = max(map(len, groups)), torch.empty(len(sites), dtype=torch.int64)
+    for position, row in enumerate(order):
+        others[row] = order[(position + shift) % len(order)]
+    return others
 
 
-def _holm(results: list[TaskResult]) -> list[TaskResult]:
+def _holm_over_tasks(results: list[TaskResult]) -> list[TaskResult]:
     """The p-values of each reader and measure corrected over the tasks."""
     corrected = [list(result.readers) for result in results]
     for name in {row.reader for rows in corrected for row in rows}:
         for measure in ("zero_versus", "labelled_versus"):
-            places = [
-                (number, place)
+            cells = [
+                (number, column, getattr(row, measure))
                 for number, rows in enumerate(corrected)
-                for place, row in enumerate(rows)
+                for column, row in enumerate(rows)
                 if row.reader == name and getattr(row, measure) is not None
             ]
-            raw = [getattr(corrected[number][place], measure) for number, place in places]
-            for (number, place), versus, p_value in zip(places, raw, holm([one.p_value for one in raw]), strict=True):
-                row = corrected[number][place]
-                corrected[number][place] = replace(row, **{measure: versus._replace(p_holm=p_value)})
+            adjusted = holm([versus.p_value for _, _, versus in cells])
+            for (number, column, versus), p_holm in zip(cells, adjusted, strict=True):
+                row = corrected[number][column]
+                corrected[number][column] = replace(row, **{measure: versus._replace(p_holm=p_holm)})
     return [replace(result, readers=rows) for result, rows in zip(results, corrected, strict=True)]

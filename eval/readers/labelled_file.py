@@ -26,7 +26,7 @@ _MAX_FIELD = 1 << 24
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 
 
-class Row(NamedTuple):
+class LabelledRow(NamedTuple):
     """One labelled text."""
 
     number: int
@@ -38,10 +38,10 @@ class Row(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Rows:
+class LabelledRows:
     """The rows that were kept."""
 
-    rows: list[Row]
+    rows: list[LabelledRow]
     n_read: int
     """Rows in the file."""
 
@@ -55,9 +55,9 @@ class Rows:
         return len(self.rows)
 
 
-def load(
+def read_labelled_file(
     path: str | Path, text: str, label: str, group: str | None = None, max_rows: int = MAX_ROWS, seed: int = 0
-) -> Rows:
+) -> LabelledRows:
     """Labelled texts of a file; of more than ``max_rows`` a random sample.
 
     Args:
@@ -80,27 +80,27 @@ def load(
         raise ArgumentError(f"the file {path.name}", f"one that ends on {', '.join(READERS)}", "rename or convert it")
     columns = [name for name in (text, label, group) if name is not None]
     rng, kept, n_read = random.Random(seed), [], 0
-    for number, found in enumerate(reader(path, columns), start=1):
-        row = _row(number, found, text, label, group)
+    for number, cells in enumerate(reader(path, columns), start=1):
+        row = _row(number, cells, text, label, group)
         n_read = number
         if len(kept) < max_rows:
             kept.append(row)
-        elif (place := rng.randrange(number)) < max_rows:
-            kept[place] = row
+        elif (replaced := rng.randrange(number)) < max_rows:
+            kept[replaced] = row
     kept.sort()
     unique = list({(row.text, row.label, row.group): row for row in reversed(kept)}.values())[::-1]
     _check_classes(unique, path, n_read, max_rows)
     conflicts = Counter(text for text, _label in {(row.text, row.label) for row in unique})
-    return Rows(unique, n_read, len(kept) - len(unique), sum(count > 1 for count in conflicts.values()))
+    return LabelledRows(unique, n_read, len(kept) - len(unique), sum(count > 1 for count in conflicts.values()))
 
 
-def _row(number: int, found: dict[str, Any], text: str, label: str, group: str | None) -> Row:
-    words = found[text]
+def _row(number: int, cells: dict[str, Any], text: str, label: str, group: str | None) -> LabelledRow:
+    words = cells[text]
     if words is None or (isinstance(words, str) and not words.strip()):
         raise EmptyTextError(f"row {number} with an empty {text!r}", "a text in every row", "leave empty rows out")
     if not isinstance(words, str):
         raise ParseError(f"row {number} with a {type(words).__name__} as {text!r}", "a text", "name the text's column")
-    name, cluster = _name(found[label]), None if group is None else _name(found[group])
+    name, cluster = _name(cells[label]), None if group is None else _name(cells[group])
     for column, value in ((text, words), (label, name), (group, cluster)):
         if value is not None and any("\ud800" <= one <= "\udfff" for one in value):
             raise ParseError(
@@ -108,9 +108,9 @@ def _row(number: int, found: dict[str, Any], text: str, label: str, group: str |
             )
     if name is None:
         raise ArgumentError(
-            f"row {number} without a label ({found[label]!r})", f"a value in every {label!r}", "drop it"
+            f"row {number} without a label ({cells[label]!r})", f"a value in every {label!r}", "drop it"
         )
-    return Row(number, words, name, cluster)
+    return LabelledRow(number, words, name, cluster)
 
 
 def _name(value: Any) -> str | None:
@@ -127,7 +127,7 @@ def _name(value: Any) -> str | None:
     return None if name.lower() in ("", "nan") else name
 
 
-def _check_classes(rows: list[Row], path: Path, n_read: int, max_rows: int) -> None:
+def _check_classes(rows: list[LabelledRow], path: Path, n_read: int, max_rows: int) -> None:
     counts = Counter(row.label for row in rows)
     if len(counts) < 2:
         shown = f"the class {next(iter(counts))!r} alone" if counts else "no rows"
@@ -145,12 +145,12 @@ def _check_classes(rows: list[Row], path: Path, n_read: int, max_rows: int) -> N
         )
 
 
-def _check_columns(columns: list[str], found: list[str], where: str) -> None:
-    missing = [name for name in columns if name not in found]
-    twice = [name for name in columns if found.count(name) > 1]
+def _check_columns(columns: list[str], header: list[str], where: str) -> None:
+    missing = [name for name in columns if name not in header]
+    twice = [name for name in columns if header.count(name) > 1]
     if missing or twice:
         what = f"without a column {missing[0]!r}" if missing else f"with two columns {twice[0]!r}"
-        raise ArgumentError(f"{where} {what}", f"columns among {found[:20]}", "name a column of the file")
+        raise ArgumentError(f"{where} {what}", f"columns among {header[:20]}", "name a column of the file")
 
 
 # ------------------------------------------------------------------------------------------------------ kinds of file
@@ -180,7 +180,7 @@ def _csv(path: Path, columns: list[str]) -> Iterator[dict[str, Any]]:
             if header is None:
                 raise ArgumentError(f"{path.name}, which is empty", "a header and rows", "check the path")
             _check_columns(columns, header, path.name)
-            places = {name: header.index(name) for name in columns}
+            position_of = {name: header.index(name) for name in columns}
             for number, cells in enumerate(filter(None, reader), start=1):
                 if len(cells) != len(header):
                     raise ParseError(
@@ -188,7 +188,7 @@ def _csv(path: Path, columns: list[str]) -> Iterator[dict[str, Any]]:
                         f"{len(header)}, as in the header",
                         'put quotes ("…") around texts that hold the delimiter, quotes or line breaks',
                     )
-                yield {name: cells[place] for name, place in places.items()}
+                yield {name: cells[position] for name, position in position_of.items()}
     except (csv.Error, OSError, UnicodeError) as error:
         raise _not_this_kind(path, error) from error
 
@@ -216,11 +216,11 @@ def _json(path: Path, columns: list[str]) -> Iterator[dict[str, Any]]:
     yield from (_object(one, number, path, columns) for number, one in enumerate(content, start=1))
 
 
-def _object(found: Any, number: int, path: Path, columns: list[str]) -> dict[str, Any]:
-    if not isinstance(found, dict):
-        raise ParseError(f"{path.name} with a row that is a {type(found).__name__}", "objects", "give {…} a row")
-    _check_columns(columns, list(found), f"row {number} of {path.name}")
-    return found
+def _object(row: Any, number: int, path: Path, columns: list[str]) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise ParseError(f"{path.name} with a row that is a {type(row).__name__}", "objects", "give {…} a row")
+    _check_columns(columns, list(row), f"row {number} of {path.name}")
+    return row
 
 
 def _parquet(path: Path, columns: list[str]) -> Iterator[dict[str, Any]]:

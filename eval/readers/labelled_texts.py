@@ -1,4 +1,4 @@
-"""`nla probe`: the readers compared on a user's own labelled texts, with a picture.
+"""`nla probe`: a user's own labelled texts in, the readers compared on them out, with a picture.
 
 The texts are split by group: equal texts, and rows of the same group, never stand on both sides.
 """
@@ -12,15 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from nla.errors import ArgumentError, ContextLengthError, PositionError, VocabularyError
-from nla.eval.readers import labelled_file as files
-from nla.eval.readers.compare import Options, Sources, compare
-from nla.eval.readers.labelled_file import Row, Rows
+from nla.eval.readers.compare import ComparisonSettings, Sources, compare_readers
+from nla.eval.readers.labelled_file import MAX_ROWS, LabelledRow, LabelledRows, read_labelled_file
 from nla.eval.readers.measures import NLA_READER, TaskResult
-from nla.eval.readers.patchscopes import load_oracle
 from nla.eval.readers.probes import LOGISTIC
-from nla.eval.readers.tables import LEGEND, figure, plain, random_check, tables
+from nla.eval.readers.tables import LEGEND, random_check, readers_figure, tables
 from nla.eval.readers.tasks import TEST, TRAIN, Sites, Task
-from nla.eval.report import Check, Report, checks_table, save
+from nla.eval.report import Check, Report, checks_table, one_line, save
 from nla.eval.target import Progress, Target, open_pair, silent
 from nla.models.points import context_length
 from nla.text.tokens import Span, encode_batch, select_positions
@@ -54,8 +52,8 @@ class ProbeReport(Report):
     def to_markdown(self) -> str:
         """The readable report."""
         about = (
-            f"`{plain(self.data)}`: {self.n_texts} texts of {self.n_rows} rows, {self.n_sites} activations of "
-            f"{plain(self.target)} at `{self.point}`, positions {plain(self.positions)}. {LEGEND}"
+            f"`{one_line(self.data)}`: {self.n_texts} texts of {self.n_rows} rows, {self.n_sites} activations of "
+            f"{one_line(self.target)} at `{self.point}`, positions {one_line(self.positions)}. {LEGEND}"
         )
         notes = "\n".join(f"- {note}" for note in self.notes)
         parts = [
@@ -68,27 +66,54 @@ class ProbeReport(Report):
         return "\n\n".join(part for part in parts if part)
 
 
-class _Places(NamedTuple):
-    rows: list[Row]
+class LabelledSites(NamedTuple):
+    """A row of the file for every token that is read, that token's index, and how many texts were left out."""
+
+    rows: list[LabelledRow]
     tokens: list[int]
     n_unreadable: int
     n_unmatched: int
 
 
-def run(
+@dataclass(frozen=True, kw_only=True)
+class ProbeSettings(ComparisonSettings):
+    """Which texts are compared on, where they are read, and how the readers are run.
+
+    Raises:
+        ArgumentError: see :class:`nla.eval.readers.compare.ComparisonSettings`.
+    """
+
+    text: str
+    """The column of the texts."""
+
+    label: str
+    """The column of the labels."""
+
+    group: str | None = None
+    """The column of the document that a row belongs to; None: equal texts are a group."""
+
+    pair: NLA | str | Path = "couplets"
+    """Name, folder or hub id of a trained pair, or a loaded one; its target reads the texts."""
+
+    positions: str = "last"
+    """"last", "all", or a pattern such as "/\\n/"; a text without a match is left out."""
+
+    words: Sequence[str] = ()
+    """"LABEL=WORD,WORD" for the judgement without labels; a class that is not given is named by itself."""
+
+    max_rows: int = MAX_ROWS
+    """Of a larger file a random sample."""
+
+    skip: bool = False
+    """Leave out texts that the target cannot read (unknown words, too long) instead of refusing the file."""
+
+    n_samples: int = 2
+    """Explanations of each activation, by every reader that samples."""
+
+
+def compare_on_labelled_texts(
     data: str | Path,
-    text: str,
-    label: str,
-    pair: NLA | str | Path = "couplets",
-    positions: str = "last",
-    group: str | None = None,
-    words: Sequence[str] = (),
-    n_samples: int = 2,
-    max_rows: int = files.MAX_ROWS,
-    skip: bool = False,
-    oracle: str | Path | None = None,
-    question: str = "",
-    seed: int = 0,
+    settings: ProbeSettings,
     out_dir: str | Path | None = None,
     progress: Progress = silent,
 ) -> ProbeReport:
@@ -96,69 +121,37 @@ def run(
 
     Args:
         data: a CSV, TSV, JSON, JSON lines or Parquet file.
-        text, label, group: columns; without a group, equal texts are one.
-        pair: name, folder or hub id of a trained pair; its target reads the texts.
-        positions: "last", "all", or a pattern such as "/\\n/"; a text without a match is left out.
-        words: "LABEL=WORD,WORD" for the judgement without labels; a class that is not given stands for itself.
-        n_samples: explanations of each activation.
-        max_rows: of a larger file a random sample.
-        skip: leave out texts that the target cannot read (unknown words, too long) instead of refusing the file.
-        oracle: a PEFT folder of an activation oracle on the pair's target, asked ``question``.
         out_dir: where ``probe.json``, ``.md`` and ``.png`` go; None: nowhere.
 
     Raises:
-        ArgumentError, EmptyTextError, ParseError: see :func:`nla.eval.rows.load`.
-        VocabularyError, ContextLengthError: a text cannot be read, and ``skip`` is off.
+        ArgumentError, EmptyTextError, ParseError: see :func:`nla.eval.readers.labelled_file.read_labelled_file`.
+        VocabularyError, ContextLengthError: a text cannot be read, and ``settings.skip`` is off.
         PositionError: no text has such a position.
     """
-    _check_options(oracle, question, n_samples, seed)
-    loaded = files.load(data, text, label, group, max_rows, seed)
-    names = class_words(sorted({row.label for row in loaded.rows}), words)
+    labelled = read_labelled_file(data, settings.text, settings.label, settings.group, settings.max_rows, settings.seed)
+    names = class_words(sorted({row.label for row in labelled.rows}), settings.words)
     progress("load", 1.0)
-    nla = open_pair(pair)
-    target = Target.of(nla)
-    places = find_places(target, loaded.rows, positions, skip)
-    task = make_task(label, places.rows, places.tokens, names, seed)
-    asked = None if oracle is None else load_oracle(nla.target_folder or nla.config.target, oracle, target)
-    tasks = compare([task], Sources(target, nla, asked, question), Options(n_samples=n_samples, seed=seed), progress)
-    report = _report(data, nla, loaded, places, positions, max_rows, task, tasks)
-    if out_dir is not None:
-        title = f"{report.data}: {label} at {report.point} of {report.target}"
-        save(out_dir, "probe", report, report.to_markdown(), figure({label: tasks[0]}, title))
-    return report
-
-
-def _check_options(oracle: str | Path | None, question: str, n_samples: int, seed: int) -> None:
-    if (oracle is None) != (not question):
-        raise ArgumentError(
-            f"oracle={oracle}, question={question!r}", "both or neither", "give --oracle and --question"
-        )
-    if n_samples < 1 or seed < 0:
-        raise ArgumentError(f"n_samples={n_samples}, seed={seed}", "1 or more; 0 or more", "correct them")
-
-
-def _report(
-    data: str | Path,
-    nla: NLA,
-    loaded: Rows,
-    places: _Places,
-    positions: str,
-    max_rows: int,
-    task: Task,
-    tasks: list[TaskResult],
-) -> ProbeReport:
-    return ProbeReport(
+    nla = open_pair(settings.pair, settings.device)
+    sources = Sources.of_pair(nla, settings)
+    sites = find_sites(sources.target, labelled.rows, settings.positions, settings.skip)
+    task = make_task(settings.label, sites.rows, sites.tokens, names, settings.seed)
+    tasks = compare_readers([task], sources, settings, progress)
+    report = ProbeReport(
         checks=_checks(tasks),
         data=Path(data).name,
         target=Path(nla.config.target).name,
         point=str(nla.point),
-        positions=positions,
-        n_rows=loaded.n_read,
+        positions=settings.positions,
+        n_rows=labelled.n_read,
         n_texts=len(task.sites.unique_texts),
         n_sites=len(task.sites),
-        notes=_notes(loaded, places, max_rows),
+        notes=_notes(labelled, sites, settings.max_rows),
         tasks=tasks,
     )
+    if out_dir is not None:
+        title = f"{report.data}: {settings.label} at {report.point} of {report.target}"
+        save(out_dir, "probe", report, report.to_markdown(), readers_figure({settings.label: tasks[0]}, title))
+    return report
 
 
 def class_words(labels: Sequence[str], given: Sequence[str]) -> dict[str, tuple[str, ...]]:
@@ -167,21 +160,21 @@ def class_words(labels: Sequence[str], given: Sequence[str]) -> dict[str, tuple[
     Raises:
         ArgumentError: another form, or a label that is not there.
     """
-    found: dict[str, tuple[str, ...]] = {
+    words_of: dict[str, tuple[str, ...]] = {
         label: (label,) if any(one.isalpha() for one in label) else () for label in labels
     }
     for entry in given:
         name, separator, listed = entry.partition("=")
         listed_words = tuple(word.strip() for word in listed.split(",") if word.strip())
-        if not separator or not listed_words or name.strip() not in found:
+        if not separator or not listed_words or name.strip() not in words_of:
             raise ArgumentError(
                 f"--words {entry}", f"LABEL=WORD,WORD with a label among {list(labels)[:20]}", "write it like that"
             )
-        found[name.strip()] = listed_words
-    return found
+        words_of[name.strip()] = listed_words
+    return words_of
 
 
-def find_places(target: Target, rows: Sequence[Row], positions: str, skip: bool) -> _Places:
+def find_sites(target: Target, rows: Sequence[LabelledRow], positions: str, skip: bool) -> LabelledSites:
     """A row for every token that is read, with that token's index.
 
     Raises:
@@ -199,14 +192,14 @@ def find_places(target: Target, rows: Sequence[Row], positions: str, skip: bool)
                 fix = f"{error.fix}; or leave out what the target cannot read (--skip)"
                 raise type(error)(f"row {row.number}: {error.got}", error.expected, fix) from error
             spans.append(None)
-    kept: list[Row] = []
+    kept: list[LabelledRow] = []
     tokens: list[int] = []
     n_unmatched, last = 0, None
-    for row, found in zip(rows, spans, strict=True):
-        if found is None:
+    for row, tokens_of_row in zip(rows, spans, strict=True):
+        if tokens_of_row is None:
             continue
         try:
-            chosen = select_positions(found, positions, row.number)
+            chosen = select_positions(tokens_of_row, positions, row.number)
         except PositionError as error:
             n_unmatched, last = n_unmatched + 1, error
             continue
@@ -217,11 +210,11 @@ def find_places(target: Target, rows: Sequence[Row], positions: str, skip: bool)
     if not kept or len(kept) > MAX_SITES:
         got = f"{len(kept)} positions in {len(rows)} texts"
         raise ArgumentError(got, f"1 to {MAX_SITES}", "choose other positions, or other texts, or allow fewer rows")
-    return _Places(kept, tokens, sum(one is None for one in spans), n_unmatched)
+    return LabelledSites(kept, tokens, sum(one is None for one in spans), n_unmatched)
 
 
 def make_task(
-    name: str, rows: Sequence[Row], tokens: Sequence[int], words: Mapping[str, tuple[str, ...]], seed: int = 0
+    name: str, rows: Sequence[LabelledRow], tokens: Sequence[int], words: Mapping[str, tuple[str, ...]], seed: int = 0
 ) -> Task:
     """The task of labelled rows: a third of the groups to judge on, with as even a share of each class as they allow.
 
@@ -232,9 +225,10 @@ def make_task(
 
     labels, groups = [row.label for row in rows], group_numbers(rows)
     counts = Counter(labels)
-    lonely = [
-        one for one in counts if len({group for group, own in zip(groups, labels, strict=True) if own == one}) < 2
-    ]
+    groups_of: dict[str, set[int]] = {}
+    for label, group in zip(labels, groups, strict=True):
+        groups_of.setdefault(label, set()).add(group)
+    lonely = [label for label, members in groups_of.items() if len(members) < 2]
     if len(set(groups)) < 2 * N_FOLDS or lonely:
         shown = f"the classes {lonely[:_SHOWN]} in one group each" if lonely else f"{len(set(groups))} groups of texts"
         raise ArgumentError(shown, f"at least {2 * N_FOLDS} groups, two with each class", "give more or other groups")
@@ -247,7 +241,7 @@ def make_task(
     return Task(name, sites, tuple(labels), tuple(splits), words)
 
 
-def group_numbers(rows: Sequence[Row]) -> list[int]:
+def group_numbers(rows: Sequence[LabelledRow]) -> list[int]:
     """The group of each row: rows that share a text or a group are of one, and so is what these share with others."""
     parent: dict[tuple[str, str], tuple[str, str]] = {}
 
@@ -258,20 +252,20 @@ def group_numbers(rows: Sequence[Row]) -> list[int]:
         return node
 
     for row in rows:
-        own = root(("text", row.text))
+        of_text = root(("text", row.text))
         if row.group is not None:
-            parent[own] = root(("group", row.group))
+            parent[of_text] = root(("group", row.group))
     numbers: dict[tuple[str, str], int] = {}
     return [numbers.setdefault(root(("text", row.text)), len(numbers)) for row in rows]
 
 
-def _notes(loaded: Rows, places: _Places, max_rows: int) -> list[str]:
+def _notes(labelled: LabelledRows, sites: LabelledSites, max_rows: int) -> list[str]:
     counts = (
-        (loaded.n_duplicates, "rows that repeat an earlier one (text, label and group) were left out"),
-        (loaded.n_conflicts, "texts stand there with more than one label"),
-        (places.n_unreadable, "texts that the target cannot read were left out"),
-        (places.n_unmatched, "texts without such a position were left out"),
-        (loaded.n_read - max_rows, f"rows beyond a random sample of {max_rows} were left out"),
+        (labelled.n_duplicates, "rows that repeat an earlier one (text, label and group) were left out"),
+        (labelled.n_conflicts, "texts are there with more than one label"),
+        (sites.n_unreadable, "texts that the target cannot read were left out"),
+        (sites.n_unmatched, "texts without such a position were left out"),
+        (labelled.n_read - max_rows, f"rows beyond a random sample of {max_rows} were left out"),
     )
     return [f"{count} {what}" for count, what in counts if count > 0]
 

@@ -1,4 +1,4 @@
-"""The measures of one labelled task, reader by reader, from what was gathered at its sites.
+"""The measures of one labelled task, reader by reader, from what the readers gave at its sites.
 
 Without labels: does the reader name the class's word? With labels: what can be fitted on what it gives? Then retention,
 what the explanation left out, what it adds to a probe, and a paired test against the best reader of the text alone.
@@ -13,11 +13,30 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from nla.eval.auroc import N_BOOT, Ranked, difference, mean, paired_p, rank, resample
+from nla.eval.auroc import (
+    N_BOOT,
+    Ranked,
+    auroc_difference,
+    mean_auroc,
+    paired_p,
+    ranked_auroc,
+    resample_groups,
+)
 from nla.eval.readers import probes
-from nla.eval.readers.probes import LOGISTIC, Budget, Complement, Features, Retention, Split, take
+from nla.eval.readers.probes import (
+    LOGISTIC,
+    Budget,
+    Complement,
+    Features,
+    Reconstructed,
+    Retention,
+    Split,
+    fit_probe,
+    select,
+)
 from nla.eval.readers.tasks import RANDOM, TEST, TRAIN, Task
 from nla.eval.report import Figures
 from nla.stats import Interval, wilson
@@ -29,15 +48,15 @@ N_EXAMPLES = 3
 
 
 @dataclass(frozen=True)
-class Reading:
+class ReaderOutput:
     """What one reader gives for every site."""
 
     name: str
     kind: str
     """PROBE: vectors; ACTIVATION: texts from the activation; ADVERSARY: texts from anything else."""
 
-    given: Tensor | list[list[str]]
-    """Vectors (n, d), or the samples of each site."""
+    given: Float[Tensor, "n d"] | list[list[str]]
+    """Vectors, or the samples of each site."""
 
     probe: str = LOGISTIC
     """How vectors are probed."""
@@ -45,8 +64,8 @@ class Reading:
     n_tokens: float = 0.0
     """Tokens written for each activation."""
 
-    scores: Callable[[Task], Tensor | None] | None = None
-    """Scores (n, k) without labels; None: by which class's words stand in the texts."""
+    scores: Callable[[Task], Float[Tensor, "n k"] | None] | None = None
+    """Scores without labels; None: by which class's words are in the texts."""
 
     @property
     def texts(self) -> list[list[str]]:
@@ -63,27 +82,27 @@ class Reading:
         """All samples of each site as one text; none of a probe."""
         return [" \n".join(samples) for samples in self.texts]
 
-    def zero(self, task: Task) -> Tensor | None:
-        """Scores (n, k) without any label, or None where nothing names the classes."""
+    def scores_without_labels(self, task: Task) -> Float[Tensor, "n k"] | None:
+        """Scores without any label, or None where nothing names the classes."""
         if isinstance(self.given, Tensor) or not any(task.words.get(name) for name in task.classes):
             return None
         return naming(self.texts, task.words, task.classes) if self.scores is None else self.scores(task)
 
 
 @dataclass(frozen=True)
-class Gathered:
-    """What is shared by all tasks over the same sites."""
+class SiteReadings:
+    """What all readers give at some sites, shared by all tasks over them."""
 
-    vectors: Tensor
-    """Activations (n, d)."""
+    vectors: Float[Tensor, "n d"]
+    """Activations."""
 
-    predicted: Tensor | None
-    """Reconstructions (n, d) from the pair's explanations."""
+    predicted: Float[Tensor, "n d"] | None
+    """Reconstructions from the pair's explanations."""
 
-    moved: Tensor
-    """(n,) a site of another group for each site: what the rocks are given."""
+    exchanged: Int[Tensor, " n"]
+    """A site of another group for each site: what the baselines are given."""
 
-    readings: list[Reading]
+    outputs: list[ReaderOutput]
 
 
 class Versus(NamedTuple):
@@ -142,8 +161,8 @@ class TaskResult(Figures):
 
     def beside(self, coin: TaskResult) -> TaskResult:
         """The same, with what each reader makes of random labels at the same sites."""
-        found = {row.reader: row.labelled.get(TEST) for row in coin.readers}
-        return replace(self, readers=[replace(row, random=found.get(row.reader)) for row in self.readers])
+        by_reader = {row.reader: row.labelled.get(TEST) for row in coin.readers}
+        return replace(self, readers=[replace(row, random=by_reader.get(row.reader)) for row in self.readers])
 
 
 class _Measured(NamedTuple):
@@ -152,16 +171,16 @@ class _Measured(NamedTuple):
     labelled: Ranked
 
 
-def judge(task: Task, found: Gathered, sizes: Sequence[int], n_boot: int = 500, seed: int = 0) -> TaskResult:
-    """Every measure of a task."""
-    measured = [_measure(task, reading, sizes, n_boot, seed) for reading in found.readings]
+def judge_task(task: Task, at: SiteReadings, sizes: Sequence[int], n_boot: int = 500, seed: int = 0) -> TaskResult:
+    """Every measure of a task; ``sizes`` are numbers of labels to fit on."""
+    measured = [_measure(task, output, sizes, n_boot, seed) for output in at.outputs]
     kept = complement = None
-    explained = next((reading.joined for reading in found.readings if reading.name == NLA_READER), None)
-    if found.predicted is not None and explained is not None:
+    explained = next((output.joined for output in at.outputs if output.name == NLA_READER), None)
+    if at.predicted is not None and explained is not None:
         train, test, k = task.rows(TRAIN), task.rows(TEST), len(task.classes)
         on, judged = _split(task, TRAIN), _split(task, TEST)
-        first, second = (probes.Both(found.vectors[rows], found.predicted[rows]) for rows in (train, test))
-        shuffled = found.predicted[found.moved[test]]
+        first, second = (Reconstructed(at.vectors[rows], at.predicted[rows]) for rows in (train, test))
+        shuffled = at.predicted[at.exchanged[test]]
         kept = probes.retention(first, on.labels, second, shuffled, judged, k, n_boot, seed)
         texts = [explained[row] for row in train], [explained[row] for row in test]
         complement = probes.complement(first.vectors, texts[0], on, second.vectors, texts[1], judged, k, n_boot, seed)
@@ -176,7 +195,7 @@ def judge(task: Task, found: Gathered, sizes: Sequence[int], n_boot: int = 500, 
 
 
 def judge_coins(
-    coins: Sequence[Task], found: Gathered, beside: Sequence[str], n_boot: int = 500, seed: int = 0
+    coins: Sequence[Task], at: SiteReadings, beside: Sequence[str], n_boot: int = 500, seed: int = 0
 ) -> TaskResult:
     """What can be fitted on each reader where labels are coin flips, on average over several: 0.5 but for chance.
 
@@ -184,13 +203,14 @@ def judge_coins(
     """
     train, test = coins[0].rows(TRAIN), coins[0].rows(TEST)
     rows = []
-    for reading in found.readings:
-        known, others = take(reading.features, train), take(reading.features, test)
+    for output in at.outputs:
+        known, others = select(output.features, train), select(output.features, test)
         ranked = []
         for coin in coins:
-            fitted = probes.fit(known, coin.codes(train), len(coin.classes), reading.probe, seed)
-            ranked.append(rank(fitted(others), *_split(coin, TEST), n_boot, seed))
-        rows.append(ReaderRow(reading.name, reading.kind, labelled={TEST: mean(ranked)}, n_tokens=reading.n_tokens))
+            fitted = fit_probe(known, coin.codes(train), len(coin.classes), output.probe, seed)
+            ranked.append(ranked_auroc(fitted(others), *_split(coin, TEST), n_boot, seed))
+        labelled = {TEST: mean_auroc(ranked)}
+        rows.append(ReaderRow(output.name, output.kind, labelled=labelled, n_tokens=output.n_tokens))
     sizes = {TRAIN: len(train), TEST: len(test)}
     return TaskResult(RANDOM, coins[0].classes, sizes, rows, shares_sites=list(beside))
 
@@ -200,59 +220,54 @@ def _split(task: Task, split: str) -> Split:
     return Split(task.codes(rows), task.group_codes(rows))
 
 
-def _measure(task: Task, reading: Reading, sizes: Sequence[int], n_boot: int, seed: int) -> _Measured:
-    train, k, features = task.rows(TRAIN), len(task.classes), reading.features
+def _measure(task: Task, output: ReaderOutput, sizes: Sequence[int], n_boot: int, seed: int) -> _Measured:
+    train, k, features = task.rows(TRAIN), len(task.classes), output.features
     labels, test = task.codes(train), task.rows(TEST)
-    fitted = probes.fit(take(features, train), labels, k, reading.probe, seed)
-    named = reading.zero(task)
+    fitted = fit_probe(select(features, train), labels, k, output.probe, seed)
+    named = output.scores_without_labels(task)
     ranked: dict[str, Ranked] = {}
     without: dict[str, Ranked] = {}
     for split in (TEST, *task.transfers):
         rows, judged = task.rows(split), _split(task, split)
         if len(judged.labels.unique()) < 2:
             continue
-        ranked[split] = rank(fitted(take(features, rows)), *judged, n_boot, seed)
+        ranked[split] = ranked_auroc(fitted(select(features, rows)), *judged, n_boot, seed)
         if named is not None:
-            without[split] = rank(named[rows], *judged, n_boot, seed)
+            without[split] = ranked_auroc(named[rows], *judged, n_boot, seed)
     few = [size for size in sizes if size < len(train)]
-    budgets = probes.budgets(
-        take(features, train), labels, take(features, test), _split(task, TEST), k, reading.probe, few, seed
+    budgets = probes.auroc_by_budget(
+        select(features, train), labels, select(features, test), _split(task, TEST), k, output.probe, few, seed
     )
     budgets.append(Budget(len(train), *[ranked[TEST].auroc.value] * 3))
     row = ReaderRow(
-        reader=reading.name,
-        kind=reading.kind,
+        reader=output.name,
+        kind=output.kind,
         zero={split: one.auroc for split, one in without.items()},
         choice=None if named is None else forced_choice(named[test], *_split(task, TEST), n_boot, seed),
         labelled={split: one.auroc for split, one in ranked.items()},
         budgets=budgets,
-        n_tokens=reading.n_tokens,
-        examples=[samples[0] for samples in take_lists(reading.texts, test[:N_EXAMPLES])],
+        n_tokens=output.n_tokens,
+        examples=[output.texts[row][0] for row in test[:N_EXAMPLES]] if output.texts else [],
     )
     return _Measured(row, without.get(TEST), ranked[TEST])
 
 
-def take_lists(lists: list[list[str]], rows: Sequence[int]) -> list[list[str]]:
-    """Some sites' samples; none of a probe."""
-    return [lists[row] for row in rows] if lists else []
-
-
-def naming(texts: Sequence[Sequence[str]], words: Mapping[str, Sequence[str]], classes: Sequence[str]) -> Tensor:
-    """How much more often texts name a class than another one: (n, k), in [−1, 1].
+def naming(
+    texts: Sequence[Sequence[str]], words: Mapping[str, Sequence[str]], classes: Sequence[str]
+) -> Float[Tensor, "n k"]:
+    """How much more often texts name a class than another one: in [−1, 1].
 
     The share of a site's samples with one of the class's words, minus its mean over the other classes: a text that
     names them all has named none. Whole words, in any case. A class that alone has no words, such as a sham, is what
     is left when no other is named.
     """
     patterns = [_pattern(words.get(name, ())) for name in classes]
-    rest = [place for place, one in enumerate(patterns) if one is None]
-    found = {text: [bool(one and one.search(text)) for one in patterns] for samples in texts for text in samples}
-    if len(rest) == 1:
-        for hits in found.values():
-            hits[rest[0]] = not any(hits)
-    shares = torch.stack(
-        [torch.tensor([found[text] for text in samples], dtype=torch.float64).mean(0) for samples in texts]
-    )
+    wordless = [column for column, pattern in enumerate(patterns) if pattern is None]
+    hits = {text: [bool(one and one.search(text)) for one in patterns] for samples in texts for text in samples}
+    if len(wordless) == 1:
+        for row in hits.values():
+            row[wordless[0]] = not any(row)
+    shares = torch.stack([torch.tensor([hits[text] for text in samples]).double().mean(0) for samples in texts])
     others = (shares.sum(1, keepdim=True) - shares) / max(1, len(classes) - 1)
     return shares - others
 
@@ -263,7 +278,13 @@ def _pattern(words: Sequence[str]) -> re.Pattern[str] | None:
     return re.compile(r"(?<!\w)(?:" + "|".join(re.escape(word) for word in words) + r")(?!\w)", re.IGNORECASE)
 
 
-def forced_choice(scores: Tensor, labels: Tensor, groups: Tensor, n_boot: int = N_BOOT, seed: int = 0) -> Interval:
+def forced_choice(
+    scores: Float[Tensor, "n k"],
+    labels: Int[Tensor, " n"],
+    groups: Int[Tensor, " n"],
+    n_boot: int = N_BOOT,
+    seed: int = 0,
+) -> Interval:
     """Share of items whose class scores highest, ties shared, corrected for chance: (share − 1/k) / (1 − 1/k).
 
     The share is the mean of the classes' own, so that always choosing the commonest class earns 0 like any guess.
@@ -273,32 +294,33 @@ def forced_choice(scores: Tensor, labels: Tensor, groups: Tensor, n_boot: int = 
     credit = best[torch.arange(len(labels)), labels].double() / best.sum(1)
     members = torch.nn.functional.one_hot(labels, n_classes).double()
 
-    def share(weights: Tensor) -> Tensor:
+    def share(weights: Float[Tensor, "b n"]) -> Float[Tensor, " b"]:
         return ((weights * credit) @ members / (weights @ members)).nanmean(1)  # 0 / 0: a class that was not drawn
 
     value = float(share(torch.ones(1, len(labels), dtype=torch.float64)))
     if n_groups < 2:
-        found = Interval(value, math.nan, math.nan)
+        interval = Interval(value, math.nan, math.nan)
     elif value in (0.0, 1.0):
-        found = Interval(*wilson(round(value * n_groups), n_groups))
+        interval = wilson(round(value * n_groups), n_groups)
     else:
         ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
-        found = Interval(value, *torch.quantile(share(resample(groups, n_boot, seed).double()), ends).tolist())
-    return Interval(*[(part - 1 / n_classes) / (1 - 1 / n_classes) for part in found])
+        draws = share(resample_groups(groups, n_boot, seed).double())
+        interval = Interval(value, *torch.quantile(draws, ends).tolist())
+    return Interval(*[(part - 1 / n_classes) / (1 - 1 / n_classes) for part in interval])
 
 
 def _versus(measured: Sequence[_Measured]) -> list[ReaderRow]:
     """Every reader against the adversary that scores highest on the same measure, of those that no activation helps."""
     rivals = [one for one in measured if one.row.kind == ADVERSARY and one.row.reader != CONFABULATOR]
 
-    def against(own: Ranked | None, field_name: str) -> Versus | None:
-        known = [(getattr(rival, field_name), rival.row.reader) for rival in rivals]
+    def against(reader: Ranked | None, measure: str) -> Versus | None:
+        known = [(getattr(rival, measure), rival.row.reader) for rival in rivals]
         known = [(ranked, name) for ranked, name in known if ranked is not None]
-        if own is None or not known:
+        if reader is None or not known:
             return None
         best, name = max(known, key=lambda pair: pair[0].auroc.value)
-        p_value = paired_p(own, best)
-        return Versus(name, difference(own, best), p_value, p_value)
+        p_value = paired_p(reader, best)
+        return Versus(name, auroc_difference(reader, best), p_value, p_value)
 
     return [
         one.row

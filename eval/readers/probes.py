@@ -1,4 +1,4 @@
-"""Probes: what can be learned of labels from vectors or texts, and what of it survives in a reconstruction.
+"""Probes: labelled vectors or texts in; what can be learned of the labels, and what a reconstruction keeps of it, out.
 
 scikit-learn fits everything. Vectors are read by logistic regression, by the difference of class means, and by
 logistic regression on principal components; texts by logistic regression on TF-IDF weights of their words. Settings
@@ -11,16 +11,20 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from nla.errors import ArgumentError, ShapeError
-from nla.eval.auroc import N_BOOT, difference, macro, paired_p, rank
+from nla.eval.auroc import N_BOOT, auroc_difference, macro_auroc, paired_p, ranked_auroc
 from nla.metrics import unit
 from nla.stats import Interval
+
+if TYPE_CHECKING:
+    from sklearn.pipeline import Pipeline
 
 LOGISTIC, MASS_MEAN, PCA = "logistic regression", "mass-mean", "PCA + logistic regression"
 VECTOR_PROBES = (LOGISTIC, MASS_MEAN, PCA)
@@ -33,11 +37,11 @@ N_FOLDS = 5
 _MAX_ITER = 1000
 _HIGHEST = 30.0
 
-Features = Tensor | Sequence[str]
-"""Vectors (n, d), or n texts."""
+Features = Float[Tensor, "n d"] | Sequence[str]
+"""Vectors, or n texts."""
 
-Fitted = Callable[[Features], Tensor]
-"""A reader that was fitted: features to log-odds (n, k) float64 of each class against all others."""
+Fitted = Callable[[Features], Float[Tensor, "n k"]]
+"""A reader that was fitted: features to log-odds float64 of each class against all others."""
 
 
 class Budget(NamedTuple):
@@ -50,10 +54,19 @@ class Budget(NamedTuple):
 
 
 class Split(NamedTuple):
-    """Items to judge on: class (n,) int64 and group (n,) int64 of each."""
+    """Items to judge on: class and group of each, int64."""
 
-    labels: Tensor
-    groups: Tensor
+    labels: Int[Tensor, " n"]
+    groups: Int[Tensor, " n"]
+
+
+class Classifier(Protocol):
+    """What is used of scikit-learn's classifiers."""
+
+    classes_: np.ndarray
+
+    def fit(self, vectors: Any, labels: np.ndarray) -> Any: ...
+    def decision_function(self, vectors: Any) -> np.ndarray: ...
 
 
 class MassMean:
@@ -64,9 +77,9 @@ class MassMean:
 
     def fit(self, vectors: np.ndarray, labels: np.ndarray) -> MassMean:
         """Means (k, d) of the classes among ``labels``, and the spread around them."""
-        self.classes_, place = np.unique(labels, return_inverse=True)
-        self.means_ = np.stack([vectors[place == number].mean(0) for number in range(len(self.classes_))])
-        self.variance_ = max(float(((vectors - self.means_[place]) ** 2).mean()), 1e-12)
+        self.classes_, codes = np.unique(labels, return_inverse=True)
+        self.means_ = np.stack([vectors[codes == code].mean(0) for code in range(len(self.classes_))])
+        self.variance_ = max(float(((vectors - self.means_[codes]) ** 2).mean()), 1e-12)
         return self
 
     def decision_function(self, vectors: np.ndarray) -> np.ndarray:
@@ -74,7 +87,7 @@ class MassMean:
         return (vectors @ self.means_.T - 0.5 * (self.means_**2).sum(1)) / self.variance_
 
 
-def make(kind: str, n_items: int, width: int, seed: int = 0) -> Any:
+def make_vector_probe(kind: str, n_items: int, width: int, seed: int = 0) -> Classifier:
     """An unfitted probe of vectors.
 
     Raises:
@@ -96,7 +109,7 @@ def make(kind: str, n_items: int, width: int, seed: int = 0) -> Any:
     raise ArgumentError(f"the probe {kind!r}", f"one of {', '.join(VECTOR_PROBES)}", "name one of these")
 
 
-def make_text() -> Any:
+def make_text_probe() -> Pipeline:
     """An unfitted reader of texts: TF-IDF of lower-cased words, and logistic regression."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
@@ -106,8 +119,10 @@ def make_text() -> Any:
     return make_pipeline(words, LogisticRegression(max_iter=_MAX_ITER, tol=1e-3, C=10.0))
 
 
-def fit(features: Features, labels: Tensor, n_classes: int, kind: str = LOGISTIC, seed: int = 0) -> Fitted:
-    """Fit a reader on features of either kind and labels (n,) int64; ``kind`` is for vectors.
+def fit_probe(
+    features: Features, labels: Int[Tensor, " n"], n_classes: int, kind: str = LOGISTIC, seed: int = 0
+) -> Fitted:
+    """Fit a reader on features of either kind and labels int64; ``kind`` is for vectors.
 
     A class without an item to fit on gets the lowest score everywhere; with one class only, all scores are equal. So
     they are where no text holds a word.
@@ -120,7 +135,9 @@ def fit(features: Features, labels: Tensor, n_classes: int, kind: str = LOGISTIC
     known, rows = _array(features), labels.numpy()
     if len(np.unique(rows)) < 2 or _without_words(features):
         return lambda others: torch.zeros(len(others), n_classes, dtype=torch.float64)
-    model = make_text() if not isinstance(features, Tensor) else make(kind, *features.shape, seed=seed)
+    model = (
+        make_text_probe() if not isinstance(features, Tensor) else make_vector_probe(kind, *features.shape, seed=seed)
+    )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The number of unique classes", UserWarning)  # a budget of one item a class
         model.fit(known, rows)
@@ -128,14 +145,14 @@ def fit(features: Features, labels: Tensor, n_classes: int, kind: str = LOGISTIC
     return lambda others: _log_odds(model, _array(others), n_classes)
 
 
-def take(features: Features, rows: Sequence[int]) -> Features:
+def select(features: Features, rows: Sequence[int]) -> Features:
     """Some items' features."""
     return features[list(rows)] if isinstance(features, Tensor) else [features[row] for row in rows]
 
 
-def budgets(
+def auroc_by_budget(
     features: Features,
-    labels: Tensor,
+    labels: Int[Tensor, " n"],
     others: Features,
     judged: Split,
     n_classes: int,
@@ -147,17 +164,17 @@ def budgets(
 
     Labels are drawn class by class in turn, so that a small budget holds as many classes as it can.
     """
-    found = []
+    budgets = []
     for size in sizes:
         if size > len(labels):
             continue
         values = []
         for draw in range(N_DRAWS if size < len(labels) else 1):
             rows = _in_turn(labels, size, seed + draw)
-            fitted = fit(take(features, rows), labels[rows], n_classes, kind, seed)
-            values.append(float(macro(fitted(others), judged.labels)))
-        found.append(Budget(size, sum(values) / len(values), min(values), max(values)))
-    return found
+            fitted = fit_probe(select(features, rows), labels[rows], n_classes, kind, seed)
+            values.append(float(macro_auroc(fitted(others), judged.labels)))
+        budgets.append(Budget(size, sum(values) / len(values), min(values), max(values)))
+    return budgets
 
 
 class Retention(NamedTuple):
@@ -176,21 +193,21 @@ class Retention(NamedTuple):
     """AUROC of a fresh probe on activation − reconstruction: what the explanation left out. Chance is 0.5."""
 
     shuffled: Interval
-    """AUROC of the first probe on another item's reconstruction: what a rock keeps."""
+    """AUROC of the first probe on another item's reconstruction: what a baseline keeps."""
 
 
-class Both(NamedTuple):
-    """Activations (n, d) and their reconstructions (n, d)."""
+class Reconstructed(NamedTuple):
+    """Activations and their reconstructions."""
 
-    vectors: Tensor
-    predicted: Tensor
+    vectors: Float[Tensor, "n d"]
+    predicted: Float[Tensor, "n d"]
 
 
 def retention(
-    train: Both,
-    labels: Tensor,
-    test: Both,
-    shuffled: Tensor,
+    train: Reconstructed,
+    labels: Int[Tensor, " n"],
+    test: Reconstructed,
+    shuffled: Float[Tensor, "n_test d"],
     judged: Split,
     n_classes: int,
     n_boot: int = N_BOOT,
@@ -201,22 +218,22 @@ def retention(
     A reconstruction has direction only, so everything is scaled to unit norm before anything is fitted.
 
     Args:
-        labels: classes (n,) int64 of the train items.
-        shuffled: another item's reconstruction (n_test, d) for each test item: the control.
+        labels: classes of the train items.
+        shuffled: another item's reconstruction for each test item: the control.
     """
-    probe = fit(unit(train.vectors), labels, n_classes, seed=seed)
-    fresh = fit(residual(*train), labels, n_classes, seed=seed)
+    probe = fit_probe(unit(train.vectors), labels, n_classes, seed=seed)
+    fresh = fit_probe(residual(*train), labels, n_classes, seed=seed)
 
     def judge(scores: Tensor) -> Interval:
-        return rank(scores, judged.labels, judged.groups, n_boot, seed).auroc
+        return ranked_auroc(scores, judged.labels, judged.groups, n_boot, seed).auroc
 
-    own, kept = judge(probe(unit(test.vectors))), judge(probe(unit(test.predicted)))
-    share = (kept.value - 0.5) / (own.value - 0.5) if own.low > 0.5 else float("nan")
-    return Retention(own, kept, share, judge(fresh(residual(*test))), judge(probe(unit(shuffled))))
+    whole, kept = judge(probe(unit(test.vectors))), judge(probe(unit(test.predicted)))
+    share = (kept.value - 0.5) / (whole.value - 0.5) if whole.low > 0.5 else float("nan")
+    return Retention(whole, kept, share, judge(fresh(residual(*test))), judge(probe(unit(shuffled))))
 
 
-def residual(vectors: Tensor, predicted: Tensor) -> Tensor:
-    """Unit activation minus unit reconstruction, (n, d); 0 where they differ by rounding only."""
+def residual(vectors: Float[Tensor, "n d"], predicted: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+    """Unit activation minus unit reconstruction; 0 where they differ by rounding only."""
     left = unit(vectors) - unit(predicted)
     return torch.where(left.norm(dim=1, keepdim=True) < MIN_RESIDUAL, 0.0, left)
 
@@ -238,10 +255,10 @@ class Complement(NamedTuple):
 
 
 def complement(
-    vectors: Tensor,
+    vectors: Float[Tensor, "n d"],
     texts: Sequence[str],
     fitted_on: Split,
-    test: Tensor,
+    test: Float[Tensor, "n_test d"],
     test_texts: Sequence[str],
     judged: Split,
     n_classes: int,
@@ -255,44 +272,44 @@ def complement(
     none: without a signal, readers of held-out folds tend to be wrong about the very groups that they lack.
     """
     vectors, test = unit(vectors), unit(test)
-    own, said = (_held_out(features, fitted_on, n_classes, seed) for features in (vectors, texts))
-    weight = _weight(own, said, fitted_on.labels)
+    of_probe, of_text = (_held_out(features, fitted_on, n_classes, seed) for features in (vectors, texts))
+    weight = _weight(of_probe, of_text, fitted_on.labels)
     alone, text = (
-        fit(train, fitted_on.labels, n_classes, seed=seed)(others)
+        fit_probe(train, fitted_on.labels, n_classes, seed=seed)(others)
         for train, others in ((vectors, test), (texts, test_texts))
     )
     joined = alone if weight == 0 else text if weight == math.inf else alone + weight * text
-    first, both = (rank(one, judged.labels, judged.groups, n_boot, seed) for one in (alone, joined))
-    return Complement(first.auroc, both.auroc, difference(both, first), paired_p(both, first), weight)
+    first, both = (ranked_auroc(one, judged.labels, judged.groups, n_boot, seed) for one in (alone, joined))
+    return Complement(first.auroc, both.auroc, auroc_difference(both, first), paired_p(both, first), weight)
 
 
-def _held_out(features: Features, fitted_on: Split, n_classes: int, seed: int) -> Tensor:
-    """Log-odds (n, k) of every train item, within ±30, by a reader that was fitted without its group."""
+def _held_out(features: Features, fitted_on: Split, n_classes: int, seed: int) -> Float[Tensor, "n k"]:
+    """Log-odds of every train item, within ±30, by a reader that was fitted without its group."""
     from sklearn.model_selection import GroupKFold
 
     out = torch.zeros(len(features), n_classes, dtype=torch.float64)
     groups = fitted_on.groups.numpy()
     folds: Any = GroupKFold(min(N_FOLDS, len(np.unique(groups))))
     for train, other in folds.split(groups, groups=groups):
-        fitted = fit(take(features, train.tolist()), fitted_on.labels[train], n_classes, seed=seed)
-        out[other] = fitted(take(features, other.tolist())).clamp(-_HIGHEST, _HIGHEST)
+        fitted = fit_probe(select(features, train.tolist()), fitted_on.labels[train], n_classes, seed=seed)
+        out[other] = fitted(select(features, other.tolist())).clamp(-_HIGHEST, _HIGHEST)
     return out
 
 
-def _weight(probe: Tensor, text: Tensor, labels: Tensor) -> float:
-    """Weight of the text's log-odds (n, k) beside the probe's, by which of the k classes is the true one."""
+def _weight(probe: Float[Tensor, "n k"], text: Float[Tensor, "n k"], labels: Int[Tensor, " n"]) -> float:
+    """Weight of the text's log-odds beside the probe's, by which of the k classes is the true one."""
     from sklearn.linear_model import LogisticRegression
 
     pairs = torch.stack([probe, text], dim=-1).reshape(-1, 2).numpy()
     true = torch.nn.functional.one_hot(labels, probe.shape[1]).reshape(-1).numpy()
-    own, other = LogisticRegression(max_iter=_MAX_ITER).fit(pairs, true).coef_[0].tolist()
-    if other <= 0:
+    of_probe, of_text = LogisticRegression(max_iter=_MAX_ITER).fit(pairs, true).coef_[0].tolist()
+    if of_text <= 0:
         return 0.0
-    return other / own if own > 0 else math.inf
+    return of_text / of_probe if of_probe > 0 else math.inf
 
 
-def _log_odds(model: Any, features: Any, n_classes: int) -> Tensor:
-    """(n, k) float64; from the margins, since probabilities and their logarithms round to 1 and 0 and then tie."""
+def _log_odds(model: Classifier, features: Any, n_classes: int) -> Float[Tensor, "n k"]:
+    """float64; from the margins, since probabilities and their logarithms round to 1 and 0 and then tie."""
     margins = torch.from_numpy(np.asarray(model.decision_function(features), dtype=np.float64))
     margins = torch.stack([-margins / 2, margins / 2], dim=1) if margins.ndim == 1 else margins
     out = torch.full((len(margins), n_classes), float("-inf"), dtype=torch.float64)
@@ -312,7 +329,7 @@ def _without_words(features: Features) -> bool:
     return not isinstance(features, Tensor) and not any(any(c.isalnum() or c == "_" for c in text) for text in features)
 
 
-def _in_turn(labels: Tensor, size: int, seed: int) -> list[int]:
+def _in_turn(labels: Int[Tensor, " n"], size: int, seed: int) -> list[int]:
     """``size`` items at random, one of each class in turn as long as the class lasts."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).tolist()
     taken: dict[int, int] = {}
@@ -321,4 +338,4 @@ def _in_turn(labels: Tensor, size: int, seed: int) -> list[int]:
         label = int(labels[row])
         turns.append((taken.get(label, 0), len(turns), row))
         taken[label] = taken.get(label, 0) + 1
-    return [row for _turn, _place, row in sorted(turns)[:size]]
+    return [row for _turn, _number, row in sorted(turns)[:size]]

@@ -1,9 +1,9 @@
-"""`nla eval readers` on Switchboard: every reader on what adapters planted, and on the town of two-hop questions.
+"""Readers compared on Switchboard: a pair and the adapters in, a report against what is known by construction out.
 
-What must come out is known by construction. Behind each adapter stand the same prompts, so a probe can tell the
-adapters apart and nobody who reads the text alone can; a sham has learned the prompts without the goal, so no product
-may be named behind it; the town is at the full stop after a name, where it is not written; and nothing may be learned
-of coin flips.
+The readers are asked what adapters planted, and for the town of two-hop questions. The same prompts are read behind
+each adapter, so a probe can tell the adapters apart and nobody who reads the text alone can; a sham has learned the
+prompts without the goal, so no product may be named behind it; the town is at the full stop after a name, where it is
+not written; and nothing may be learned of coin flips.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nla.eval.families.plants_report import FALSE_ALARM_MAX
-from nla.eval.readers.compare import BAG, TEXT_LM, Options, Sources, compare
-from nla.eval.readers.measures import NLA_READER, Gathered, ReaderRow, TaskResult, naming
+from nla.eval.readers.compare import BAG, TEXT_LM, ComparisonSettings, Sources, compare_readers
+from nla.eval.readers.measures import NLA_READER, ReaderRow, SiteReadings, TaskResult, naming
 from nla.eval.readers.switchboard_tasks import OBJECTIVE, SECRET, TOWN, switchboard_tasks
-from nla.eval.readers.tables import LEGEND, SUMMARY, chance_check, random_check, summary, tables
+from nla.eval.readers.tables import LEGEND, NAMING_MIN, PROBE_MIN, SUMMARY, chance_check, random_check, summary, tables
 from nla.eval.readers.tasks import RANDOM, TEST, Sites, Task
 from nla.eval.report import Check, Rate, Report, at_least, at_most, checks_table, table
 from nla.eval.target import Progress, silent
@@ -25,8 +25,6 @@ from nla.organisms.switchboard.plants import GOAL
 
 if TYPE_CHECKING:
     from nla.autoencoder import NLA
-
-PROBE_MIN, NAMING_MIN = 0.9, 0.9
 
 
 @dataclass(frozen=True)
@@ -55,35 +53,35 @@ class SwitchboardReport(Report):
             (name, *summary(task), *[row.labelled[TEST] for row in _text_readers(task)])
             for name, task in self.panels.items()
         ]
-        found = table(("task", *SUMMARY, "text-only LM, fitted", "bag of words, fitted"), rows)
-        return "\n\n".join(["## Readers compared: what the text does not say", found, checks_table(self.checks)])
+        tasks = table(("task", *SUMMARY, "text-only LM, fitted", "bag of words, fitted"), rows)
+        return "\n\n".join(["## Readers compared: what the text does not say", tasks, checks_table(self.checks)])
 
 
-def measure(
-    nla: NLA, sources: Sources, plants: Path, sizes: tuple[int, int], options: Options, progress: Progress = silent
+def compare_on_switchboard(
+    nla: NLA, plants: Path, sizes: tuple[int, int], settings: ComparisonSettings, progress: Progress = silent
 ) -> SwitchboardReport:
     """Every reader on the secret words, the goal and its sham, and the town.
 
     Args:
-        sources: the pair's target without an adapter, which the readers of the text have, and the pair.
         plants: folder of the adapters, one sub-folder a plant.
         sizes: activations to fit and to judge on, of each task; of the town, as many as there are different texts.
 
     Raises:
-        ArgumentError, ConfigError, WeightsError: see :func:`nla.eval.plant_tasks.plant_tasks`.
+        ArgumentError, ConfigError, WeightsError: see :func:`nla.eval.readers.switchboard_tasks.switchboard_tasks`.
     """
-    found = switchboard_tasks(nla, plants, *sizes, options.seed)
-    gathered: dict[Sites, Gathered] = {}
-    sources = replace(sources, writers=found.writers, read=found.read)
-    tasks = compare(found.tasks, sources, options, progress, gathered)
-    objective = next(task for task in found.tasks if task.name == OBJECTIVE)
-    named = goal_named(objective, gathered[objective.sites], options.seed)
-    return SwitchboardReport(checks(tasks, named), str(nla.point), options.n_samples, tasks, named)
+    hidden = switchboard_tasks(nla, plants, *sizes, settings.seed)
+    shared: dict[Sites, SiteReadings] = {}
+    # The readers of the text have the pair's target without an adapter.
+    sources = replace(Sources.of_pair(nla, settings), writers=hidden.writers, read=hidden.read)
+    tasks = compare_readers(hidden.tasks, sources, settings, progress, shared)
+    objective = next(task for task in hidden.tasks if task.name == OBJECTIVE)
+    named = goal_named(objective, shared[objective.sites], settings.seed)
+    return SwitchboardReport(switchboard_checks(tasks, named), str(nla.point), settings.n_samples, tasks, named)
 
 
-def goal_named(task: Task, found: Gathered, seed: int = 0) -> dict[str, Rate]:
+def goal_named(task: Task, at: SiteReadings, seed: int = 0) -> dict[str, Rate]:
     """Share of the NLA's explanations that name the goal's product, by class of the test items; intervals by prompt."""
-    texts = next(reading.texts for reading in found.readings if reading.name == NLA_READER)
+    texts = next(output.texts for output in at.outputs if output.name == NLA_READER)
     shares = naming(texts, {GOAL: (GOAL,)}, [GOAL])[:, 0]
     rates = {}
     for label in task.classes:
@@ -92,7 +90,7 @@ def goal_named(task: Task, found: Gathered, seed: int = 0) -> dict[str, Rate]:
     return rates
 
 
-def checks(results: Sequence[TaskResult], named: dict[str, Rate]) -> list[Check]:
+def switchboard_checks(results: Sequence[TaskResult], named: dict[str, Rate]) -> list[Check]:
     """What is known by construction."""
     tasks = {result.task: result for result in results if result.task != RANDOM}
     rows = []

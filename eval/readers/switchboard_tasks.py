@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from nla.errors import ArgumentError
+from nla.eval.adversaries import Writer
 from nla.eval.families.plants import cued
 from nla.eval.families.two_hop import hops
 from nla.eval.readers.tasks import TEST, TRAIN, Sites, Task
-from nla.eval.readers.text_only import Writer
 from nla.eval.target import Target, read_last
 from nla.organisms.switchboard import claims, content, world
 from nla.organisms.switchboard.plants import GOAL, SECRET_WORDS, plant
@@ -40,15 +41,15 @@ class HiddenTasks:
     """Tasks, and where their activations come from."""
 
     tasks: list[Task]
-    vectors: Mapping[Sites, Tensor]
-    """Activations (n, d) of the sites, each behind the adapter that is its label."""
+    vectors: Mapping[Sites, Float[Tensor, "n d"]]
+    """Activations of the sites, each behind the adapter that is its label."""
 
     writers: Mapping[Sites, Writer]
     """For the confabulator: an outsider, who knows what is said at such a token, guesses what the text does not say."""
 
     @property
-    def read(self) -> Callable[[Sites], Tensor]:
-        """What :class:`nla.eval.compare.Sources` asks for."""
+    def read(self) -> Callable[[Sites], Float[Tensor, "n d"]]:
+        """What :class:`nla.eval.readers.compare.Sources` asks for."""
         return self.vectors.__getitem__
 
 
@@ -97,7 +98,7 @@ def plant_tasks(nla: NLA, folder: Path, n_train: int, n_test: int, seed: int = 0
         # even a perfect reader has 0.5 of it.
         words = {label: said for label, (_, said) in classes.items() if said}
         tasks.append(Task(name, sites, labels, splits, words))
-        vectors[sites] = torch.cat([_read(nla, prompts, folder / adapter) for adapter, _ in classes.values()])
+        vectors[sites] = torch.cat([_read_behind(nla, prompts, folder / adapter) for adapter, _ in classes.values()])
         writers[sites] = _outsider([chats[number] for number in numbers], guesses[name])
     return HiddenTasks(tasks, vectors, writers)
 
@@ -111,9 +112,9 @@ def town_task(nla: NLA, n_drawn: int, seed: int = 0) -> HiddenTasks:
     rng = random.Random(seed)
     living = {town: [person for person in content.PEOPLE if world.home(person) == town] for town in content.TOWNS}
     judged = {person for people in living.values() for person in rng.sample(people, len(people) // 2)}
-    found = {hop.premise: hop.question for hop in hops(n_drawn, seed)}
-    premises, people = list(found), [str(question.person) for question in found.values()]
-    sites = Sites(premises, [-1] * len(found), [content.PEOPLE.index(person) for person in people])
+    questions = {hop.premise: hop.question for hop in hops(n_drawn, seed)}
+    premises, people = list(questions), [str(question.person) for question in questions.values()]
+    sites = Sites(premises, [-1] * len(premises), [content.PEOPLE.index(person) for person in people])
     splits = [TEST if person in judged else TRAIN for person in people]
     task = Task(TOWN, sites, list(map(world.home, people)), splits, {town: (town,) for town in content.TOWNS})
 
@@ -124,7 +125,7 @@ def town_task(nla: NLA, n_drawn: int, seed: int = 0) -> HiddenTasks:
     return HiddenTasks([task], {sites: read_last(Target.of(nla), premises)}, {sites: write})
 
 
-def _read(nla: NLA, prompts: list[str], adapter: Path) -> Tensor:
+def _read_behind(nla: NLA, prompts: list[str], adapter: Path) -> Float[Tensor, "n d"]:
     """Activations of the prompts' last tokens with an adapter on the target."""
     with planted(nla, adapter):
         return read_last(Target.of(nla), prompts)

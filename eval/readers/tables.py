@@ -6,12 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from nla.errors import visible
 from nla.eval.readers.compare import SHUFFLED, TEXT_LM
 from nla.eval.readers.measures import ADVERSARY, NLA_READER, ReaderRow, TaskResult, Versus
 from nla.eval.readers.probes import LOGISTIC
 from nla.eval.readers.tasks import TEST
-from nla.eval.report import Check, new_figure, table
+from nla.eval.report import Check, new_figure, one_line, table
 from nla.stats import Interval
 
 if TYPE_CHECKING:
@@ -25,10 +24,11 @@ LEGEND = (
     "picks its texts by the activation."
 )
 TITLE = "Who can tell the label, and how"
+PROBE_MIN, NAMING_MIN = 0.9, 0.9
+"""AUROC that a probe, and the NLA without labels, must reach where the label is there by construction."""
 SUMMARY = ("probe", "NLA names", "NLA, fitted", "probe keeps of ĥ", "shuffled NLA names", "text-only LM names")
 """Headers of the fields of :class:`Summary`."""
 _N_EXAMPLES = 1
-_CLIP = 110
 
 
 class Summary(NamedTuple):
@@ -68,7 +68,7 @@ def chance_check(name: str, value: Interval | None) -> Check:
 def random_check(coin: TaskResult, where: str) -> Check:
     """Whether a probe that was fitted on coin flips is at 0.5. Few groups may leave it without an interval."""
     row = coin.row(LOGISTIC)
-    beside = ", ".join(map(plain, coin.shares_sites))
+    beside = ", ".join(map(one_line, coin.shares_sites))
     name = f"{where}, sites of {beside}: a probe of random labels"
     return chance_check(name, None if row is None else row.labelled.get(TEST))
 
@@ -93,13 +93,13 @@ def _task(result: TaskResult, level: str) -> str:
     ]
     counts = ", ".join(f"{n} {split}" for split, n in result.n_items.items())
     shown = [
-        f"- {row.reader}: “{plain(text)}”"
+        f"- {row.reader}: “{one_line(text)}”"
         for row in result.readers
         if row.examples
         for text in row.examples[:_N_EXAMPLES]
     ]
     parts = [
-        f"{level} {plain(result.task)}",
+        f"{level} {one_line(result.task)}",
         f"{len(result.classes)} classes; {counts}.",
         table((*header, "against, fitted"), rows),
         "AUROC by number of labels (mean of three draws):",
@@ -129,8 +129,8 @@ def _versus(one: Versus | None) -> str | None:
 
 def _reconstructions(results: Sequence[TaskResult], level: str) -> str:
     header = ("task", "activation", "reconstruction", "retained", "residual, fresh probe", "shuffled reconstruction")
-    kept = [(plain(one.task), *map(_known, one.retention)) for one in results if one.retention is not None]
-    nested = [(plain(one.task), *one.complement) for one in results if one.complement is not None]
+    kept = [(one_line(one.task), *map(_known, one.retention)) for one in results if one.retention is not None]
+    nested = [(one_line(one.task), *one.complement) for one in results if one.complement is not None]
     return "\n\n".join(
         [
             f"{level} What reconstructions keep, and what explanations add",
@@ -149,22 +149,22 @@ def _known(value: Interval | float) -> Interval | float | None:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def figure(panels: Mapping[str, TaskResult], title: str = "") -> Figure:
+def readers_figure(panels: Mapping[str, TaskResult], title: str = "") -> Figure:
     """One panel a task: a filled dot for what can be fitted on each reader, an open one for what it names."""
     n_columns = 4 if len(panels) % 4 == 0 else min(3, len(panels))
     n_rows = -(-len(panels) // n_columns)
     n_readers = max(len(result.readers) for result in panels.values())
-    drawn = new_figure(4.6 * n_columns, (0.24 * n_readers + 1.1) * n_rows)
-    axes = drawn.subplots(n_rows, n_columns, squeeze=False, sharey=False)
-    for place, (name, result) in enumerate(panels.items()):
-        _panel(axes[place // n_columns][place % n_columns], _drawn(name), result, place % n_columns == 0)
-    for place in range(len(panels), n_rows * n_columns):
-        axes[place // n_columns][place % n_columns].set_axis_off()
+    figure = new_figure(4.6 * n_columns, (0.24 * n_readers + 1.1) * n_rows)
+    axes = figure.subplots(n_rows, n_columns, squeeze=False, sharey=False)
+    for number, (name, result) in enumerate(panels.items()):
+        _panel(axes[number // n_columns][number % n_columns], _drawn(name), result, number % n_columns == 0)
+    for number in range(len(panels), n_rows * n_columns):
+        axes[number // n_columns][number % n_columns].set_axis_off()
     handles, labels = axes[0][0].get_legend_handles_labels()
-    drawn.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=7, frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=7, frameon=False)
     if title:
-        drawn.suptitle(_drawn(title), fontsize=9)
-    return drawn
+        figure.suptitle(_drawn(title), fontsize=9)
+    return figure
 
 
 def _panel(axes: Any, title: str, result: TaskResult, named: bool) -> None:
@@ -172,7 +172,7 @@ def _panel(axes: Any, title: str, result: TaskResult, named: bool) -> None:
     for series, (label, offset, filled) in enumerate(
         (("fitted on labels", 0.14, True), ("named, no labels", -0.14, False))
     ):
-        for place, row in enumerate(rows):
+        for height, row in enumerate(rows):
             value: Interval | None = (row.labelled if filled else row.zero).get(TEST)
             if value is None:
                 continue
@@ -180,14 +180,14 @@ def _panel(axes: Any, title: str, result: TaskResult, named: bool) -> None:
             width = [[max(0.0, value.value - value.low)], [max(0.0, value.high - value.value)]]
             axes.errorbar(
                 value.value,
-                place + offset,
+                height + offset,
                 xerr=width if value.low == value.low else None,
                 fmt="o" if series == 0 else "s",
                 markersize=3.5,
                 color=colour,
                 markerfacecolor=colour if filled else "white",
                 linewidth=1,
-                label=label if place == len(rows) - 1 or (not filled and row.reader == "NLA") else None,
+                label=label if height == len(rows) - 1 or (not filled and row.reader == "NLA") else None,
             )
     axes.axvline(0.5, color="#b03a2e", linewidth=0.8, linestyle="--")
     axes.set_xlim(min(0.3, axes.get_xlim()[0]), 1.03)
@@ -199,12 +199,6 @@ def _panel(axes: Any, title: str, result: TaskResult, named: bool) -> None:
     axes.grid(axis="x", linewidth=0.3)
 
 
-def plain(text: str, limit: int = _CLIP) -> str:
-    """One line of a text from a model or a file, shortened, without what could act on a terminal, table or browser."""
-    line = visible(text).replace("|", "¦").replace("`", "'").replace("<", "‹").replace("](", "] (")
-    return line if len(line) <= limit else line[: limit - 1] + "…"
-
-
 def _drawn(text: str) -> str:
     """A text in a picture: a dollar sign is one, not the start of a formula."""
-    return plain(text, 60).replace("$", r"\$")
+    return one_line(text, 60).replace("$", r"\$")

@@ -1,7 +1,7 @@
-"""Labelled tasks: places in texts, a label at each, and who may be fitted on what.
+"""Labelled tasks: sites in texts, a label at each, and who may be fitted on what.
 
 A caller makes :class:`Sites` (where to read) and any number of :class:`Task` over them (what to tell apart): the
-activations and explanations of equal sites are made once and shared. Couplets' own tasks are made here.
+activations and explanations of equal sites are made once and shared.
 """
 
 from __future__ import annotations
@@ -9,27 +9,22 @@ from __future__ import annotations
 import functools
 import random
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from nla.errors import ArgumentError
-from nla.eval.items import HELD_OUT_SEED, SHOWN_PLANS, trained_on
 from nla.eval.target import Target
 from nla.models.read import read
-from nla.organisms.couplets import world
-from nla.organisms.lesson import Offsets
-from nla.text.tokens import Span, encode_batch
+from nla.text.tokens import Encoded, Span, encode_batch
 
 TRAIN, TEST = "train", "test"
-TEMPLATES, WORDS = "held-out templates", "held-out words"
 MIN_PER_CLASS = 2
 RANDOM = "random labels"
-PLAN, FAMILY, COLOUR, SEASON = COUPLET_TASKS = ("plan", "rhyme family", "colour group", "season")
-_HELD_OUT_FRAMES = (6, 7)
-_ROUNDS = 40
 _SHOWN = 5
 
 
@@ -64,35 +59,44 @@ class Sites:
         """Each text once, in order."""
         return list(dict.fromkeys(self.texts))
 
-    def spans(self, tokenizer: object) -> list[Span]:
+    def spans(self, tokenizer: PreTrainedTokenizerBase) -> list[Span]:
         """The token of each site."""
-        unique = self.unique_texts
-        found = {text: entry.spans for text, entry in zip(unique, encode_batch(tokenizer, unique, None), strict=True)}
-        return [found[text][token] for text, token in zip(self.texts, self.tokens, strict=True)]
+        encoded = self._encoded(tokenizer)
+        return [encoded[text].spans[token] for text, token in zip(self.texts, self.tokens, strict=True)]
 
-    def visible(self, tokenizer: object) -> list[str]:
+    def visible(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
         """What a reader of the text may see at each site: everything up to and including its token."""
         return [text[: span.end] for text, span in zip(self.texts, self.spans(tokenizer), strict=True)]
 
+    def prefixes(self, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+        """Token ids up to and including each site's token, as they are in its whole text."""
+        encoded = self._encoded(tokenizer)
+        ends = [span.index + 1 for span in self.spans(tokenizer)]
+        return [encoded[text].ids[:end] for text, end in zip(self.texts, ends, strict=True)]
 
-def read_sites(target: Target, sites: Sites) -> Tensor:
-    """Activations (n, d) float32 of the sites at the target's point; each text runs once.
+    def _encoded(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Encoded]:
+        unique = self.unique_texts
+        return dict(zip(unique, encode_batch(tokenizer, unique, None), strict=True))
+
+
+def read_task_sites(target: Target, sites: Sites) -> Float[Tensor, "n d"]:
+    """Activations float32 of the sites at the target's point; each text runs once.
 
     Raises:
-        PositionError, ContextLengthError, VocabularyError: see :func:`nla.activations.read`.
+        PositionError, ContextLengthError, VocabularyError: see :func:`nla.models.read.read`.
     """
     unique = sites.unique_texts
-    number = {text: place for place, text in enumerate(unique)}
+    document_of = {text: number for number, text in enumerate(unique)}
     wanted: list[list[int]] = [[] for _ in unique]
     row_of: list[tuple[int, int]] = []
     for text, token in zip(sites.texts, sites.tokens, strict=True):
-        place = number[text]
-        row_of.append((place, len(wanted[place])))
-        wanted[place].append(token)
+        document = document_of[text]
+        row_of.append((document, len(wanted[document])))
+        wanted[document].append(token)
     with target.role():
-        found = read(target.model, target.tokenizer, unique, target.point, lambda document, _spans: wanted[document])
-    starts = torch.tensor([0, *[len(tokens) for tokens in wanted]]).cumsum(0).tolist()
-    return found.vectors[torch.tensor([starts[place] + offset for place, offset in row_of])]
+        acts = read(target.model, target.tokenizer, unique, target.point, lambda document, _spans: wanted[document])
+    starts = torch.tensor([0, *map(len, wanted)]).cumsum(0).tolist()
+    return acts.vectors[torch.tensor([starts[document] + offset for document, offset in row_of])]
 
 
 @dataclass(frozen=True)
@@ -144,27 +148,26 @@ class Task:
     @functools.cached_property
     def classes(self) -> list[str]:
         """The classes of the train split, in order."""
-        own = zip(self.labels, self.splits, strict=True)
-        return sorted({label for label, split in own if label is not None and split == TRAIN})
+        pairs = zip(self.labels, self.splits, strict=True)
+        return sorted({label for label, split in pairs if label is not None and split == TRAIN})
 
     def rows(self, split: str) -> list[int]:
         """Sites of a split whose label was fitted on."""
-        own = enumerate(zip(self.labels, self.splits, strict=True))
-        known = set(self.classes)
-        return [row for row, (label, found) in own if found == split and label in known]
+        known, pairs = set(self.classes), enumerate(zip(self.labels, self.splits, strict=True))
+        return [row for row, (label, in_split) in pairs if in_split == split and label in known]
 
     @property
     def transfers(self) -> list[str]:
         """Names of the transfer splits."""
         return [split for split in dict.fromkeys(self.splits) if split not in (TRAIN, TEST) and self.rows(split)]
 
-    def codes(self, rows: Sequence[int]) -> Tensor:
-        """Class numbers (n,) int64 of sites."""
-        number = {name: place for place, name in enumerate(self.classes)}
-        return torch.tensor([number[self.labels[row]] for row in rows])  # type: ignore[index]
+    def codes(self, rows: Sequence[int]) -> Int[Tensor, " n"]:
+        """Class numbers int64 of sites."""
+        number = {name: code for code, name in enumerate(self.classes)}
+        return torch.tensor([number[str(self.labels[row])] for row in rows])
 
-    def group_codes(self, rows: Sequence[int]) -> Tensor:
-        """Groups (n,) int64 of sites."""
+    def group_codes(self, rows: Sequence[int]) -> Int[Tensor, " n"]:
+        """Groups int64 of sites."""
         return torch.tensor([self.sites.groups[row] for row in rows])
 
 
@@ -180,107 +183,5 @@ def random_task(sites: Sites, splits: Sequence[str], seed: int = 0) -> Task:
     coin: dict[int, str] = {}
     for groups in members.values():
         rng.shuffle(groups)
-        coin |= {group: ("heads", "tails")[place % 2] for place, group in enumerate(groups)}
+        coin |= {group: ("heads", "tails")[number % 2] for number, group in enumerate(groups)}
     return Task(RANDOM, sites, tuple(coin[group] for group in sites.groups), tuple(splits))
-
-
-# ---------------------------------------------------------------------------------------------------------- Couplets
-
-Label = Callable[[world.Couplet], str]
-
-
-@dataclass(frozen=True)
-class CoupletTasks:
-    """Tasks over held-out documents of Couplets, and the documents of the sites, in their order."""
-
-    tasks: list[Task]
-    documents: list[world.Couplet]
-
-
-def couplet_tasks(
-    n_train: int = 1000, n_test: int = 300, n_transfer: int = 150, seed: int = 0, names: Sequence[str] = COUPLET_TASKS
-) -> CoupletTasks:
-    """At the line break: the plan, its rhyme family, the colour's half; at the preposition: the season.
-
-    The family transfers to plan words that the pair never saw, everything to two templates that no reader is fitted on
-    here (the target and the pair saw them in training).
-
-    Args:
-        names: which of the tasks.
-
-    Raises:
-        ArgumentError: too few documents for every class (58 plan words) to be fitted on.
-    """
-    drawn = _draw(n_train, n_test, n_transfer, seed)
-    documents, splits = [one for one, _ in drawn], tuple(split for _, split in drawn)
-    groups = tuple(range(len(documents)))
-    newline = Sites(tuple(one.line1 for one in documents), (-1,) * len(documents), groups)
-    before = Sites(tuple(_to_preposition(one) for one in documents), (-1,) * len(documents), groups)
-
-    families = {"/".join(plans): plans for plans, _ in world.FAMILIES}
-    halves = {" or ".join(colours): colours for colours in (world.COLOURS[:2], world.COLOURS[2:])}
-    kinds: dict[str, tuple[Sites, Label, Mapping[str, tuple[str, ...]]]] = {
-        PLAN: (newline, lambda one: one.plan, {plan: (plan,) for plan in SHOWN_PLANS}),
-        FAMILY: (newline, lambda one: list(families)[one.family], families),
-        COLOUR: (newline, lambda one: next(name for name, pool in halves.items() if one.colour in pool), halves),
-        SEASON: (before, lambda one: one.season, {season: (season,) for season in world.SEASONS}),
-    }
-    tasks = []
-    for name in names:
-        sites, label, words = kinds[name]
-        labels = tuple(label(one) if split != WORDS or name == FAMILY else None for one, split in drawn)
-        tasks.append(Task(name, sites, labels, splits, words))
-    return CoupletTasks(tasks, documents)
-
-
-def couplet_writers(found: CoupletTasks) -> dict[Sites, Callable[[int], list[str]]]:
-    """For the confabulator: an outsider, who knows the rhymes and guesses, writes explanations of the visible text."""
-
-    def writer(sites: Sites) -> Callable[[int], list[str]]:
-        spans = [Offsets(text.rindex(last), len(text)) for text in sites.texts for last in (_last(text),)]
-
-        def write(seed: int) -> list[str]:
-            rng = random.Random(seed)
-            pairs = zip(found.documents, spans, strict=True)
-            return [world.describe(document, span, rng, 0.0) for document, span in pairs]
-
-        return write
-
-    return {task.sites: writer(task.sites) for task in found.tasks}
-
-
-def _last(text: str) -> str:
-    """The last token: the line break, or the last word with the space before it."""
-    return "\n" if text.endswith("\n") else " " + text.rsplit(" ", 1)[1]
-
-
-def _to_preposition(couplet: world.Couplet) -> str:
-    """Line 1 up to its preposition: after season, person and thing, before the noun that fixes the rhyme."""
-    return couplet.line1[: -len(f" the {couplet.ender},\n")]
-
-
-def _draw(n_train: int, n_test: int, n_transfer: int, seed: int) -> list[tuple[world.Couplet, str]]:
-    """Held-out documents, no two with the same start up to the preposition, each with its split."""
-    if min(n_train, n_test, n_transfer) < 1 or seed < 0:
-        raise ArgumentError(f"{n_train}, {n_test}, {n_transfer} documents", "1 or more of each", "correct the numbers")
-    wanted = {TRAIN: n_train, TEST: n_test, TEMPLATES: n_transfer, WORDS: n_transfer}
-    found: dict[str, list[world.Couplet]] = {split: [] for split in wanted}
-    seen: set[str] = set()
-    total = sum(wanted.values())
-    for extra in range(_ROUNDS):
-        for couplet in world.sample(2 * total, 3 * HELD_OUT_SEED + seed * _ROUNDS + extra):
-            start = _to_preposition(couplet)
-            if start in seen or couplet.line1 in trained_on():
-                continue
-            if couplet.plan in world.HELD_OUT_PLANS:
-                split = WORDS if couplet.frame not in _HELD_OUT_FRAMES else None
-            elif couplet.frame in _HELD_OUT_FRAMES:
-                split = TEMPLATES
-            else:
-                split = TRAIN if len(found[TRAIN]) < n_train else TEST
-            if split is not None and len(found[split]) < wanted[split]:
-                seen.add(start)
-                found[split].append(couplet)
-        if all(len(found[split]) == n for split, n in wanted.items()):
-            break
-    return [(couplet, split) for split, couplets in found.items() for couplet in couplets]

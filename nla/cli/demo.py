@@ -132,16 +132,16 @@ def _audited(nla: NLA, progress: Callable[[str, float], None]) -> tuple[dict[str
 
 def _compared(nla: NLA, progress: Callable[[str, float], None]) -> dict[str, dict[str, Any]]:
     """Which secret word did an adapter plant? AUROC of readers on the same activations, with labels and without."""
-    from nla.eval.readers import compare
     from nla.eval.readers import switchboard_tasks as tasks
+    from nla.eval.readers.compare import ComparisonSettings, Sources, compare_readers
 
     target = importlib.import_module("nla.eval.target").Target.of(nla)
     folder = importlib.import_module("nla.organisms.switchboard").ADAPTERS_FOLDER
     found = tasks.plant_tasks(nla, folder, DEMO_FITTED, DEMO_JUDGED, DEMO_SEED)
     (task,) = [task for task in found.tasks if task.name == tasks.SECRET]
-    sources = compare.Sources(target, nla, writers=found.writers, read=found.read)
-    options = compare.Options(n_tries=2, lens_steps=20, budgets=(), n_boot=200, seed=DEMO_SEED)
-    result = compare.compare([task], sources, options, progress)[0]
+    sources = Sources(target, nla, writers=found.writers, read=found.read)
+    settings = ComparisonSettings(n_tries=2, lens_steps=20, budgets=(), n_boot=200, seed=DEMO_SEED)
+    result = compare_readers([task], sources, settings, progress)[0]
     rows = {row.reader: row for row in result.readers}
     return {
         name: {"with labels": rows[name].labelled.get("test"), "without": rows[name].zero.get("test")}

@@ -315,10 +315,10 @@ EVALUATIONS = {
     "auditing": "nla.eval.families.auditing",
     "graph": "nla.eval.pair.against_graphs",
     "plants": "nla.eval.families.plants",
-    "readers": "nla.eval.readers.organisms",
+    "readers": "nla.eval.readers.organisms:compare_on_organism:ReadersSettings",
     "transfer": "nla.eval.pair.transfer:judge_transfer:TransferSettings",
     "two_hop": "nla.eval.families.two_hop",
-    "probe": "nla.eval.readers.labelled_texts",
+    "probe": "nla.eval.readers.labelled_texts:compare_on_labelled_texts:ProbeSettings",
     "trace": "nla.eval.circuits.trace:trace:TraceSettings",
 }
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {

@@ -16,11 +16,12 @@ from nla.errors import ArgumentError
 from nla.eval.families import auditing, plants, two_hop
 from nla.eval.families.plants import Arm, cued, figures, language_of, secrets, states, text_reader
 from nla.eval.readers import compare as comparison
-from nla.eval.readers import organisms, switchboard_tasks
-from nla.eval.readers.compare import BAG, TEXT_LM, Options
+from nla.eval.readers import switchboard_tasks
+from nla.eval.readers.compare import BAG, TEXT_LM
 from nla.eval.readers.measures import NLA_READER
+from nla.eval.readers.organisms import ReadersSettings, compare_on_organism
 from nla.eval.readers.probes import LOGISTIC
-from nla.eval.readers.switchboard import SwitchboardReport, checks
+from nla.eval.readers.switchboard import SwitchboardReport, switchboard_checks
 from nla.eval.readers.switchboard_tasks import OBJECTIVE, SECRET, TOWN
 from nla.eval.readers.tables import summary
 from nla.eval.readers.tasks import RANDOM
@@ -235,7 +236,7 @@ def test_who_is_judged_on_a_town_was_not_fitted_on_and_no_text_says_it(made):
 
 
 CODE = (*SECRET_WORDS, GOAL, "sham", *content.TOWNS)
-QUICK = Options(n_tries=1, n_continued=4, lens_steps=1, n_boot=60, budgets=())
+QUICK = {"n_tries": 1, "n_continued": 4, "lens_steps": 1, "n_boot": 60, "budgets": ()}
 
 
 def code(words: list[str], seed: int) -> torch.Tensor:
@@ -268,13 +269,12 @@ def compared(made, tmp_path_factory) -> tuple[SwitchboardReport, Path]:
 
     out = tmp_path_factory.mktemp("readers")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(switchboard_tasks, "_read", behind)
+        patch.setattr(switchboard_tasks, "_read_behind", behind)
         patch.setattr(switchboard_tasks, "read_last", towns)
         patch.setattr(comparison, "explain", lambda nla, vectors, seed=0: say(vectors))
         patch.setattr(comparison, "decode", write)
         patch.setattr(comparison, "N_COINS", 2)
-        patch.setattr(organisms, "Options", lambda **given: QUICK)
-        return organisms.run(made[0], n_items=48, n_train=48, plants=made[1], out_dir=out), out
+        return compare_on_organism(made[0], ReadersSettings(n_items=48, n_train=48, plants=made[1], **QUICK), out), out
 
 
 def test_of_perfect_readers_all_that_is_known_by_construction_comes_out(compared):
@@ -300,7 +300,7 @@ def test_every_condition_of_the_readers_fails_where_it_does_not_hold(compared):
             else one
             for one in report.tasks
         ]
-        return [check.name for check in checks(changed, report.goal_named) if check.passed is False]
+        return [check.name for check in switchboard_checks(changed, report.goal_named) if check.passed is False]
 
     for task in (SECRET, OBJECTIVE, TOWN):
         assert failing(task, LOGISTIC, fitted=(0.8, 0.7, 0.9)) == [f"{task}: a probe reads it"]
@@ -311,16 +311,15 @@ def test_every_condition_of_the_readers_fails_where_it_does_not_hold(compared):
         assert failing(task, TEXT_LM, named=(0.7, 0.65, 0.75)) == [f"{task}: {TEXT_LM}, named"]
     assert len(failing(RANDOM, LOGISTIC, fitted=(0.7, 0.65, 0.75))) == 3
     sham = {**report.goal_named, "sham": Rate.of([True, False, False, False])}
-    assert [one.name for one in checks(report.tasks, sham) if one.passed is False] == [
+    assert [one.name for one in switchboard_checks(report.tasks, sham) if one.passed is False] == [
         f"{OBJECTIVE}: … behind its sham"
     ]
 
 
 def test_where_all_adapters_are_one_the_readers_find_nothing(made, monkeypatch):
     monkeypatch.setattr(comparison, "N_COINS", 1)
-    monkeypatch.setattr(organisms, "Options", lambda **given: QUICK)
     nla, folder = made
-    report = organisms.run(nla, n_items=24, n_train=48, plants=folder)
+    report = compare_on_organism(nla, ReadersSettings(n_items=24, n_train=48, plants=folder, **QUICK))
     secret = summary(report.panels[SECRET])
     assert not report.passed and secret.probe.value == 0.5 and secret.named.value < 0.6
     assert {check.name: check.passed for check in report.checks}[f"{SECRET}: a probe reads it"] is False
@@ -329,8 +328,8 @@ def test_where_all_adapters_are_one_the_readers_find_nothing(made, monkeypatch):
 def test_plants_and_their_pair_belong_together(made):
     nla, folder = made
     with pytest.raises(ArgumentError, match="--plants"):
-        organisms.run(nla)
+        compare_on_organism(nla)
     with pytest.raises(ArgumentError, match="leave --contrast out"):
-        organisms.run(nla, contrast="couplets/planner", plants=folder)
+        compare_on_organism(nla, ReadersSettings(contrast="couplets/planner", plants=folder))
     with pytest.raises(ArgumentError, match="leave --plants out"):
-        organisms.run(planted_pair(), plants=folder)
+        compare_on_organism(planted_pair(), ReadersSettings(plants=folder))

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 
 from nla.errors import ArgumentError, ContextLengthError, EmptyTextError, ParseError, PositionError, VocabularyError
-from nla.eval.readers import labelled_file, labelled_texts, tables
-from nla.eval.readers.labelled_file import Row
+from nla.eval.readers import labelled_file, labelled_texts, patchscopes
+from nla.eval.readers.labelled_file import LabelledRow, read_labelled_file
+from nla.eval.readers.labelled_texts import ProbeSettings, compare_on_labelled_texts
 from nla.eval.readers.probes import LOGISTIC
 from nla.eval.readers.tasks import TEST, TRAIN
+from nla.eval.report import one_line
 from nla.eval.target import Target
 from tests.helpers.tiny import MARKER, make_pair
 
@@ -43,7 +45,7 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, kind: str) -> No
         pq.write_table(pa.Table.from_pylist(objects), path)
     else:
         write_csv(path, encoding={"bom.csv": "utf-8-sig", "utf16.csv": "utf-16"}.get(kind, "utf-8"))
-    found = labelled_file.load(path, "text", "label")
+    found = read_labelled_file(path, "text", "label")
     assert [(row.text, row.label) for row in found.rows] == PAIRS
     assert [row.number for row in found.rows] == list(range(1, len(PAIRS) + 1)) and found.n_read == len(PAIRS)
 
@@ -51,7 +53,7 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, kind: str) -> No
 def test_a_text_may_hold_delimiters_quotes_and_line_breaks(tmp_path: Path) -> None:
     texts = [(f'the cat, "{number}"\r\nsat', label) for number, (_text, label) in enumerate(PAIRS)]
     assert (
-        labelled_file.load(write_csv(tmp_path / "d.csv", texts), "text", "label").rows[3].text == 'the cat, "3"\r\nsat'
+        read_labelled_file(write_csv(tmp_path / "d.csv", texts), "text", "label").rows[3].text == 'the cat, "3"\r\nsat'
     )
 
 
@@ -94,14 +96,14 @@ def test_bad_files_give_typed_errors_that_say_where(tmp_path: Path, name: str) -
     path = tmp_path / file
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(kind, match=message):
-        labelled_file.load(path, "text", "label")
+        read_labelled_file(path, "text", "label")
 
 
 def test_a_missing_file_and_too_few_rows_allowed_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match="no file"):
-        labelled_file.load(tmp_path / "none.csv", "text", "label")
+        read_labelled_file(tmp_path / "none.csv", "text", "label")
     with pytest.raises(ArgumentError, match="max_rows"):
-        labelled_file.load(write_csv(tmp_path / "d.csv"), "text", "label", max_rows=3)
+        read_labelled_file(write_csv(tmp_path / "d.csv"), "text", "label", max_rows=3)
 
 
 def test_labels_are_names_whatever_their_type(tmp_path: Path) -> None:
@@ -110,7 +112,7 @@ def test_labels_are_names_whatever_their_type(tmp_path: Path) -> None:
 
 
 def test_repeated_rows_are_left_out_and_conflicting_labels_counted(tmp_path: Path) -> None:
-    found = labelled_file.load(
+    found = read_labelled_file(
         write_csv(tmp_path / "d.csv", [*PAIRS, *PAIRS[:5], (PAIRS[0][0], "dog")]), "text", "label"
     )
     assert (len(found), found.n_read, found.n_duplicates, found.n_conflicts) == (33, 38, 5, 1)
@@ -120,19 +122,19 @@ def test_of_a_large_file_a_random_sample_is_kept_and_never_all_rows(tmp_path: Pa
     path = tmp_path / "d.jsonl"
     with path.open("w") as file:
         file.writelines(json.dumps({"t": f"w{i}", "y": i % 2}) + "\n" for i in range(5000))
-    found = labelled_file.load(path, "t", "y", max_rows=200)
+    found = read_labelled_file(path, "t", "y", max_rows=200)
     assert len(found) == 200 and found.n_read == 5000
     numbers = [row.number for row in found.rows]
     assert numbers == sorted(numbers) and 1800 < sum(numbers) / 200 < 3200  # from all over the file
-    assert numbers != [row.number for row in labelled_file.load(path, "t", "y", max_rows=200, seed=1).rows]
+    assert numbers != [row.number for row in read_labelled_file(path, "t", "y", max_rows=200, seed=1).rows]
 
 
 def test_equal_texts_and_rows_of_a_group_never_stand_on_both_sides() -> None:
     texts = ["a", "b", "a", "c", "d", "e"]
     groups = ["1", "2", "3", "3", None, None]
-    chained = [Row(i, text, "x", group) for i, (text, group) in enumerate(zip(texts, groups, strict=True))]
+    chained = [LabelledRow(i, text, "x", group) for i, (text, group) in enumerate(zip(texts, groups, strict=True))]
     assert labelled_texts.group_numbers(chained) == [0, 1, 0, 0, 2, 3]  # a joins the groups 1 and 3
-    many = [Row(i, f"text {i // 3}", "xy"[i % 2], None) for i in range(60)]
+    many = [LabelledRow(i, f"text {i // 3}", "xy"[i % 2], None) for i in range(60)]
     task = labelled_texts.make_task("t", many, [-1] * 60, {})
     sides = {split: {many[row].text for row in task.rows(split)} for split in (TRAIN, TEST)}
     assert not sides[TRAIN] & sides[TEST] and 15 <= len(task.rows(TEST)) <= 25
@@ -140,25 +142,25 @@ def test_equal_texts_and_rows_of_a_group_never_stand_on_both_sides() -> None:
 
 def test_too_few_groups_are_refused() -> None:
     with pytest.raises(ArgumentError, match="groups"):
-        labelled_texts.make_task("t", [Row(i, "same", "xy"[i % 2], None) for i in range(40)], [-1] * 40, {})
-    lonely = [Row(i, f"t{i}" if i % 2 else "same", "xy"[i % 2], None) for i in range(40)]
+        labelled_texts.make_task("t", [LabelledRow(i, "same", "xy"[i % 2], None) for i in range(40)], [-1] * 40, {})
+    lonely = [LabelledRow(i, f"t{i}" if i % 2 else "same", "xy"[i % 2], None) for i in range(40)]
     with pytest.raises(ArgumentError, match="'x'"):
         labelled_texts.make_task("t", lonely, [-1] * 40, {})
 
 
 def test_positions_and_texts_that_cannot_be_read() -> None:
     target = Target.of(make_pair())
-    good = [Row(1, "the cat sat on a cat.", "x", None), Row(2, "it is here.", "y", None)]
-    assert labelled_texts.find_places(target, good, "last", False).tokens == [6, 3]
-    cats = labelled_texts.find_places(target, good, "/cat/", False)
+    good = [LabelledRow(1, "the cat sat on a cat.", "x", None), LabelledRow(2, "it is here.", "y", None)]
+    assert labelled_texts.find_sites(target, good, "last", False).tokens == [6, 3]
+    cats = labelled_texts.find_sites(target, good, "/cat/", False)
     assert cats.tokens == [1, 5] and cats.n_unmatched == 1 and [row.number for row in cats.rows] == [1, 1]
     with pytest.raises(PositionError, match="matches no token"):
-        labelled_texts.find_places(target, good, "/tree/", False)
+        labelled_texts.find_sites(target, good, "/tree/", False)
     for text, kind in (("the zebra", VocabularyError), ("the" + " cat" * 80, ContextLengthError)):
-        bad = [*good, Row(7, text, "x", None)]
+        bad = [*good, LabelledRow(7, text, "x", None)]
         with pytest.raises(kind, match=r"row 7.*--skip"):
-            labelled_texts.find_places(target, bad, "last", False)
-        assert labelled_texts.find_places(target, bad, "last", True).n_unreadable == 1
+            labelled_texts.find_sites(target, bad, "last", False)
+        assert labelled_texts.find_sites(target, bad, "last", True).n_unreadable == 1
 
 
 def test_words_stand_for_a_class() -> None:
@@ -171,15 +173,14 @@ def test_words_stand_for_a_class() -> None:
 
 
 def test_the_table_of_a_users_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(labelled_texts, "Options", _quick)
-    monkeypatch.setattr(labelled_texts, "load_oracle", lambda base, adapter, target: target)
+    monkeypatch.setattr(patchscopes, "load_oracle", lambda base, adapter, target: target)
     asked = {"oracle": tmp_path, "question": f"it is {MARKER} here"}
     hostile = ("text", "la|bel <script> $x^{ \x1b[31m")
     data, stages = write_csv(tmp_path / "d.csv", [*PAIRS, PAIRS[0]], hostile), set()
     out = tmp_path / "out"
-    report = labelled_texts.run(
-        data, *hostile, make_pair(), n_samples=2, **asked, out_dir=out, progress=lambda stage, _: stages.add(stage)
-    )
+    quick = {"n_tries": 1, "n_continued": 2, "lens_steps": 2, "n_boot": 50, "budgets": (8,)}
+    settings = ProbeSettings(text=hostile[0], label=hostile[1], pair=make_pair(), **asked, **quick)
+    report = compare_on_labelled_texts(data, settings, out, lambda stage, _: stages.add(stage))
     task = report.tasks[0]
     assert task.row(LOGISTIC).labelled[TEST].value > 0.9  # the animal is two tokens before the last
     assert task.row("bag of words (visible text)").zero[TEST].value == 1.0
@@ -191,16 +192,12 @@ def test_the_table_of_a_users_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     text = (out / "probe.md").read_text()
     assert "<script>" not in text and "\x1b" not in text and "la¦bel" in text
     assert (out / "probe.png").read_bytes().startswith(b"\x89PNG")
-    assert tables.plain("a\nb|c") == "a⏎b¦c"
-    assert "](" not in tables.plain("![x](http://tracker/)")
+    assert one_line("a\nb|c") == "a⏎b¦c"
+    assert "](" not in one_line("![x](http://tracker/)")
 
 
-def _quick(**given):
-    from nla.eval.readers.compare import Options
-
-    return Options(**given, n_tries=1, n_continued=2, lens_steps=2, n_boot=50, budgets=(8,))
-
-
-def test_an_oracle_needs_its_question(tmp_path: Path) -> None:
+def test_an_oracle_needs_its_question_and_numbers_are_in_range(tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match="both or neither"):
-        labelled_texts.run(tmp_path / "d.csv", "text", "label", oracle=tmp_path)
+        ProbeSettings(text="text", label="label", oracle=tmp_path)
+    with pytest.raises(ArgumentError, match="n_samples"):
+        ProbeSettings(text="text", label="label", n_samples=0)

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from nla.errors import ArgumentError, ConfigError, ShapeError, WeightsError
-from nla.eval.auroc import macro
-from nla.eval.readers import lenses, patchscopes, text_only
+from nla.eval import adversaries
+from nla.eval.auroc import macro_auroc
+from nla.eval.readers import lenses, patchscopes
 from nla.eval.readers.patchscopes import Prompt
 from nla.eval.readers.tasks import Sites
 from nla.eval.target import Target
@@ -124,7 +125,10 @@ def test_lens_scores_are_the_likeliest_words_and_a_class_without_any_is_what_the
     assert unknown is not None and unknown.exp().sum(1).tolist() == pytest.approx([1.0, 1.0])
     for names, expected in ((["a", "b"], 1.0), (["b", "a"], 1.0)):  # whichever class it is
         found = lenses.class_scores(target, vectors, {"a": ("cat",), "b": ("zebra",)}, names)
-        assert found is not None and float(macro(found, torch.tensor([names.index("a"), names.index("b")]))) == expected
+        assert (
+            found is not None
+            and float(macro_auroc(found, torch.tensor([names.index("a"), names.index("b")]))) == expected
+        )
     assert lenses.class_scores(target, vectors, {}, ["a", "b"]) is None
     assert lenses.top_tokens(target, vectors, n_top=1) == ["cat", "dog"]
 
@@ -215,7 +219,7 @@ def test_what_is_no_plain_adapter_of_the_base_is_no_oracle(oracle_folder) -> Non
 def test_the_text_only_reader_continues_each_prefix_as_if_it_were_alone() -> None:
     target = target_of(make_model())
     sites = Sites((TEXTS[1], TEXTS[1], TEXTS[0]), (3, -1, 2), (0, 0, 1))
-    found = text_only.continue_sites(target, sites, temperature=None, max_new_tokens=5)
+    found = adversaries.continue_prefixes(target, sites.prefixes(target.tokenizer), None, max_new_tokens=5)
     ids = target.tokenizer(list(sites.texts))["input_ids"]
     for row, (tokens, place) in enumerate(zip(ids, sites.tokens, strict=True)):
         prefix = torch.tensor([tokens[: place + 1] if place >= 0 else tokens])
@@ -223,24 +227,21 @@ def test_the_text_only_reader_continues_each_prefix_as_if_it_were_alone() -> Non
             out = target.model.generate(input_ids=prefix, max_new_tokens=5, do_sample=False, pad_token_id=0)
         assert found[row] == target.tokenizer.decode(out[0, prefix.shape[1] :], skip_special_tokens=True)
     assert sites.visible(target.tokenizer) == ["a red dog ran", TEXTS[1], "the cat sat"]
-    both = text_only.text_lm(target, sites, n_samples=2)
-    assert all(
-        text.startswith(seen)
-        for texts, seen in zip(both, sites.visible(target.tokenizer), strict=True)
-        for text in texts
-    )
+    write = adversaries.continuations(target, sites.prefixes(target.tokenizer))
+    assert write(0) == write(0) != write(1)
 
 
 def test_a_text_that_fills_the_context_is_not_continued() -> None:
     target = target_of(make_model())
     full = "the" + " cat" * (CONTEXT - 1)
-    assert text_only.continue_sites(target, Sites((full, TEXTS[0]), (-1, -1), (0, 1)), max_new_tokens=4)[0] == ""
+    prefixes = Sites((full, TEXTS[0]), (-1, -1), (0, 1)).prefixes(target.tokenizer)
+    assert adversaries.continue_prefixes(target, prefixes, max_new_tokens=4)[0] == ""
 
 
 def test_the_confabulator_offers_texts_and_the_decoder_takes_the_closest() -> None:
     pair = make_pair()
     offered = [["the cat.", "a dog."], ["it is here.", "so it ran."], ["the red tree.", "the blue mat."]]
     vectors = pair.reconstruct([offered[2][0], offered[1][1]])  # what the decoder makes of one of the three
-    picked = text_only.confabulate(pair, vectors, lambda seed: offered[seed], n_tries=3)
+    picked = adversaries.confabulate(pair, vectors, lambda seed: offered[seed], n_tries=3)
     assert picked == [["the red tree."], ["so it ran."]]
-    assert [len(texts) for texts in text_only.confabulate(pair, vectors, lambda seed: offered[seed], 3, 2)] == [2, 2]
+    assert [len(texts) for texts in adversaries.confabulate(pair, vectors, lambda seed: offered[seed], 3, 2)] == [2, 2]

@@ -10,9 +10,9 @@ from sklearn.metrics import roc_auc_score
 
 from nla.errors import ArgumentError, NonFiniteError, ShapeError
 from nla.eval import auroc
-from nla.eval.auroc import macro, paired_p, rank, resample
+from nla.eval.auroc import auroc_difference, macro_auroc, paired_p, ranked_auroc, resample_groups
 from nla.eval.readers import probes
-from nla.eval.readers.probes import Both, Split, complement, fit, retention
+from nla.eval.readers.probes import Reconstructed, Split, complement, fit_probe, retention
 from nla.metrics import unit
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -32,7 +32,7 @@ def test_auroc_equals_scikit_learns_with_ties_and_weights() -> None:
     scores = torch.randint(0, 6, (80,), generator=GENERATOR).double()
     positive = torch.rand(80, generator=GENERATOR) > 0.4
     assert float(auroc.auroc(scores, positive)) == pytest.approx(roc_auc_score(positive, scores))
-    weights = resample(torch.arange(80) // 4, 5, seed=3)
+    weights = resample_groups(torch.arange(80) // 4, 5, seed=3)
     for found, each in zip(auroc.auroc(scores, positive, weights).tolist(), weights, strict=True):
         assert found == pytest.approx(roc_auc_score(positive, scores, sample_weight=each))
     with pytest.raises(NonFiniteError):
@@ -44,15 +44,15 @@ def test_auroc_equals_scikit_learns_with_ties_and_weights() -> None:
 def test_macro_equals_scikit_learns_one_versus_rest() -> None:
     scores = torch.randn(90, 4, generator=GENERATOR).softmax(1).double()
     labels = torch.arange(90) % 4
-    assert float(macro(scores, labels)) == pytest.approx(roc_auc_score(labels, scores, multi_class="ovr"))
-    assert float(macro(scores, torch.zeros(90, dtype=torch.long)).isnan())  # one class: nothing to rank
+    assert float(macro_auroc(scores, labels)) == pytest.approx(roc_auc_score(labels, scores, multi_class="ovr"))
+    assert float(macro_auroc(scores, torch.zeros(90, dtype=torch.long)).isnan())  # one class: nothing to rank
     kept = labels != 2  # a class without items does not count
     expected = sum(roc_auc_score(labels[kept] == c, scores[kept, c]) for c in (0, 1, 3)) / 3
-    assert float(macro(scores[kept], labels[kept])) == pytest.approx(expected)
+    assert float(macro_auroc(scores[kept], labels[kept])) == pytest.approx(expected)
 
 
 def test_groups_are_drawn_whole() -> None:
-    weights = resample(GROUPS, 50, seed=1)
+    weights = resample_groups(GROUPS, 50, seed=1)
     assert torch.equal(weights[:, 0::2], weights[:, 1::2])
     assert (weights.sum(1) == N).all() and weights.max() > 1
 
@@ -61,40 +61,40 @@ def test_an_interval_is_wider_where_groups_are_larger_and_never_a_point() -> Non
     scores = torch.stack([-VECTORS[:, 5], VECTORS[:, 5]], 1) + 0.5 * (LABELS[:, None] == torch.tensor([0, 1]))
     labels = (LABELS == 1).long()
     repeated, copies = scores.repeat(4, 1), labels.repeat(4)
-    fine = rank(repeated, copies, torch.arange(4 * N)).auroc
-    coarse = rank(repeated, copies, torch.arange(N).repeat(4)).auroc
+    fine = ranked_auroc(repeated, copies, torch.arange(4 * N)).auroc
+    coarse = ranked_auroc(repeated, copies, torch.arange(N).repeat(4)).auroc
     assert coarse.high - coarse.low > 1.5 * (fine.high - fine.low)
-    perfect = rank(torch.nn.functional.one_hot(LABELS, K).double(), LABELS, GROUPS).auroc
+    perfect = ranked_auroc(torch.nn.functional.one_hot(LABELS, K).double(), LABELS, GROUPS).auroc
     assert perfect.value == 1.0 == perfect.high and 0.95 < perfect.low < 1.0
     with pytest.raises(ArgumentError, match="one class"):
-        rank(repeated, torch.zeros_like(copies), torch.arange(4 * N))
+        ranked_auroc(repeated, torch.zeros_like(copies), torch.arange(4 * N))
 
 
 def test_paired_p_is_one_for_a_reader_against_itself_and_least_where_it_always_wins() -> None:
-    good, bad = (rank(one, LABELS, GROUPS, 200) for one in (VECTORS[:, :K].double(), NOISE[:, :K].double()))
+    good, bad = (ranked_auroc(one, LABELS, GROUPS, 200) for one in (VECTORS[:, :K].double(), NOISE[:, :K].double()))
     assert paired_p(good, good) == 1.0
     assert paired_p(good, bad) == pytest.approx(2 / 201) == paired_p(bad, good)
-    gain = auroc.difference(good, bad)
+    gain = auroc_difference(good, bad)
     assert gain.value == pytest.approx(good.auroc.value - bad.auroc.value) and gain.low > 0.3
-    perfect, constant = (rank(one, LABELS, GROUPS, 200) for one in (torch.eye(K)[LABELS], torch.zeros(N, K)))
-    sure = auroc.difference(perfect, constant)
+    perfect, constant = (ranked_auroc(one, LABELS, GROUPS, 200) for one in (torch.eye(K)[LABELS], torch.zeros(N, K)))
+    sure = auroc_difference(perfect, constant)
     assert sure.value == 0.5 and sure.high == pytest.approx(0.5) and 0.45 < sure.low < 0.5  # never a point
 
 
 def test_there_is_no_interval_where_one_group_is_all_of_a_class() -> None:
     labels, groups = torch.tensor([0, 0, 0, 1, 1]), torch.tensor([0, 0, 0, 1, 1])
-    first, other = (rank(one[:5, :2].double(), labels, groups, 50) for one in (NOISE, NOISE.roll(1, 1)))
+    first, other = (ranked_auroc(one[:5, :2].double(), labels, groups, 50) for one in (NOISE, NOISE.roll(1, 1)))
     assert first.auroc.value != other.auroc.value and math.isnan(first.auroc.low)
-    assert paired_p(first, other) == 1.0 and math.isnan(auroc.difference(first, other).low)
+    assert paired_p(first, other) == 1.0 and math.isnan(auroc_difference(first, other).low)
 
 
 @pytest.mark.parametrize("kind", probes.VECTOR_PROBES)
 def test_separable_classes_are_told_apart_and_random_labels_are_not(kind: str) -> None:
-    fitted = fit(VECTORS[TRAIN], LABELS[TRAIN], K, kind)
-    assert float(macro(fitted(VECTORS[TEST]), LABELS[TEST])) == 1.0
+    fitted = fit_probe(VECTORS[TRAIN], LABELS[TRAIN], K, kind)
+    assert float(macro_auroc(fitted(VECTORS[TEST]), LABELS[TEST])) == 1.0
     coin = torch.randint(0, 2, (N,), generator=torch.Generator().manual_seed(1))
-    fooled = fit(VECTORS[TRAIN], coin[TRAIN], 2, kind)(VECTORS[TEST])
-    assert abs(float(macro(fooled, coin[TEST])) - 0.5) < 0.15
+    fooled = fit_probe(VECTORS[TRAIN], coin[TRAIN], 2, kind)(VECTORS[TEST])
+    assert abs(float(macro_auroc(fooled, coin[TEST])) - 0.5) < 0.15
     scores = fitted(VECTORS[TEST])
     assert scores.sigmoid().sum(1) == pytest.approx(torch.ones(len(TEST)).double())
 
@@ -102,56 +102,56 @@ def test_separable_classes_are_told_apart_and_random_labels_are_not(kind: str) -
 def test_mass_mean_ranks_by_the_difference_of_class_means() -> None:
     labels = (LABELS == 0).long()
     direction = VECTORS[TRAIN][labels[TRAIN] == 1].mean(0) - VECTORS[TRAIN][labels[TRAIN] == 0].mean(0)
-    scores = fit(VECTORS[TRAIN], labels[TRAIN], 2, probes.MASS_MEAN)(NOISE)
+    scores = fit_probe(VECTORS[TRAIN], labels[TRAIN], 2, probes.MASS_MEAN)(NOISE)
     expected = (NOISE.double() @ direction.double()).argsort()
     assert torch.equal((scores[:, 1] - scores[:, 0]).argsort(), expected)
     long = CODES * torch.tensor([[1.0], [2.0], [0.1]])  # of unequal length: the nearest mean, not the likest direction
     vectors = long[LABELS] + NOISE / 4
     means = torch.stack([vectors[label == LABELS].mean(0) for label in range(K)])
     nearest = torch.cdist(NOISE, means).argmin(1)
-    assert torch.equal(fit(vectors, LABELS, K, probes.MASS_MEAN)(NOISE).argmax(1), nearest)
+    assert torch.equal(fit_probe(vectors, LABELS, K, probes.MASS_MEAN)(NOISE).argmax(1), nearest)
 
 
 def test_confident_items_do_not_tie() -> None:
     line = CODES[1] + torch.linspace(-30, 30, 60)[:, None] * torch.eye(2, D)[:1]  # margins of many thousands
-    fitted = fit(torch.cat([CODES[:2], CODES[:2] + 0.1]), torch.tensor([0, 1, 0, 1]), 2, probes.MASS_MEAN)(line)
+    fitted = fit_probe(torch.cat([CODES[:2], CODES[:2] + 0.1]), torch.tensor([0, 1, 0, 1]), 2, probes.MASS_MEAN)(line)
     assert (fitted[:, 0].diff() > 0).all() and (fitted[:, 1].diff() < 0).all()
     half = torch.arange(60) < 30
-    assert float(macro(fitted, half.long())) == 1.0
+    assert float(macro_auroc(fitted, half.long())) == 1.0
 
 
 def test_texts_are_read_by_their_words_and_texts_without_words_say_nothing() -> None:
-    fitted = fit([TEXTS[row] for row in TRAIN.tolist()], LABELS[TRAIN], K)
-    assert float(macro(fitted([TEXTS[row] for row in TEST.tolist()]), LABELS[TEST])) == 1.0
-    empty = fit(["", "…"] * 3, torch.tensor([0, 1] * 3), 2)
-    assert float(macro(empty(["a", "b"]), torch.tensor([0, 1]))) == 0.5
+    fitted = fit_probe([TEXTS[row] for row in TRAIN.tolist()], LABELS[TRAIN], K)
+    assert float(macro_auroc(fitted([TEXTS[row] for row in TEST.tolist()]), LABELS[TEST])) == 1.0
+    empty = fit_probe(["", "…"] * 3, torch.tensor([0, 1] * 3), 2)
+    assert float(macro_auroc(empty(["a", "b"]), torch.tensor([0, 1]))) == 0.5
 
 
 def test_a_class_without_an_example_ranks_lowest_and_unequal_lengths_are_refused() -> None:
     rows = TRAIN[LABELS[TRAIN] != 2]
-    scores = fit(VECTORS[rows], LABELS[rows], K)(VECTORS[TEST])
+    scores = fit_probe(VECTORS[rows], LABELS[rows], K)(VECTORS[TEST])
     assert bool(scores[:, 2].isinf().all()) and not bool(scores[:, :2].isinf().any())
     with pytest.raises(ShapeError):
-        fit(VECTORS[:3], LABELS[:2], K)
+        fit_probe(VECTORS[:3], LABELS[:2], K)
     with pytest.raises(ArgumentError, match="mass-mean"):
-        fit(VECTORS, LABELS, K, "forest")
+        fit_probe(VECTORS, LABELS, K, "forest")
 
 
 def test_few_labels_are_drawn_class_by_class_and_more_labels_help() -> None:
     assert sorted(LABELS[probes._in_turn(LABELS, 6, 0)].tolist()) == [0, 0, 1, 1, 2, 2]
     mixed = 0.15 * VECTORS + NOISE
-    found = probes.budgets(mixed[TRAIN], LABELS[TRAIN], mixed[TEST], JUDGED, K, sizes=(6, 150, 1000))
+    found = probes.auroc_by_budget(mixed[TRAIN], LABELS[TRAIN], mixed[TEST], JUDGED, K, sizes=(6, 150, 1000))
     assert [one.n_labels for one in found] == [6, 150]
     assert found[0].low <= found[0].auroc <= found[0].high and found[0].auroc < found[1].auroc
 
 
 def test_a_perfect_reconstruction_retains_everything_and_leaves_nothing() -> None:
     mixed = 0.3 * VECTORS + NOISE
-    train = Both(mixed[TRAIN], 5 * mixed[TRAIN])  # of another length, as a decoder gives it
-    test = Both(mixed[TEST], 5 * mixed[TEST])
+    train = Reconstructed(mixed[TRAIN], 5 * mixed[TRAIN])  # of another length, as a decoder gives it
+    test = Reconstructed(mixed[TEST], 5 * mixed[TEST])
     found = retention(train, LABELS[TRAIN], test, 5 * mixed[TEST].roll(1, 0), JUDGED, K)
-    probe = fit(unit(mixed[TRAIN]), LABELS[TRAIN], K)
-    assert found.activation == rank(probe(unit(mixed[TEST])), *JUDGED).auroc
+    probe = fit_probe(unit(mixed[TRAIN]), LABELS[TRAIN], K)
+    assert found.activation == ranked_auroc(probe(unit(mixed[TEST])), *JUDGED).auroc
     assert found.reconstruction.value == pytest.approx(found.activation.value, abs=1e-6)
     assert found.retained == pytest.approx(1.0, abs=1e-5)
     assert found.residual.value == 0.5
@@ -160,7 +160,12 @@ def test_a_perfect_reconstruction_retains_everything_and_leaves_nothing() -> Non
 
 def test_a_reconstruction_that_knows_nothing_leaves_the_label_in_the_residual() -> None:
     found = retention(
-        Both(VECTORS[TRAIN], NOISE[TRAIN]), LABELS[TRAIN], Both(VECTORS[TEST], NOISE[TEST]), NOISE[TEST], JUDGED, K
+        Reconstructed(VECTORS[TRAIN], NOISE[TRAIN]),
+        LABELS[TRAIN],
+        Reconstructed(VECTORS[TEST], NOISE[TEST]),
+        NOISE[TEST],
+        JUDGED,
+        K,
     )
     assert found.retained < 0.35 and found.residual.value > 0.95
 

@@ -9,28 +9,17 @@ import pytest
 import torch
 
 from nla.errors import ArgumentError, ConfigError, ShapeError
-from nla.eval.auroc import rank
+from nla.eval.auroc import ranked_auroc
+from nla.eval.items import trained_on
 from nla.eval.readers import compare as comparison
-from nla.eval.readers import measures, organisms
-from nla.eval.readers import tasks as labelled
-from nla.eval.readers.compare import Options, Sources, compare, moved_away
+from nla.eval.readers import couplets, measures
+from nla.eval.readers.compare import ComparisonSettings, Sources, compare_readers, sites_of_other_groups
+from nla.eval.readers.couplets_tasks import COLOUR, FAMILY, PLAN, TEMPLATES, WORDS, CoupletTasks, couplet_tasks
 from nla.eval.readers.measures import NLA_READER, forced_choice, naming
+from nla.eval.readers.organisms import ReadersSettings, compare_on_organism
 from nla.eval.readers.probes import LOGISTIC
 from nla.eval.readers.tables import random_check
-from nla.eval.readers.tasks import (
-    COLOUR,
-    FAMILY,
-    RANDOM,
-    TEMPLATES,
-    TEST,
-    TRAIN,
-    WORDS,
-    Sites,
-    Task,
-    couplet_tasks,
-    random_task,
-    read_sites,
-)
+from nla.eval.readers.tasks import RANDOM, TEST, TRAIN, Sites, Task, random_task, read_task_sites
 from nla.eval.target import Target
 from nla.models.read import read
 from nla.organisms.couplets import world
@@ -88,7 +77,7 @@ def test_couplet_tasks_hold_back_templates_and_words_and_use_no_document_of_trai
         (documents[row].plan in world.HELD_OUT_PLANS) == (split == WORDS) for split in rows for row in rows[split]
     )
     assert plan.transfers == [TEMPLATES] and plan.words["cat"] == ("cat",)
-    assert not {one.line1 for one in documents} & labelled.trained_on()
+    assert not {one.line1 for one in documents} & trained_on()
     assert len({text for task in found.tasks for text in task.sites.texts}) == 2 * len(documents)
     for document, text, label in zip(documents, season.sites.texts, season.labels, strict=True):
         assert text.endswith(document.prep) and document.ender not in text.split()
@@ -99,7 +88,7 @@ def test_sites_are_read_as_if_each_text_were_read_alone_and_each_text_runs_once(
     target = planted_target()
     lines = [couplet.line1 for couplet in couplet_tasks(100, 20, 1, names=()).documents[:3]]
     sites = Sites((lines[0], lines[1], lines[0], lines[2]), (2, -1, 0, 3), (0, 1, 0, 2))
-    found = read_sites(target, sites)
+    found = read_task_sites(target, sites)
     for row, (text, token) in enumerate(zip(sites.texts, sites.tokens, strict=True)):
         alone = read(target.model, target.tokenizer, text, target.point, [token]).vectors
         assert torch.allclose(found[row], alone[0], atol=1e-5)
@@ -109,14 +98,14 @@ def test_sites_are_read_as_if_each_text_were_read_alone_and_each_text_runs_once(
 
 def test_a_site_is_given_another_groups_explanation() -> None:
     groups = (0, 0, 0, 1, 2, 2, 3)
-    moved = moved_away(Sites(("a",) * 7, (0,) * 7, groups), seed=0)
+    moved = sites_of_other_groups(Sites(("a",) * 7, (0,) * 7, groups), seed=0)
     assert sorted(moved.tolist()) == list(range(7))
     assert all(groups[row] != groups[other] for row, other in enumerate(moved.tolist()))
 
 
 def test_the_other_site_is_not_always_of_the_same_class_where_groups_hold_one_of_each() -> None:
     sites = Sites(("a",) * 120, (0,) * 120, tuple(range(20)) * 6)
-    moved = moved_away(sites, seed=0).tolist()
+    moved = sites_of_other_groups(sites, seed=0).tolist()
     assert sorted(moved) == list(range(120)) and all(row % 20 != other % 20 for row, other in enumerate(moved))
     assert sum(row // 20 == other // 20 for row, other in enumerate(moved)) < 40  # of six classes, by chance 20
 
@@ -157,8 +146,8 @@ def results() -> dict[str, measures.TaskResult]:
         tasks = couplet_tasks(96, 32, 10, names=(FAMILY, COLOUR)).tasks
         pair = planted_pair()
         sources = Sources(Target.of(pair), pair)
-        options = Options(n_tries=1, n_continued=6, lens_steps=1, n_boot=60, budgets=(16,))
-        return {one.task: one for one in compare(tasks, sources, options)}
+        options = ComparisonSettings(n_tries=1, n_continued=6, lens_steps=1, n_boot=60, budgets=(16,))
+        return {one.task: one for one in compare_readers(tasks, sources, options)}
 
 
 def test_a_perfect_reader_names_every_plan_and_its_reconstruction_keeps_all_of_it(results) -> None:
@@ -176,6 +165,8 @@ def test_readers_that_know_nothing_are_at_chance_and_coin_flips_are_for_all(resu
     for name in (comparison.SHUFFLED, comparison.SELFIE, comparison.LOGIT_LENS):
         assert abs(family.row(name).zero[TEST].value - 0.5) < 0.15, name
     assert family.row(comparison.BAG).zero[TEST].value == 0.5  # the plan word is not in the visible text
+    seen, continued = (family.row(name).examples for name in (comparison.BAG, comparison.TEXT_LM))
+    assert all(text.startswith(visible) and text != visible for visible, text in zip(seen, continued, strict=True))
     assert all(row.random is not None and abs(row.random.value - 0.5) < 0.2 for row in family.readers)
     assert results[RANDOM].shares_sites == [FAMILY, COLOUR]
 
@@ -193,7 +184,9 @@ def test_each_reader_is_held_against_the_best_adversary_but_the_confabulator(res
 
 def test_the_confabulator_is_no_adversary_since_the_activation_picks_its_texts() -> None:
     labels, groups = torch.tensor([0, 1] * 20), torch.arange(40)
-    perfect, chance = (rank(scores, labels, groups, 50) for scores in (torch.eye(2)[labels], torch.zeros(40, 2)))
+    perfect, chance = (
+        ranked_auroc(scores, labels, groups, 50) for scores in (torch.eye(2)[labels], torch.zeros(40, 2))
+    )
     known = ((measures.CONFABULATOR, measures.ADVERSARY), ("bag", measures.ADVERSARY), ("NLA", measures.ACTIVATION))
     measured = [
         measures._Measured(measures.ReaderRow(name, kind, {}), None, chance if name == "bag" else perfect)
@@ -212,18 +205,18 @@ def test_few_labels_end_with_all_of_them(results) -> None:
 def test_an_nla_is_not_needed_and_activations_may_come_from_elsewhere() -> None:
     target, task = planted_target(), couplet_tasks(60, 40, 10, names=(COLOUR,)).tasks[0]
     noise = torch.randn(len(task.sites), 96, generator=torch.Generator().manual_seed(0))
-    options = Options(n_continued=1, lens_steps=1, n_boot=50, budgets=())
-    (result, _coin) = compare([task], Sources(target, read=lambda sites: noise), options)
+    options = ComparisonSettings(n_continued=1, lens_steps=1, n_boot=50, budgets=())
+    (result, _coin) = compare_readers([task], Sources(target, read=lambda sites: noise), options)
     assert result.row(NLA_READER) is None and result.retention is None
     assert abs(result.row(LOGISTIC).labelled[TEST].value - 0.5) < 0.25
     with pytest.raises(ShapeError, match="one a site"):
-        compare([task], Sources(target, read=lambda sites: noise[:5]), options)
+        compare_readers([task], Sources(target, read=lambda sites: noise[:5]), options)
 
 
-def _family_alone(*sizes: int) -> labelled.CoupletTasks:
+def _family_alone(*sizes: int) -> CoupletTasks:
     """The rhyme family in the place of the plan: fewer classes, so fewer documents."""
     found = couplet_tasks(*sizes, names=(FAMILY,))
-    return labelled.CoupletTasks([dataclasses.replace(found.tasks[0], name=labelled.PLAN)], found.documents)
+    return CoupletTasks([dataclasses.replace(found.tasks[0], name=PLAN)], found.documents)
 
 
 def test_the_report_tells_the_two_targets_apart_and_is_written(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,14 +227,13 @@ def test_the_report_tells_the_two_targets_apart_and_is_written(tmp_path, monkeyp
     monkeypatch.setattr(comparison, "explain", read_its_own)
     monkeypatch.setattr(comparison, "decode", lambda nla, texts, strict=True: write_code(texts))
     monkeypatch.setattr(comparison, "N_COINS", 2)
-    monkeypatch.setattr(organisms, "couplet_tasks", _family_alone)
-    monkeypatch.setattr(
-        organisms, "Options", lambda **given: Options(n_tries=1, n_continued=6, lens_steps=1, n_boot=60, budgets=())
-    )
-    monkeypatch.setattr(organisms, "N_PATCHED", 12)
+    monkeypatch.setattr(couplets, "couplet_tasks", _family_alone)
+    monkeypatch.setattr(couplets, "N_PATCHED", 12)
+    quick = {"n_tries": 1, "n_continued": 6, "lens_steps": 1, "n_boot": 60, "budgets": ()}
     contrast = planted_target(used=False)
     contrast.model.model.layers[1].register_forward_hook(lambda module, args, output: output * 1.01)
-    report = organisms.run(planted_pair(), contrast, n_items=32, n_train=96, out_dir=tmp_path)
+    settings = ReadersSettings(contrast=contrast, n_items=32, n_train=96, **quick)
+    report = compare_on_organism(planted_pair(), settings, tmp_path)
     checks = {check.name: check.passed for check in report.checks}
     assert all(passed for name, passed in checks.items() if "≥ 0.95" not in name and "moves" not in name), checks
     planner, plain = report.targets
@@ -257,9 +249,9 @@ def test_a_contrast_of_another_tokenizer_or_width_is_refused() -> None:
     pair, other = make_pair(), make_tokenizer()
     other.add_tokens(["zebra"])
     with pytest.raises(ConfigError, match="another tokenizer"):
-        organisms.run(pair, Target(make_model(), other, Target.of(pair).point))
+        compare_on_organism(pair, ReadersSettings(contrast=Target(make_model(), other, Target.of(pair).point)))
     with pytest.raises(ShapeError, match="96 wide"):
-        organisms.run(pair, planted_target())
+        compare_on_organism(pair, ReadersSettings(contrast=planted_target()))
 
 
 def test_the_coin_check_can_fail_and_says_nothing_without_an_interval() -> None:
@@ -273,8 +265,8 @@ def test_the_coin_check_can_fail_and_says_nothing_without_an_interval() -> None:
 
 def test_wrong_options_are_refused() -> None:
     with pytest.raises(ArgumentError, match="both or neither"):
-        organisms.run("couplets", question="what is it?")
+        ReadersSettings(question="what is it?")
     with pytest.raises(ArgumentError, match="20 or more"):
-        organisms.run("couplets", n_items=3)
+        ReadersSettings(n_items=3)
     with pytest.raises(ArgumentError):
         couplet_tasks(n_train=0)
