@@ -97,7 +97,7 @@ def closest_texts(
     n_offers = len(offers[0])
     texts = [offered[number] for number in range(n_offers) for offered in offers]
     closeness = cosine(decode(nla, texts, strict=False), vectors.repeat(n_offers, 1)).reshape(n_offers, -1)
-    best = closeness.topk(n_picked, dim=0).indices.T.tolist()
+    best: list[list[int]] = closeness.topk(n_picked, dim=0).indices.T.tolist()
     return [[offered[number] for number in numbers] for offered, numbers in zip(offers, best, strict=True)]
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -60,15 +60,6 @@ class Split(NamedTuple):
     groups: Int[Tensor, " n"]
 
 
-class Classifier(Protocol):
-    """What is used of scikit-learn's classifiers."""
-
-    classes_: np.ndarray
-
-    def fit(self, vectors: Any, labels: np.ndarray) -> Any: ...
-    def decision_function(self, vectors: Any) -> np.ndarray: ...
-
-
 class MassMean:
     """Nearest class mean, with scikit-learn's interface: of two classes, a probe along the difference of their means.
 
@@ -87,7 +78,7 @@ class MassMean:
         return (vectors @ self.means_.T - 0.5 * (self.means_**2).sum(1)) / self.variance_
 
 
-def make_vector_probe(kind: str, n_items: int, width: int, seed: int = 0) -> Classifier:
+def make_vector_probe(kind: str, n_items: int, width: int, seed: int = 0) -> Pipeline | MassMean:
     """An unfitted probe of vectors.
 
     Raises:
@@ -308,7 +299,7 @@ def _weight(probe: Float[Tensor, "n k"], text: Float[Tensor, "n k"], labels: Int
     return of_text / of_probe if of_probe > 0 else math.inf
 
 
-def _log_odds(model: Classifier, features: Any, n_classes: int) -> Float[Tensor, "n k"]:
+def _log_odds(model: Pipeline | MassMean, features: Any, n_classes: int) -> Float[Tensor, "n k"]:
     """float64; from the margins, since probabilities and their logarithms round to 1 and 0 and then tie."""
     margins = torch.from_numpy(np.asarray(model.decision_function(features), dtype=np.float64))
     margins = torch.stack([-margins / 2, margins / 2], dim=1) if margins.ndim == 1 else margins
