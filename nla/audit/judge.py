@@ -1,26 +1,20 @@
-"""An LLM as judge of explanations, over an OpenAI-compatible endpoint; a verdict counts only with a literal quote."""
+"""A rubric and an explanation in, the verdict of an LLM out; a verdict counts only with a literal quote."""
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import os
 import re
-import time
-import urllib.error
-import urllib.parse
-import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from nla.audit.rubric import Rubric
-from nla.errors import ArgumentError, JudgeError, visible
+from nla.errors import EndpointError, JudgeError
+from nla.models.endpoint import MALFORMED, Endpoint
 
 KEY_VARIABLE = "NLA_JUDGE_KEY"
 MIN_QUOTE = 3
-_MAX_BYTES = 1 << 20
-_RETRIED = (408, 409, 429, 500, 502, 503, 504)
+"""Characters of a quote at least."""
 
 _TASK = """\
 You judge explanations of a language model's activations. Looked for: {looks_for}
@@ -34,16 +28,13 @@ Answer with one JSON object and nothing else: {{"match": true or false, "quote":
 that show it, or an empty text"}}"""
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect could carry the key to another host: it is an error."""
-
-    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
-        return None
-
-
 @dataclass
 class Judge:
-    """Asks whether explanations show a rubric's concept, each pair once."""
+    """Asks whether explanations show a rubric's concept, each pair once.
+
+    Raises:
+        EndpointError: the address is not one, or would carry the key in NLA_JUDGE_KEY over plain http.
+    """
 
     url: str
     """Base of an OpenAI-compatible API, such as "http://localhost:8000/v1"."""
@@ -53,20 +44,13 @@ class Judge:
     n_asked: int = 0
     n_discarded: int = 0
     """Verdicts without a literal quote, or of no known form: they count as no match."""
-    wait: Callable[[float], None] = time.sleep
     known: dict[tuple[str, str], bool] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        parts = urllib.parse.urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            expected = "an http or https address such as http://localhost:8000/v1"
-            raise ArgumentError(f"the judge's address {visible(self.url)[:80]!r}", expected, "correct --judge-url")
-        if parts.scheme == "http" and os.environ.get(KEY_VARIABLE) and not _is_local(parts.hostname):
-            raise ArgumentError(
-                f"the judge {parts.hostname} over plain http with a key in {KEY_VARIABLE}",
-                "https: anyone on the way could read the key",
-                "use https, or unset the key",
-            )
+        key = KEY_VARIABLE if os.environ.get(KEY_VARIABLE) else None
+        self.endpoint = Endpoint(
+            self.model, url=self.url, key_variable=key, timeout_s=self.timeout_s, tries=self.tries, temperature=0.0
+        )
 
     def shows(self, rubric: Rubric, explanation: str) -> bool:
         """Whether the judge finds the concept and quotes the explanation literally.
@@ -84,43 +68,14 @@ class Judge:
         return self.known[key]
 
     def _ask(self, task: str) -> str:
-        content = {"model": self.model, "temperature": 0, "messages": [{"role": "user", "content": task}]}
-        headers = {"Content-Type": "application/json"}
-        if key := os.environ.get(KEY_VARIABLE):
-            headers["Authorization"] = f"Bearer {key}"
-        address = self.url.rstrip("/") + "/chat/completions"
-        request = urllib.request.Request(address, json.dumps(content).encode(), headers)
-        opener = urllib.request.build_opener(_NoRedirect)
-        problem = ""
-        for attempt in range(self.tries):
-            if attempt:
-                self.wait(2.0**attempt)
-            try:
-                with opener.open(request, timeout=self.timeout_s) as response:
-                    data = response.read(_MAX_BYTES + 1)
-                    left = response.length
-                if len(data) > _MAX_BYTES:
-                    raise self._error("an answer above 1 MB")
-                if not left:
-                    return _written(data)
-                problem = "a cut answer"
-            except urllib.error.HTTPError as error:
-                problem = f"HTTP {error.code}"
-                error.close()
-                if error.code not in _RETRIED:
-                    break
-            except JudgeError:
-                raise
-            except (OSError, ValueError, _http_errors()) as error:
-                problem = f"{type(error).__name__}: {visible(str(error))[:120]}"
-        raise self._error(problem)
-
-    def _error(self, problem: str) -> JudgeError:
-        return JudgeError(
-            f"no answer of the judge at {visible(self.url)[:80]} ({problem})",
-            "an OpenAI-compatible chat endpoint",
-            f"check the address, the model ({visible(self.model)[:40]}) and {KEY_VARIABLE}; the same command resumes",
-        )
+        """What the judge writes; empty where it writes nothing that can be read, which is no verdict."""
+        try:
+            return self.endpoint.ask([{"role": "user", "content": task}]).text
+        except EndpointError as error:
+            if error.got.startswith(MALFORMED):
+                return ""
+            fix = f"{error.fix}; the same command goes on where it stopped"
+            raise JudgeError(f"no verdict: {error.got}", "an OpenAI-compatible chat endpoint", fix) from error
 
 
 def parse_verdict(answer: str, explanation: str) -> bool | None:
@@ -131,9 +86,9 @@ def parse_verdict(answer: str, explanation: str) -> bool | None:
     >>> parse_verdict('{"match": true, "quote": "an exam"}', "It is a test.") is None
     True
     """
-    found = re.search(r"\{.*\}", answer, re.DOTALL)
+    braces = re.search(r"\{.*\}", answer, re.DOTALL)
     try:
-        content = json.loads(found[0]) if found else None
+        content = json.loads(braces[0]) if braces else None
     except (ValueError, RecursionError):
         return None
     if not isinstance(content, Mapping) or not isinstance(content.get("match"), bool):
@@ -142,25 +97,3 @@ def parse_verdict(answer: str, explanation: str) -> bool | None:
         return False
     quote = content.get("quote")
     return True if isinstance(quote, str) and len(quote.strip()) >= MIN_QUOTE and quote in explanation else None
-
-
-def _written(data: bytes) -> str:
-    """The text of a completion; an answer of another form is an empty one, which is no verdict."""
-    try:
-        text = json.loads(data)["choices"][0]["message"]["content"]
-    except (ValueError, KeyError, IndexError, TypeError, RecursionError):
-        return ""
-    return text if isinstance(text, str) else ""
-
-
-def _is_local(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def _http_errors() -> type[Exception]:
-    from http.client import HTTPException
-
-    return HTTPException

@@ -8,7 +8,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -21,8 +20,9 @@ from pydantic import (
 )
 
 from nla.audit.matching import Words, similarity
-from nla.errors import RubricError, visible
+from nla.errors import ParseError, RubricError, visible
 from nla.organisms import RUBRICS
+from nla.storage.files import parse_yaml
 from nla.storage.schema import first_problem, shown
 from nla.transcripts.messages import ROLES
 from nla.transcripts.positions import STRUCTURE
@@ -237,12 +237,9 @@ def _read(name: str | Path) -> list[Rubric]:
             "check the name",
         ) from error
     try:
-        content = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        message = visible(" ".join(str(error).split()))[:160]
-        raise RubricError(
-            f"{visible(source)}, which is not YAML ({message})", "a rubric", "correct the file"
-        ) from error
+        content = parse_yaml(text, source)
+    except ParseError as error:
+        raise RubricError(error.got, error.expected, error.fix) from error
     return [parse_rubric(entry, source) for entry in (content if isinstance(content, list) else [content])]
 
 

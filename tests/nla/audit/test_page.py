@@ -5,8 +5,9 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
+from dataclasses import replace
 
-from nla.audit.page import page, safe
+from nla.audit.page import page, spelled_out
 from nla.audit.rubric import parse_rubric
 from nla.transcripts.messages import Message, Transcript
 from tests.helpers.pages import Markup, report
@@ -54,9 +55,22 @@ def test_said_and_not_said_stand_beside_each_finding() -> None:
 
 
 def test_what_hides_or_turns_text_is_spelled_out() -> None:
-    assert safe("a\u202eb\x1b[0m") == "a\\u202eb\\x1b[0m"
-    assert safe('<a href="x">&\'') == "&lt;a href=&quot;x&quot;&gt;&amp;&#x27;"
-    assert safe("a\n\tb\u00a0c \U0001f469\u200d\U0001f4bb") == "a\n\tb\u00a0c \U0001f469\u200d\U0001f4bb"
+    assert spelled_out("a\u202eb\x1b[0m") == "a\\u202eb\\x1b[0m"
+    shown = "a\n\tb\u00a0c \U0001f469\u200d\U0001f4bb"
+    assert spelled_out(shown) == shown
+
+
+def test_every_text_of_an_audit_is_escaped_and_spelled_out_wherever_it_is_shown() -> None:
+    bad = "\"'><script>alert(1)</script>&\u202e\x1b"
+    rubric = parse_rubric({"name": "x", "title": bad, "looks_for": "x", "match": {"regex": ["."]}})
+    message = Message("assistant", bad, ({"name": bad, "arguments": {bad: bad}},), bad)
+    talk = Transcript(bad, (message,), bad, bad)
+    read = [entry(0, 0, [bad], kind=bad, index=n, token=bad, start=start) for n, start in ((1, -1), (2, 0))]
+    text = page(replace(report([talk], [read], [rubric]), pair=bad, target_adapter=bad, refused=[bad]))
+    markup = Markup(text)
+    markup.check()
+    assert "<script" not in text and "\u202e" not in text and "\x1b" not in text
+    assert markup.text.count("<script>alert(1)</script>&\\u202e\\x1b") >= 12
 
 
 def test_tool_calls_and_reasoning_are_shown() -> None:

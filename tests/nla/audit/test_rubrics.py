@@ -125,6 +125,46 @@ def test_a_malformed_rubric_is_a_typed_error_that_names_the_file(tmp_path: Path,
         load_rubrics([path])
 
 
+@pytest.mark.parametrize(
+    ("change", "got", "expected"),
+    [
+        ({"matches": {}}, "unknown key 'matches'", "'match'?"),
+        ({"match": {"word": ["cat"]}}, "unknown key 'word' in match.word", "'words'?"),
+        ({"values": {"a": {"visibel": ["x"], "visible": ["x"]}}}, "values.a.visibel", "'visible'?"),
+        ({"looks_for": None}, "looks_for = None", "a valid string"),
+        ({"match": {"words": [True]}}, "match.words.0 = True", "in quotes"),
+        ({"match": {"regex": ["("]}}, "match.regex.0 = '('", "regular expression"),
+        ({"min_share": 2}, "min_share = 2", "less than or equal to 1"),
+        ({"kind": "absence"}, "kind = 'absence'", "'presence' or 'mismatch'"),
+        ({"said_in": ["narrator"]}, "said_in.0 = 'narrator'", "assistant"),
+        ({"match": {}}, "contradict", "a way of matching"),
+    ],
+)
+def test_an_error_names_the_key_its_value_and_what_was_expected(change: dict, got: str, expected: str) -> None:
+    with pytest.raises(RubricError) as caught:
+        parse_rubric({**PLAIN, **change}, "mine.yaml")
+    assert "mine.yaml: 'own'" in caught.value.got and got in caught.value.got and expected in caught.value.expected
+
+
+def test_a_huge_value_makes_a_short_message_at_once() -> None:
+    value: list = ["x" * 10_000]
+    for _ in range(60):  # two to the sixtieth texts, if anybody wrote them out
+        value = [value, value]
+    for change in ({"min_share": value}, {"match": value}, {"title": "x" * 1_000_000, "kind": "y" * 1_000_000}):
+        with pytest.raises(RubricError) as caught:
+            parse_rubric({**PLAIN, **change})
+        assert len(str(caught.value)) < 600
+
+
+def test_an_alias_bomb_and_keys_that_are_no_texts_are_refused(tmp_path: Path) -> None:
+    lines = ["a0: &a0 [x, x]", *(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]" for n in range(1, 40))]
+    path = tmp_path / "mine.yaml"
+    for text in ("\n".join([*lines, "name: own"]), "name: own\nno: 3\n"):
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(RubricError, match=r"mine\.yaml"):
+            load_rubrics([path])
+
+
 @pytest.mark.parametrize("text", ["{", "!!python/object/apply:os.system ['true']", "", "3", "\x00"])
 def test_what_is_no_rubric_file_is_a_typed_error(tmp_path: Path, text: str) -> None:
     path = tmp_path / "mine.yaml"
