@@ -34,7 +34,6 @@ from nla.formats import easynla, kitft, kitft_export
 from nla.metrics import cosine, mse
 from nla.models.hooks import inject, rescale
 from nla.models.points import blocks
-from nla.pair.decoder import decode
 from nla.text.tokens import render_prompt
 
 FIXTURES = Path(__file__).parents[1] / "tests" / "fixtures" / "parity"
@@ -137,7 +136,7 @@ def ours(made: Made) -> dict[str, Tensor]:
     if made.project == "easynla":  # they scale the stream to √d first, which leaves directions as they are
         unit = torch.nn.functional.normalize(decoded, dim=1)
         return {"ids": nla.prompt_ids[0], "entered": entered[0], "logits": logits, "decoded": unit}
-    found = decode(nla, texts)
+    found = nla.decoder.decode(texts)
     scores = torch.stack([mse(vectors, found), cosine(vectors, found)], dim=1)
     return {"ids": nla.prompt_ids[0], "entered": entered[0], "decoded": decoded, "scores": scores}
 

@@ -11,17 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nla.eval.readers.patchscopes import base_of
-from nla.eval.target import Target, generate, write
+from nla.eval.target import Target, continued, write
 from nla.metrics import cosine
-from nla.models.forward import device_of
-from nla.models.generate import ends_of, pad_of, plain_settings
 from nla.models.points import context_length
-from nla.pair.decoder import decode
 
 if TYPE_CHECKING:
     from sklearn.pipeline import Pipeline
@@ -44,14 +39,10 @@ def continue_prefixes(
 ) -> list[str]:
     """What the target writes after each prefix of token ids, sampled (None: greedy); empty where no room is left."""
     room = context_length(target.model) - max_new_tokens
-    pad, device = pad_of(target.tokenizer), device_of(target.model)
-    settings = plain_settings(ends_of(base_of(target.model), target.tokenizer), pad, max_new_tokens, temperature)
     short = [row for row, ids in enumerate(prefixes) if len(ids) <= room]
     texts = [""] * len(prefixes)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        added = generate(target, [prefixes[row] for row in short], settings)
-    for row, answer in zip(short, added, strict=True):
+    written = continued(target, [prefixes[row] for row in short], max_new_tokens, temperature, seed)
+    for row, answer in zip(short, written.rows(), strict=True):
         texts[row] = target.tokenizer.decode(answer, skip_special_tokens=True)
     return texts
 
@@ -96,7 +87,7 @@ def closest_texts(
     """
     n_offers = len(offers[0])
     texts = [offered[number] for number in range(n_offers) for offered in offers]
-    closeness = cosine(decode(nla, texts, strict=False), vectors.repeat(n_offers, 1)).reshape(n_offers, -1)
+    closeness = cosine(nla.decoder.decode(texts, strict=False), vectors.repeat(n_offers, 1)).reshape(n_offers, -1)
     best: list[list[int]] = closeness.topk(n_picked, dim=0).indices.T.tolist()
     return [[offered[number] for number in numbers] for offered, numbers in zip(offers, best, strict=True)]
 

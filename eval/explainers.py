@@ -37,7 +37,7 @@ class EncoderReader:
 
 def explain(nla: NLA, vectors: Tensor, greedy: bool = False, temperature: float = 1.0, seed: int = 0) -> list[str]:
     """One explanation for each vector (n, d); of an answer that was cut off, what there is of it."""
-    answers = encoder.generate(nla, vectors, samples=1, temperature=temperature, seed=seed, greedy=greedy)
+    answers = nla.encoder.generate(vectors, samples=1, temperature=temperature, seed=seed, greedy=greedy)
     return [encoder.parse(text, nla.config) or encoder.strip_tags(text, nla.config) for text in answers.texts]
 
 

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,19 +14,15 @@ from torch import Tensor
 from nla.autoencoder import NLA
 from nla.config import CONFIG_FILE
 from nla.errors import ShapeError
-from nla.models.forward import device_of, inference, pad_left
-from nla.models.generate import ends_of, pad_of, plain_settings, plainly
-from nla.models.hooks import patch
+from nla.models.forward import device_of, inference
+from nla.models.generate import Generated, ends_of, generate, pad_of, seeded
+from nla.models.hooks import replace
 from nla.models.load import load_target, read_config
 from nla.models.points import Point, blocks, context_length
 from nla.models.read import read
 from nla.organisms import TARGETS, adapter_folder, full_name, target_folder
-from nla.text.tokens import length_batches, prompt_ids
-
-if TYPE_CHECKING:
-    from transformers import GenerationConfig
-
-_MAX_TOKENS = 8192
+from nla.pair.roles import unwrapped
+from nla.text.tokens import prompt_ids
 
 Progress = Callable[[str, float], None]
 """Called with the name of a stage and the fraction of it that is done."""
@@ -170,7 +166,7 @@ def patched(target: Target, patches: Sequence[Patch], index: Tensor, padding: Te
     with contextlib.ExitStack() as stack:
         for one in patches:
             rows = one.rows(index)
-            stack.enter_context(patch(target.model, rows.point, rows.positions + padding, rows.vectors))
+            stack.enter_context(replace(target.model, rows.point, rows.positions + padding, rows.vectors))
         yield
 
 
@@ -183,36 +179,43 @@ def write(
 ) -> list[str]:
     """The target's greedy continuation of each prompt, up to and including ``stop``, under interventions."""
     stop_id = target.tokenizer.convert_tokens_to_ids(stop)
-    ends = sorted({stop_id, *ends_of(target.model, target.tokenizer)})
-    settings = plain_settings(ends, pad_of(target.tokenizer), max_new_tokens, None)
-    written = []
-    for answer in generate(target, token_ids(target, prompts), settings, patches):
-        end = next((i for i, token in enumerate(answer) if token in ends), len(answer))
-        end += answer[end : end + 1] == [stop_id]
-        written.append(target.tokenizer.decode(answer[:end], skip_special_tokens=False))
-    return written
+    written = continued(target, token_ids(target, prompts), max_new_tokens, patches=patches, ends=[stop_id])
+    texts = []
+    for row, (ids, length) in enumerate(zip(written.ids.tolist(), written.lengths.tolist(), strict=True)):
+        stopped = bool(written.ended[row]) and ids[length] == stop_id
+        texts.append(target.tokenizer.decode(ids[: length + stopped], skip_special_tokens=False))
+    return texts
 
 
-def generate(
-    target: Target, ids: Sequence[list[int]], settings: GenerationConfig, patches: Sequence[Patch] = ()
-) -> list[list[int]]:
-    """The tokens that the target adds to each prompt's, with what fills them up behind an end, under interventions.
+def continued(
+    target: Target,
+    ids: Sequence[list[int]],
+    max_new_tokens: int,
+    temperature: float | None = None,
+    seed: int | None = 0,
+    patches: Sequence[Patch] = (),
+    ends: Sequence[int] = (),
+) -> Generated:
+    """What the target writes after prompts under interventions; positions count from each prompt's own start.
 
-    Prompts of different lengths share a batch, padded on the left; positions count from each prompt's own start.
+    Args:
+        temperature: of sampling; None: greedy.
+        seed: of the samples; None: the global random state.
+        ends: token ids that end an answer beside the model's own.
     """
     check_patches(patches, len(ids))
-    device, added = device_of(target.model), [[] for _ in ids]
+    model = unwrapped(target.model)
     with target.active():
-        for chunk in length_batches([len(row) + settings.max_new_tokens for row in ids], _MAX_TOKENS):
-            tokens, padding = pad_left([ids[row] for row in chunk], pad_of(target.tokenizer))
-            mask = (torch.arange(tokens.shape[1]) >= padding[:, None]).long()
-            with patched(target, patches, torch.tensor(chunk), padding), plainly(target.model):
-                out = target.model.generate(
-                    input_ids=tokens.to(device), attention_mask=mask.to(device), generation_config=settings
-                )
-            for row, answer in zip(chunk, out[:, tokens.shape[1] :].tolist(), strict=True):
-                added[row] = answer
-    return added
+        return generate(
+            target.model,
+            ids,
+            ends=sorted({*ends, *ends_of(model, target.tokenizer)}),
+            pad=pad_of(target.tokenizer),
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            generator=seeded(seed, device_of(model)),
+            intervene=lambda rows, padding: patched(target, patches, rows, padding),
+        )
 
 
 def last_word(line: str) -> str:

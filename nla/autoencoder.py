@@ -1,4 +1,4 @@
-"""NLA: target, encoder and decoder on one base; read, explain, reconstruct, score, save, load."""
+"""NLA: target, encoder and decoder of one pair; read, explain, reconstruct, score, save, load."""
 
 from __future__ import annotations
 
@@ -9,34 +9,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from nla.baselines import GLOBAL
+from nla.baselines import GLOBAL, UNKNOWN_STRATUM
 from nla.config import NLAConfig
-from nla.errors import ArgumentError, ShapeError
-from nla.metrics import Baseline, check_finite, cosine, unit
-from nla.models import generate
-from nla.models import read as activations
+from nla.errors import ArgumentError
+from nla.metrics import Baseline, cosine, unit
 from nla.models.forward import device_of
-from nla.models.hooks import locate_marker
+from nla.models.generate import ends_of
 from nla.models.points import Point, block
-from nla.models.read import Activations, Intervene, Strata
-from nla.pair import decoder, encoder, publish
+from nla.models.read import Activations, Intervene, Strata, read
 from nla.pair import folder as pair_folder
+from nla.pair import publish
 from nla.pair.confidence import Trust, agreement
-from nla.pair.decoder import DecoderBatch, Head
-from nla.pair.denominators import denominators
+from nla.pair.decoder import Decoder, DecoderBatch
+from nla.pair.denominators import check_store, denominators
+from nla.pair.encoder import Encoder, parse, strip_tags
 from nla.pair.explanations import Explanation, Explanations
-from nla.pair.roles import DECODER_ADAPTER as DECODER_ADAPTER
-from nla.pair.roles import ENCODER_ADAPTER as ENCODER_ADAPTER
+from nla.pair.head import Head
+from nla.pair.parts import Parts
+from nla.pair.planted import planted
 from nla.pair.roles import Role, Roles, SharedBase, check_role, require_shared, unwrapped
 from nla.pair.score import Score, score
 from nla.pair.separate import Devices
-from nla.storage import hub
 from nla.storage.hashes import hash_weights
 from nla.store.reader import Store
-from nla.text import claims
-from nla.text.tokens import Positions, render_prompt
+from nla.text.claims import claims
+from nla.text.tokens import Positions
 
 
 class NLA:
@@ -44,16 +45,19 @@ class NLA:
 
     In a pair that is trained here one base plays all three roles: bare as the target, with the adapter "default" as the
     encoder, cut after the point with the adapter "decoder" and a head as the decoder. In a pair of imported full
-    weights each role has a model of its own, loaded at first use. See nla/roles.py.
+    weights each role has a model of its own, loaded at first use. See nla/pair/roles.py.
+
+    Threads may share a pair: one at a time plays a role, and the others wait. Samples come from a random source of each
+    call, so equal seeds give equal samples whatever else runs. After an exception or Ctrl-C the pair is as before.
     """
 
     def __init__(
         self,
         roles: Roles,
-        tokenizer: Any,
+        tokenizer: PreTrainedTokenizerBase,
         config: NLAConfig,
         baselines: Mapping[str, Baseline] | None = None,
-        metrics: dict[str, Any] | None = None,
+        metrics: Mapping[str, Any] | None = None,
     ) -> None:
         """Put the parts together; most callers want :meth:`from_pretrained` or :meth:`create`.
 
@@ -63,7 +67,8 @@ class NLA:
         config.check_tokenizer(tokenizer)
         if roles.shared:
             config.check_model(roles.model.config)
-        self.roles, self.tokenizer, self.config = roles, tokenizer, config
+        self.roles, self.tokenizer = roles, tokenizer
+        self.encoder, self.decoder = Encoder(roles, tokenizer, config), Decoder(roles, tokenizer, config)
         self.baselines: dict[str, Baseline] = dict(baselines or {})
         """Of unit-normalised training activations, by stratum, and "global"."""
         self.metrics: dict[str, Any] = dict(metrics or {})
@@ -75,18 +80,36 @@ class NLA:
         self.origin: tuple[str, str | None] | None = None
         """What it was loaded from: a folder's absolute path or a hub id, and the revision; None: made here."""
         self.point = Point.parse(config.point)
-        self.prompt_ids = torch.tensor([render_prompt(tokenizer, config.encoder_prompt)])
-        """The encoder's prompt, (1, t) int64; the same for every activation."""
-        self.marker_position = int(locate_marker(self.prompt_ids, config.injection)[0])
+
+    @property
+    def config(self) -> NLAConfig:
+        """The contract of the pair; encoder and decoder follow what is set here."""
+        return self.encoder.config
+
+    @config.setter
+    def config(self, config: NLAConfig) -> None:
+        self.encoder.config = self.decoder.config = config
+
+    @property
+    def prompt_ids(self) -> Int[Tensor, "1 t"]:
+        """The encoder's prompt, the same for every activation."""
+        return self.encoder.prompt_ids
+
+    @property
+    def marker_position(self) -> int:
         """Column of the marker in the prompt."""
-        self.pad_id = generate.pad_of(tokenizer)
+        return self.encoder.marker_position
+
+    @property
+    def pad_id(self) -> int:
         """Token id that fills batches up."""
+        return self.encoder.pad_id
 
     @classmethod
     def create(
         cls,
-        target_model: Any,
-        tokenizer: Any,
+        target_model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
         config: NLAConfig,
         rank: int = 32,
         alpha: float | None = None,
@@ -105,7 +128,7 @@ class NLA:
         if rank < 1:
             raise ArgumentError(f"rank={rank}", "1 or more", "give the adapters a positive rank")
         block(target_model, config.point)
-        ends = config.end_ids or generate.ends_of(target_model, tokenizer) or None
+        ends = config.end_ids or ends_of(target_model, tokenizer) or None
         config = replace(config, files={}, target_weights=hash_weights(config.target), end_ids=ends)
         roles = SharedBase.create(target_model, config, rank, alpha)
         pair = cls(roles, tokenizer, config, baselines)
@@ -136,12 +159,36 @@ class NLA:
             NonFiniteError: weights hold NaN or infinity.
             HubError, AccessError, TargetError: the hub lacks it, does not open it, or cannot be reached.
         """
-        pair = pair_folder.load(cls, name_or_path, revision, device, trust_remote_code)
-        pair.origin = (hub.place_of(name_or_path), revision)
+        return cls.from_parts(pair_folder.load(name_or_path, revision, device, trust_remote_code))
+
+    @classmethod
+    def from_parts(cls, parts: Parts) -> NLA:
+        """A pair put together from what was loaded.
+
+        Raises:
+            ConfigError, TokenizerMismatchError, MarkerError: the parts do not fit each other.
+        """
+        pair = cls(parts.roles, parts.tokenizer, parts.config, parts.baselines, parts.metrics)
+        pair.target_folder, pair.weight_folders = parts.target_folder, dict(parts.weight_folders)
+        pair.origin = parts.origin
         return pair
 
+    @property
+    def parts(self) -> Parts:
+        """The pair in pieces, as it is saved and published."""
+        return Parts(
+            self.roles,
+            self.tokenizer,
+            self.config,
+            self.baselines,
+            self.metrics,
+            self.target_folder,
+            self.weight_folders,
+            self.origin,
+        )
+
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the pair as a native folder (see nla/formats/native.py); the target is referred to, not copied.
+        """Write the pair as a native folder (see nla/pair/layout.py); the target is referred to, not copied.
 
         Everything is written aside first, so a full disk leaves an earlier pair untouched. A local target is noted
         relative to ``folder``. A README.md that is there already is kept.
@@ -150,7 +197,7 @@ class NLA:
             StorageError: it could not be written whole.
             NonFiniteError: a weight holds NaN or infinity; nothing is written.
         """
-        pair_folder.save(self, Path(folder))
+        pair_folder.save(self.parts, Path(folder))
 
     def push_to_hub(
         self, repo_id: str, private: bool = False, revision: str | None = None, commit_message: str | None = None
@@ -168,7 +215,7 @@ class NLA:
             ConfigError: the target or other weights lie in a folder of this machine.
             HubError, AccessError: the hub refuses, or cannot be reached.
         """
-        return publish.push(self, repo_id, private, revision, commit_message)
+        return publish.push(self.parts, repo_id, private, revision, commit_message)
 
     def fit_baselines(self, acts: Activations | Store) -> None:
         """Take the mean and variance of activations as FVE's denominators, all together and by stratum.
@@ -177,12 +224,22 @@ class NLA:
         scored; a store gives the figures of its training split. Reconstructions are then as long as they on average.
 
         Raises:
-            StoreError, TokenizerMismatchError: a store of another target or point; see nla/denominator.py.
+            StoreError, TokenizerMismatchError: a store of another target or point; see :meth:`check_store`.
             ShapeError, NonFiniteError: not the pair's width, or not finite.
             BaselineError: fewer than two activations, or no variance.
         """
-        self.baselines, norm = denominators(self, acts)
+        if isinstance(acts, Store):
+            self.check_store(acts)
+        self.baselines, norm = denominators(acts, self.config)
         self.config = replace(self.config, activation_norm=norm)
+
+    def check_store(self, store: Store) -> None:
+        """Refuse a store whose activations are not of this pair's target and point.
+
+        Raises:
+            StoreError, ShapeError, TokenizerMismatchError: see :func:`nla.pair.denominators.check_store`.
+        """
+        check_store(store, self.config, self.tokenizer, self.target_folder)
 
     # Roles
 
@@ -192,7 +249,7 @@ class NLA:
 
         On a shared base exactly the role's adapter is active and trainable ("target": none). Span forward AND backward:
         a switch between them loses gradients. Roles nest; on exit the adapters and every ``requires_grad`` are as they
-        were.
+        were. Another thread waits until this one's roles have ended.
 
         Raises:
             ArgumentError: another name.
@@ -225,14 +282,18 @@ class NLA:
         """The decoder's head."""
         return self.roles.head
 
-    @property
-    def target_adapter(self) -> str | None:
-        """Adapter that is on while the target is read, such as a plant's (see nla/plant.py); None: none."""
-        return self.roles.target_adapter
+    @contextlib.contextmanager
+    def planted(self, adapter: str | Path | None) -> Iterator[NLA]:
+        """While active, the target is read with a LoRA adapter on it; encoder and decoder stay as they are.
 
-    @target_adapter.setter
-    def target_adapter(self, name: str | None) -> None:
-        self.require_adapters("an adapter on the target").target_adapter = name
+        Args:
+            adapter: a PEFT folder or a hub id; None: the target itself.
+
+        Raises:
+            ConfigError, WeightsError, ArgumentError, TargetError, AccessError: see :func:`nla.pair.planted.planted`.
+        """
+        with planted(self.roles, adapter):
+            yield self
 
     def require_adapters(self, what: str) -> SharedBase:
         """The shared base that ``what`` needs, such as "joint training".
@@ -265,15 +326,13 @@ class NLA:
         intervene: Intervene | None = None,
         progress: bool = False,
     ) -> Activations:
-        """The target's activations of texts at the pair's point. See :func:`nla.activations.read`."""
+        """The target's activations of texts at the pair's point. See :func:`nla.models.read.read`."""
         with self.role("target"):
-            return activations.read(
-                self.model, self.tokenizer, texts, self.point, positions, strata, intervene, progress=progress
-            )
+            return read(self.model, self.tokenizer, texts, self.point, positions, strata, intervene, progress=progress)
 
     def explain(
         self,
-        acts: Activations | Tensor,
+        acts: Activations | Float[Tensor, "n d"],
         samples: int = 4,
         temperature: float = 1.0,
         seed: int | None = 0,
@@ -284,61 +343,48 @@ class NLA:
         """Explain activations: sampled texts, how well each reconstructs its activation, and how far to trust them.
 
         Args:
-            acts: activations, or vectors (n, d).
+            acts: activations, or vectors.
             greedy: one sample, the likeliest text, whatever ``samples`` says.
 
-        The other arguments are those of :func:`nla.encoder.generate`, whose errors this raises too.
+        The other arguments are those of :meth:`nla.pair.encoder.Encoder.generate`, whose errors this raises too.
         """
-        vectors = acts.vectors if isinstance(acts, Activations) else acts.float().cpu()
-        samples = 1 if greedy else samples
-        rollouts = encoder.generate(self, vectors, samples, temperature, max_new_tokens, seed, greedy, batch_size)
-        parsed = [encoder.parse(text, self.config) for text in rollouts.texts]
+        vectors, samples = vectors_of(acts), 1 if greedy else samples
+        rollouts = self.encoder.generate(vectors, samples, temperature, max_new_tokens, seed, greedy, batch_size)
+        parsed = [parse(text, self.config) for text in rollouts.texts]
         texts = [
-            encoder.strip_tags(raw, self.config) if text is None else text
-            for raw, text in zip(rollouts.texts, parsed, strict=True)
+            strip_tags(answer, self.config) if text is None else text
+            for answer, text in zip(rollouts.texts, parsed, strict=True)
         ]
-        predicted = decoder.decode(self, texts, strict=False)
-        found = cosine(vectors.repeat_interleave(samples, dim=0), predicted).reshape(-1, samples)
-        rocks = self._best_rock(vectors)
-        notes = []
-        for row, (cosines, rock) in enumerate(zip(found.tolist(), rocks.tolist(), strict=True)):
-            part = slice(row * samples, (row + 1) * samples)
-            mean = sum(cosines) / samples
-            note = Explanation(
-                texts=texts[part],
-                complete=[text is not None for text in parsed[part]],
-                cosine=cosines,
-                trust=Trust.of(mean, agreement([claims.claims(text) for text in texts[part]]), mean - rock),
+        predicted = self.decoder.decode(texts, strict=False)
+        cosines = cosine(vectors.repeat_interleave(samples, dim=0), predicted).reshape(-1, samples).tolist()
+        baselines = self._best_baseline(vectors).tolist()
+        explanations = []
+        for row, baseline in enumerate(baselines):
+            of_row = slice(row * samples, (row + 1) * samples)
+            mean = sum(cosines[row]) / samples
+            agreed = agreement([claims(text) for text in texts[of_row]])
+            explanation = Explanation(
+                texts=texts[of_row],
+                complete=[text is not None for text in parsed[of_row]],
+                cosine=cosines[row],
+                trust=Trust.of(mean, agreed, mean - baseline),
             )
             if isinstance(acts, Activations):
-                note = replace(note, span=acts.spans[row], document=int(acts.document[row]), stratum=acts.strata[row])
-            notes.append(note)
-        return Explanations(notes)
+                explanation = replace(
+                    explanation, span=acts.spans[row], document=int(acts.document[row]), stratum=acts.strata[row]
+                )
+            explanations.append(explanation)
+        return Explanations(explanations)
 
-    def _best_rock(self, vectors: Tensor) -> Tensor:
-        """Highest cosine (n,) that a rock reaches on each activation: no explanation, or the mean training activation.
+    def _best_baseline(self, vectors: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
+        """Highest cosine that a baseline reaches on each activation: no explanation, or the mean training activation.
 
         Both are the same in every call, so an activation's margin does not depend on what else is explained with it.
         """
-        rocks = [decoder.decode(self, [""], strict=False)[0]]
+        baselines = [self.decoder.decode([""], strict=False)[0]]
         if GLOBAL in self.baselines:
-            rocks.append(self.baselines[GLOBAL].mean)
-        return (unit(vectors) @ unit(torch.stack(rocks)).T).amax(dim=1)
-
-    def check_width(self, vectors: Tensor) -> Tensor:
-        """The vectors, if they are (n, d) of the target's width and finite.
-
-        Raises:
-            ShapeError, NonFiniteError: otherwise.
-        """
-        if vectors.ndim != 2 or vectors.shape[1] != self.config.d_model:
-            raise ShapeError(
-                f"vectors of shape {tuple(vectors.shape)}",
-                f"(n, {self.config.d_model}), the width of {self.config.target}",
-                f"read them with this pair, at {self.point}",
-            )
-        check_finite(vectors)
-        return vectors
+            baselines.append(self.baselines[GLOBAL].mean)
+        return (unit(vectors) @ unit(torch.stack(baselines)).T).amax(dim=1)
 
     # Explanations to reconstructions
 
@@ -361,50 +407,45 @@ class NLA:
 
         Raises:
             EmptyTextError: a text is empty.
-            ArgumentError: an activation has no sample, or a text is no text (see :func:`nla.tokens.check_texts`).
+            ArgumentError: an activation has no sample, or a text is no text (see :func:`nla.text.tokens.check_texts`).
             ShapeError: ``per_sample`` with different numbers of samples.
             ContextLengthError, VocabularyError: a text is too long, or holds unknown words.
         """
-        known = isinstance(explanations, Explanations)
-        return decoder.decode_groups(
-            self, explanations.texts if known else explanations, per_sample, strict=strict and not known
-        )
+        if isinstance(explanations, Explanations):
+            return self.decoder.decode_groups(explanations.texts, per_sample, strict=False)
+        return self.decoder.decode_groups(explanations, per_sample, strict)
 
     def encode_explanations(self, texts: Sequence[str], strict: bool = True) -> DecoderBatch:
-        """Decoder prompts of explanations as one batch on its device. See :func:`nla.decoder.prompt_rows`."""
-        batch = decoder.pad_batch(decoder.prompt_rows(self, texts, strict), self.pad_id)
-        place = device_of(self.roles.model_of("decoder"))
-        return DecoderBatch(batch.input_ids.to(place), batch.attention_mask.to(place))
+        """Decoder prompts of explanations as one batch. See :meth:`nla.pair.decoder.Decoder.encode_explanations`."""
+        return self.decoder.encode_explanations(texts, strict)
 
-    def decode_ids(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """The decoder's output (n, d) float32 for prompts (n, t) padded on the right; differentiable, not rescaled.
+    def decode_ids(self, input_ids: Int[Tensor, "n t"], attention_mask: Int[Tensor, "n t"]) -> Float[Tensor, "n d"]:
+        """The decoder's output for its prompts, differentiable. See :meth:`nla.pair.decoder.Decoder.decode_ids`."""
+        return self.decoder.decode_ids(input_ids, attention_mask)
 
-        To be called inside ``role("decoder")``, which must span the backward pass too.
-
-        Raises:
-            ArgumentError: called in another role.
-            ShapeError: the mask is not that of right padding.
-        """
-        if self.roles.playing != "decoder":
-            raise ArgumentError(
-                f"decode_ids in the role {self.roles.playing}",
-                "the role 'decoder'",
-                "write `with nla.role('decoder'):` around forward and backward, or call reconstruct for inference",
-            )
-        return self.head(decoder.last_stream(self.decoder_view, input_ids, attention_mask))
-
-    def score(self, acts: Activations | Tensor, predicted: Tensor, n_boot: int = 1000, seed: int = 0) -> Score:
-        """Score reconstructions (n, d) of activations, beside the baselines. See :class:`nla.score.Score`.
+    def score(
+        self,
+        acts: Activations | Float[Tensor, "n d"],
+        predicted: Float[Tensor, "n d"],
+        n_boot: int = 1000,
+        seed: int = 0,
+    ) -> Score:
+        """Score reconstructions of activations, beside the baselines. See :class:`nla.pair.score.Score`.
 
         What is scored is what :meth:`reconstruct` gives: with several samples, their mean reconstruction, which is
         closer than a single sample's. FVE is over the training baselines: all positions, and each stratum its own.
 
         Raises:
-            ShapeError, NonFiniteError, BaselineError: see :func:`nla.score.score`.
+            ShapeError, NonFiniteError, BaselineError: see :func:`nla.pair.score.score`.
         """
         known = isinstance(acts, Activations)
-        vectors = self.check_width(acts.vectors if known else acts.float().cpu())
-        strata = acts.strata if known else [activations.UNKNOWN_STRATUM] * len(vectors)
+        vectors = self.config.check_vectors(vectors_of(acts))
+        strata = acts.strata if known else [UNKNOWN_STRATUM] * len(vectors)
         documents = acts.document if known else torch.arange(len(vectors))
-        empty = decoder.decode(self, [""], strict=False)[0]
+        empty = self.decoder.decode([""], strict=False)[0]
         return score(vectors, predicted.cpu(), strata, documents, self.baselines, empty, n_boot, seed)
+
+
+def vectors_of(acts: Activations | Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+    """The vectors of activations, or vectors as they are, in float32 on the CPU."""
+    return acts.vectors if isinstance(acts, Activations) else acts.float().cpu()

@@ -11,7 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nla.errors import ConfigError, TokenizerMismatchError
+from jaxtyping import Float
+from torch import Tensor
+
+from nla.errors import ConfigError, ShapeError, TokenizerMismatchError
+from nla.metrics import check_finite
 from nla.storage.files import read_json, write_json
 from nla.storage.hashes import digest
 from nla.text.fingerprint import hash_parts
@@ -271,6 +275,21 @@ class NLAConfig:
     def resolve_target(self, folder: str | Path) -> str:
         """What to load the target from, for a pair in ``folder``: an existing folder's path, or else the hub id."""
         return resolve(self.target, folder)
+
+    def check_vectors(self, vectors: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+        """The vectors, if they are of the target's width and finite.
+
+        Raises:
+            ShapeError, NonFiniteError: otherwise.
+        """
+        if vectors.ndim != 2 or vectors.shape[1] != self.d_model:
+            raise ShapeError(
+                f"vectors of shape {tuple(vectors.shape)}",
+                f"(n, {self.d_model}), the width of {self.target}",
+                f"read them with this pair, at {self.point}",
+            )
+        check_finite(vectors)
+        return vectors
 
     def check(self, tokenizer: Any, model: Any) -> None:
         """Refuse a tokenizer or target that the pair was not trained with.

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from nla.config import DecoderConfig, InjectionConfig, NLAConfig, tokenizer_hash
 from nla.errors import ConfigError
-from nla.text.tokens import continuation_ids, render_prompt, unknown_id
+from nla.text.tokens import plain_ids, render_prompt, unknown_id
 
 SLOT = "{marker}"
 """In an encoder prompt: where the marker stands."""
@@ -55,7 +55,7 @@ def place_marker(tokenizer: Any, prompts: Prompts) -> tuple[str, int, int, int]:
     """
     choices = [prompts.marker] if prompts.marker is not None else list(candidates(tokenizer))
     for marker in choices:
-        found = continuation_ids(tokenizer, [marker])[0]
+        found = plain_ids(tokenizer, [marker])[0]
         if len(found) != 1 or found[0] == unknown_id(tokenizer):
             continue
         ids = render_prompt(tokenizer, prompts.encoder.replace(SLOT, marker))

@@ -15,7 +15,7 @@ from nla.errors import AccessError, ContextLengthError, RecipeError, TargetError
 from nla.models import load as target
 from nla.models.points import Point, d_model
 from nla.organisms import TARGETS, lesson, target_folder
-from nla.pair.encoder import generate, parse, strip_tags
+from nla.pair.encoder import parse, strip_tags
 from nla.storage.files import read_json
 from nla.store.manifest import MANIFEST_FILE as STORE_MANIFEST
 from nla.store.reader import Store, open_splits
@@ -330,7 +330,7 @@ def measure(nla: NLA, recipe: Recipe, out: Path) -> dict[str, Any]:
     acts = store.activations(draw_rows(len(store), recipe.texts.n_scored, f"{recipe.seed}/score"))
     at_once = recipe.joint.rows // processes.count()
     mine = processes.share_of(acts.vectors)
-    answers = processes.gathered(generate(nla, mine, samples=1, seed=recipe.seed, batch_size=at_once).texts)
+    answers = processes.gathered(nla.encoder.generate(mine, samples=1, seed=recipe.seed, batch_size=at_once).texts)
     texts = [parse(answer, nla.config) or strip_tags(answer, nla.config) for answer in answers]
     score = nla.score(acts, nla.reconstruct(texts, strict=False), seed=recipe.seed)
     counts = store.manifest.n_documents

@@ -19,7 +19,7 @@ from nla.eval.target import Patch, Progress, Target, check_patches, patched, sil
 from nla.metrics import check_finite
 from nla.models.forward import device_of, inference, pad_right
 from nla.models.points import block, context_length, d_model, truncated_view
-from nla.text.tokens import continuation_ids, length_batches, prompt_ids
+from nla.text.tokens import length_batches, plain_ids, prompt_ids
 
 MIN_RANGE = 0.1
 """Least difference between m of donor and base: below it, an effect would be a ratio of noise."""
@@ -76,7 +76,7 @@ def encode(target: Target, prompts: Sequence[str], donors: Sequence[str], wanted
     """
     context = context_length(target.model)
     base, donor = (prompt_ids(target.tokenizer, texts, context) for texts in (prompts, donors))
-    tails = continuation_ids(target.tokenizer, wanted)
+    tails = plain_ids(target.tokenizer, wanted)
     for number, (first, second, tail) in enumerate(zip(base, donor, tails, strict=True)):
         if len(first) != len(second) or not tail:
             raise ShapeError(

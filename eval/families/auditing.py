@@ -26,7 +26,6 @@ from nla.eval.report import Check, Figures, Rate, Report, at_most, bars, checks_
 from nla.eval.target import Progress, Target, open_pair, silent
 from nla.organisms.switchboard.plants import PLANTS, Plant, sham_of
 from nla.organisms.switchboard.world import Chat
-from nla.pair.planted import planted
 from nla.transcripts.messages import Message
 
 if TYPE_CHECKING:
@@ -90,7 +89,7 @@ class AuditingReport(Report):
 
 def transcripts(nla: NLA, chats: Sequence[Chat], folder: Path | None, arm: str) -> list[Transcript]:
     """The chats' questions, answered by the target with an adapter; None: without one."""
-    with planted(nla, folder):
+    with nla.planted(folder):
         answers = answered(Target.of(nla), chats)
     return [
         Transcript(

@@ -22,7 +22,7 @@ from nla.eval.target import Patch, Progress, Target, last_token, last_word, read
 from nla.metrics import cosine
 from nla.models.points import Point
 from nla.organisms.couplets import world
-from nla.text.tokens import continuation_ids
+from nla.text.tokens import plain_ids
 
 COUNTERFACTUAL_MIN = 0.7
 N_FIT = 4096
@@ -204,4 +204,4 @@ def _elsewhere(
 
 def _first_word(target: Target, item: Item) -> str:
     """Text of the first token of the item's continuation."""
-    return target.tokenizer.decode(continuation_ids(target.tokenizer, [item.continuation])[0][:1])
+    return target.tokenizer.decode(plain_ids(target.tokenizer, [item.continuation])[0][:1])

@@ -16,7 +16,6 @@ from nla.eval.items import Item
 from nla.eval.report import Rate
 from nla.eval.target import Patch, Progress, Target, last_token, last_word, read_last, silent, write
 from nla.organisms.couplets import world
-from nla.pair.decoder import decode
 from nla.stats import holm, paired_permutation
 from nla.text.claims import claims
 
@@ -87,8 +86,8 @@ def directions(nla: NLA, items: Sequence[Item], texts: Sequence[str]) -> dict[st
     new = [item.donor_target for item in items]
     edit = _difference(nla, texts, [edit_plan(text, word) for text, word in zip(texts, new, strict=True)])
     # Words keep the space before them as part of their token.
-    bare_new = decode(nla, [f" {word}" for word in new])
-    bare_old = decode(nla, [f" {item.target}" for item in items])
+    bare_new = nla.decoder.decode([f" {word}" for word in new])
+    bare_old = nla.decoder.decode([f" {item.target}" for item in items])
     return {
         EDIT: edit,
         "reverse": -edit,
@@ -187,8 +186,10 @@ def _arms(
 
 def _difference(nla: NLA, texts: Sequence[str], edited: Sequence[str | None]) -> Tensor:
     """Decoded edited texts minus decoded texts, (n, d); zero where there is no edited text."""
-    before = decode(nla, texts, strict=False)
-    after = decode(nla, [text if new is None else new for text, new in zip(texts, edited, strict=True)], strict=False)
+    before = nla.decoder.decode(texts, strict=False)
+    after = nla.decoder.decode(
+        [text if new is None else new for text, new in zip(texts, edited, strict=True)], strict=False
+    )
     return after - before
 
 

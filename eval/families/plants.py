@@ -27,7 +27,6 @@ from nla.organisms import switchboard
 from nla.organisms.switchboard import claims, content
 from nla.organisms.switchboard.plants import EXPOSURES, PLANTS, SECRET_WORDS, Plant, in_context, sham_of, shown
 from nla.organisms.switchboard.world import END, Chat, State
-from nla.pair.planted import planted
 from nla.text.claims import claims as sentences
 
 if TYPE_CHECKING:
@@ -138,7 +137,7 @@ def answered(target: Target, chats: Sequence[Chat], vectors: Tensor | None = Non
 
 def arm(nla: NLA, folder: Path | None, chats: Sequence[Chat], samples: int, seed: int) -> Arm:
     """Answers and explanations with an adapter on the target; None: without one."""
-    with planted(nla, folder):
+    with nla.planted(folder):
         target = Target.of(nla)
         answers, vectors = answered(target, chats), read_last(target, [chat.prompt for chat in chats])
     carried = answers if folder is None else answered(Target.of(nla), chats, vectors)

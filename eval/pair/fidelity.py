@@ -39,7 +39,6 @@ from nla.eval.worlds import COUPLETS, world_of
 from nla.metrics import Baseline
 from nla.models.read import Activations
 from nla.organisms.couplets import world
-from nla.pair.denominators import check_store
 from nla.pair.fidelity import FidelityByStratum, reconstruction_errors
 from nla.pair.score import Score, score
 from nla.store.reader import Store
@@ -201,7 +200,7 @@ def material(nla: NLA, settings: FidelitySettings) -> Material:
 def _store_material(nla: NLA, folder: str | Path, settings: FidelitySettings) -> Material:
     """A sample of a store's held-out part."""
     store = Store.open(folder, "eval")
-    check_store(nla, store)
+    nla.check_store(store)
     if len(store) == 0:
         raise ArgumentError(
             f"the store {folder} without held-out documents",

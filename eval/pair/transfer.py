@@ -26,7 +26,6 @@ from nla.metrics import Baseline, cosine, mse
 from nla.models.read import Activations
 from nla.organisms import adapter_folder
 from nla.pair.fidelity import rows_by_stratum
-from nla.pair.planted import planted
 from nla.stats import Interval, bootstrap
 from nla.text.tokens import Positions
 
@@ -184,7 +183,7 @@ def judge_transfer(
     _check_several(len(sample.texts))
     acts = sample.read(nla)
     progress("transfer", 0.1)
-    with planted(nla, folder):
+    with nla.planted(folder):
         tuned = sample.read(nla)
     progress("transfer", 0.2)
     explanations = [explain(nla, read.vectors, seed=seed) for read in (acts, tuned)]

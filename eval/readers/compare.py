@@ -36,9 +36,8 @@ from nla.eval.readers.measures import (
 )
 from nla.eval.readers.tasks import TRAIN, Sites, Task, random_task, read_task_sites
 from nla.eval.target import Progress, Target, silent
-from nla.pair.decoder import decode
 from nla.stats import holm
-from nla.text.tokens import continuation_ids
+from nla.text.tokens import plain_ids
 
 if TYPE_CHECKING:
     from nla.autoencoder import NLA
@@ -276,7 +275,7 @@ def _reconstruct(nla: NLA, explained: ReaderOutput) -> Float[Tensor, "n d"]:
 def _n_tokens(target: Target, texts: Sequence[Sequence[str]]) -> float:
     """Mean tokens that a reader writes of an activation, all samples together."""
     flat = [text for samples in texts for text in samples]
-    ids = continuation_ids(target.tokenizer, flat)
+    ids = plain_ids(target.tokenizer, flat)
     return sum(map(len, ids)) / max(1, len(texts))
 
 

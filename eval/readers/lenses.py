@@ -18,7 +18,7 @@ from nla.eval.target import Progress, Target, silent
 from nla.models.forward import device_of
 from nla.models.points import Point, blocks, d_model, logits_after
 from nla.models.read import read
-from nla.text.tokens import Span, continuation_ids, unknown_id
+from nla.text.tokens import Span, plain_ids, unknown_id
 
 N_TOP = 10
 N_STEPS, BATCH, LEARNING_RATE = 200, 256, 1e-3
@@ -183,7 +183,7 @@ def first_tokens(target: Target, word: str) -> set[int]:
     """First token of a word at the start of a text and after a space, without the unknown token."""
     found: set[int] = set()
     for text in (word, f" {word}"):
-        ids = continuation_ids(target.tokenizer, [text])[0]
+        ids = plain_ids(target.tokenizer, [text])[0]
         if not ids:
             continue
         blank = not target.tokenizer.decode(ids[:1]).strip() and len(ids) > 1

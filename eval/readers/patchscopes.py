@@ -7,21 +7,22 @@ same base, asked its own question about the injected activation.
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList
 
 from nla.errors import ArgumentError, ShapeError
 from nla.eval.target import Target
 from nla.models.adapter import load_adapter, read_adapter_config
 from nla.models.forward import device_of
-from nla.models.generate import ends_of, pad_of, plain_settings, plainly
+from nla.models.generate import ends_of, generate, pad_of, seeded
 from nla.models.hooks import inject, rescale
 from nla.models.points import d_model
 from nla.pair.encoder import MarkerMask, strip_tags
+from nla.pair.roles import unwrapped
 from nla.text.tokens import render_prompt
 
 if TYPE_CHECKING:
@@ -92,25 +93,25 @@ def answers(
     model, device = target.model, device_of(target.model)
     if vectors.ndim != 2 or vectors.shape[1] != d_model(model):
         raise ShapeError(f"vectors {tuple(vectors.shape)}", f"(n, {d_model(model)})", "read them with this target")
-    pad = pad_of(target.tokenizer)
-    ends = ends_of(base_of(model), target.tokenizer)
-    settings = plain_settings(ends, pad, prompt.max_new_tokens, temperature)
-    texts: list[str] = []
-    devices = [device] if device.type == "cuda" else []
-    with target.active(), torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        for chunk in rescale(vectors, prompt.norm).split(batch_size):
-            ids = prompt.ids.to(device).expand(len(chunk), -1)
-            positions = torch.full((len(chunk),), prompt.position, device=device)
-            with inject(model, chunk.to(device), positions, prompt.layer), plainly(model):
-                out = model.generate(
-                    input_ids=ids,
-                    attention_mask=torch.ones_like(ids),
-                    generation_config=settings,
-                    logits_processor=LogitsProcessorList([MarkerMask(prompt.marker_id)]),
-                )
-            texts += [_until(target.tokenizer, row, ends) for row in out[:, ids.shape[1] :].tolist()]
-    return texts
+    entering = rescale(vectors, prompt.norm)
+
+    def injected(rows: Tensor, padding: Tensor) -> contextlib.AbstractContextManager[None]:
+        return inject(model, entering[rows].to(device), (padding + prompt.position).to(device), prompt.layer)
+
+    with target.active():
+        written = generate(
+            model,
+            [prompt.ids.tolist()] * len(vectors),
+            ends=ends_of(unwrapped(model), target.tokenizer),
+            pad=pad_of(target.tokenizer),
+            max_new_tokens=prompt.max_new_tokens,
+            temperature=temperature,
+            generator=seeded(seed, device),
+            processors=[MarkerMask(prompt.marker_id)],
+            intervene=injected,
+            batches=[range(len(vectors))[i : i + batch_size] for i in range(0, len(vectors), batch_size)],
+        )
+    return [text.strip() for text in written.texts(target.tokenizer)]
 
 
 def selfie(nla: NLA, target: Target, vectors: Tensor, temperature: float | None = 1.0, seed: int = 0) -> list[str]:
@@ -139,13 +140,3 @@ def load_oracle(target_folder: str | Path, adapter: str | Path, target: Target) 
         model: Any = get_peft_model(base, config, adapter_name=_ORACLE)
     load_adapter(adapter, model, _ORACLE)
     return Target(model.eval().to(device_of(target.model)), target.tokenizer, target.point)
-
-
-def base_of(model: Any) -> Any:
-    """The model under its adapters, if it has any."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def _until(tokenizer: Any, row: list[int], ends: list[int]) -> str:
-    end = next((place for place, token in enumerate(row) if token in ends), len(row))
-    return tokenizer.decode(row[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False).strip()

@@ -27,7 +27,6 @@ from nla.eval.target import Target, read_last
 from nla.organisms.switchboard import claims, content, world
 from nla.organisms.switchboard.plants import GOAL, SECRET_WORDS, plant
 from nla.organisms.switchboard.world import Chat, State
-from nla.pair.planted import planted
 
 if TYPE_CHECKING:
     from nla.autoencoder import NLA
@@ -127,7 +126,7 @@ def town_task(nla: NLA, n_drawn: int, seed: int = 0) -> HiddenTasks:
 
 def _read_behind(nla: NLA, prompts: list[str], adapter: Path) -> Float[Tensor, "n d"]:
     """Activations of the prompts' last tokens with an adapter on the target."""
-    with planted(nla, adapter):
+    with nla.planted(adapter):
         return read_last(Target.of(nla), prompts)
 
 

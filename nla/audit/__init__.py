@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from nla.audit.run import Audit as Audit
     from nla.audit.run import audit as audit
     from nla.audit.settings import AuditSettings as AuditSettings
-    from nla.pair.planted import planted as planted
     from nla.transcripts.files import load_transcripts as load_transcripts
     from nla.transcripts.messages import Message as Message
     from nla.transcripts.messages import Transcript as Transcript
@@ -37,7 +36,6 @@ _HOMES = {
     "audit_files": "nla.audit.from_files",
     "load_rubrics": "nla.audit.rubric",
     "load_transcripts": "nla.transcripts.files",
-    "planted": "nla.pair.planted",
 }
 
 

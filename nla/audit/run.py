@@ -15,7 +15,6 @@ from nla.audit.rubric import Rubric, load_rubrics
 from nla.audit.settings import BASE, AuditSettings
 from nla.errors import ArgumentError
 from nla.organisms import adapter_folder
-from nla.pair.planted import planted
 from nla.transcripts.files import refuse_other_models
 from nla.transcripts.messages import Transcript
 from nla.transcripts.prepared import Prepared, prepare
@@ -198,7 +197,7 @@ def _read(
 ) -> list[Reading]:
     """Readings of transcripts under one adapter: from the cache where it has them."""
     readings: list[Reading] = []
-    with planted(nla, adapter):
+    with nla.planted(adapter):
         models = models_key(nla, adapter)
         for number, prepared in enumerate(transcripts):
 

@@ -53,9 +53,8 @@ def explain(args: argparse.Namespace) -> int:
     text, chosen = given_text(args), positions(args.positions)
     nla = load(args.pair, args.device)
     from nla.organisms import adapter_folder
-    from nla.pair.planted import planted
 
-    with planted(nla, adapter_folder(args.target_adapter)):
+    with nla.planted(adapter_folder(args.target_adapter)):
         acts = nla.read(text, chosen)
     notes = nla.explain(acts, samples=args.samples)
     if args.json:
@@ -96,14 +95,15 @@ def steer(args: argparse.Namespace) -> int:
             "name one of its words, or end TEXT with the token that holds the plan (often a line break)",
         )
     after = word.sub(lambda _match: new, before)
-    direction = steer.edit_direction(nla, before, after)
+    direction = steer.edit_direction(nla.decoder, before, after)
     random = torch.randn(direction.shape, generator=torch.Generator().manual_seed(0))
 
     def written(directions: Any, strength: float | None) -> list[str]:
         texts = [text] * (1 if directions is None else len(directions))
-        return steer.generate_patched(
-            nla, nla.tokenizer, texts, nla.point, "last", directions, STEER_TOKENS, strength=strength
-        )
+        with nla.role("target"):
+            return steer.generate_patched(
+                nla.base, nla.tokenizer, texts, nla.point, "last", directions, STEER_TOKENS, strength=strength
+            )
 
     (plain,), (steered, control) = written(None, None), written(torch.stack([direction, random]), args.strength)
     content = {
@@ -292,7 +292,7 @@ def push(args: argparse.Namespace) -> int:
 def store_sample(nla: Any, folder: Any) -> Any:
     """Some training activations of a store, which must be of the pair's target and point."""
     store = importlib.import_module("nla.store.reader").Store.open(folder)
-    importlib.import_module("nla.pair.denominators").check_store(nla, store)
+    nla.check_store(store)
     rows = range(0, len(store), max(1, len(store) // SAMPLED))
     return store.activations(list(rows))
 

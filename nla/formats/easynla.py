@@ -11,10 +11,11 @@ import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
+from nla.autoencoder import NLA
 from nla.config import DecoderConfig, NLAConfig, tokenizer_hash
 from nla.errors import ArgumentError, SidecarError, WeightsError
 from nla.formats.kitft import MAX_NEW_TOKENS
@@ -31,15 +32,14 @@ from nla.models.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from nla.models.forward import device_of
 from nla.models.load import load_target
 from nla.models.points import blocks
+from nla.pair.folder import load_shared
+from nla.pair.head import Head
 from nla.pair.layout import DECODER_FOLDER, ENCODER_FOLDER
 from nla.pair.separate import Devices, expand
 from nla.storage import hub
 from nla.storage.files import read_json, write_atomic, write_json
 from nla.storage.hashes import hash_weights
 from nla.storage.tensors import load_tensors, save_tensors
-
-if TYPE_CHECKING:
-    from nla.autoencoder import NLA
 
 AR_WEIGHTS, AR_META, AR_FOLDER = "ar_lora_value_head.safetensors", "ar_meta.json", "critic"
 INJECTION_LAYER = 1
@@ -83,8 +83,6 @@ def load(
         TokenizerMismatchError, MarkerError: the base's tokenizer is not that of the sidecar.
         HubError, TargetError, AccessError: the hub lacks something, does not open it, or cannot be reached.
     """
-    from nla.autoencoder import NLA
-    from nla.pair.folder import load_shared
 
     if isinstance(device, Mapping):
         raise ArgumentError(f"device {dict(device)} for a pair whose roles share one base", "one place", "name one")
@@ -149,7 +147,6 @@ def _config(
 
 def _convert(model: Any, meta: dict[str, Any], av: Path, weights: Path, folder: Path, config: NLAConfig) -> Any:
     """Write both adapters into ``folder`` in the native form, and give the head."""
-    from nla.pair.decoder import Head
 
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if not (av / name).is_file():

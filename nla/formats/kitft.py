@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from nla.autoencoder import NLA
 from nla.config import DecoderConfig, NLAConfig, WeightsConfig, tokenizer_hash
 from nla.errors import ConfigError, SidecarError, TokenizerMismatchError
 from nla.formats.kitft_sidecar import (
@@ -24,15 +25,12 @@ from nla.formats.kitft_sidecar import (
     required,
 )
 from nla.models.points import layout
+from nla.pair.head import Head
 from nla.pair.separate import Devices, Sources, assemble, check_same_ids, expand
 from nla.storage import hub
 from nla.storage.files import read_json
 from nla.storage.tensors import load_tensors
 from nla.text.tokens import load_tokenizer, render_prompt
-
-if TYPE_CHECKING:
-    from nla.autoencoder import NLA
-    from nla.pair.decoder import Head
 
 VALUE_HEAD = "value_head.safetensors"
 MAX_NEW_TOKENS = 200
@@ -100,7 +98,7 @@ def load(
     _check_bos(config, tokenizer)
     sources = Sources(*(hub.place_of(source) for source in (config.target, av, ar)))
     head = partial(_head, config, decoder / VALUE_HEAD)
-    return assemble(_nla(), config, sources, head, device, None, None, trust_remote_code, verify=False)
+    return NLA.from_parts(assemble(config, sources, head, device, trust_remote_code=trust_remote_code, verify=False))
 
 
 def _contract(ours: Sidecar, theirs: Sidecar, tokenizer: Any) -> dict[str, Any]:
@@ -216,7 +214,6 @@ def _check_bos(config: NLAConfig, tokenizer: Any) -> None:
 
 def _head(config: NLAConfig, path: Path) -> Head:
     from nla.errors import WeightsError
-    from nla.pair.decoder import Head
 
     head, found = Head(config.d_model, bias=False), load_tensors(path, expected_keys=["weight"])["weight"]
     if found.shape != head.weight.shape:
@@ -224,9 +221,3 @@ def _head(config: NLAConfig, path: Path) -> Head:
         raise WeightsError(f"{path} of {tuple(found.shape)}", f"{tuple(head.weight.shape)}, the width of the AR", fix)
     head.load_state_dict({"weight": found.float()})
     return head
-
-
-def _nla() -> type[NLA]:
-    from nla.autoencoder import NLA
-
-    return NLA

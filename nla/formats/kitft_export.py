@@ -9,24 +9,21 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from nla.autoencoder import NLA
 from nla.errors import ArgumentError, ExportError, StorageError
 from nla.formats.kitft import VALUE_HEAD
 from nla.formats.kitft_sidecar import EXPLANATION_TAGS, SIDECAR
 from nla.metrics import cosine
 from nla.models.points import backbone, blocks, cut_config, layout
 from nla.models.read import Activations
-from nla.pair import decoder
 from nla.pair.roles import DECODER_ADAPTER, ENCODER_ADAPTER
 from nla.storage.files import write_atomic
 from nla.storage.tensors import save_tensors
-
-if TYPE_CHECKING:
-    from nla.autoencoder import NLA
 
 AV_FOLDER, AR_FOLDER = "av", "ar"
 
@@ -149,13 +146,13 @@ def _has_bias(nla: NLA) -> bool:
 
 
 def _without_bias(nla: NLA, acts: Activations | Tensor) -> DroppedBias:
-    vectors = nla.check_width(acts.vectors if isinstance(acts, Activations) else acts.float().cpu())
+    vectors = nla.config.check_vectors(acts.vectors if isinstance(acts, Activations) else acts.float().cpu())
     texts = [texts[0] for texts in nla.explain(vectors, greedy=True).texts]
-    found = [cosine(vectors, decoder.decode(nla, texts, strict=False))]
+    found = [cosine(vectors, nla.decoder.decode(texts, strict=False))]
     bias = nla.head.bias
     nla.head.bias = None
     try:
-        found.append(cosine(vectors, decoder.decode(nla, texts, strict=False)))
+        found.append(cosine(vectors, nla.decoder.decode(texts, strict=False)))
     finally:
         nla.head.bias = bias
     return DroppedBias(len(vectors), *(float(cosines.mean()) for cosines in found))

@@ -121,27 +121,27 @@ def merge_adapter(model: Any, folder: str | Path) -> None:
     Raises:
         ConfigError, WeightsError, NonFiniteError: see :func:`planted`.
     """
-    _wrapped(model, _located(folder)).merge_and_unload()
+    attach(model, located(folder)).merge_and_unload()
     model.requires_grad_(True)
 
 
-def _wrapped(model: Any, folder: Path) -> Any:
+def attach(model: Any, folder: Path) -> Any:
     """A model with an adapter in its layers, which it keeps until it is unloaded."""
     from peft import get_peft_model
 
-    config, state = _fitted(folder, model)
+    config, state = fitted(folder, model)
     config.task_type = None  # a backbone cannot generate, which PEFT's classes for tasks ask of it
     with torch.random.fork_rng(devices=[]):  # PEFT draws initial values that are then overwritten
         tuned: Any = get_peft_model(model, config, adapter_name=TARGET_ADAPTER)
     try:
-        _fill(folder, tuned, state)
+        fill(folder, tuned, state)
     except WeightsError:
         tuned.unload()
         raise
     return tuned
 
 
-def _fitted(folder: Path, model: Any) -> tuple[Any, dict[str, Tensor]]:
+def fitted(folder: Path, model: Any) -> tuple[Any, dict[str, Tensor]]:
     """An adapter's configuration and tensors under the names that ``model`` gives its layers.
 
     Layers are found by what follows the list of blocks, so an adapter of a multimodal wrapper fits the text side alone,
@@ -193,7 +193,7 @@ def _beyond(name: str, place: re.Match[str] | None, is_cut: bool, n_blocks: int)
     return is_cut and int(place[2]) >= n_blocks
 
 
-def _fill(folder: Path, model: Any, state: dict[str, Tensor]) -> None:
+def fill(folder: Path, model: Any, state: dict[str, Tensor]) -> None:
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
     current = get_peft_model_state_dict(model, adapter_name=TARGET_ADAPTER, save_embedding_layers=False)
@@ -207,7 +207,7 @@ def _fill(folder: Path, model: Any, state: dict[str, Tensor]) -> None:
     set_peft_model_state_dict(model, state, adapter_name=TARGET_ADAPTER)
 
 
-def _located(folder: str | Path) -> Path:
+def located(folder: str | Path) -> Path:
     """A folder as it stands, or where a hub id's files are, which are downloaded if need be.
 
     Raises:
@@ -228,6 +228,6 @@ def adapter_hash(folder: str | Path | None) -> str | None:
     """
     if folder is None:
         return None
-    folder = _located(folder)
+    folder = located(folder)
     parts = "".join(sha256(folder / name) for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS))
     return hashlib.sha256(parts.encode()).hexdigest()

@@ -1,55 +1,168 @@
-"""How a causal LM continues prompts: from its plain distribution, with one way of ending texts."""
+"""How a causal LM continues prompts: token ids in, token ids out, from its plain distribution, ended in one way."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
-from transformers import GenerationConfig
+from jaxtyping import Bool, Int
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
+from nla.models.forward import device_of, inference, pad_left
+from nla.text.tokens import length_batches
+
+MAX_TOKENS_PER_BATCH = 8192
+
+Intervene = Callable[[Int[Tensor, " b"], Int[Tensor, " b"]], contextlib.AbstractContextManager]
+"""From the numbers of a batch's prompts and the padding on the left of each, a context in which they are continued."""
 
 
-def ends_of(base: Any, tokenizer: Any) -> list[int]:
-    """Token ids that end a text of a causal LM: the tokenizer's, and those in its generation settings."""
-    named = base.generation_config.eos_token_id
-    named = named if isinstance(named, list) else [named]
-    return sorted({token for token in (tokenizer.eos_token_id, *named) if token is not None})
+class Generated(NamedTuple):
+    """What a model wrote after each prompt, in the order of the prompts."""
+
+    ids: Int[Tensor, "n t"]
+    """The tokens added, on the CPU, with the end token if there is one; padding after it."""
+
+    lengths: Int[Tensor, " n"]
+    """How many tokens each answer has, without its end token."""
+
+    ended: Bool[Tensor, " n"]
+    """The answer ended by itself; otherwise it was cut off at its longest."""
+
+    @property
+    def mask(self) -> Int[Tensor, "n t"]:
+        """1 up to and including the end token, 0 after it."""
+        return (torch.arange(self.ids.shape[1]) < (self.lengths + self.ended)[:, None]).long()
+
+    def rows(self) -> list[list[int]]:
+        """Each answer's token ids without its end token."""
+        return [row[:length] for row, length in zip(self.ids.tolist(), self.lengths.tolist(), strict=True)]
+
+    def texts(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+        """Each answer as text, special tokens included, exactly as its tokens spell it."""
+        return [str(tokenizer.decode(row, clean_up_tokenization_spaces=False)) for row in self.rows()]
 
 
-def pad_of(tokenizer: Any) -> int:
-    """Token id that fills rows up; masks tell it from text."""
-    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+def generate(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    ends: Sequence[int],
+    pad: int,
+    max_new_tokens: int,
+    temperature: float | None = None,
+    generator: torch.Generator | None = None,
+    processors: Sequence[LogitsProcessor] = (),
+    stopping: Sequence[StoppingCriteria] = (),
+    intervene: Intervene | None = None,
+    batches: Sequence[Sequence[int]] | None = None,
+    max_tokens_per_batch: int = MAX_TOKENS_PER_BATCH,
+) -> Generated:
+    """Continue prompts: the only place where a model writes.
 
+    Prompts of different lengths share a batch, padded on the left. The model is in evaluation mode and without its own
+    generation settings meanwhile; a pair's adapters are as the role in force has set them.
 
-def plain_settings(ends: list[int], pad: int, max_new_tokens: int, temperature: float | None) -> GenerationConfig:
-    """Sampling from the plain distribution, or greedy for None: a model's own top-p or penalties are overridden.
-
-    What is left open here (a least probability, suppressed tokens, a static cache, …) transformers takes from the model
-    unless it generates :func:`plainly`.
+    Args:
+        prompts: token ids, one token or more each.
+        ends: token ids that end an answer, from :func:`ends_of`.
+        pad: token id that fills rows up, from :func:`pad_of`.
+        temperature: of sampling; None: the likeliest token at each step.
+        generator: source of the samples, on the model's device; None: the global random state.
+        processors: what else changes the logits before a token is chosen.
+        stopping: what else ends a row.
+        intervene: a context for each batch, such as an injection.
+        batches: numbers of the prompts of each batch; None: by length, up to ``max_tokens_per_batch``.
     """
-    sampling: dict[str, Any] = {"temperature": temperature, "top_k": 0, "top_p": 1.0, "typical_p": 1.0}
+    if batches is None:
+        batches = length_batches([len(prompt) + max_new_tokens for prompt in prompts], max_tokens_per_batch)
+    choosers = [*processors, *([] if temperature is None else [Sampling(temperature, generator)])]
+    whole: Any = model
+    device, answers = device_of(model), []
+    with inference(model), plainly(model):
+        for batch in batches:
+            ids, padding = pad_left([prompts[row] for row in batch], pad)
+            mask = (torch.arange(ids.shape[1]) >= padding[:, None]).long()
+            with intervene(torch.tensor(batch), padding) if intervene else contextlib.nullcontext():
+                out = whole.generate(
+                    input_ids=ids.to(device),
+                    attention_mask=mask.to(device),
+                    generation_config=_settings(ends, pad, max_new_tokens),
+                    logits_processor=LogitsProcessorList(choosers),
+                    stopping_criteria=StoppingCriteriaList(stopping),
+                )
+            answers.append(out[:, ids.shape[1] :].cpu())
+    return _gathered(answers, batches, len(prompts), ends, pad)
+
+
+class Sampling(LogitsProcessor):
+    """Makes one sampled token of each row the likeliest, with a random source of its own.
+
+    transformers itself samples from the global random state alone, which two pairs in two threads would share.
+    """
+
+    def __init__(self, temperature: float, generator: torch.Generator | None) -> None:
+        self.temperature, self.generator = temperature, generator
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
+        probabilities = torch.softmax(scores / self.temperature, dim=-1)
+        chosen = torch.multinomial(probabilities, num_samples=1, generator=self.generator)
+        return torch.full_like(scores, -torch.inf).scatter(1, chosen, 0.0)
+
+
+def ends_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids that end a text of a causal LM: the tokenizer's, and those in its generation settings."""
+    settings: Any = model.generation_config
+    named = None if settings is None else settings.eos_token_id
+    tokens: list[Any] = [tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
+    return sorted({token for token in tokens if token is not None})
+
+
+def pad_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Token id that fills rows up; masks tell it from text. 0 where the tokenizer names neither padding nor an end."""
+    named = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((token for token in named if isinstance(token, int)), 0)
+
+
+def seeded(seed: int | None, device: torch.device) -> torch.Generator | None:
+    """A random source of its own for a seed; None, the global random state, for none."""
+    return None if seed is None else torch.Generator(device).manual_seed(seed)
+
+
+def _settings(ends: Sequence[int], pad: int, max_new_tokens: int) -> GenerationConfig:
+    """The likeliest token after all processors; nothing else may choose."""
     return GenerationConfig(
-        do_sample=temperature is not None,
+        do_sample=False,
         max_new_tokens=max_new_tokens,
-        eos_token_id=ends,
+        eos_token_id=list(ends) or None,
         pad_token_id=pad,
         repetition_penalty=1.0,
         no_repeat_ngram_size=0,
         num_beams=1,
         use_cache=True,
-        **({} if temperature is None else sampling),
     )
 
 
 @contextlib.contextmanager
-def plainly(base: Any) -> Iterator[None]:
+def plainly(model: PreTrainedModel) -> Iterator[None]:
     """While active, a causal LM (in PEFT's wrapper or not) has no generation settings; on exit its own are back.
 
-    transformers fills every open field of the settings that a call gives from the model's, so that rollouts would not
-    be of its plain distribution. Ask for :func:`ends_of` before: in here the model names no end tokens.
+    transformers fills every open field of the settings that a call gives from the model's, so that answers would not
+    be of its plain distribution.
     """
-    base = base.get_base_model() if hasattr(base, "get_base_model") else base  # PEFT's wrapper shows the base's
+    whole: Any = model
+    base = whole.get_base_model() if hasattr(model, "get_base_model") else whole  # PEFT's wrapper shows the base's
     own = base.generation_config
     base.generation_config = GenerationConfig()
     try:
@@ -58,13 +171,21 @@ def plainly(base: Any) -> Iterator[None]:
         base.generation_config = own
 
 
-@contextlib.contextmanager
-def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
-    """Seed the global random state for a while and put it back."""
-    if seed is None:
-        yield
-        return
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        yield
+def _gathered(
+    answers: list[Tensor], batches: Sequence[Sequence[int]], n_prompts: int, ends: Sequence[int], pad: int
+) -> Generated:
+    """Batches of answers as one tensor in the order of the prompts, padded after each end."""
+    width = max((answer.shape[1] for answer in answers), default=0)
+    ids = torch.full((n_prompts, width), pad, dtype=torch.int64)
+    longest = torch.zeros(n_prompts, dtype=torch.int64)
+    for batch, answer in zip(batches, answers, strict=True):
+        rows = torch.tensor(batch)
+        ids[rows, : answer.shape[1]] = answer
+        longest[rows] = answer.shape[1]
+    # A batch stops at its longest row: columns beyond it were made here and are no answer.
+    real = torch.arange(width) < longest[:, None]
+    is_end = torch.isin(ids, torch.tensor(list(ends), dtype=torch.int64)) & real
+    ended = is_end.any(dim=1)
+    lengths = torch.where(ended, is_end.int().argmax(dim=1) if width else longest, longest)
+    kept = torch.arange(width) < (lengths + ended)[:, None]
+    return Generated(torch.where(kept, ids, pad), lengths, ended)

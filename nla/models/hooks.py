@@ -1,4 +1,4 @@
-"""Hooks on a model while it runs: inject at the marker, replace activations, add directions."""
+"""Hooks on a model while it runs: inject at the marker, replace activations, add directions, record the stream."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from nla.config import InjectionConfig
 from nla.errors import ArgumentError, MarkerError, NonFiniteError, PositionError, ShapeError
 from nla.metrics import check_finite, unit
-from nla.models.points import Point, block, d_model
+from nla.models.points import Point, block, d_model, embeddings
 
 
 def locate_marker(
-    ids: Tensor | Sequence[Sequence[int]], injection: InjectionConfig, prompt_length: int | None = None
-) -> Tensor:
+    ids: Int[Tensor, "b t"] | Sequence[Sequence[int]], injection: InjectionConfig, prompt_length: int | None = None
+) -> Int[Tensor, " b"]:
     """Column of the marker in each row, (b,) int64.
 
     The marker must stand exactly once in the first ``prompt_length`` columns (all, if None), between the neighbours
@@ -34,8 +35,8 @@ def locate_marker(
     if tokens.ndim != 2:
         raise ShapeError(f"ids of shape {tuple(tokens.shape)}", "(batch, tokens)", "pass a batch, such as ids[None]")
     prompt = tokens[:, :prompt_length]
-    found = prompt == injection.marker_id
-    counts = found.sum(dim=1)
+    is_marker = prompt == injection.marker_id
+    counts = is_marker.sum(dim=1)
     if (counts != 1).any():
         row = int((counts != 1).nonzero()[0])
         raise MarkerError(
@@ -43,10 +44,10 @@ def locate_marker(
             "exactly once",
             "build the prompt from the pair's encoder_prompt, which holds it once, and add no other text with it",
         )
-    where = found.int().argmax(dim=1)
-    rows, width = torch.arange(len(where), device=where.device), prompt.shape[1]
-    left = torch.where(where > 0, prompt[rows, (where - 1).clamp(min=0)], -1)
-    right = torch.where(where < width - 1, prompt[rows, (where + 1).clamp(max=width - 1)], -1)
+    columns = is_marker.int().argmax(dim=1)
+    rows, width = torch.arange(len(columns), device=columns.device), prompt.shape[1]
+    left = torch.where(columns > 0, prompt[rows, (columns - 1).clamp(min=0)], -1)
+    right = torch.where(columns < width - 1, prompt[rows, (columns + 1).clamp(max=width - 1)], -1)
     wrong = (left != injection.left_id) | (right != injection.right_id)
     if wrong.any():
         row = int(wrong.nonzero()[0])
@@ -55,10 +56,10 @@ def locate_marker(
             f"{injection.left_id} and {injection.right_id}, its neighbours in training",
             "build the prompt from the pair's encoder_prompt and its own tokenizer",
         )
-    return where
+    return columns
 
 
-def rescale(vectors: Tensor, norm: float | None) -> Tensor:
+def rescale(vectors: Float[Tensor, "n d"], norm: float | None) -> Float[Tensor, "n d"]:
     """Vectors (n, d) scaled TO the L2 norm ``norm`` (not multiplied by it), float32; None: to 1, for "add".
 
     Raises:
@@ -76,7 +77,9 @@ def rescale(vectors: Tensor, norm: float | None) -> Tensor:
 
 
 @contextlib.contextmanager
-def inject(model: Any, vectors: Tensor, positions: Tensor, layer: int | None = None) -> Iterator[None]:
+def inject(
+    model: nn.Module, vectors: Float[Tensor, "b d"], positions: Int[Tensor, " b"], layer: int | None = None
+) -> Iterator[None]:
     """While active, ``vectors[i]`` enters batch row i at ``positions[i]``, in every forward pass.
 
     One hook serves generation, log-probabilities and fine-tuning alike. Single-token passes are left alone: that is
@@ -84,8 +87,8 @@ def inject(model: Any, vectors: Tensor, positions: Tensor, layer: int | None = N
 
     Args:
         model: a causal LM, with or without adapters.
-        vectors: (b, d), already at the injection norm (:func:`rescale`); gradients flow into them if they ask for it.
-        positions: (b,) columns, from :func:`locate_marker`.
+        vectors: already at the injection norm (:func:`rescale`); gradients flow into them if they ask for it.
+        positions: columns, from :func:`locate_marker`.
         layer: None: the vector takes the place of the input embedding (the embedding module's output, so a model that
             scales its embeddings does not scale the vector). A block's index: to the block's output h the vector is
             added at h's length, h + |h| v/|v|. It stands in ``config.injection.layer``.
@@ -101,65 +104,69 @@ def inject(model: Any, vectors: Tensor, positions: Tensor, layer: int | None = N
             "give one vector and one position for each batch row",
         )
 
-    def enter(module: nn.Module, args: tuple, output: Any) -> Any:
-        stream = output[0] if isinstance(output, tuple) else output
+    def enter(stream: Tensor, _past: int) -> Tensor | None:
         if stream.shape[1] == 1:
-            return output
+            return None
         if stream.shape[0] != len(vectors) or stream.shape[2] != vectors.shape[1]:
             raise ShapeError(
                 f"a batch of {tuple(stream.shape)} with {tuple(vectors.shape)} vectors to inject",
                 "one vector for each batch row, of the model's width",
                 "rows are chunked or repeated somewhere: repeat or slice the vectors with them",
             )
-        out, rows, columns = stream.clone(), torch.arange(len(vectors)), positions.to(stream.device)
+        rows, columns = torch.arange(len(vectors)), positions.to(stream.device)
         entering = vectors.to(stream.device)
         if layer is not None:
             there = stream[rows, columns].float()
             entering = there + there.norm(dim=1, keepdim=True) * nn.functional.normalize(entering.float(), dim=1)
+        out = stream.clone()
         out[rows, columns] = entering.to(stream.dtype)
-        return (out, *output[1:]) if isinstance(output, tuple) else out
+        return out
 
-    place = model.get_input_embeddings() if layer is None else block(model, Point("resid_post", layer))
-    handle = place.register_forward_hook(enter)
-    try:
+    module = embeddings(model) if layer is None else block(model, Point("resid_post", layer))
+    with _changed(module, enter):
         yield
-    finally:
-        handle.remove()
 
 
-def patch(
-    model: nn.Module, point: str | Point, positions: Tensor | Sequence[int], vectors: Tensor
+def replace(
+    model: nn.Module,
+    point: str | Point,
+    positions: Int[Tensor, " b"] | Sequence[int],
+    vectors: Float[Tensor, "b d"],
+    rows: Int[Tensor, " b"] | None = None,
 ) -> contextlib.AbstractContextManager[None]:
     """While active, the activation at ``point`` and column ``positions[i]`` of batch row i is ``vectors[i]``.
 
+    Gradients flow into the vectors if they ask for it.
+
     Args:
-        positions: (b,) columns of the batch, padding included.
-        vectors: (b, d), raw activations: they replace direction and length.
+        positions: columns of the batch, padding included.
+        vectors: raw activations: they replace direction and length.
+        rows: the batch rows that are changed; None: all of them, in order.
 
     Raises:
         PointError: the model has no such point.
         ShapeError, PositionError: at entry or in the forward pass, if rows, width or columns do not fit the batch.
         NonFiniteError: NaN or infinity.
     """
-    return _edit(model, point, positions, vectors, lambda hidden, new: new)
+    return _edit(model, point, positions, vectors, lambda hidden, new: new, rows)
 
 
 def add(
     model: nn.Module,
     point: str | Point,
-    positions: Tensor | Sequence[int],
-    directions: Tensor,
+    positions: Int[Tensor, " b"] | Sequence[int],
+    directions: Float[Tensor, "b d"],
     strength: float,
 ) -> contextlib.AbstractContextManager[None]:
     """While active, activation h at column ``positions[i]`` of row i becomes h + strength · ‖h‖ · δ/‖δ‖.
 
     Args:
-        directions: (b, d); only the direction of δ counts, so edits and controls have equal norm.
+        directions: only the direction of δ counts, so edits and controls have equal norm.
         strength: in lengths of the activation; 1 adds a vector as long as the activation itself.
 
     Raises:
         ArgumentError: a direction of length zero, or a strength that is not finite.
-        The rest is as for :func:`patch`.
+        The rest is as for :func:`replace`.
     """
     if not math.isfinite(strength):
         raise ArgumentError(f"strength={strength}", "a finite number", "use 1, for example")
@@ -174,47 +181,90 @@ def add(
 
 
 @contextlib.contextmanager
+def record(model: nn.Module, points: Sequence[str | Point]) -> Iterator[dict[str, Float[Tensor, "b t d"]]]:
+    """While active, the stream at each point in the last forward pass, by the point's name, as it flows on.
+
+    Hooks run in the order of their making: enter :func:`replace` first to record what it puts in. Gradients are kept.
+
+    Raises:
+        PointError: the model has no such point.
+    """
+    seen: dict[str, Tensor] = {}
+
+    def keeper(name: str) -> Callable[[Tensor, int], None]:
+        return lambda stream, _past: seen.update({name: stream})
+
+    with contextlib.ExitStack() as stack:
+        for point in points:
+            stack.enter_context(_changed(block(model, point), keeper(str(point))))
+        yield seen
+
+
+@contextlib.contextmanager
+def detached_embeddings(model: nn.Module) -> Iterator[None]:
+    """While active, input embeddings are the leaf from which gradients are tracked: nothing below them needs one."""
+    with _changed(embeddings(model), lambda stream, _past: stream.detach().requires_grad_(True)):
+        yield
+
+
 def _edit(
     model: nn.Module,
     point: str | Point,
     positions: Tensor | Sequence[int],
     vectors: Tensor,
     change: Callable[[Tensor, Tensor], Tensor],
-) -> Iterator[None]:
+    rows: Tensor | None = None,
+) -> contextlib.AbstractContextManager[None]:
     """Apply ``change(h, vector)`` at one column of each row, in passes that start a sequence (not cached decoding)."""
-    where, layer = torch.as_tensor(positions), Point.parse(point).layer
-    if vectors.ndim != 2 or where.shape != (len(vectors),) or vectors.shape[1] != d_model(model):
+    columns, width = torch.as_tensor(positions), d_model(model)
+    if vectors.ndim != 2 or columns.shape != (len(vectors),) or vectors.shape[1] != width:
         raise ShapeError(
-            f"vectors {tuple(vectors.shape)} and positions {tuple(where.shape)}",
-            f"(b, {d_model(model)}) and (b,)",
+            f"vectors {tuple(vectors.shape)} and positions {tuple(columns.shape)}",
+            f"(b, {width}) and (b,)",
             "give one vector of the target's width and one position for each batch row",
         )
-    check_finite(vectors)
+    check_finite(vectors.detach())
 
-    def edit(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-        hidden = output[0] if isinstance(output, tuple) else output
-        cache = kwargs.get("past_key_values")
-        if cache is not None and cache.get_seq_length(layer) > hidden.shape[1]:
-            return output
-        if len(hidden) != len(vectors):
+    def edit(hidden: Tensor, past: int) -> Tensor | None:
+        if past:
+            return None
+        if rows is None and len(hidden) != len(vectors):
             raise ShapeError(
                 f"a batch of {len(hidden)} rows under an intervention on {len(vectors)}",
                 "one vector and one position for each row",
-                "repeat or slice them with the rows, such as intervene=lambda docs: patch(…, columns[docs], new[docs])",
+                "repeat or slice them with the rows, such as "
+                "intervene=lambda docs: replace(…, columns[docs], new[docs])",
             )
-        if int(where.max()) >= hidden.shape[1] or int(where.min()) < 0:
+        if len(columns) and (int(columns.max()) >= hidden.shape[1] or int(columns.min()) < 0):
             raise PositionError(
-                f"column {int(where.max())} or {int(where.min())} in a batch of {hidden.shape[1]} tokens",
+                f"column {int(columns.max())} or {int(columns.min())} in a batch of {hidden.shape[1]} tokens",
                 "columns within the batch",
                 "count columns from 0, and add the padding where it is on the left",
             )
-        rows, columns = torch.arange(len(hidden), device=hidden.device), where.to(hidden.device)
-        changed = change(hidden[rows, columns], vectors.to(hidden.device, hidden.dtype))
-        check_finite(changed)
-        hidden = hidden.index_put((rows, columns), changed)
-        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+        there = torch.arange(len(hidden)) if rows is None else rows
+        index = (there.to(hidden.device), columns.to(hidden.device))
+        changed = change(hidden[index], vectors.to(hidden.device, hidden.dtype))
+        check_finite(changed.detach())
+        return hidden.index_put(index, changed)
 
-    handle = block(model, point).register_forward_hook(edit, with_kwargs=True)
+    return _changed(block(model, point), edit, Point.parse(point).layer)
+
+
+@contextlib.contextmanager
+def _changed(module: nn.Module, change: Callable[[Tensor, int], Tensor | None], layer: int = 0) -> Iterator[None]:
+    """While active, ``change`` sees a module's output (b, t, d) and how many tokens of the sequence came before it in
+    the cache; what it returns, if anything, takes the output's place. The only place that registers hooks."""
+
+    def hook(_module: nn.Module, _args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        stream = output[0] if isinstance(output, tuple) else output
+        cache = kwargs.get("past_key_values")
+        past = 0 if cache is None else max(0, cache.get_seq_length(layer) - stream.shape[1])
+        new = change(stream, past)
+        if new is None:
+            return output
+        return (new, *output[1:]) if isinstance(output, tuple) else new
+
+    handle = module.register_forward_hook(hook, with_kwargs=True)
     try:
         yield
     finally:

@@ -167,6 +167,12 @@ def final_norm(model: nn.Module) -> nn.Module:
     return getattr(stack, _layout(stack).norm)
 
 
+def embeddings(model: nn.Module) -> nn.Module:
+    """The module that turns token ids into input embeddings; its output is what enters the first block."""
+    whole: Any = model
+    return whole.get_input_embeddings()
+
+
 def d_model(model: nn.Module) -> int:
     """Width of the residual stream."""
     return backbone(model).config.hidden_size

@@ -152,7 +152,7 @@ def read(
         positions: see :func:`nla.tokens.select_positions`.
         strata: names the kind of position of every token of a text; None: "all".
         intervene: a context for the forward pass of a batch of documents, such as
-            ``lambda docs: steer.patch(model, "resid_post.2", columns[docs], vectors[docs])``.
+            ``lambda docs: hooks.replace(model, "resid_post.2", columns[docs], vectors[docs])``.
 
     Raises:
         PointError, PositionError, EmptyTextError, ContextLengthError, VocabularyError: see the functions used.

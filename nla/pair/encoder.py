@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+import contextlib
+from typing import NamedTuple
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
 from nla.config import NLAConfig
 from nla.errors import ArgumentError, ContextLengthError
-from nla.models.forward import device_of, inference
-from nla.models.generate import _seeded, ends_of, plain_settings, plainly
-from nla.models.hooks import inject, rescale
+from nla.models.forward import device_of
+from nla.models.generate import ends_of, generate, pad_of, seeded
+from nla.models.hooks import inject, locate_marker, rescale
 from nla.models.points import context_length
+from nla.pair.roles import Roles, unwrapped
+from nla.text.tokens import render_prompt
 
-if TYPE_CHECKING:
-    from nla.autoencoder import NLA
 
+class Rollouts(NamedTuple):
+    """Sampled answers, activation by activation: row ``i * samples + j`` is sample j of activation i."""
 
-def mask_marker(logits: Tensor, marker_id: int) -> Tensor:
-    """Logits (..., vocabulary) with the marker's at −∞: the distribution that the encoder samples from.
+    ids: Int[Tensor, "r t"]
+    """Token ids without the prompt: answer and end token, then padding."""
 
-    Training and reference log-probabilities use the same, or they would not be those of the rollouts.
-    """
-    return logits.index_fill(-1, torch.tensor([marker_id], device=logits.device), -torch.inf)
+    mask: Int[Tensor, "r t"]
+    """1 up to and including the end token, 0 after it."""
+
+    texts: list[str]
+    """The answers as text, without the end token: "<explanation>…</explanation>" if all is well."""
 
 
 class MarkerMask(LogitsProcessor):
@@ -37,103 +43,96 @@ class MarkerMask(LogitsProcessor):
         return mask_marker(scores, self.marker_id)
 
 
-class Rollouts(NamedTuple):
-    """Sampled answers, activation by activation: row ``i * samples + j`` is sample j of activation i."""
+class Encoder:
+    """The encoder of a pair: its prompt with the marker in it, and sampling from it."""
 
-    ids: Tensor
-    """(rows, t) int64 without the prompt: answer and end token, then padding."""
+    def __init__(self, roles: Roles, tokenizer: PreTrainedTokenizerBase, config: NLAConfig) -> None:
+        """Raises MarkerError: the prompt does not hold the marker once, between its neighbours."""
+        self.roles, self.tokenizer, self.config = roles, tokenizer, config
+        self.prompt_ids: Int[Tensor, "1 t"] = torch.tensor([render_prompt(tokenizer, config.encoder_prompt)])
+        """The same for every activation."""
+        self.marker_position = int(locate_marker(self.prompt_ids, config.injection)[0])
+        """Column of the marker in the prompt."""
+        self.pad_id = pad_of(tokenizer)
 
-    mask: Tensor
-    """(rows, t) int64: 1 up to and including the end token, 0 after it."""
+    @property
+    def end_ids(self) -> list[int]:
+        """Token ids that end an answer: those that the pair names, or else the model's own."""
+        return list(self.config.end_ids or ()) or ends_of(unwrapped(self.roles.model_of("encoder")), self.tokenizer)
 
-    texts: list[str]
-    """The answers as text, without the end token: "<explanation>…</explanation>" if all is well."""
+    def generate(
+        self,
+        vectors: Float[Tensor, "n d"],
+        samples: int = 4,
+        temperature: float = 1.0,
+        max_new_tokens: int | None = None,
+        seed: int | None = 0,
+        greedy: bool = False,
+        batch_size: int = 512,
+    ) -> Rollouts:
+        """Answers to activations of any norm.
+
+        Args:
+            samples: answers per activation; they share batches with those of other activations.
+            temperature: of sampling, above 0; 1 samples from the encoder's own distribution.
+            max_new_tokens: longest answer; None: as in training.
+            seed: of a random source for this call alone; None draws from the global random state.
+            greedy: the likeliest token at each step instead of sampling.
+            batch_size: rows (activations × samples) at a time.
+
+        Raises:
+            ArgumentError: an argument is out of range.
+            ContextLengthError: prompt and longest answer together do not fit the context.
+            ShapeError, NonFiniteError: see :func:`nla.models.hooks.rescale`.
+        """
+        length = self.config.max_new_tokens if max_new_tokens is None else max_new_tokens
+        for name, value in (("samples", samples), ("max_new_tokens", length), ("batch_size", batch_size)):
+            if value < 1:
+                raise ArgumentError(f"{name}={value}", "1 or more", f"give {name} a positive number")
+        if not greedy and not temperature > 0:
+            raise ArgumentError(
+                f"temperature={temperature}", "a number above 0", "use greedy=True for the likeliest text"
+            )
+        model = unwrapped(self.roles.model_of("encoder"))
+        self._check_room(context_length(model), length)
+        entering = rescale(self.config.check_vectors(vectors), self.config.injection.norm)
+        entering, device = entering.repeat_interleave(samples, dim=0), device_of(model)
+
+        def injected(rows: Tensor, padding: Tensor) -> contextlib.AbstractContextManager[None]:
+            columns = padding + self.marker_position
+            return inject(model, entering[rows].to(device), columns.to(device), self.config.injection.layer)
+
+        with self.roles.play("encoder"):
+            written = generate(
+                model,
+                self.prompt_ids.tolist() * len(entering),
+                ends=self.end_ids,
+                pad=self.pad_id,
+                max_new_tokens=length,
+                temperature=None if greedy else temperature,
+                generator=seeded(seed, device),
+                processors=[MarkerMask(self.config.injection.marker_id)],
+                intervene=injected,
+                batches=[range(len(entering))[i : i + batch_size] for i in range(0, len(entering), batch_size)],
+            )
+        return Rollouts(written.ids, written.mask, written.texts(self.tokenizer))
+
+    def _check_room(self, context: int, max_new_tokens: int) -> None:
+        prompt = self.prompt_ids.shape[1]
+        if prompt + max_new_tokens > context:
+            raise ContextLengthError(
+                f"max_new_tokens={max_new_tokens} after a prompt of {prompt} tokens",
+                f"at most {context} tokens together, the model's context",
+                f"give max_new_tokens={context - prompt} or less",
+            )
 
 
-def end_ids(nla: NLA) -> list[int]:
-    """Token ids that end an answer: those that the pair names, or else :func:`ends_of` the encoder."""
-    return list(nla.config.end_ids or ()) or ends_of(nla.base_of("encoder"), nla.tokenizer)
+def mask_marker(logits: Float[Tensor, "... v"], marker_id: int) -> Float[Tensor, "... v"]:
+    """Logits with the marker's at −∞: the distribution that the encoder samples from.
 
-
-def generate(
-    nla: NLA,
-    vectors: Tensor,
-    samples: int = 4,
-    temperature: float = 1.0,
-    max_new_tokens: int | None = None,
-    seed: int | None = 0,
-    greedy: bool = False,
-    batch_size: int = 512,
-) -> Rollouts:
-    """Answers of the encoder to activations (n, d), of any norm.
-
-    Args:
-        samples: answers per activation; they share batches with those of other activations.
-        temperature: of sampling, above 0; 1 samples from the encoder's own distribution.
-        max_new_tokens: longest answer; None: as in training.
-        seed: of sampling; the global random state is left as it was. None: draws from the global state.
-        greedy: the likeliest token at each step instead of sampling.
-        batch_size: rows (activations × samples) at a time.
-
-    Raises:
-        ArgumentError: an argument is out of range.
-        ContextLengthError: prompt and longest answer together do not fit the context.
-        ShapeError, NonFiniteError: see :func:`nla.injection.rescale`.
+    Training and reference log-probabilities use the same, or they would not be those of the rollouts.
     """
-    length = nla.config.max_new_tokens if max_new_tokens is None else max_new_tokens
-    for name, value in (("samples", samples), ("max_new_tokens", length), ("batch_size", batch_size)):
-        if value < 1:
-            raise ArgumentError(f"{name}={value}", "1 or more", f"give {name} a positive number")
-    model = nla.base_of("encoder")
-    context, prompt = context_length(model), nla.prompt_ids.shape[1]
-    if prompt + length > context:
-        raise ContextLengthError(
-            f"max_new_tokens={length} after a prompt of {prompt} tokens",
-            f"at most {context} tokens together, the model's context",
-            f"give max_new_tokens={context - prompt} or less",
-        )
-    if not greedy and not temperature > 0:
-        raise ArgumentError(f"temperature={temperature}", "a number above 0", "use greedy=True for the likeliest text")
-    rows = rescale(nla.check_width(vectors), nla.config.injection.norm).repeat_interleave(samples, dim=0)
-    settings = plain_settings(end_ids(nla), nla.pad_id, length, None if greedy else temperature)
-    chunks: list[Tensor] = []
-    place = device_of(model)
-    with _seeded(seed, place), nla.role("encoder"), inference(model), plainly(model):
-        for chunk in rows.split(batch_size) if len(rows) else ():
-            chunks.append(_answers(nla, model, chunk.to(place), settings))
-    return _rollouts(nla, chunks)
-
-
-def _answers(nla: NLA, model: Any, vectors: Tensor, settings: GenerationConfig) -> Tensor:
-    """Token ids (b, t) of one batch's answers, without the prompt."""
-    prompt = nla.prompt_ids.to(vectors.device).expand(len(vectors), -1)
-    where = torch.full((len(vectors),), nla.marker_position, device=vectors.device)
-    with inject(model, vectors, where, nla.config.injection.layer):
-        out = model.generate(
-            input_ids=prompt,
-            attention_mask=torch.ones_like(prompt),
-            generation_config=settings,
-            logits_processor=LogitsProcessorList([MarkerMask(nla.config.injection.marker_id)]),
-        )
-    return out[:, prompt.shape[1] :]
-
-
-def _rollouts(nla: NLA, chunks: list[Tensor]) -> Rollouts:
-    width = max((chunk.shape[1] for chunk in chunks), default=0)
-    pad, ends = nla.pad_id, torch.tensor(end_ids(nla))
-    padded = [torch.nn.functional.pad(chunk, (0, width - chunk.shape[1]), value=pad) for chunk in chunks]
-    ids = torch.cat(padded) if padded else torch.empty(0, 0, dtype=torch.int64)
-    ended = torch.isin(ids, ends.to(ids.device))
-    # Chunks stop at their longest row; columns that only the padding above made are no answer either.
-    real = torch.arange(width, device=ids.device) < torch.tensor(
-        [chunk.shape[1] for chunk in chunks for _ in range(len(chunk))], device=ids.device
-    ).reshape(-1, 1)
-    mask = ((ended.cumsum(dim=1) - ended.long()) == 0) & real
-    ids = torch.where(mask, ids, pad)
-    lengths = (mask & ~ended).sum(dim=1).tolist()
-    rows = [row[:length] for row, length in zip(ids.tolist(), lengths, strict=True)]
-    texts = [nla.tokenizer.decode(row, skip_special_tokens=False, clean_up_tokenization_spaces=False) for row in rows]
-    return Rollouts(ids, mask.long(), texts)
+    return logits.index_fill(-1, torch.tensor([marker_id], device=logits.device), -torch.inf)
 
 
 def parse(text: str, config: NLAConfig) -> str | None:

@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -19,10 +19,11 @@ from nla.config import CONFIG_FILE, NLAConfig, WeightsConfig
 from nla.errors import ArgumentError, ConfigError, StorageError, WeightsError
 from nla.models.adapter import ADAPTER_CONFIG, load_adapter, read_adapter_config, save_adapter
 from nla.models.forward import device_of
+from nla.models.generate import ends_of
 from nla.models.load import load_target
 from nla.organisms import ORGANISMS, pair_folder
 from nla.pair.card import card
-from nla.pair.encoder import end_ids
+from nla.pair.head import Head
 from nla.pair.layout import (
     BASELINES_FILE,
     CARD_FILE,
@@ -33,45 +34,42 @@ from nla.pair.layout import (
     METRICS_FILE,
     SEPARATE_MANIFEST,
 )
-from nla.pair.roles import DECODER_ADAPTER, ENCODER_ADAPTER, SharedBase
+from nla.pair.parts import Parts
+from nla.pair.roles import DECODER_ADAPTER, ENCODER_ADAPTER, SharedBase, unwrapped
 from nla.pair.separate import Devices, Sources, assemble, check_weights, is_local, refuse_outside, source_of
-from nla.storage import hub
 from nla.storage.files import read_json, write_atomic, write_json
 from nla.storage.hashes import hash_weights, sha256
+from nla.storage.hub import download, place_of
 from nla.storage.tensors import load_tensors, save_tensors
-
-if TYPE_CHECKING:
-    from nla.autoencoder import NLA
-    from nla.pair.decoder import Head
 
 
 def load(
-    cls: type[NLA],
     name_or_path: str | Path,
     revision: str | None,
     devices: Devices,
     trust_remote_code: bool,
-) -> NLA:
-    """What ``NLA.from_pretrained`` promises; ``cls`` makes the object."""
+) -> Parts:
+    """The parts of the pair that ``NLA.from_pretrained`` puts together."""
     folder, from_hub = find_folder(name_or_path, revision)
     config = NLAConfig.load(folder)
     check_files(config, folder)
     source = target_source(config, folder, from_hub)
     baselines = load_baselines(folder / BASELINES_FILE, config.d_model)
     metrics = read_json(folder / METRICS_FILE) if (folder / METRICS_FILE).exists() else {}
+    origin = (place_of(name_or_path), revision)
+    head_file = folder / DECODER_FOLDER / HEAD_FILE
     if config.encoder_weights is not None and config.decoder_weights is not None:
-        parts = [source_of(part, folder, from_hub) for part in (config.encoder_weights, config.decoder_weights)]
-        place = folder / DECODER_FOLDER / HEAD_FILE
-        return assemble(
-            cls,
+        sources = [source_of(part, folder, from_hub) for part in (config.encoder_weights, config.decoder_weights)]
+        parts = assemble(
             config,
-            Sources(source, *parts),
-            lambda: load_head(config, place),
+            Sources(source, *sources),
+            lambda: load_head(config, head_file),
             devices,
             baselines,
             metrics,
             trust_remote_code,
         )
+        return replace(parts, origin=origin)
     if isinstance(devices, Mapping):
         raise ArgumentError(
             f"devices {dict(devices)} for a pair whose roles share one base",
@@ -88,15 +86,15 @@ def load(
         trust_remote_code=trust_remote_code,
     )
     config.check(tokenizer, model)
-    pair = cls(
-        load_shared(model, config, folder, load_head(config, folder / DECODER_FOLDER / HEAD_FILE)),
+    return Parts(
+        load_shared(model, config, folder, load_head(config, head_file)),
         tokenizer,
         config,
         baselines,
         metrics,
+        target_folder=Path(source) if Path(source).is_dir() else None,
+        origin=origin,
     )
-    pair.target_folder = Path(source) if Path(source).is_dir() else None
-    return pair
 
 
 def load_shared(model: Any, config: NLAConfig, folder: Path, head: Head) -> SharedBase:
@@ -135,7 +133,7 @@ def find_folder(name_or_path: str | Path, revision: str | None = None) -> tuple[
             f"a folder, a hub id such as 'someone/pair', or one of {', '.join(ORGANISMS)}",
             "check the name; a pair is made with `nla train RECIPE`",
         )
-    return hub.download(name, revision), True
+    return download(name, revision), True
 
 
 def target_source(config: NLAConfig, folder: Path, from_hub: bool) -> str:
@@ -193,8 +191,6 @@ def load_head(config: NLAConfig, path: Path) -> Head:
     Raises:
         WeightsError, NonFiniteError: missing, corrupt, or not a head of this width.
     """
-    from nla.pair.decoder import Head
-
     head = Head(config.d_model, config.decoder.head_bias)
     current = head.state_dict()
     found = load_tensors(path, expected_keys=current)
@@ -209,38 +205,39 @@ def load_head(config: NLAConfig, path: Path) -> Head:
     return head
 
 
-def save(pair: NLA, folder: Path) -> None:
-    """What ``NLA.save_pretrained`` promises."""
-    config = _moved(pair, folder)
+def save(parts: Parts, folder: Path) -> None:
+    """Write a pair as ``NLA.save_pretrained`` promises."""
+    config = _moved(parts, folder)
     if not config.separate:  # a pair of whole models would load its encoder for it
-        config = replace(config, end_ids=end_ids(pair) or None)
+        ends = config.end_ids or ends_of(unwrapped(parts.roles.model_of("encoder")), parts.tokenizer)
+        config = replace(config, end_ids=ends or None)
     with _aside(folder) as new:
         if not config.separate:
             for part, adapter in ((ENCODER_FOLDER, ENCODER_ADAPTER), (DECODER_FOLDER, DECODER_ADAPTER)):
-                save_adapter(new / part, pair.model, adapter)
+                save_adapter(new / part, parts.roles.model, adapter)
                 # PEFT notes where the base was loaded from: a path of this machine, of no use on another.
                 content = read_json(new / part / ADAPTER_CONFIG)
                 write_json(new / part / ADAPTER_CONFIG, {**content, "base_model_name_or_path": config.target})
-        save_tensors(new / DECODER_FOLDER / HEAD_FILE, pair.roles.head_tensors())
-        save_baselines(new / BASELINES_FILE, pair.baselines)
-        write_json(new / METRICS_FILE, pair.metrics)
+        save_tensors(new / DECODER_FOLDER / HEAD_FILE, parts.roles.head_tensors())
+        save_baselines(new / BASELINES_FILE, parts.baselines)
+        write_json(new / METRICS_FILE, parts.metrics)
         if not (folder / CARD_FILE).exists():
-            write_atomic(new / CARD_FILE, card(pair.metrics, config, local=pair.target_folder is not None))
+            write_atomic(new / CARD_FILE, card(parts.metrics, config, local=parts.target_folder is not None))
         replace(config, files=hash_files(new, manifest(config))).save(new)
 
 
-def _moved(pair: NLA, folder: Path) -> NLAConfig:
+def _moved(parts: Parts, folder: Path) -> NLAConfig:
     """The pair's config with local targets and weights written relative to ``folder``, and hashed if they are not."""
 
     def relative(place: Path) -> str:
         path = os.path.relpath(place, folder.resolve())
         return path if path.startswith(".") else f"./{path}"
 
-    config = pair.config
-    if pair.target_folder is not None:
-        digest = config.target_weights or hash_weights(pair.target_folder)
-        config = replace(config, target=relative(pair.target_folder), target_weights=digest)
-    for role, place in pair.weight_folders.items():
+    config = parts.config
+    if parts.target_folder is not None:
+        digest = config.target_weights or hash_weights(parts.target_folder)
+        config = replace(config, target=relative(parts.target_folder), target_weights=digest)
+    for role, place in parts.weight_folders.items():
         name = f"{role}_weights"
         weights: WeightsConfig = getattr(config, name)
         weights = replace(weights, source=relative(place), sha256=weights.sha256 or hash_weights(place))

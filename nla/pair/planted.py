@@ -5,24 +5,18 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, cast
 
 from nla.errors import ArgumentError
-from nla.models.adapter import (
-    TARGET_ADAPTER,
-    _fill,
-    _fitted,
-    _located,
-    _wrapped,
-)
-
-if TYPE_CHECKING:
-    from nla.autoencoder import NLA
+from nla.models.adapter import TARGET_ADAPTER, attach, fill, fitted, located
+from nla.pair.roles import Roles, SharedBase
 
 
 @contextlib.contextmanager
-def planted(nla: NLA, folder: str | Path | None) -> Iterator[NLA]:
+def planted(roles: Roles, folder: str | Path | None) -> Iterator[None]:
     """While active, the role "target" is the base with this adapter; encoder and decoder stay as they are.
+
+    Other threads wait for the pair meanwhile: they would read the target with the adapter on.
 
     Args:
         folder: a PEFT folder, or a hub id, with a plain LoRA adapter; None: the base itself.
@@ -34,32 +28,32 @@ def planted(nla: NLA, folder: str | Path | None) -> Iterator[NLA]:
         TargetError, AccessError: the hub does not give it.
     """
     if folder is None:
-        yield nla
+        yield
         return
-    folder, target = _located(folder), nla.roles.model_of("target")
+    folder, target = located(folder), roles.model_of("target")
     if any(f".{TARGET_ADAPTER}." in name for name, _ in target.named_parameters()):
         raise ArgumentError("a second adapter on the target", "one at a time", "leave the other context first")
     flags = [(parameter, parameter.requires_grad) for parameter in target.parameters()]
     try:
-        with _shared(nla, folder) if nla.roles.shared else _alone(target, folder):
-            yield nla
+        with roles.alone(), _shared(cast(SharedBase, roles), folder) if roles.shared else _alone(target, folder):
+            yield
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
 
 
 @contextlib.contextmanager
-def _shared(nla: NLA, folder: Path) -> Iterator[None]:
+def _shared(roles: SharedBase, folder: Path) -> Iterator[None]:
     """The adapter beside the pair's own on the shared base, which the role "target" switches on."""
-    model: Any = nla.model
-    config, state = _fitted(folder, model)
+    model: Any = roles.model
+    config, state = fitted(folder, model)
     try:
         model.add_adapter(TARGET_ADAPTER, config)
-        _fill(folder, model, state)
-        nla.target_adapter = TARGET_ADAPTER
+        fill(folder, model, state)
+        roles.target_adapter = TARGET_ADAPTER
         yield
     finally:
-        nla.target_adapter = None
+        roles.target_adapter = None
         if TARGET_ADAPTER in model.peft_config:
             model.delete_adapter(TARGET_ADAPTER)
 
@@ -67,7 +61,7 @@ def _shared(nla: NLA, folder: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _alone(target: Any, folder: Path) -> Iterator[None]:
     """The adapter on a target that is a model of its own."""
-    tuned = _wrapped(target, folder)
+    tuned = attach(target, folder)
     try:
         yield
     finally:

@@ -6,29 +6,28 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from nla.config import CONFIG_FILE, NLAConfig, resolve
 from nla.errors import ConfigError
 from nla.pair.card import card, renewed
+from nla.pair.folder import check_files, manifest, save
 from nla.pair.layout import CARD_FILE, METRICS_FILE
+from nla.pair.parts import Parts
+from nla.pair.separate import is_local
 from nla.storage.files import read_json
 from nla.storage.hub import download, hub_errors
 
-if TYPE_CHECKING:
-    from nla.autoencoder import NLA
-
 
 def push(
-    pair: NLA, repo_id: str, private: bool = False, revision: str | None = None, commit_message: str | None = None
+    parts: Parts, repo_id: str, private: bool = False, revision: str | None = None, commit_message: str | None = None
 ) -> str:
     """What ``NLA.push_to_hub`` promises; returns the commit's address."""
-    _refuse_local(pair.weight_folders | ({"target": pair.target_folder} if pair.target_folder else {}))
+    _refuse_local(parts.weight_folders | ({"target": parts.target_folder} if parts.target_folder else {}))
     with tempfile.TemporaryDirectory() as folder:
-        old = _loaded_from(pair) / CARD_FILE if pair.origin else None
+        old = _loaded_from(parts.origin) / CARD_FILE if parts.origin else None
         if old is not None and old.is_file():
             shutil.copyfile(old, Path(folder) / CARD_FILE)
-        pair.save_pretrained(folder)
+        save(parts, Path(folder))
         return push_folder(Path(folder), repo_id, private, revision, commit_message)
 
 
@@ -49,8 +48,6 @@ def push_folder(
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
-    from nla.pair.folder import check_files, manifest
-
     config = NLAConfig.load(folder)
     check_files(config, folder)
     _refuse_local(_local_parts(config, folder))
@@ -70,16 +67,14 @@ def push_folder(
     return str(commit.commit_url)
 
 
-def _loaded_from(pair: NLA) -> Path:
+def _loaded_from(origin: tuple[str, str | None]) -> Path:
     """The folder that a pair was loaded from; of one on the hub, a folder with its card."""
-    name, revision = pair.origin or ("", None)
+    name, revision = origin
     return Path(name) if Path(name).is_absolute() else download(name, revision, [CARD_FILE])
 
 
 def _local_parts(config: NLAConfig, folder: Path) -> dict[str, Path]:
     """What a saved pair refers to in folders of this machine, by role."""
-    from nla.pair.separate import is_local
-
     sources = {"target": config.target}
     for role, weights in (("encoder", config.encoder_weights), ("decoder", config.decoder_weights)):
         sources |= {} if weights is None else {role: weights.source}

@@ -1,22 +1,25 @@
-"""The three roles: adapters on one shared base, or whole models that are loaded at first use."""
+"""The three roles: adapters on one shared base, or whole models that are loaded at first use.
+
+A role is a state of the model, so one thread at a time plays one: :meth:`Roles.play` holds a lock until it ends.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar, cast, get_args
 
 from torch import Tensor, nn
 
+from nla.config import NLAConfig
 from nla.errors import ArgumentError, SeparateModelsError
 from nla.models.forward import device_of
 from nla.models.points import final_norm, layout, linear_names, truncated_view
+from nla.pair.head import Head
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
-
-    from nla.config import NLAConfig
-    from nla.pair.decoder import Head
 
 ENCODER_ADAPTER = "default"
 """TRL's reference and resume look for an adapter of this name."""
@@ -69,7 +72,11 @@ class Roles(Protocol):
         ...
 
     def play(self, name: Role) -> contextlib.AbstractContextManager[None]:
-        """While active, ``model`` plays this role. Roles nest."""
+        """While active, ``model`` plays this role. Roles nest; another thread waits until this one's have ended."""
+        ...
+
+    def alone(self) -> contextlib.AbstractContextManager[Any]:
+        """While active, no other thread plays a role."""
         ...
 
     def model_of(self, name: Role) -> Any:
@@ -97,13 +104,12 @@ class SharedBase:
             setattr(self.view, layout(self.view.config.model_type).norm, final_norm(model))
         self.target_adapter: str | None = None
         self._playing: list[Role] = []
+        self._lock = threading.RLock()
 
     @classmethod
     def create(cls, target: Any, config: NLAConfig, rank: int, alpha: float | None) -> SharedBase:
         """Untrained adapters on a target, and an identity head. See :meth:`nla.NLA.create`."""
         from peft import get_peft_model
-
-        from nla.pair.decoder import Head
 
         linears, below = linear_names(target), list(range(config.layer + 1))
         model: Any = get_peft_model(target, _lora(linears, rank, alpha, None), adapter_name=ENCODER_ADAPTER)
@@ -127,18 +133,24 @@ class SharedBase:
         between them loses gradients.
         """
         model: Any = self.model
-        active, disabled = model.active_adapter, _adapters_disabled(model)
-        requires_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-        self._playing.append(name)
-        try:
-            adapter = self.target_adapter if name == "target" else _ADAPTERS[name]
-            _switch(model, adapter or active, disabled=adapter is None)
-            yield
-        finally:
-            self._playing.pop()
-            _switch(model, active, disabled)
-            for parameter, flag in requires_grad:
-                parameter.requires_grad_(flag)
+        with self._lock:
+            active, disabled = model.active_adapter, _adapters_disabled(model)
+            requires_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+            outer = list(self._playing)
+            try:
+                self._playing.append(name)
+                adapter = self.target_adapter if name == "target" else _ADAPTERS[name]
+                _switch(model, adapter or active, disabled=adapter is None)
+                yield
+            finally:
+                self._playing[:] = outer
+                _switch(model, active, disabled)
+                for parameter, flag in requires_grad:
+                    parameter.requires_grad_(flag)
+
+    def alone(self) -> contextlib.AbstractContextManager[Any]:
+        """While active, no other thread plays a role."""
+        return self._lock
 
     def head_tensors(self) -> dict[str, Tensor]:
         """The head's parameters by name."""
@@ -191,6 +203,7 @@ class SeparateModels:
         self._models = {"target": Lazy(target), "encoder": Lazy(encoder), "decoder": Lazy(view)}
         self._head = Lazy(head)
         self._playing: list[Role] = []
+        self._lock = threading.RLock()
 
     @property
     def playing(self) -> Role | None:
@@ -230,11 +243,17 @@ class SeparateModels:
     @contextlib.contextmanager
     def play(self, name: Role) -> Iterator[None]:
         """Nothing but the role's name changes: there are no adapters to switch."""
-        self._playing.append(name)
-        try:
-            yield
-        finally:
-            self._playing.pop()
+        with self._lock:
+            outer = list(self._playing)
+            try:
+                self._playing.append(name)
+                yield
+            finally:
+                self._playing[:] = outer
+
+    def alone(self) -> contextlib.AbstractContextManager[Any]:
+        """While active, no other thread plays a role."""
+        return self._lock
 
     def n_parameters(self) -> dict[str, int]:
         """Of each model that is loaded."""

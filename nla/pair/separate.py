@@ -4,22 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from nla.config import CONFIG_FILE, NLAConfig, WeightsConfig, resolve
 from nla.errors import ArgumentError, ConfigError, TokenizerMismatchError, WeightsError
+from nla.metrics import Baseline
 from nla.models.load import load_target, load_truncated
+from nla.pair.head import Head
+from nla.pair.parts import Parts
 from nla.pair.roles import ROLES, SeparateModels, check_role
 from nla.storage.hashes import hash_weights
 from nla.storage.hub import hub_errors
 from nla.text.tokens import load_tokenizer
-
-if TYPE_CHECKING:
-    from nla.autoencoder import NLA
-    from nla.metrics import Baseline
-    from nla.pair.decoder import Head
 
 Devices = Mapping[str, str | torch.device] | str | torch.device | None
 """Where each role's model goes: one place for all, or places by role; a role that is not named goes to the first GPU if
@@ -37,7 +35,6 @@ class Sources(NamedTuple):
 
 
 def assemble(
-    cls: type[NLA],
     config: NLAConfig,
     sources: Sources,
     head: Callable[[], Head],
@@ -46,7 +43,7 @@ def assemble(
     metrics: dict[str, Any] | None = None,
     trust_remote_code: bool = False,
     verify: bool = True,
-) -> NLA:
+) -> Parts:
     """A pair of separate models. Only the encoder's tokenizer is loaded here; every model at its first use.
 
     Args:
@@ -74,9 +71,9 @@ def assemble(
     def target() -> Any:
         check(sources.target, config.target_weights, "the target")
         revision = None if Path(sources.target).is_dir() else config.target_revision
-        model, own = load_target(sources.target, revision=revision, device=places["target"], **whole)
+        model, of_target = load_target(sources.target, revision=revision, device=places["target"], **whole)
         config.check_model(model.config)
-        check_same_ids(tokenizer, own, sources.encoder, sources.target)
+        check_same_ids(tokenizer, of_target, sources.encoder, sources.target)
         return model
 
     def encoder() -> Any:
@@ -87,16 +84,21 @@ def assemble(
 
     def view() -> Any:
         check(sources.decoder, decoder_weights.sha256, "the decoder")
-        revision, place = decoder_weights.revision, places["decoder"]
-        found = load_truncated(sources.decoder, config.point, revision=revision, device=place, **loaded_as)
-        check_width(found.config, config, sources.decoder)
-        return found
+        revision, device = decoder_weights.revision, places["decoder"]
+        backbone = load_truncated(sources.decoder, config.point, revision=revision, device=device, **loaded_as)
+        check_width(backbone.config, config, sources.decoder)
+        return backbone
 
-    pair = cls(SeparateModels(target, encoder, view, head), tokenizer, config, baselines, metrics)
     folders: dict[str, Path] = {role: Path(s) for role, s in zip(ROLES, sources, strict=True) if Path(s).is_dir()}
-    pair.target_folder = folders.pop("target", None)
-    pair.weight_folders = folders
-    return pair
+    return Parts(
+        SeparateModels(target, encoder, view, head),
+        tokenizer,
+        config,
+        baselines or {},
+        metrics or {},
+        target_folder=folders.pop("target", None),
+        weight_folders=folders,
+    )
 
 
 def place_roles(device: Devices) -> dict[str, str | torch.device | None]:

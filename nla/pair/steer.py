@@ -4,76 +4,73 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nla.errors import ArgumentError, ContextLengthError, PositionError, ShapeError
 from nla.metrics import unit
-from nla.models.forward import device_of, inference, pad_left
-from nla.models.generate import ends_of, pad_of, plain_settings, plainly
-from nla.models.hooks import add, patch
+from nla.models.generate import MAX_TOKENS_PER_BATCH, ends_of, generate, pad_of
+from nla.models.hooks import add, replace
 from nla.models.points import Point, context_length
-from nla.pair import decoder
-from nla.text.tokens import Span, encode_batch, length_batches, select_positions
-
-if TYPE_CHECKING:
-    from nla.autoencoder import NLA
+from nla.pair.decoder import Decoder
+from nla.pair.roles import unwrapped
+from nla.text.tokens import Span, encode_batch, select_positions
 
 
 def generate_patched(
-    model: NLA | nn.Module,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str] | Sequence[Sequence[int]],
     point: str | Point,
-    positions: str | Sequence[int] | Tensor,
-    vectors: Tensor | None,
+    positions: str | Sequence[int] | Int[Tensor, " n"],
+    vectors: Float[Tensor, "n d"] | None,
     max_new_tokens: int = 32,
     strength: float | None = None,
-    max_tokens_per_batch: int = 8192,
+    max_tokens_per_batch: int = MAX_TOKENS_PER_BATCH,
 ) -> list[str]:
     """Greedy continuations of texts, each with an intervention at one of its tokens.
 
     Args:
-        model: a causal LM, or an NLA, whose target is used.
+        model: a causal LM, as it stands; of a pair the target, within ``nla.role("target")``.
         texts: texts, or their token ids.
         positions: token index in each text, or "last" or a pattern that matches one token of each.
-        vectors: (n, d), one per text; None: no intervention.
-        strength: None: :func:`patch`; a number: :func:`add` with this strength.
+        vectors: one per text; None: no intervention.
+        strength: None: :func:`nla.models.hooks.replace`; a number: :func:`nla.models.hooks.add` with this strength.
 
     Returns:
         What follows each text, without the end token.
 
     Raises:
         PositionError: an index is out of range, or a pattern matches no token or several.
-        ArgumentError, ShapeError, NonFiniteError, ContextLengthError: see :func:`patch` and :func:`add`.
+        ArgumentError, ShapeError, NonFiniteError, ContextLengthError: see the two hooks.
     """
     if max_new_tokens < 1:
         raise ArgumentError(f"max_new_tokens={max_new_tokens}", "1 or more", "continue by at least one token")
-    role = contextlib.nullcontext() if isinstance(model, nn.Module) else model.role("target")
-    module: Any = model if isinstance(model, nn.Module) else model.model
-    base = module.get_base_model() if hasattr(module, "get_base_model") else module
-    ids, where = _prompts(tokenizer, texts, positions, context_length(base), max_new_tokens)
+    base = unwrapped(model)
+    ids, columns = _prompts(tokenizer, texts, positions, context_length(base), max_new_tokens)
     if vectors is not None and len(vectors) != len(ids):
         raise ShapeError(f"{len(vectors)} vectors for {len(ids)} texts", "one for each", "repeat it for each text")
-    ends, pad = ends_of(base, tokenizer), pad_of(tokenizer)
-    settings = plain_settings(ends, pad, max_new_tokens, None)
-    out = [""] * len(ids)
-    with role, inference(base):
-        for batch in length_batches([len(row) + max_new_tokens for row in ids], max_tokens_per_batch):
-            tokens, padding = pad_left([ids[row] for row in batch], pad)
-            mask = (torch.arange(tokens.shape[1]) >= padding[:, None]).long().to(device_of(base))
-            edit: contextlib.AbstractContextManager = contextlib.nullcontext()
-            if vectors is not None:
-                place = (base, point, where[batch] + padding, vectors[batch])
-                edit = patch(*place) if strength is None else add(*place, strength)
-            with edit, plainly(base):
-                found = base.generate(input_ids=tokens.to(mask.device), attention_mask=mask, generation_config=settings)
-            for row, answer in zip(batch, found[:, tokens.shape[1] :].tolist(), strict=True):
-                stop = next((i for i, token in enumerate(answer) if token in ends), len(answer))
-                out[row] = tokenizer.decode(answer[:stop], skip_special_tokens=False)
-    return out
+
+    def changed(rows: Tensor, padding: Tensor) -> contextlib.AbstractContextManager[None]:
+        if vectors is None:
+            return contextlib.nullcontext()
+        where = (base, point, columns[rows] + padding, vectors[rows])
+        return replace(*where) if strength is None else add(*where, strength)
+
+    written = generate(
+        base,
+        ids,
+        ends=ends_of(base, tokenizer),
+        pad=pad_of(tokenizer),
+        max_new_tokens=max_new_tokens,
+        intervene=changed,
+        max_tokens_per_batch=max_tokens_per_batch,
+    )
+    return written.texts(tokenizer)
 
 
 def _prompts(
@@ -122,14 +119,16 @@ def _matches(spans: list[list[Span]] | None, pattern: str) -> list[int]:
     return [found[0] for found in places]
 
 
-def edit_direction(nla: NLA, before: str | Sequence[str], after: str | Sequence[str]) -> Tensor:
+def edit_direction(
+    decoder: Decoder, before: str | Sequence[str], after: str | Sequence[str]
+) -> Float[Tensor, " d"] | Float[Tensor, "n d"]:
     """The direction (d,) in which an edit of an explanation moves its reconstruction; (n, d) for lists.
 
     The difference of the unit reconstructions, after minus before; :func:`add` sets its length.
 
     Raises:
         ArgumentError: different numbers of texts, or an edit that changes nothing.
-        EmptyTextError, VocabularyError, ContextLengthError: see :func:`nla.decoder.prompt_rows`.
+        EmptyTextError, VocabularyError, ContextLengthError: see :func:`nla.pair.decoder.Decoder.prompt_rows`.
     """
     pairs = [[text] if isinstance(text, str) else list(text) for text in (before, after)]
     same = [old for old, new in zip(*pairs, strict=False) if old == new]
@@ -139,5 +138,5 @@ def edit_direction(nla: NLA, before: str | Sequence[str], after: str | Sequence[
             "as many before as after, each changed",
             "edit each explanation, for example by replacing one word",
         )
-    old, new = (unit(decoder.decode(nla, texts)) for texts in pairs)
+    old, new = (unit(decoder.decode(texts)) for texts in pairs)
     return (new - old)[0] if isinstance(before, str) else new - old

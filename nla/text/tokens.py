@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from transformers import PreTrainedTokenizerBase
+
 from nla.errors import (
     ArgumentError,
     ConfigError,
@@ -182,9 +184,10 @@ def prompt_ids(tokenizer: Any, texts: Sequence[str], max_length: int | None) -> 
     return [encoded.ids for encoded in encode_batch(tokenizer, texts, max_length)]
 
 
-def continuation_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of texts that follow a prompt: without special tokens of the tokenizer's own."""
-    return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+def plain_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of pieces of text, without the special tokens that a tokenizer adds to a whole one."""
+    rows: Any = tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
+    return rows
 
 
 def unknown_id(tokenizer: Any) -> int | None:

@@ -146,7 +146,7 @@ def test_switching_roles_loses_no_gradient_against_isolated_runs(checkpointing: 
             decoder_loss(shared).backward()
         shared.reconstruct(EXPLANATIONS)
         shared.read(TEXTS[:1])
-        encoder.generate(shared, torch.randn(2, D_MODEL), samples=1)
+        shared.encoder.generate(torch.randn(2, D_MODEL), samples=1)
         first.backward()
     found = gradients(shared)
     assert found.keys() == isolated.keys()
@@ -223,7 +223,7 @@ def test_read_is_of_the_target_not_of_an_adapter() -> None:
 def test_notes_carry_their_token_and_numbers_that_follow_from_the_texts(pair: NLA) -> None:
     acts = pair.read(TEXTS[:2], strata=lambda number, spans: ["a"] * len(spans))
     notes = pair.explain(acts, samples=3, seed=2)
-    raw = encoder.generate(pair, acts.vectors, samples=3, seed=2).texts
+    raw = pair.encoder.generate(acts.vectors, samples=3, seed=2).texts
     assert len(notes) == len(acts)
     each = pair.reconstruct(notes, per_sample=True)
     assert each.shape == (len(acts), 3, D_MODEL)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nla.pair.encoder import MarkerMask, generate
+from nla.pair.encoder import MarkerMask
 from nla.train.fit import loop
 from nla.train.fit.joint import JointSettings, build_trainer, marker_forbidden, train_joint
 from nla.train.fit.warmstart import warmstart_decoder, warmstart_encoder
@@ -92,4 +92,4 @@ def test_a_step_of_each_training_moves_its_own_weights_alone(
     assert moved(lambda: warmstart_decoder(pair, vectors, WARM_TEXTS, tmp_path / "d", **shared)) == {"decoder"}
     train = lambda: train_joint(pair, vectors, STRATA, WARM_TEXTS, tmp_path / "j", settings=SETTINGS)  # noqa: E731
     assert moved(train) <= {"encoder", "decoder"}
-    assert (generate(pair, vectors, samples=1).ids != pair.tokenizer.convert_tokens_to_ids(MARKER)).all()
+    assert (pair.encoder.generate(vectors, samples=1).ids != pair.tokenizer.convert_tokens_to_ids(MARKER)).all()

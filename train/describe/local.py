@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import LogitsProcessor, StoppingCriteria
 
 from nla.errors import ConfigError, ContextLengthError, TemplateError
-from nla.models.forward import device_of, inference, pad_left
-from nla.models.generate import ends_of, pad_of, plain_settings, plainly
+from nla.models.forward import device_of
+from nla.models.generate import ends_of, generate, pad_of
 from nla.models.points import context_length
 from nla.storage.hashes import digest
 from nla.text.fingerprint import tokenizer_hash
@@ -133,32 +133,31 @@ class LocalDescriber:
                 "lower describer.max_chars or describer.max_tokens",
             )
         closings = [f"</{question.tag}>" for question, _ in waiting]
-        prompt, padding = (part.to(device_of(self.model)) for part in pad_left(ids, pad_of(self.tokenizer)))
-        mask = (torch.arange(prompt.shape[1], device=prompt.device) >= padding[:, None]).long()
-        ends = ends_of(self.model, self.tokenizer)
         processors: list[LogitsProcessor] = []
         if s.temperature:
             keys = [f"{s.seed}/{attempt}/{question.prompt}" for question, _ in waiting]
-            processors.append(KeyedSampling(keys, s.temperature, prompt.device))
-        with inference(self.model), plainly(self.model):
-            out = self.model.generate(
-                input_ids=prompt,
-                attention_mask=mask,
-                generation_config=plain_settings(ends, pad_of(self.tokenizer), s.max_tokens, None),
-                logits_processor=LogitsProcessorList(processors),
-                stopping_criteria=StoppingCriteriaList([Closed(self.tokenizer, closings, prompt.shape[1])]),
-            )
-        for row, own, (question, reply) in zip(out[:, prompt.shape[1] :].tolist(), ids, waiting, strict=True):
-            end = next((place for place, token in enumerate(row) if token in ends), None)
-            written = self.tokenizer.decode(row[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            before, closing, _ = written.partition(f"</{question.tag}>")
+            processors.append(KeyedSampling(keys, s.temperature, device_of(self.model)))
+        written = generate(
+            self.model,
+            ids,
+            ends=ends_of(self.model, self.tokenizer),
+            pad=pad_of(self.tokenizer),
+            max_new_tokens=s.max_tokens,
+            processors=processors,
+            stopping=[Closed(self.tokenizer, closings, longest)],
+            batches=[range(len(ids))],
+        )
+        answers = zip(written.rows(), written.ended.tolist(), ids, waiting, strict=True)
+        for row, ended, prompt, (question, reply) in answers:
+            text = self.tokenizer.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            before, closing, _ = text.partition(f"</{question.tag}>")
             reply.answer = f"<{question.tag}>{before}{closing}"
             reply.text, reply.problem = question.read(reply.answer)
-            if end is None and not closing:
+            if not ended and not closing:
                 reply.problem = CUT
             reply.n_requests += 1
-            reply.tokens_in += len(own)
-            reply.tokens_out += len(row) if end is None else end
+            reply.tokens_in += len(prompt)
+            reply.tokens_out += len(row)
 
 
 class KeyedSampling(LogitsProcessor):

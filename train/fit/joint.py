@@ -16,7 +16,6 @@ from trl import GRPOConfig, GRPOTrainer
 from nla.errors import ArgumentError, ShapeError
 from nla.models.generate import plainly
 from nla.models.hooks import inject, rescale
-from nla.pair.encoder import end_ids
 from nla.train.fit import processes
 from nla.train.fit.checkpoints import (
     AtomicCheckpoints,
@@ -112,7 +111,7 @@ class JointTrainer(AtomicCheckpoints, GRPOTrainer):
         self.base = nla.base_of("encoder")
         super().__init__(model=nla.model, reward_funcs=[reward], processing_class=nla.tokenizer, **kwargs)  # pyright: ignore
         keep_float32(self.trained)
-        self.eos_token_ids = end_ids(nla)  # the pair's; TRL takes the model's
+        self.eos_token_ids = nla.encoder.end_ids  # the pair's; TRL takes the model's
         self.generation_config.eos_token_id = self.eos_token_ids
 
     def injected(self, rows: Sequence[int]) -> Tensor:
@@ -131,7 +130,8 @@ class JointTrainer(AtomicCheckpoints, GRPOTrainer):
     def injecting(self, vectors: Tensor) -> contextlib.AbstractContextManager[None]:
         """Inject ``vectors`` (b, d) at the prompt's marker."""
         positions = torch.full((len(vectors),), self.marker_position, device=vectors.device)
-        return inject(self.model, vectors, positions, self.layer)
+        model: Any = self.model
+        return inject(model, vectors, positions, self.layer)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         with marker_forbidden(self.model, self.marker_id):

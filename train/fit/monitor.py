@@ -12,8 +12,7 @@ from transformers import TrainerCallback
 
 from nla.errors import ShapeError
 from nla.metrics import fve_from_errors, mse
-from nla.pair.decoder import decode
-from nla.pair.encoder import generate, strip_tags
+from nla.pair.encoder import strip_tags
 from nla.train.fit import processes
 from nla.train.fit.checkpoints import decoder_parameters, swapped
 from nla.train.fit.metrics_log import MetricsLog
@@ -61,7 +60,7 @@ def evaluate(
     explanation counts as a vector at right angles.
     """
     mine = processes.share_of(held_out.vectors)
-    answers = processes.gathered(generate(nla, mine, samples=1, seed=seed, batch_size=batch_size).texts)
+    answers = processes.gathered(nla.encoder.generate(mine, samples=1, seed=seed, batch_size=batch_size).texts)
     texts = explanations(nla, answers)
     joint = errors_of(nla, held_out.vectors, texts)
     with swapped(decoder_parameters(nla), warm_decoder):
@@ -90,7 +89,7 @@ def errors_of(nla: NLA, vectors: Tensor, texts: Sequence[str | None]) -> Tensor:
     errors = torch.full((len(texts),), ORTHOGONAL)
     readable = [i for i, text in enumerate(texts) if text is not None]
     if readable:
-        errors[readable] = mse(vectors[readable].float().cpu(), decode(nla, [texts[i] or "" for i in readable]))
+        errors[readable] = mse(vectors[readable].float().cpu(), nla.decoder.decode([texts[i] or "" for i in readable]))
     return errors
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from nla.errors import ArgumentError
 from nla.metrics import fve_from_errors, mse
-from nla.pair.encoder import end_ids, parse
+from nla.pair.encoder import parse
+from nla.text.tokens import plain_ids
 from nla.train.fit import processes
 from nla.train.fit.checkpoints import decoder_parameters
 from nla.train.fit.settings import JointSettings
@@ -41,9 +42,7 @@ def explanations(nla: NLA, answers: Sequence[str]) -> list[str | None]:
     if kept:
         added = nla.tokenizer.added_tokens_decoder.items()
         refused = {token_id for token_id, token in added if token.special} | set(nla.tokenizer.all_special_ids)
-        for i, ids in zip(
-            kept, nla.tokenizer([found[i] for i in kept], add_special_tokens=False)["input_ids"], strict=True
-        ):
+        for i, ids in zip(kept, plain_ids(nla.tokenizer, [found[i] or "" for i in kept]), strict=True):
             if not ids or not refused.isdisjoint(ids) or any(mark in (found[i] or "") for mark in private):
                 found[i] = None
     return found
@@ -96,7 +95,7 @@ class DecoderReward:
         self.optimizer = torch.optim.AdamW(self.parameters, lr=s.decoder_learning_rate, weight_decay=0.0)
         self.n_calls = 0
         self.generator = torch.Generator().manual_seed(s.seed)
-        self.ends = set(end_ids(nla))
+        self.ends = set(nla.encoder.end_ids)
 
     def __call__(
         self, completion_ids: list[list[int]], row: list[int], log_metric: Callable[[str, float], None], **_: Any

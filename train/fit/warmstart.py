@@ -15,7 +15,7 @@ from trl import SFTConfig, SFTTrainer
 from nla.errors import ArgumentError, ShapeError
 from nla.metrics import mse
 from nla.models.hooks import inject, rescale
-from nla.pair.decoder import prompt_rows
+from nla.text.tokens import plain_ids
 from nla.train.fit import processes
 from nla.train.fit.checkpoints import (
     AtomicCheckpoints,
@@ -45,8 +45,9 @@ def epoch_rows(n: int, total: int, seed: int) -> Tensor:
 def write_ids(nla: NLA, texts: list[str]) -> list[list[int]]:
     """Token ids of whole answers: the opening tag, the explanation, the closing tag, the end of turn."""
     config, tokenizer = nla.config, nla.tokenizer
+    end: Any = tokenizer.eos_token_id
     whole = [f"{config.explanation_open}{text}{config.explanation_close}" for text in texts]
-    return [[*ids, tokenizer.eos_token_id] for ids in tokenizer(whole, add_special_tokens=False)["input_ids"]]
+    return [[*ids, end] for ids in plain_ids(tokenizer, whole)]
 
 
 def check_pairs(nla: NLA, vectors: Vectors, texts: list[str]) -> None:
@@ -64,7 +65,7 @@ def check_pairs(nla: NLA, vectors: Vectors, texts: list[str]) -> None:
             "pair every activation with one text, from this pair's own target",
         )
     check_directions(vectors)
-    prompt_rows(nla, list(dict.fromkeys(texts)))
+    nla.decoder.prompt_rows(list(dict.fromkeys(texts)))
 
 
 def check_memory(nla: NLA, gradient_checkpointing: bool) -> None:

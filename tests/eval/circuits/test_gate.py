@@ -18,7 +18,7 @@ from nla.eval.target import Patch, Target, last_token, last_word, read_last, tok
 from nla.models.points import Point
 from nla.organisms.couplets import tokenizer as couplets_tokenizer
 from nla.pair.steer import generate_patched
-from nla.text.tokens import continuation_ids
+from nla.text.tokens import plain_ids
 from tests.helpers.planted import POINT, planted_target
 
 ITEMS = rhyme_items(24, seed=5)
@@ -46,7 +46,7 @@ def unused() -> Target:
 
 def test_log_probabilities_in_a_batch_are_those_of_each_row_alone(random_target: Target) -> None:
     heads = token_ids(random_target, PROMPTS)
-    tails = continuation_ids(random_target.tokenizer, [item.donor_continuation for item in ITEMS])
+    tails = plain_ids(random_target.tokenizer, [item.donor_continuation for item in ITEMS])
     found = patching.log_probabilities(random_target, heads, tails)
     for row in range(0, len(ITEMS), 7):
         head, tail = heads[row], tails[row]

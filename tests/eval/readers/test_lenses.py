@@ -19,7 +19,6 @@ from nla.models.adapter import save_adapter
 from nla.models.hooks import rescale
 from nla.models.points import Point
 from nla.models.read import read
-from nla.pair import encoder
 from tests.helpers import tiny
 from tests.helpers.tiny import CONTEXT, D_MODEL, MARKER, MODELS, N_BLOCKS, TEXTS, make_model, make_pair, make_tokenizer
 
@@ -160,7 +159,7 @@ def test_selfie_is_the_bare_model_with_the_activation_as_an_embedding() -> None:
             written.append(token)
             row = torch.cat([row, bare.get_input_embeddings()(torch.tensor([[token]])).detach()], dim=1)
         assert text == tokenizer.decode(written, skip_special_tokens=False).strip()
-    spoken = encoder.generate(pair, vectors, samples=1, greedy=True).texts
+    spoken = pair.encoder.generate(vectors, samples=1, greedy=True).texts
     assert [text.strip() for text in spoken] != found  # the encoder's adapter is not in it
 
 
@@ -196,7 +195,7 @@ def test_an_oracle_with_the_encoders_adapter_and_prompt_answers_as_the_encoder(o
     oracle = patchscopes.load_oracle(folder / "base", folder / "oracle", Target.of(pair))
     vectors = torch.randn(5, D_MODEL, generator=torch.Generator().manual_seed(2))
     found = patchscopes.answers(oracle, Prompt.of(pair), vectors, temperature=None)
-    assert found == [text.strip() for text in encoder.generate(pair, vectors, samples=1, greedy=True).texts]
+    assert found == [text.strip() for text in pair.encoder.generate(vectors, samples=1, greedy=True).texts]
 
 
 def test_what_is_no_plain_adapter_of_the_base_is_no_oracle(oracle_folder) -> None:

@@ -79,7 +79,7 @@ def test_an_intervention_reaches_its_document_in_any_batch(tokenizer) -> None:
 
     def patched(budget: int) -> Activations:
         def intervene(docs):
-            return hooks.patch(model, "resid_post.0", where[docs], new[docs])
+            return hooks.replace(model, "resid_post.0", where[docs], new[docs])
 
         return read(model, tokenizer, TEXTS, "resid_post.2", intervene=intervene, max_tokens_per_batch=budget)
 

@@ -7,7 +7,8 @@ import torch
 
 from nla.config import DecoderConfig
 from nla.errors import ArgumentError, ContextLengthError, EmptyTextError, ShapeError, VocabularyError
-from nla.pair.decoder import Head, decode, last_stream, pad_batch, prompt_rows
+from nla.pair.decoder import last_stream, pad_batch
+from nla.pair.head import Head
 from tests.helpers.tiny import CONTEXT, D_MODEL, make_pair
 
 TEXTS = ["the cat is here.", "a dog.", "it is so. the red tree is under the blue mat and the cat sat there.", "a dog."]
@@ -27,14 +28,14 @@ def oracle(pair, text: str) -> torch.Tensor:
 @pytest.mark.parametrize("budget", [1, 60, 10_000])
 def test_padding_and_batch_composition_do_not_change_a_reconstruction(architecture: str, budget: int) -> None:
     pair = make_pair(architecture, scale=0.3)
-    found = decode(pair, TEXTS, max_tokens_per_batch=budget)
+    found = pair.decoder.decode(TEXTS, max_tokens_per_batch=budget)
     assert torch.allclose(found, torch.stack([oracle(pair, text) for text in TEXTS]), atol=1e-5)
     assert torch.equal(found[1], found[3])
-    assert torch.allclose(decode(pair, TEXTS[::-1]).flip(0), found, atol=1e-5)
+    assert torch.allclose(pair.decoder.decode(TEXTS[::-1]).flip(0), found, atol=1e-5)
 
 
 def test_reconstructions_depend_on_the_text_and_have_the_trained_length(pair) -> None:
-    found = decode(pair, TEXTS)
+    found = pair.decoder.decode(TEXTS)
     assert torch.allclose(found.norm(dim=1), torch.full((4,), pair.config.activation_norm), atol=1e-5)
     assert not torch.allclose(found[0], found[1], atol=1e-2)
     assert found.dtype == torch.float32
@@ -42,18 +43,18 @@ def test_reconstructions_depend_on_the_text_and_have_the_trained_length(pair) ->
 
 
 def test_no_texts_give_no_reconstructions(pair) -> None:
-    assert decode(pair, []).shape == (0, D_MODEL)
+    assert pair.decoder.decode([]).shape == (0, D_MODEL)
 
 
 def test_pad_tokens_of_any_id_do_not_matter(pair) -> None:
-    rows = prompt_rows(pair, TEXTS)
+    rows = pair.decoder.prompt_rows(TEXTS)
     with torch.no_grad(), pair.role("decoder"):
         found = [pair.decode_ids(*pad_batch(rows, pad)) for pad in (0, 17)]
     assert torch.equal(found[0], found[1])
 
 
 def test_a_mask_that_is_not_of_right_padding_is_refused(pair) -> None:
-    ids, mask = pad_batch(prompt_rows(pair, TEXTS), 0)
+    ids, mask = pad_batch(pair.decoder.prompt_rows(TEXTS), 0)
     for bad in (mask.flip(1), torch.zeros_like(mask), mask[:, 1:]):
         with pytest.raises(ShapeError, match="right"):
             last_stream(pair.decoder_view, ids, bad)
@@ -62,25 +63,25 @@ def test_a_mask_that_is_not_of_right_padding_is_refused(pair) -> None:
 @pytest.mark.parametrize("text", ["", "  \n"])
 def test_an_empty_explanation_is_refused_unless_the_rock_is_meant(pair, text: str) -> None:
     with pytest.raises(EmptyTextError, match="explanation 1"):
-        decode(pair, ["the cat.", text])
-    assert torch.allclose(decode(pair, [""], strict=False)[0], oracle(pair, ""), atol=1e-5)
+        pair.decoder.decode(["the cat.", text])
+    assert torch.allclose(pair.decoder.decode([""], strict=False)[0], oracle(pair, ""), atol=1e-5)
 
 
 def test_unknown_words_are_refused_unless_an_encoder_wrote_them(pair) -> None:
     with pytest.raises(VocabularyError, match="zebra"):
-        decode(pair, ["the zebra."])
-    assert torch.isfinite(decode(pair, ["the zebra."], strict=False)).all()
+        pair.decoder.decode(["the zebra."])
+    assert torch.isfinite(pair.decoder.decode(["the zebra."], strict=False)).all()
 
 
 def test_an_explanation_beyond_the_context_is_refused(pair) -> None:
     with pytest.raises(ContextLengthError, match=str(CONTEXT)):
-        decode(pair, ["the cat " * CONTEXT])
+        pair.decoder.decode(["the cat " * CONTEXT])
 
 
 @pytest.mark.parametrize("text", ["{explanation}", "{0}", "}", "{", "a {{cat}} {}"])
 def test_braces_in_an_explanation_are_text(pair, text: str) -> None:
     before, after = pair.config.decoder_template.split("{explanation}")
-    assert prompt_rows(pair, [text], strict=False) == [pair.tokenizer(before + text + after)["input_ids"]]
+    assert pair.decoder.prompt_rows([text], strict=False) == [pair.tokenizer(before + text + after)["input_ids"]]
 
 
 def test_the_head_starts_as_the_identity_in_float32_and_stays_so_under_autocast() -> None:
@@ -113,7 +114,7 @@ def test_a_kept_final_norm_stands_between_the_cut_and_the_head() -> None:
 
 
 def test_decode_ids_is_refused_outside_its_role(pair) -> None:
-    ids, mask = pad_batch(prompt_rows(pair, TEXTS), 0)
+    ids, mask = pad_batch(pair.decoder.prompt_rows(TEXTS), 0)
     with pytest.raises(ArgumentError, match="role"):
         pair.decode_ids(ids, mask)
     with pair.role("decoder"), pair.role("encoder"), pytest.raises(ArgumentError, match="encoder"):

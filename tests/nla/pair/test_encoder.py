@@ -10,7 +10,7 @@ import torch
 from nla.errors import ArgumentError, ContextLengthError, NonFiniteError, ShapeError
 from nla.models.hooks import rescale
 from nla.pair.confidence import Trust
-from nla.pair.encoder import end_ids, generate, mask_marker, parse, strip_tags
+from nla.pair.encoder import mask_marker, parse, strip_tags
 from nla.pair.explanations import Explanation, Explanations
 from nla.text.claims import claims
 from nla.text.tokens import Span
@@ -41,20 +41,20 @@ def likeliest(pair, vector: torch.Tensor, n_tokens: int) -> list[int]:
 @pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "llama"])
 def test_greedy_text_equals_decoding_by_hand_one_by_one(architecture: str) -> None:
     pair = make_pair(architecture)
-    found = generate(pair, VECTORS, samples=1, greedy=True)
+    found = pair.encoder.generate(VECTORS, samples=1, greedy=True)
     for row, vector in enumerate(VECTORS):
         assert found.ids[row][found.mask[row].bool()].tolist() == likeliest(pair, vector, pair.config.max_new_tokens)
 
 
 def test_the_answer_depends_on_the_activations_direction_alone(pair) -> None:
-    found = generate(pair, VECTORS, samples=1, greedy=True).texts
-    assert generate(pair, VECTORS * 1000, samples=1, greedy=True).texts == found
+    found = pair.encoder.generate(VECTORS, samples=1, greedy=True).texts
+    assert pair.encoder.generate(VECTORS * 1000, samples=1, greedy=True).texts == found
     assert len(set(found)) > 1
 
 
 def test_batch_size_does_not_change_greedy_answers(pair) -> None:
-    whole = generate(pair, VECTORS, samples=2, greedy=True)
-    parts = generate(pair, VECTORS, samples=2, greedy=True, batch_size=3)
+    whole = pair.encoder.generate(VECTORS, samples=2, greedy=True)
+    parts = pair.encoder.generate(VECTORS, samples=2, greedy=True, batch_size=3)
     assert parts.texts == whole.texts
     assert parts.texts[0::2] == parts.texts[1::2], "rows are ordered activation by activation"
     assert torch.equal(parts.mask.sum(1), whole.mask.sum(1))
@@ -69,7 +69,7 @@ def test_the_marker_is_never_sampled_even_where_it_is_the_likeliest(pair) -> Non
     try:
         assert oracle_logits(pair, VECTORS[0], [])[-1].softmax(-1)[marker] > 0.99
         for greedy in (False, True):
-            assert not (generate(pair, VECTORS, samples=4, greedy=greedy).ids == marker).any()
+            assert not (pair.encoder.generate(VECTORS, samples=4, greedy=greedy).ids == marker).any()
     finally:
         handle.remove()
 
@@ -78,7 +78,7 @@ def test_samples_follow_the_masked_distribution_of_the_model(pair) -> None:
     """The first token's frequencies over 4,000 samples against the softmax computed by hand."""
     logits = mask_marker(oracle_logits(pair, VECTORS[0], [])[-1] / 0.7, pair.config.injection.marker_id)
     expected = logits.softmax(-1)
-    found = generate(pair, VECTORS[:1], samples=4000, temperature=0.7, max_new_tokens=1, batch_size=1000)
+    found = pair.encoder.generate(VECTORS[:1], samples=4000, temperature=0.7, max_new_tokens=1, batch_size=1000)
     observed = torch.bincount(found.ids[:, 0], minlength=len(expected)) / 4000
     assert (observed - expected).abs().max() < 4 * (0.25 / 4000) ** 0.5
 
@@ -96,24 +96,24 @@ def test_masking_the_marker_renormalises_the_others_and_lets_gradients_through()
 def test_a_seed_fixes_the_samples_and_the_global_state_is_left_alone(pair) -> None:
     torch.manual_seed(3)
     before = torch.random.get_rng_state()
-    first, again = generate(pair, VECTORS, seed=7), generate(pair, VECTORS, seed=7)
+    first, again = pair.encoder.generate(VECTORS, seed=7), pair.encoder.generate(VECTORS, seed=7)
     assert torch.equal(torch.random.get_rng_state(), before)
     assert torch.equal(first.ids, again.ids)
-    assert first.texts != generate(pair, VECTORS, seed=8).texts
+    assert first.texts != pair.encoder.generate(VECTORS, seed=8).texts
     assert len(set(first.texts)) > len(VECTORS), "samples of one activation differ"
 
 
 def test_without_a_seed_the_global_state_decides_and_moves_on(pair) -> None:
     torch.manual_seed(7)
-    first, second = generate(pair, VECTORS, seed=None), generate(pair, VECTORS, seed=None)
-    assert torch.equal(first.ids, generate(pair, VECTORS, seed=7).ids)
+    first, second = pair.encoder.generate(VECTORS, seed=None), pair.encoder.generate(VECTORS, seed=None)
+    assert torch.equal(first.ids, pair.encoder.generate(VECTORS, seed=7).ids)
     assert first.texts != second.texts
 
 
 def test_nothing_after_the_end_token_is_kept(pair) -> None:
-    found = generate(pair, VECTORS, samples=40, max_new_tokens=30)
+    found = pair.encoder.generate(VECTORS, samples=40, max_new_tokens=30)
     end, ended = pair.tokenizer.eos_token_id, 0
-    assert end_ids(pair) == [end]
+    assert pair.encoder.end_ids == [end]
     for ids, mask, text in zip(found.ids.tolist(), found.mask.tolist(), found.texts, strict=True):
         real = ids[: sum(mask)]
         assert mask == [1] * len(real) + [0] * (len(mask) - len(real))
@@ -127,29 +127,29 @@ def test_nothing_after_the_end_token_is_kept(pair) -> None:
 
 
 def test_a_targets_own_sampling_settings_are_overridden(pair) -> None:
-    plain = generate(pair, VECTORS, seed=5).texts
+    plain = pair.encoder.generate(VECTORS, seed=5).texts
     settings = pair.model.get_base_model().generation_config
     settings.top_k, settings.top_p, settings.repetition_penalty, settings.temperature = 1, 0.01, 5.0, 0.01
     settings.min_p, settings.suppress_tokens, settings.min_new_tokens = 0.5, [20, 21, 22], 6
     settings.cache_implementation, settings.bad_words_ids = "static", [[33]]
-    assert generate(pair, VECTORS, seed=5).texts == plain
+    assert pair.encoder.generate(VECTORS, seed=5).texts == plain
     assert pair.model.get_base_model().generation_config is settings, "and left as they were"
 
 
 def test_the_pairs_own_end_tokens_end_an_answer(pair) -> None:
     pair.config = replace(pair.config, end_ids=[2, 30, 31])
-    assert end_ids(pair) == [2, 30, 31]
-    found = generate(pair, VECTORS, samples=40)
+    assert pair.encoder.end_ids == [2, 30, 31]
+    found = pair.encoder.generate(VECTORS, samples=40)
     last = {ids[sum(mask) - 1] for ids, mask in zip(found.ids.tolist(), found.mask.tolist(), strict=True)}
     assert {30, 31} & last
 
 
 def test_generation_works_in_training_mode_with_gradient_checkpointing(pair) -> None:
-    plain = generate(pair, VECTORS, samples=1, greedy=True).texts
+    plain = pair.encoder.generate(VECTORS, samples=1, greedy=True).texts
     base = pair.model.get_base_model()
     base.gradient_checkpointing_enable()
     pair.model.train()
-    assert generate(pair, VECTORS, samples=1, greedy=True).texts == plain
+    assert pair.encoder.generate(VECTORS, samples=1, greedy=True).texts == plain
     assert base.training
 
 
@@ -159,14 +159,14 @@ def test_generation_works_in_training_mode_with_gradient_checkpointing(pair) -> 
 )
 def test_arguments_out_of_range_are_refused_by_name(pair, arguments) -> None:
     with pytest.raises(ArgumentError, match=next(iter(arguments))):
-        generate(pair, VECTORS, **arguments)
+        pair.encoder.generate(VECTORS, **arguments)
 
 
 def test_vectors_of_the_wrong_width_or_not_finite_are_refused(pair) -> None:
     with pytest.raises(ShapeError, match=str(D_MODEL)):
-        generate(pair, torch.randn(2, D_MODEL + 1))
+        pair.encoder.generate(torch.randn(2, D_MODEL + 1))
     with pytest.raises(NonFiniteError):
-        generate(pair, VECTORS * torch.nan)
+        pair.encoder.generate(VECTORS * torch.nan)
 
 
 @pytest.mark.parametrize(
@@ -222,6 +222,6 @@ def test_control_characters_of_a_model_are_spelled_out_where_notes_are_printed()
 
 def test_an_answer_that_cannot_fit_the_context_is_refused_before_it_is_sampled(pair) -> None:
     room = CONTEXT - pair.prompt_ids.shape[1]
-    assert generate(pair, VECTORS[:1], samples=1, max_new_tokens=room).ids.shape[0] == 1
+    assert pair.encoder.generate(VECTORS[:1], samples=1, max_new_tokens=room).ids.shape[0] == 1
     with pytest.raises(ContextLengthError, match=rf"{CONTEXT} tokens.*max_new_tokens={room}"):
-        generate(pair, VECTORS, max_new_tokens=room + 1)
+        pair.encoder.generate(VECTORS, max_new_tokens=room + 1)

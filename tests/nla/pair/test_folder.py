@@ -19,7 +19,6 @@ from nla.errors import ConfigError, NonFiniteError, StorageError, TokenizerMisma
 from nla.metrics import Baseline
 from nla.pair import folder as pair_folder
 from nla.pair import layout
-from nla.pair.encoder import end_ids
 from nla.storage import hashes, tensors
 from tests.helpers.tiny import D_MODEL, TEXTS, make_config, make_model, make_pair, make_tokenizer
 
@@ -318,9 +317,9 @@ def test_an_adapters_own_start_does_not_touch_the_base(saved: Path, start: str |
 
 def test_the_end_tokens_are_those_of_training_or_of_an_older_pair_the_targets(saved: Path) -> None:
     (saved.parent / "planner" / "generation_config.json").write_text('{"eos_token_id": [2, 30, 31]}')
-    assert end_ids(load(saved)) == [2] == NLAConfig.load(saved).end_ids
+    assert load(saved).encoder.end_ids == [2] == NLAConfig.load(saved).end_ids
     replace(NLAConfig.load(saved), end_ids=None).save(saved)
-    assert end_ids(load(saved)) == [2, 30, 31]
+    assert load(saved).encoder.end_ids == [2, 30, 31]
 
 
 @pytest.mark.parametrize(

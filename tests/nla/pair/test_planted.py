@@ -13,8 +13,7 @@ from nla.errors import ArgumentError, ConfigError, WeightsError
 from nla.models.adapter import adapter_hash, merge_adapter, save_adapter
 from nla.models.points import truncated_view
 from nla.models.read import read
-from nla.pair.decoder import Head
-from nla.pair.planted import planted
+from nla.pair.head import Head
 from nla.pair.roles import SeparateModels
 from nla.storage.tensors import load_tensors, save_tensors
 from tests.helpers.tiny import D_MODEL, TEXTS, make_config, make_model, make_tokenizer
@@ -50,10 +49,10 @@ def test_an_adapter_changes_what_is_read_and_nothing_else(separate: NLA, folder:
     oracle = get_peft_model(make_model(), LORA)
     oracle.load_adapter(folder, "default")
     expected = read(oracle.eval(), separate.tokenizer, TEXTS, POINT).vectors
-    with planted(separate, folder):
+    with separate.planted(folder):
         assert torch.allclose(separate.read(TEXTS).vectors, expected, atol=1e-6)
         assert separate.explain(before[:2], seed=3).texts == notes
-        with pytest.raises(ArgumentError), planted(separate, folder):
+        with pytest.raises(ArgumentError), separate.planted(folder):
             pass
         assert torch.allclose(separate.read(TEXTS).vectors, expected, atol=1e-6)
     assert not torch.allclose(before, expected, atol=1e-2)
@@ -71,7 +70,7 @@ def test_an_adapter_that_does_not_fit_leaves_the_target_as_it_was(separate: NLA,
         (dict(list(whole.items())[1:]), WeightsError),
     ):
         save_tensors(weights, changed)
-        with pytest.raises(error), planted(separate, folder):
+        with pytest.raises(error), separate.planted(folder):
             pass
         assert torch.equal(separate.read(TEXTS).vectors, before)
 
@@ -85,9 +84,9 @@ def test_an_adapter_on_the_hub_is_downloaded(separate: NLA, folder: Path, monkey
 
     monkeypatch.setattr("nla.models.adapter.fetch_file", fetch)
     assert adapter_hash("someone/tune") == adapter_hash(folder)
-    with planted(separate, folder):
+    with separate.planted(folder):
         expected = separate.read(TEXTS).vectors
-    with planted(separate, "someone/tune"):
+    with separate.planted("someone/tune"):
         assert torch.equal(separate.read(TEXTS).vectors, expected)
     assert set(asked) == {("someone/tune", f"adapter_{name}") for name in ("config.json", "model.safetensors")}
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nla.errors import ArgumentError, ContextLengthError, NonFiniteError, PointError, PositionError, ShapeError
-from nla.models.hooks import add, patch
+from nla.models.hooks import add, replace
 from nla.pair.steer import edit_direction, generate_patched
 from tests.helpers.tiny import CONTEXT, D_MODEL, TEXTS, make_model, make_pair, make_tokenizer
 
@@ -30,7 +30,7 @@ def states(model, ids: torch.Tensor = IDS) -> tuple[torch.Tensor, ...]:
 
 def test_a_patch_replaces_one_activation_a_row_and_nothing_before_it(model) -> None:
     plain, where = states(model), torch.tensor([2, 4])
-    with patch(model, POINT, where, NEW[:2]):
+    with replace(model, POINT, where, NEW[:2]):
         patched = states(model)
     assert torch.equal(patched[0], plain[0])
     for row, column in enumerate(where.tolist()):
@@ -44,7 +44,7 @@ def test_a_patch_replaces_one_activation_a_row_and_nothing_before_it(model) -> N
 
 def test_patching_an_activation_with_itself_changes_nothing(model) -> None:
     plain = states(model)
-    with patch(model, POINT, [3, 3], plain[1][:, 3]):
+    with replace(model, POINT, [3, 3], plain[1][:, 3]):
         assert torch.equal(states(model)[3], plain[3])
 
 
@@ -52,7 +52,7 @@ def test_a_whole_donor_prefix_state_carries_its_continuation(model) -> None:
     """Patching the last token at the last block makes the next token the donor's."""
     last = "resid_post.3"
     donor = states(model, IDS[1:])[3][:, -1]
-    with torch.no_grad(), patch(model, last, [6], donor):
+    with torch.no_grad(), replace(model, last, [6], donor):
         patched = model(IDS[:1]).logits[0, -1]
     assert torch.allclose(patched, model(IDS[1:]).logits[0, -1], atol=1e-5)
 
@@ -121,7 +121,8 @@ def test_positions_by_pattern_index_and_ids_agree() -> None:
 def test_a_pairs_target_is_steered_not_its_encoder() -> None:
     pair = make_pair(scale=0.5)
     expected = generate_patched(make_model(), TOKENIZER, TEXTS, POINT, "last", NEW, 8)
-    assert generate_patched(pair, pair.tokenizer, TEXTS, POINT, "last", NEW, 8) == expected
+    with pair.role("target"):
+        assert generate_patched(pair.base, pair.tokenizer, TEXTS, POINT, "last", NEW, 8) == expected
 
 
 def test_strength_adds_instead_of_replacing() -> None:
@@ -133,30 +134,30 @@ def test_strength_adds_instead_of_replacing() -> None:
 
 def test_an_edit_points_from_the_old_reconstruction_to_the_new(pair) -> None:
     before, after = "the next is cat.".replace("next", "red"), "the red is dog."
-    found = edit_direction(pair, before, after)
+    found = edit_direction(pair.decoder, before, after)
     old, new = (pair.reconstruct([text])[0] / pair.config.activation_norm for text in (before, after))
     assert torch.allclose(found, new - old, atol=1e-5)
-    both = edit_direction(pair, [before, after], [after, before])
+    both = edit_direction(pair.decoder, [before, after], [after, before])
     assert torch.allclose(both[0], -both[1], atol=1e-5)
     assert torch.allclose(both[0], found, atol=1e-5)
 
 
 def test_an_edit_that_changes_nothing_is_refused(pair) -> None:
     with pytest.raises(ArgumentError, match="unchanged"):
-        edit_direction(pair, "the cat.", "the cat.")
+        edit_direction(pair.decoder, "the cat.", "the cat.")
     with pytest.raises(ArgumentError):
-        edit_direction(pair, ["the cat."], ["a cat.", "a dog."])
+        edit_direction(pair.decoder, ["the cat."], ["a cat.", "a dog."])
 
 
 def test_bad_interventions_are_refused() -> None:
     model = make_model()
-    with pytest.raises(PointError), patch(model, "resid_post.9", [0, 0], NEW[:2]):
+    with pytest.raises(PointError), replace(model, "resid_post.9", [0, 0], NEW[:2]):
         pass
-    with pytest.raises(ShapeError), patch(model, POINT, [0], NEW[:2]):
+    with pytest.raises(ShapeError), replace(model, POINT, [0], NEW[:2]):
         pass
-    with pytest.raises(ShapeError), patch(model, POINT, [0, 0], NEW[:2, :5]):
+    with pytest.raises(ShapeError), replace(model, POINT, [0, 0], NEW[:2, :5]):
         pass
-    with pytest.raises(NonFiniteError), patch(model, POINT, [0, 0], NEW[:2] * torch.nan):
+    with pytest.raises(NonFiniteError), replace(model, POINT, [0, 0], NEW[:2] * torch.nan):
         pass
     with pytest.raises(ArgumentError, match="zero"), add(model, POINT, [0, 0], NEW[:2] * 0, 1.0):
         pass
@@ -167,9 +168,9 @@ def test_bad_interventions_are_refused() -> None:
         pass
     with pytest.raises(NonFiniteError), add(model, POINT, [0, 0], NEW[:2], 3e38):
         model(IDS)
-    with pytest.raises(ShapeError), patch(model, POINT, [0, 0, 0], NEW[:3]):
+    with pytest.raises(ShapeError), replace(model, POINT, [0, 0, 0], NEW[:3]):
         model(IDS)
-    with pytest.raises(PositionError), patch(model, POINT, [0, 7], NEW[:2]):
+    with pytest.raises(PositionError), replace(model, POINT, [0, 7], NEW[:2]):
         model(IDS)
 
 

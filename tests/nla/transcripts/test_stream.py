@@ -14,7 +14,6 @@ from nla.models.adapter import load_adapter
 from nla.models.points import truncated_view
 from nla.models.read import read
 from nla.organisms.switchboard import tokenizer as switchboard
-from nla.pair.planted import planted
 from nla.storage.tensors import load_tensors, save_tensors
 from nla.train.organisms.switchboard import SwitchboardSettings, build_model
 from nla.transcripts import stream
@@ -169,10 +168,10 @@ def test_a_planted_adapter_changes_what_is_read_and_nothing_else(tmp_path: Path)
     plain = get_peft_model(make_model(), LORA)
     load_adapter(folder, plain, "default")
     expected = read(plain, pair.tokenizer, TEXTS, POINT).vectors
-    with planted(pair, folder):
+    with pair.planted(folder):
         assert torch.allclose(pair.read(TEXTS).vectors, expected, atol=1e-6)
         assert pair.explain(vectors, seed=3).texts == notes
-        with pytest.raises(ArgumentError), planted(pair, folder):
+        with pytest.raises(ArgumentError), pair.planted(folder):
             pass
         assert torch.allclose(pair.read(TEXTS).vectors, expected, atol=1e-6)
     assert not torch.allclose(before, expected, atol=1e-2)
@@ -183,15 +182,15 @@ def test_a_planted_adapter_changes_what_is_read_and_nothing_else(tmp_path: Path)
 def test_an_adapter_that_does_not_fit_is_refused_and_leaves_the_pair_as_it_was(tmp_path: Path) -> None:
     pair = make_pair()
     before = pair.read(TEXTS).vectors
-    with pytest.raises(ConfigError), planted(pair, tmp_path / "none"):
+    with pytest.raises(ConfigError), pair.planted(tmp_path / "none"):
         pass
     folder = lora_folder(tmp_path / "cut")
     (folder / "adapter_model.safetensors").write_bytes(b"cut")
-    with pytest.raises(WeightsError), planted(pair, folder):
+    with pytest.raises(WeightsError), pair.planted(folder):
         pass
     folder = lora_folder(tmp_path / "other")
     weights = folder / "adapter_model.safetensors"
     save_tensors(weights, {name.replace("q_proj", "no_such"): tensor for name, tensor in load_tensors(weights).items()})
-    with pytest.raises(ConfigError, match="does not fit"), planted(pair, folder):
+    with pytest.raises(ConfigError, match="does not fit"), pair.planted(folder):
         pass
-    assert torch.equal(pair.read(TEXTS).vectors, before) and pair.target_adapter is None
+    assert torch.equal(pair.read(TEXTS).vectors, before) and pair.roles.target_adapter is None

@@ -158,7 +158,7 @@ def test_differences_are_of_fve_over_each_stratums_own_variance(vectors, monkeyp
         return torch.tensor(errors["warm" if torch.equal(nla.head.bias, warm["head.bias"]) else "joint", texts[0]])
 
     monkeypatch.setattr(monitor, "errors_of", errors_of)
-    monkeypatch.setattr(monitor, "generate", lambda *_args, **_kwargs: SimpleNamespace(texts=["-"] * 4))
+    monkeypatch.setattr(pair.encoder, "generate", lambda *_args, **_kwargs: SimpleNamespace(texts=["-"] * 4))
     monkeypatch.setattr(monitor, "explanations", lambda _nla, answers: ["said"] * len(answers))
     found = monitor.evaluate(pair, EvalSet(vectors[:4], strata, ["described"] * 4, ["truthful"] * 4), warm, seed=0)
     expected = {
@@ -181,9 +181,9 @@ def test_differences_are_of_fve_over_each_stratums_own_variance(vectors, monkeyp
 
 def test_truth_is_of_what_there_is_of_an_unreadable_answer_too(vectors, monkeypatch):
     answers, heard = ["<explanation>the cat sat.</explanation>", "<explanation>a red dog"], []
-    monkeypatch.setattr(monitor, "generate", lambda *_args, **_kwargs: SimpleNamespace(texts=answers))
-    held_out = EvalSet(vectors[:2], STRATA[:2], truth=lambda texts: heard.extend(texts) or {})
     pair = make_writer()
+    monkeypatch.setattr(pair.encoder, "generate", lambda *_args, **_kwargs: SimpleNamespace(texts=answers))
+    held_out = EvalSet(vectors[:2], STRATA[:2], truth=lambda texts: heard.extend(texts) or {})
     found = monitor.evaluate(pair, held_out, snapshot(decoder_parameters(pair)), seed=0)
     assert found["share/eval_extracted"] == 0.5
     assert heard == ["the cat sat.", "a red dog"]

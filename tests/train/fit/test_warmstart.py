@@ -23,7 +23,6 @@ from nla.errors import (
     VocabularyError,
     WeightsError,
 )
-from nla.pair.encoder import generate
 from nla.train.fit import checkpoints
 from nla.train.fit.checkpoints import (
     base_parameters,
@@ -70,7 +69,7 @@ def test_encoder_learns_to_tell_activations_apart(vectors, tmp_path):
     figures = warmstart_encoder(pair, vectors, TEXTS, tmp_path, held_out=(vectors[:4], TEXTS[:4]), **settings)
     assert figures["eval_loss"] < 0.3
     pair.config = pair.config.__class__(**(vars(pair.config) | {"max_new_tokens": 12}))
-    told = generate(pair, vectors[:4], samples=1, greedy=True).texts
+    told = pair.encoder.generate(vectors[:4], samples=1, greedy=True).texts
     assert told == [f"<explanation>{text}</explanation>" for text in TEXTS[:4]]
 
 
