@@ -268,7 +268,7 @@ def _sampled(
 
 def _reconstruct(nla: NLA, explained: ReaderOutput) -> Float[Tensor, "n d"]:
     """Reconstructions: of several samples, the direction of their mean."""
-    samples = decode(nla, [text for samples in explained.texts for text in samples], strict=False)
+    samples = nla.decoder.decode([text for samples in explained.texts for text in samples], strict=False)
     return samples.reshape(len(explained.texts), -1, samples.shape[1]).mean(1)
 
 
