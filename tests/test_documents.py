@@ -102,15 +102,15 @@ DOCUMENTS: dict[str, dict[str, Run | NotRun]] = {
     },
     "docs/audit.md": {
         "nla audit chats.jsonl --controls": Run(
-            says="24 transcripts", leaves="runs/audit/audit.html", append="--samples 1 --budget 6"
+            says="24 transcripts", leaves="runs/audit/audit.html", append="--samples 1 --budget 3"
         ),
         "nla audit chats.jsonl --pair switchboard --rubric": Run(
-            says="no controls", leaves="runs/two-rubrics/findings.parquet", append="--samples 1 --budget 4"
+            says="no controls", leaves="runs/two-rubrics/findings.parquet", append="--samples 1 --budget 2"
         ),
         "nla audit chats.jsonl --pair switchboard --target-adapter": Run(
             says="24 control transcripts", leaves="runs/adapter/audit.json", append="--samples 1 --budget 4"
         ),
-        "nla audit chats.jsonl --rubric secret-word.yaml": Run(says="(?i)secret.word"),
+        "nla audit chats.jsonl --rubric secret-word.yaml": Run(says="24 transcripts", append="--samples 1 --budget 4"),
         "from nla import NLA": Run(),
     },
     "docs/describers.md": {
@@ -129,8 +129,8 @@ DOCUMENTS: dict[str, dict[str, Run | NotRun]] = {
         "nla eval graph runs/trace": Run(says="AUROC", append="--samples 1"),
     },
     "docs/probes.md": {
-        "nla eval readers couplets": Run(
-            says="(?i)logistic regression", leaves="runs/report/readers.png", append="--items 60 --train 240"
+        "nla eval readers couplets": NotRun(
+            "minutes even where it is small; tests/eval/readers/test_readers.py runs it"
         ),
         "nla eval readers switchboard": Run(
             says="(?i)secret word", leaves="runs/report/readers.png", append="--items 48 --train 64", code=1
@@ -159,7 +159,7 @@ DOCUMENTS: dict[str, dict[str, Run | NotRun]] = {
     "docs/results.md": {
         "nla train couplets": Run(leaves="runs/couplets/control/pair/nla_config.json", append=SMALL_COUPLETS),
         "nla eval rhymes couplets": Run(says="(?i)warm start", append="--items 8"),
-        "nla eval fidelity couplets": Run(says="(?i)newline", append="--items 8", code=1),
+        "nla eval fidelity couplets": Run(says="(?i)newline", append="--items 8"),
         "nla eval gates couplets/planner": NotRun("docs/evaluation.md runs it"),
         "nla eval gates couplets/plain": NotRun("docs/evaluation.md runs it"),
         "python -m nla.train.organisms.couplets planner": Run(leaves="planner/model.safetensors", append="--steps 2"),
