@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import re
 import shutil
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import NamedTuple
 
 import pytest
 
+from tests.helpers.endpoint_server import Server
 from tests.helpers.shell import Shell
 from tests.helpers.tiny import load_benchmark
 
@@ -114,7 +114,7 @@ DOCUMENTS: dict[str, dict[str, Run | NotRun]] = {
         "from nla import NLA": Run(),
     },
     "docs/describers.md": {
-        "from nla.train.describe": NotRun("needs an endpoint; tests/train/describe/test_texts.py calls it with one"),
+        "from nla.train.describe": Run(says="2 texts", instead=("http://localhost:8000/v1", "ENDPOINT")),
     },
     "docs/evaluation.md": {
         "nla eval fidelity couplets --texts": Run(says="(?i)fve"),
@@ -225,14 +225,10 @@ def run_shell(shell: Shell, folder: Path, command: str, run: Run) -> None:
 
 
 def run_python(folder: Path, code: str, namespace: dict[str, object], run: Run) -> None:
-    """Run a Python block in the folder; blocks of one document share their names."""
-    printed, before = io.StringIO(), Path.cwd()
-    os.chdir(folder)
-    try:
-        with contextlib.redirect_stdout(printed):
-            exec(code, namespace)
-    finally:
-        os.chdir(before)
+    """Run a Python block in the folder; blocks of one document share their names. ENDPOINT is a server of our own."""
+    printed = io.StringIO()
+    with contextlib.chdir(folder), contextlib.redirect_stdout(printed), Server() as server:
+        exec(code.replace(run.instead[0], server.url) if run.instead[1] == "ENDPOINT" else code, namespace)
     assert re.search(run.says, printed.getvalue(), re.DOTALL), printed.getvalue()
 
 
