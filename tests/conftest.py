@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 
 import pytest
@@ -15,6 +16,13 @@ from tests.helpers.tiny import ARCHITECTURES, MODELS, TEXTS, make_model, make_pa
 def pytest_addoption(parser: pytest.Parser) -> None:
     """``--reference FOLDER``: clones of other projects, to run their code beside ours."""
     parser.addoption("--reference", default=None)
+
+
+def pytest_collection_finish() -> None:
+    """Collecting garbage, as every run of a trainer does, takes a second with all that the imports have left in memory:
+    what is there before the first test is not looked at again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -6,6 +6,7 @@ has imported PyTorch, transformers and PEFT already: a command takes its own tim
 
 from __future__ import annotations
 
+import gc
 import os
 import runpy
 import signal
@@ -146,6 +147,8 @@ def serve(address: str) -> None:
     pair = NLA.from_pretrained("couplets")
     view.token_view(pair.explain(pair.read("In spring\n", "last"), samples=1), "")
     del pair
+    gc.collect()
+    gc.freeze()  # forks then share the memory, and do not look through it
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children are not waited for: their clients get the exit codes
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(address)
