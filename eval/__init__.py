@@ -1,1 +1,1 @@
-"""How a pair is judged: against causal ground truth, beside text-only adversaries and rocks. Installed as nla.eval."""
+"""How a pair is judged: against causal ground truth, beside text-only adversaries and baselines; it is nla.eval."""

@@ -1,4 +1,4 @@
-"""What a run leaves behind: JSON, a readable table and one picture, each written whole or not at all."""
+"""Measured figures in; JSON, a readable table and one picture out, each written whole or not at all."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from nla.errors import visible
 from nla.pair.layout import CARD_FILE
 from nla.stats import Interval, bootstrap, wilson
 from nla.storage.files import write_atomic, write_json
-from nla.text.markdown import markdown
+from nla.text import markdown
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _LABEL_WIDTH = 48
@@ -46,8 +48,10 @@ class Rate(NamedTuple):
         return cls(*wilson(sum(outcomes), len(outcomes)), len(outcomes))
 
     @classmethod
-    def clustered(cls, scores: Tensor, documents: Tensor | Sequence[int], seed: int = 0) -> Rate:
-        """Mean of scores (n,) whose trials share documents: bootstrap over documents; n counts the documents.
+    def clustered(
+        cls, scores: Float[Tensor, " n"], documents: Int[Tensor, " n"] | Sequence[int], seed: int = 0
+    ) -> Rate:
+        """Mean of scores whose trials share documents: bootstrap over documents; n counts the documents.
 
         A share of exactly 0 or 1, which resampling cannot widen, takes the Wilson interval over documents.
         """
@@ -155,7 +159,7 @@ def cell(value: Any) -> str:
         return str(value)
     if isinstance(value, bool):
         return "yes" if value else "NO"
-    return f"{round(value, 3) + 0.0:.3f}" if isinstance(value, float) else str(value)  # + 0.0: no minus before zero
+    return markdown.number(value, n_decimals=3) if isinstance(value, float) else str(value)
 
 
 def one_line(text: str, limit: int = _CLIP) -> str:
@@ -166,7 +170,7 @@ def one_line(text: str, limit: int = _CLIP) -> str:
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """A Markdown table whose columns are also aligned in plain text."""
-    return markdown(header, ([cell(value) for value in row] for row in rows))
+    return markdown.table(header, ([cell(value) for value in row] for row in rows))
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -214,7 +218,7 @@ def write_card(folder: str | Path, name: str, text: str, command: str) -> Path:
 
     Args:
         name: of the evaluation; the section is found again by it.
-        command: what made the report; stands below it.
+        command: what made the report; is named below it.
 
     Raises:
         StorageError: the folder cannot be written or the disk is full.
@@ -231,31 +235,31 @@ def write_card(folder: str | Path, name: str, text: str, command: str) -> Path:
 
 
 def bars(
-    axes: Any,
+    axes: Axes,
     values: Mapping[str, Rate | Interval | float],
     title: str,
     controls: Collection[str] = (),
     bound: float | None = None,
 ) -> None:
     """Horizontal bars with intervals, first on top; ``controls`` in grey, the bound of the others as a line."""
-    names, places = list(values), list(range(len(values)))[::-1]
-    for place, name in zip(places, names, strict=True):
+    names, heights = list(values), list(range(len(values)))[::-1]
+    for height, name in zip(heights, names, strict=True):
         value = values[name]
         middle = value.value if isinstance(value, Rate | Interval) else value
-        axes.barh(place, middle, color="#b8bcc2" if name in controls else "#2f6599", height=0.65)
+        axes.barh(height, middle, color="#b8bcc2" if name in controls else "#2f6599", height=0.65)
         if isinstance(value, Rate | Interval) and math.isfinite(value.low):
             ends = [[max(0.0, middle - value.low)], [max(0.0, value.high - middle)]]
-            axes.errorbar(middle, place, xerr=ends, color="#222222", capsize=2, linewidth=1)
+            axes.errorbar(middle, height, xerr=ends, color="#222222", capsize=2, linewidth=1)
     if bound is not None:
         axes.axvline(bound, color="#b03a2e", linewidth=1, linestyle="--")
-    axes.set_yticks(places, [textwrap.fill(name, _LABEL_WIDTH) for name in names], fontsize=7)
+    axes.set_yticks(heights, [textwrap.fill(name, _LABEL_WIDTH) for name in names], fontsize=7)
     axes.tick_params("x", labelsize=7)
     axes.set_xlim(min(0.0, *axes.get_xlim()), 1.02)
     axes.set_title(title, fontsize=9)
 
 
 def heat(
-    axes: Any, points: Sequence[str], tokens: Sequence[str], values: Sequence[Sequence[float]], title: str
+    axes: Axes, points: Sequence[str], tokens: Sequence[str], values: Sequence[Sequence[float]], title: str
 ) -> None:
     """A (point × token) map with its numbers."""
     axes.imshow(values, vmin=0, vmax=1, cmap="Blues", aspect="auto", origin="lower")

@@ -4,7 +4,7 @@ One JSON object with ``metadata``, ``qParams``, ``nodes`` and ``links``. What is
 
 - ``influence`` is cumulative: the share of all influence that this node and the stronger ones hold. LOWER matters more.
 - Ids are not unique: a reconstruction error is ``0_{layer}_{token}``, which a feature of layer 0 may be called too.
-  What a node is stands in ``feature_type`` alone.
+  What a node is, ``feature_type`` alone says.
 - An embedding is ``E_{vocabulary id}_{token}``; its ``feature`` is the token's index, not the vocabulary's.
 - ``feature`` holds layer and index mixed, in a way that depends on the model. The id has them apart.
 - Labels are the names of supernodes; ``clerp`` is mostly empty.
@@ -57,7 +57,7 @@ class Node(NamedTuple):
 
     @property
     def is_error(self) -> bool:
-        """Whether it stands for what the transcoders miss."""
+        """Whether it is what the transcoders miss."""
         return "error" in self.kind
 
 

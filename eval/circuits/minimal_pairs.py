@@ -184,7 +184,7 @@ def _column(encoded: Encoded, prompt: str, name: str, value: Any, row: int) -> i
     start = prompt.find(value)
     if not value or start < 0 or prompt.find(value, start + 1) >= 0:
         got = f"role {name!r}: {visible(value)!r}, which is not exactly once in the prompt of pair {row}"
-        raise PositionError(got, "a piece of the prompt that stands there once", "lengthen it, or give a token's index")
+        raise PositionError(got, "a piece of the prompt that is there once", "lengthen it, or give a token's index")
     last = start + len(value) - 1
     ending = [span.index for span in encoded.spans if not span.added and span.start <= last < span.end]
     if not ending:

@@ -49,7 +49,7 @@ class LabelledRows:
     """Rows left out because text, label and group were there already."""
 
     n_conflicts: int
-    """Texts that stand there with more than one label."""
+    """Texts that are there with more than one label."""
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -1,6 +1,6 @@
 """`nla probe`: a user's own labelled texts in, the readers compared on them out, with a picture.
 
-The texts are split by group: equal texts, and rows of the same group, never stand on both sides.
+The texts are split by group: equal texts, and rows of the same group, are never on both sides.
 """
 
 from __future__ import annotations

@@ -153,7 +153,7 @@ class TaskResult(Figures):
     retention: Retention | None = None
     complement: Complement | None = None
     shares_sites: list[str] = field(default_factory=list)
-    """Of random labels: the tasks that they stand beside."""
+    """Of random labels: the tasks at the same sites."""
 
     def row(self, reader: str) -> ReaderRow | None:
         """One reader's row, if it was there."""

@@ -43,7 +43,7 @@ class Summary(NamedTuple):
 
 
 def summary(result: TaskResult) -> Summary:
-    """The figures that stand for a task."""
+    """The figures that sum up a task."""
     rows = {row.reader: row for row in result.readers}
     kept = None if result.retention is None else result.retention.retained
     return Summary(

@@ -13,7 +13,8 @@ from nla.audit.findings import NOT_SAID, PositionScore
 from nla.audit.run import Audit
 from nla.errors import visible
 from nla.stats import Interval
-from nla.text.markdown import markdown, number
+from nla.text import markdown
+from nla.text.markdown import number
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -78,11 +79,11 @@ class AuditReport:
 
     def to_markdown(self) -> str:
         """The summary: a table of rubrics, what to know of it, and the first findings."""
-        parts = ["## " + self.heading(), self.made(), markdown(self.rubric_header(), self.rubric_cells())]
+        parts = ["## " + self.heading(), self.made(), markdown.table(self.rubric_header(), self.rubric_cells())]
         parts += self.notes()
         findings = self.audit.findings
         if findings:
-            parts.append(markdown(_FINDING_HEADER, [self._finding_cells(row) for row in findings[:N_SHOWN]]))
+            parts.append(markdown.table(_FINDING_HEADER, [self._finding_cells(row) for row in findings[:N_SHOWN]]))
         if len(findings) > N_SHOWN:
             parts.append(f"… and {len(findings) - N_SHOWN} more, in {FINDINGS} and {PAGE}.")
         return "\n\n".join(parts)

@@ -1,4 +1,4 @@
-"""Numbers and tables as Markdown."""
+"""Figures in; numbers and tables as Markdown out."""
 
 from __future__ import annotations
 
@@ -9,21 +9,22 @@ from collections.abc import Iterable, Sequence
 from nla.errors import visible
 
 
-def number(value: float | None, sign: bool = False) -> str:
-    """A figure with two decimals; a dash where there is none.
+def number(value: float | None, sign: bool = False, n_decimals: int = 2) -> str:
+    """A figure with two decimals; a dash where there is none, and no minus before zero.
 
-    >>> number(0.126), number(None), number(0.5, sign=True)
-    ('0.13', '–', '+0.50')
+    >>> number(0.126), number(None), number(0.5, sign=True), number(-0.0001, n_decimals=3)
+    ('0.13', '–', '+0.50', '0.000')
     """
     if value is None or math.isnan(value):
         return "–"
-    return f"{value:+.2f}" if sign else f"{value:.2f}"
+    rounded = round(value, n_decimals) + 0.0  # -0.0 + 0.0 is 0.0
+    return f"{rounded:{'+' if sign else ''}.{n_decimals}f}"
 
 
-def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table whose columns are also aligned in plain text; no cell can end itself, its row or the table.
 
-    >>> print(markdown(("a", "b"), [("x|y", "two\\nlines")]))
+    >>> print(table(("a", "b"), [("x|y", "two\\nlines")]))
     | a    | b         |
     |------|-----------|
     | x\\|y | two⏎lines |

@@ -328,7 +328,7 @@ def test_what_cannot_be_deranged_is_refused():
 
 
 def test_shuffled_reconstructions_of_independent_vectors_have_fve_minus_one():
-    """Independent one-hot directions: E‖h − ĥ‖² is twice the variance, so the rock stands at 1 − 2 = −1."""
+    """Independent one-hot directions: E‖h − ĥ‖² is twice the variance, so the baseline is at 1 − 2 = −1."""
     classes = torch.randint(16, (4000,), generator=torch.Generator().manual_seed(0))
     vectors = one_hot(classes, 16).float()
     assert fve(vectors, vectors[derangement(4000, 1)]) == pytest.approx(-1, abs=0.05)
