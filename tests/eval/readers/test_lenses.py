@@ -1,4 +1,4 @@
-"""Lenses, SelfIE, oracles and readers of the text against the model's own outputs."""
+"""Lenses, SelfIE and oracles against the model's own outputs."""
 
 from __future__ import annotations
 
@@ -8,11 +8,9 @@ import pytest
 import torch
 
 from nla.errors import ArgumentError, ConfigError, ShapeError, WeightsError
-from nla.eval import adversaries
 from nla.eval.auroc import macro_auroc
 from nla.eval.readers import lenses, patchscopes
 from nla.eval.readers.patchscopes import Prompt
-from nla.eval.readers.tasks import Sites
 from nla.eval.target import Target
 from nla.models import points
 from nla.models.adapter import save_adapter
@@ -20,7 +18,7 @@ from nla.models.hooks import rescale
 from nla.models.points import Point
 from nla.models.read import read
 from tests.helpers import tiny
-from tests.helpers.tiny import CONTEXT, D_MODEL, MARKER, MODELS, N_BLOCKS, TEXTS, make_model, make_pair, make_tokenizer
+from tests.helpers.tiny import D_MODEL, MARKER, MODELS, N_BLOCKS, TEXTS, make_model, make_pair, make_tokenizer
 
 LAST = Point("resid_post", N_BLOCKS - 1)
 
@@ -213,34 +211,3 @@ def test_what_is_no_plain_adapter_of_the_base_is_no_oracle(oracle_folder) -> Non
     config.write_text(json.dumps({**json.loads(config.read_text()), "modules_to_save": ["lm_head"]}))
     with pytest.raises(ConfigError, match="plain LoRA"):
         patchscopes.load_oracle(folder / "base", folder / "oracle", target)
-
-
-def test_the_text_only_reader_continues_each_prefix_as_if_it_were_alone() -> None:
-    target = target_of(make_model())
-    sites = Sites((TEXTS[1], TEXTS[1], TEXTS[0]), (3, -1, 2), (0, 0, 1))
-    found = adversaries.continue_prefixes(target, sites.prefixes(target.tokenizer), None, max_new_tokens=5)
-    ids = target.tokenizer(list(sites.texts))["input_ids"]
-    for row, (tokens, place) in enumerate(zip(ids, sites.tokens, strict=True)):
-        prefix = torch.tensor([tokens[: place + 1] if place >= 0 else tokens])
-        with torch.no_grad():
-            out = target.model.generate(input_ids=prefix, max_new_tokens=5, do_sample=False, pad_token_id=0)
-        assert found[row] == target.tokenizer.decode(out[0, prefix.shape[1] :], skip_special_tokens=True)
-    assert sites.visible(target.tokenizer) == ["a red dog ran", TEXTS[1], "the cat sat"]
-    write = adversaries.continuations(target, sites.prefixes(target.tokenizer))
-    assert write(0) == write(0) != write(1)
-
-
-def test_a_text_that_fills_the_context_is_not_continued() -> None:
-    target = target_of(make_model())
-    full = "the" + " cat" * (CONTEXT - 1)
-    prefixes = Sites((full, TEXTS[0]), (-1, -1), (0, 1)).prefixes(target.tokenizer)
-    assert adversaries.continue_prefixes(target, prefixes, max_new_tokens=4)[0] == ""
-
-
-def test_the_confabulator_offers_texts_and_the_decoder_takes_the_closest() -> None:
-    pair = make_pair()
-    offered = [["the cat.", "a dog."], ["it is here.", "so it ran."], ["the red tree.", "the blue mat."]]
-    vectors = pair.reconstruct([offered[2][0], offered[1][1]])  # what the decoder makes of one of the three
-    picked = adversaries.confabulate(pair, vectors, lambda seed: offered[seed], n_tries=3)
-    assert picked == [["the red tree."], ["so it ran."]]
-    assert [len(texts) for texts in adversaries.confabulate(pair, vectors, lambda seed: offered[seed], 3, 2)] == [2, 2]
