@@ -1,70 +1,53 @@
-"""What the commands share: what they read, and how they answer. The only place, with the commands, that prints."""
+"""What the commands share besides options: what they read, and how they answer. With the commands, all that prints."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import importlib
 import json
-import re
 import sys
+import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nla.errors import ArgumentError
+from nla.cli.options import places
+from nla.errors import ArgumentError, visible
 
 if TYPE_CHECKING:
     from nla.autoencoder import NLA
 
+OK, FAILED, USAGE, INTERNAL, INTERRUPTED = 0, 1, 2, 70, 130
+"""Exit codes: done; a threshold does not hold; wrong command or input; a fault of the program; Ctrl-C."""
 LINE_WIDTH = 112
+LINE_EVERY_S = 30.0
+"""Seconds between two lines of progress where there is no terminal to draw a bar on."""
 
 
-def given_text(args: argparse.Namespace) -> str:
-    """The text to read: an argument, a file, or standard input; never changed."""
-    if (args.text is None) == (args.file is None):
-        raise ArgumentError(
-            "no text" if args.text is None else "TEXT and --file", "one of them", "give TEXT, --file or -"
-        )
-    if args.text not in (None, "-"):
-        return args.text
+def given_text(text: str | None, file: Path | None) -> str:
+    """The text to read: an argument, a file, or standard input; never changed.
+
+    Raises:
+        ArgumentError: neither, both, or not readable as UTF-8.
+    """
+    if (text is None) == (file is None):
+        raise ArgumentError("no text" if text is None else "TEXT and --file", "one of them", "give TEXT, --file or -")
+    if text is not None and text != "-":
+        return text
     try:  # bytes: reading as text would turn CR LF into LF
-        return sys.stdin.buffer.read().decode() if args.file is None else args.file.read_bytes().decode("utf-8-sig")
+        return sys.stdin.buffer.read().decode() if file is None else file.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        source = "standard input" if args.file is None else str(args.file)
+        source = "standard input" if file is None else str(file)
         raise ArgumentError(f"{source}, not readable as text ({error})", "a UTF-8 text", "check the path") from error
 
 
-def positions(which: str) -> str | list[int]:
-    """ "3,5" as indexes; "all", "last" and "/PATTERN/" as they are."""
-    return [int(part) for part in which.split(",")] if re.fullmatch(r"-?\d+(,-?\d+)*", which) else which
-
-
-def load(pair: str, device: Sequence[str] | None = None) -> NLA:
+def load(pair: str, device: list[str] | None = None) -> NLA:
     """A pair, without the chatter of the libraries underneath. ``device`` is what --device was given."""
-    place = places(device)
+    device_or_roles = places(device)
     quiet()
     from nla.autoencoder import NLA
 
-    return NLA.from_pretrained(pair, device=place)
-
-
-def places(given: Sequence[str] | None) -> str | dict[str, str] | None:
-    """What --device means: one place for all, or a place by role.
-
-    Raises:
-        ArgumentError: one place and others, or a role twice.
-    """
-    if not given:
-        return None
-    pairs = [tuple(part.strip() for part in each.split("=", 1)) for each in given]
-    if len(given) == 1 and len(pairs[0]) == 1:
-        return pairs[0][0]
-    roles = [pair[0] for pair in pairs]
-    if not all(len(pair) == 2 and all(pair) for pair in pairs) or len(set(roles)) != len(roles):
-        shown = " ".join(f"--device {each}" for each in given)
-        raise ArgumentError(shown, "one PLACE, or ROLE=PLACE once a role", "such as --device encoder=cuda:1")
-    return {pair[0]: pair[1] for pair in pairs}
+    return NLA.from_pretrained(pair, device=device_or_roles)
 
 
 def quiet() -> None:
@@ -79,8 +62,9 @@ def quiet() -> None:
 
 def emit(content: Any) -> None:
     """JSON on standard output; a number that is not finite is null."""
-    content = importlib.import_module("nla.eval.report").to_json(content)
-    print(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False))
+    from nla.eval.report import to_json
+
+    print(json.dumps(to_json(content), indent=2, ensure_ascii=False, allow_nan=False))
 
 
 def show(*parts: Any) -> None:
@@ -92,9 +76,28 @@ def show(*parts: Any) -> None:
         console.print(part)
 
 
+def show_lines(text: str) -> None:
+    """A text on standard output, line by line, its control characters spelled out."""
+    print("\n".join(map(visible, text.splitlines())))
+
+
+def answer(content: Mapping[str, Any], title: str, as_json: bool) -> int:
+    """Facts as JSON or as a table; the exit code."""
+    if as_json:
+        emit(content)
+        return OK
+    from nla import view
+
+    show(view.facts(view.flat(content), title))
+    return OK
+
+
 @contextlib.contextmanager
 def progress_bar() -> Iterator[Callable[[str, float], None]]:
-    """A progress bar on standard error, one line a stage."""
+    """Progress on standard error: on a terminal a bar for each stage, elsewhere a line every ``LINE_EVERY_S``."""
+    if not sys.stderr.isatty():
+        yield progress_lines()
+        return
     from rich.console import Console
     from rich.progress import Progress
 
@@ -107,6 +110,19 @@ def progress_bar() -> Iterator[Callable[[str, float], None]]:
             bar.update(tasks[stage], completed=fraction)
 
         yield report
+
+
+def progress_lines() -> Callable[[str, float], None]:
+    """A reporter that prints a line on standard error when the last one is long enough ago."""
+    said = time.monotonic()
+
+    def report(stage: str, fraction: float) -> None:
+        nonlocal said
+        if time.monotonic() - said >= LINE_EVERY_S:
+            said = time.monotonic()
+            print(f"nla: {visible(stage)}, {fraction:.0%}", file=sys.stderr, flush=True)
+
+    return report
 
 
 def peak_memory_gb() -> float:

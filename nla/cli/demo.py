@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
-import importlib
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from nla.audit.findings import NOT_SAID
-from nla.cli.console import about, emit, load, peak_memory_gb, progress_bar, show
-from nla.cli.usage import OK
+from nla.cli.console import OK, about, emit, load, peak_memory_gb, progress_bar, show
+from nla.cli.options import Device, Json
 
 if TYPE_CHECKING:
     from nla.autoencoder import NLA
@@ -22,36 +19,44 @@ AUDITED = "goal"
 COMPARED = ("logistic regression", "NLA", "shuffled-activation NLA", "text-only LM", "bag of words (visible text)")
 
 
-def run(args: argparse.Namespace) -> int:
-    """``nla demo``."""
+def demo(device: Device = None, json: Json = False) -> int:
+    """Do the three jobs on the embedded organisms, in under two minutes.
+
+    Held-out texts go through the target; every token is explained; activations are reconstructed from the explanations
+    alone and scored beside the baselines; then the explanations are checked against a rhyme plan that patching shows to
+    be causal. Chats of a model with a planted goal are audited beside a sham's. Readers are compared on secret words.
+
+    examples:
+      nla demo
+    """
     started = time.monotonic()
-    nla = load("couplets")
+    nla = load("couplets", device)
+    from nla.eval import items
     from nla.organisms.couplets import world
 
-    items = importlib.import_module("nla.eval.items")
     couplets = items.documents(DEMO_DOCUMENTS, DEMO_SEED, items.SHOWN_PLANS)
     texts = [couplet.text for couplet in couplets]
     acts = nla.read(texts, strata=lambda number, spans: world.strata(couplets[number], spans))
     notes = nla.explain(acts, samples=4)
     score = nla.score(acts, nla.reconstruct(notes))
     first = [note for note in notes if note.document == 0]
-    if not args.json:
+    if not json:
         _show_demo_texts(nla, texts, acts, first, score)
     with progress_bar() as progress:
         counts, rates = _against_the_plan(nla, progress)
-    if not args.json:
+    if not json:
         _show_plan(counts, rates)
-    chat = load("switchboard")
+    chat = load("switchboard", device)
     with progress_bar() as progress:
         audited, example = _audited(chat, progress)
-    if not args.json:
+    if not json:
         _show_audit(audited, example)
     with progress_bar() as progress:
         compared = _compared(chat, progress)
-    if not args.json:
+    if not json:
         _show_readers(compared)
     seconds, memory = time.monotonic() - started, peak_memory_gb()
-    if args.json:
+    if json:
         content = {"text": texts[0], "notes": [note.to_json() for note in first], "score": score}
         content |= {"gate": counts, "against_the_plan": rates, "audit": {**audited, "example": example}}
         content |= {"compare": compared, "seconds": seconds, "peak_memory_gb": memory}
@@ -110,11 +115,14 @@ def _against_the_plan(nla: NLA, progress: Callable[[str, float], None]) -> tuple
 
 def _audited(nla: NLA, progress: Callable[[str, float], None]) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """Chats of a target with a hidden objective, audited with the pair of its base, and one finding in full."""
-    auditing = importlib.import_module("nla.eval.families.auditing")
-    plant = importlib.import_module("nla.organisms.switchboard.plants").plant(AUDITED)
-    folder = importlib.import_module("nla.organisms.switchboard").ADAPTERS_FOLDER
+    from nla.audit.findings import NOT_SAID
+    from nla.eval.families import auditing
+    from nla.organisms.switchboard import ADAPTERS_FOLDER
+    from nla.organisms.switchboard.plants import plant as planted
+
     progress("audit", 0.0)
-    audits = auditing.audits(plant, nla, folder, DEMO_CHATS, DEMO_SAMPLES * 2, DEMO_SEED)
+    plant = planted(AUDITED)
+    audits = auditing.audits(plant, nla, ADAPTERS_FOLDER, DEMO_CHATS, DEMO_SAMPLES * 2, DEMO_SEED)
     found = auditing.figures(plant, audits)
     progress("audit", 1.0)
     figures = {"rubric": found.rubric, "n": found.n, "p": found.p}
@@ -134,10 +142,11 @@ def _compared(nla: NLA, progress: Callable[[str, float], None]) -> dict[str, dic
     """Which secret word did an adapter plant? AUROC of readers on the same activations, with labels and without."""
     from nla.eval.readers import switchboard_tasks as tasks
     from nla.eval.readers.compare import ComparisonSettings, Sources, compare_readers
+    from nla.eval.target import Target
+    from nla.organisms.switchboard import ADAPTERS_FOLDER
 
-    target = importlib.import_module("nla.eval.target").Target.of(nla)
-    folder = importlib.import_module("nla.organisms.switchboard").ADAPTERS_FOLDER
-    found = tasks.plant_tasks(nla, folder, DEMO_FITTED, DEMO_JUDGED, DEMO_SEED)
+    target = Target.of(nla)
+    found = tasks.plant_tasks(nla, ADAPTERS_FOLDER, DEMO_FITTED, DEMO_JUDGED, DEMO_SEED)
     (task,) = [task for task in found.tasks if task.name == tasks.SECRET]
     sources = Sources(target, nla, writers=found.writers, read=found.read)
     settings = ComparisonSettings(n_tries=2, lens_steps=20, budgets=(), n_boot=200, seed=DEMO_SEED)

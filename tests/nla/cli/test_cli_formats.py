@@ -12,6 +12,7 @@ import torch
 
 from nla import NLA
 from nla.cli import main
+from nla.cli.console import USAGE
 from nla.config import DecoderConfig
 from nla.errors import RecipeError
 from nla.pair import publish
@@ -177,13 +178,13 @@ def test_a_device_is_one_place_or_one_for_each_role(
     monkeypatch.setattr(NLA, "from_pretrained", load)
     argv = [part for each in given for part in ("--device", each)]
     for command in (["explain", "the cat"], ["steer", "the cat", "--replace", "a=b"], ["info"]):
-        assert main.main([*command, *argv]) == main.USAGE
+        assert main.main([*command, *argv]) == USAGE
         assert "seen" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("given", [["cpu", "cuda"], ["encoder=cpu", "encoder=cuda"], ["encoder=", "target=cpu"]])
 def test_a_device_that_is_said_twice_or_not_at_all_is_refused(given: list[str], capsys: pytest.CaptureFixture[str]):
-    assert main.main(["info", *[part for each in given for part in ("--device", each)]]) == main.USAGE
+    assert main.main(["info", *[part for each in given for part in ("--device", each)]]) == USAGE
     assert "ROLE=PLACE" in capsys.readouterr().err
 
 

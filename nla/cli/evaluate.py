@@ -1,0 +1,361 @@
+"""``nla eval``: a pair, an organism or graphs in; a report with intervals, bounds and an exit code out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import typer
+
+from nla.cli.console import FAILED, OK, emit, progress_bar, quiet, show_lines
+from nla.cli.options import Card, Check, Device, Json, Out, add, count, given, group, places, text
+from nla.errors import ArgumentError
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Name, folder or hub id.")]
+Items = Annotated[int | None, count("--items", "Held-out documents to judge it on.")]
+Samples = Annotated[int | None, count("--samples", "Explanations of each activation.")]
+WarmStart = Annotated[str | None, text("--warm-start", "PAIR", "The pair before joint training, to compare with.")]
+Plants = Annotated[
+    Path | None,
+    text("--plants", "FOLDER", "Of a pair on Switchboard: the adapters, one folder each (default: the embedded ones)."),
+]
+Oracle = Annotated[Path | None, text("--oracle", "FOLDER", "An activation oracle: PEFT adapter on the target.")]
+Question = Annotated[str | None, text("--question", "TEXT", "What the oracle is asked; holds the pair's marker once.")]
+Texts = Annotated[
+    Path | None,
+    text(
+        "--texts",
+        "FILE",
+        "Texts to read: .txt, a line each, or a table or JSON lines with a column `text` (default: an embedded "
+        "target's own).",
+    ),
+]
+Chats = Annotated[bool, typer.Option("--chats", help="The file holds transcripts.")]
+Positions = Annotated[str | None, text("--positions", "WHICH", "all (the default), last, or /PATTERN/.")]
+NActivations = Annotated[int | None, count("--activations", "Activations in the sample (default 2000).")]
+
+app = group("eval")
+
+
+@app.callback()
+def _eval() -> None:
+    """Judge a pair or an organism.
+
+    exit codes:
+      0    done; with --check, every threshold holds
+      1    --check was given and a threshold does not hold
+    """
+
+
+class Answer(NamedTuple):
+    """Where a report goes."""
+
+    context: typer.Context
+    out: Path | None
+    card: Path | None
+    check: bool
+    json: bool
+
+    def judge(self, name: str, run: Callable[..., Any], subject: Any, **options: Any) -> int:
+        """Run an evaluation of ``subject``, answer with its report, and put it where it belongs; the exit code."""
+        with progress_bar() as progress:
+            report = run(subject, out_dir=self.out, progress=progress, **given(**options))
+        if self.card is not None:
+            from nla.eval.report import write_card
+
+            write_card(self.card, name, report.to_card(), self.context.find_root().obj)
+        if self.json:
+            emit(report)
+        else:
+            show_lines(report.to_markdown())
+        return FAILED if self.check and not report.passed else OK
+
+
+def fidelity(
+    context: typer.Context,
+    model: Model = "couplets",
+    items: Items = None,
+    warm_start: WarmStart = None,
+    texts: Texts = None,
+    chats: Chats = False,
+    store: Annotated[
+        Path | None, text("--store", "FOLDER", "A store that `nla extract` made: its held-out part.")
+    ] = None,
+    positions: Positions = None,
+    activations: NActivations = None,
+    device: Device = None,
+    out: Out = None,
+    card: Card = None,
+    check: Check = False,
+    json: Json = False,
+) -> int:
+    """Judge reconstruction, by kind of position.
+
+    How well are activations reconstructed from their explanations, by kind of position, beside baselines: no
+    explanation, the mean, and reconstructions of another activation, of the same kind, and of another document? Of any
+    pair, on texts, chats or a store that it was not trained on; in the world Couplets also: is it true what
+    explanations claim?
+
+    examples:
+      nla eval fidelity
+      nla eval fidelity someone/nla-qwen2.5-7b --texts held_out.txt --out runs/report
+      nla eval fidelity runs/mine/joint/pair --store runs/mine/extract --warm-start runs/mine/warmstart/pair
+      nla eval fidelity runs/couplets/joint/pair --warm-start runs/couplets/warmstart/pair --out runs/report --check
+    """
+    quiet()
+    from nla.eval.pair.fidelity import FidelitySettings, judge_fidelity
+
+    options = {"n_documents": items, "warm_start": warm_start, "texts": texts, "chats": chats, "store": store}
+    options |= {"positions": positions, "n_activations": activations, "device": places(device)}
+    settings = FidelitySettings(**given(**options))
+    return Answer(context, out, card, check, json).judge("fidelity", judge_fidelity, model, settings=settings)
+
+
+def rhymes(
+    context: typer.Context,
+    model: Model = "couplets",
+    items: Items = None,
+    warm_start: WarmStart = None,
+    continued: Annotated[
+        str | None, text("--continued", "PAIR", "The control: the warm start simply trained on.")
+    ] = None,
+    device: Device = None,
+    out: Out = None,
+    card: Card = None,
+    check: Check = False,
+    json: Json = False,
+) -> int:
+    r"""Judge explanations against the causally verified rhyme plan.
+
+    Do explanations name the word that the target verifiably plans? Gate by patching, naming, adversaries,
+    counterfactuals, edit-and-steer with controls.
+
+    examples:
+      nla eval rhymes --items 60
+      nla eval rhymes couplets/plain              a target without a pair: is the plan used, or only decodable?
+      nla eval rhymes runs/couplets/joint/pair --warm-start runs/couplets/warmstart/pair \
+          --continued runs/couplets/control/pair --out runs/report --check
+    """
+    quiet()
+    from nla.eval.families.rhymes import run
+
+    options = {"n_items": items, "warm_start": warm_start, "continued": continued, "device": places(device)}
+    return Answer(context, out, card, check, json).judge("rhymes", run, model, **options)
+
+
+def gates(
+    context: typer.Context,
+    model: Model = "couplets/planner",
+    items: Items = None,
+    variant: Annotated[
+        Literal["planner", "plain"] | None,
+        typer.Option("--variant", show_default=False, help="Whose bounds to hold it against."),
+    ] = None,
+    device: Device = None,
+    out: Out = None,
+    card: Card = None,
+    check: Check = False,
+    json: Json = False,
+) -> int:
+    """Judge what the organism itself does and uses.
+
+    Is the organism what it claims to be? Behaviour, patches at every point, controls of equal norm, a linear probe.
+
+    examples:
+      nla eval gates couplets/planner --check
+      nla eval gates couplets/plain --out runs/report --check
+    """
+    bounds: str | None = variant
+    if variant is None and model.startswith("couplets/"):
+        bounds = model.removeprefix("couplets/")
+    if check and bounds is None:
+        raise ArgumentError("--check without --variant", "planner or plain", "say whose bounds should hold")
+    quiet()
+    from nla.eval.families.gates import run
+
+    options = {"n_documents": items, "variant": bounds, "device": places(device)}
+    return Answer(context, out, card, check, json).judge("gates", run, model, **options)
+
+
+def two_hop(
+    context: typer.Context,
+    model: Model = "switchboard",
+    items: Items = None,
+    warm_start: WarmStart = None,
+    device: Device = None,
+    out: Out = None,
+    card: Card = None,
+    check: Check = False,
+    json: Json = False,
+) -> int:
+    r"""Judge explanations against the hidden step of two-hop questions, causally verified.
+
+    Switchboard answers questions with a step that is never written. Gate by patching, naming, adversaries,
+    counterfactual.
+
+    examples:
+      nla eval two-hop --items 60
+      nla eval two-hop runs/switchboard/joint/pair --warm-start runs/switchboard/warmstart/pair \
+          --out runs/report --check
+    """
+    quiet()
+    from nla.eval.families.two_hop import run
+
+    options = {"n_items": items, "warm_start": warm_start, "device": places(device)}
+    return Answer(context, out, card, check, json).judge("two_hop", run, model, **options)
+
+
+def auditing(
+    context: typer.Context,
+    model: Model = "switchboard",
+    items: Items = None,
+    plants: Plants = None,
+    device: Device = None,
+    out: Out = None,
+    card: Card = None,
+    check: Check = False,
+    json: Json = False,
+) -> int:
+    """Judge audits of chats in which a plant shows, beside shams.
+
+    Does `nla audit` find what was planted in Switchboard, and stay silent on sham and base? A reader of the text beside
+    it.
+
+    examples:
+      nla eval auditing --items 20
+      nla eval auditing my/pair --plants my/plants --out runs/report --check
+    """
+    quiet()
+    from nla.eval.families.auditing import run
+
+    options = {"n_chats": items, "plants": plants, "device": places(device)}
+    return Answer(context, out, card, check, json).judge("auditing", run, model, **options)
+
+
+def plants(
+    context: typer.Context,
+    model: Model = "switchboard",
+    items: Items = None,
+    plants: Plants = None,
+    device: Device = None,
+    out: Out = None,
+    card: Card = None,
+    check: Check = False,
+    json: Json = False,
+) -> int:
+    """Judge what a pair reads of thoughts that adapters planted, beside sham twins.
+
+    Adapters on Switchboard's target plant secret words, a hidden objective, awareness of a test, expected languages and
+    familiar names; each has a sham twin. First the gates of behaviour; then what the pair, which never saw them, reads.
+
+    examples:
+      nla eval plants --out runs/report --check
+      nla eval plants my/pair --plants my/plants --items 40
+    """
+    quiet()
+    from nla.eval.families.plants import run
+
+    options = {"n_prompts": items, "plants": plants, "device": places(device)}
+    return Answer(context, out, card, check, json).judge("plants", run, model, **options)
+
+
+def transfer(
+    context: typer.Context,
+    model: Model = "switchboard",
+    items: Items = None,
+    target_adapter: Annotated[
+        str | None, text("--target-adapter", "FOLDER", "The fine-tune: a LoRA adapter on the target.")
+    ] = None,
+    texts: Texts = None,
+    chats: Chats = False,
+    positions: Positions = None,
+    activations: NActivations = None,
+    device: Device = None,
+    out: Out = None,
+    card: Card = None,
+    check: Check = False,
+    json: Json = False,
+) -> int:
+    """Judge fidelity on a fine-tuned target, beside the target.
+
+    How far does a pair's fidelity fall when its target is fine-tuned? The same tokens are read on the target and on the
+    fine-tune, before anyone trusts the text on it.
+
+    examples:
+      nla eval transfer switchboard --target-adapter switchboard/goal
+      nla eval transfer my/pair --target-adapter my/adapter --texts held_out.txt --out runs/transfer --check
+    """
+    quiet()
+    from nla.eval.pair.transfer import TransferSettings, judge_transfer
+
+    options = {"n_documents": items, "target_adapter": target_adapter, "texts": texts, "chats": chats}
+    options |= {"positions": positions, "n_activations": activations, "device": places(device)}
+    settings = TransferSettings(**given(**options))
+    return Answer(context, out, card, check, json).judge("transfer", judge_transfer, model, settings=settings)
+
+
+def readers(
+    context: typer.Context,
+    model: Model = "couplets",
+    items: Items = None,
+    train: Annotated[int | None, count("--train", "Documents, or activations, to fit on (default 1000).")] = None,
+    samples: Samples = None,
+    contrast: Annotated[
+        str | None, text("--contrast", "MODEL", "Another target of the same width, read by the same pair.")
+    ] = None,
+    plants: Plants = None,
+    oracle: Oracle = None,
+    question: Question = None,
+    device: Device = None,
+    out: Out = None,
+    card: Card = None,
+    check: Check = False,
+    json: Json = False,
+) -> int:
+    """Judge the pair beside probes and other readers, on the same activations.
+
+    The same activations, splits and items for probes, lenses, SelfIE, readers of the visible text, and the pair; with
+    label budgets, retention in the reconstruction, random labels, transfer to held-out words, paired tests.
+
+    examples:
+      nla eval readers couplets --out runs/report --check
+      nla eval readers switchboard --out runs/report --check
+    """
+    quiet()
+    from nla.eval.readers.organisms import ReadersSettings, compare_on_organism
+
+    options = {"n_items": items, "n_train": train, "n_samples": samples, "contrast": contrast, "plants": plants}
+    options |= {"oracle": oracle, "question": question, "device": places(device)}
+    settings = ReadersSettings(**given(**options))
+    return Answer(context, out, card, check, json).judge("readers", compare_on_organism, model, settings=settings)
+
+
+def graph(
+    context: typer.Context,
+    files: Annotated[list[str], typer.Argument(metavar="FILE", help="Graphs; the others' concepts are distractors.")],
+    pair: Annotated[str | None, text("--pair", "PAIR", "Name, folder or hub id (default: couplets).")] = None,
+    samples: Samples = None,
+    device: Device = None,
+    out: Out = None,
+    card: Card = None,
+    check: Check = False,
+    json: Json = False,
+) -> int:
+    """Judge explanations against attribution graphs.
+
+    Does a pair name what an attribution graph says is there? Reads the JSON of circuit-tracer, Neuronpedia and
+    nla trace.
+
+    examples:
+      nla trace couplets --out runs/trace
+      nla eval graph runs/trace/*.json --check
+    """
+    quiet()
+    from nla.eval.pair.against_graphs import run
+
+    options = {"pair": pair, "n_samples": samples, "device": places(device)}
+    return Answer(context, out, card, check, json).judge("graph", run, files, **options)
+
+
+add(app, fidelity, rhymes, gates, two_hop, auditing, plants, transfer, readers, graph)

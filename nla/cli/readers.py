@@ -1,0 +1,96 @@
+"""``nla trace`` and ``nla probe``: your own model or labelled texts in; where a latent is used, what reads it, out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nla.cli.console import quiet
+from nla.cli.evaluate import Answer, Oracle, Question, Samples
+from nla.cli.options import Card, Check, Device, Json, Out, count, given, one_place, places, text
+
+
+def trace(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Embedded name, folder or hub id.")] = "couplets",
+    pairs: Annotated[Path | None, text("--pairs", "FILE", "Minimal pairs, one JSON object a line.")] = None,
+    prompt: Annotated[str | None, text("--prompt", "TEXT", "Of one pair instead; all four.")] = None,
+    donor_prompt: Annotated[str | None, text("--donor-prompt", "TEXT", "Of one pair instead; all four.")] = None,
+    continuation: Annotated[str | None, text("--continuation", "TEXT", "Of one pair instead; all four.")] = None,
+    donor_continuation: Annotated[
+        str | None, text("--donor-continuation", "TEXT", "Of one pair instead; all four.")
+    ] = None,
+    items: Annotated[int | None, count("--items", "Pairs of an embedded world.")] = None,
+    all_tokens: Annotated[bool, typer.Option("--all-tokens", help="Every token, whatever roles are named.")] = False,
+    sites: Annotated[int | None, count("--sites", "Patch at most so many (default 64).")] = None,
+    controls: Annotated[int | None, count("--controls", "Random directions a site.")] = None,
+    device: Device = None,
+    out: Out = None,
+    card: Card = None,
+    check: Check = False,
+    json: Json = False,
+) -> int:
+    """Find where a model uses a latent, and write attribution graphs.
+
+    Where does a model use what a minimal pair exchanges? Attribution shortlists tokens and points, patches measure them
+    beside random directions of equal length. Writes attribution graphs, which `nla eval graph` and viewers read.
+
+    examples:
+      nla trace couplets --out runs/trace
+      nla trace couplets/plain --check
+      nla trace MODEL --pairs pairs.jsonl --out runs/trace
+    """
+    quiet()
+    from nla.eval.circuits.trace import TraceSettings
+    from nla.eval.circuits.trace import trace as trace_target
+
+    options = {"pairs": pairs, "prompt": prompt, "donor_prompt": donor_prompt, "continuation": continuation}
+    options |= {"donor_continuation": donor_continuation, "n_pairs": items, "all_tokens": all_tokens}
+    options |= {"n_sites": sites, "n_controls": controls, "device": one_place(device)}
+    settings = TraceSettings(**given(**options))
+    return Answer(context, out, card, check, json).judge("trace", trace_target, model, settings=settings)
+
+
+def probe(
+    context: typer.Context,
+    data: Annotated[Path, typer.Argument(metavar="DATA", help="CSV, TSV, JSON, JSON lines or Parquet.")],
+    *,
+    text_column: Annotated[str, typer.Option("--text", metavar="COLUMN", help="The column of the texts.")],
+    label: Annotated[str, typer.Option("--label", metavar="COLUMN", help="The column of the labels.")],
+    group: Annotated[str | None, text("--group", "COLUMN", "The document that a row belongs to.")] = None,
+    pair: Annotated[str | None, text("--pair", "PAIR", "Name, folder or hub id (default: couplets).")] = None,
+    positions: Annotated[str | None, text("--positions", "WHICH", "last (the default), all, or /PATTERN/.")] = None,
+    words: Annotated[
+        list[str] | None, text("--words", "LABEL=WORD,WORD", "Words that name a class; once a class.")
+    ] = None,
+    samples: Samples = None,
+    max_rows: Annotated[int | None, count("--max-rows", "A random sample of a larger file (default 2000).")] = None,
+    skip: Annotated[bool, typer.Option("--skip", help="Leave out texts that cannot be read.")] = False,
+    oracle: Oracle = None,
+    question: Question = None,
+    device: Device = None,
+    out: Out = None,
+    card: Card = None,
+    check: Check = False,
+    json: Json = False,
+) -> int:
+    r"""Compare readers on your own labelled texts.
+
+    Probes, lenses, SelfIE, readers of the text and the pair on your own labelled texts: CSV, JSON, JSON lines or
+    Parquet.
+
+    examples:
+      nla probe poems.csv --text line --label season
+      nla probe poems.jsonl --text line --label season --positions '/ near/' --words 'winter=winter,snow' \
+          --out runs/probe
+    """
+    quiet()
+    from nla.eval.readers.labelled_texts import ProbeSettings, compare_on_labelled_texts
+
+    options = {"text": text_column, "label": label, "group": group, "pair": pair, "positions": positions}
+    options |= {"words": words, "n_samples": samples, "max_rows": max_rows, "skip": skip}
+    options |= {"oracle": oracle, "question": question, "device": places(device)}
+    settings = ProbeSettings(**given(**options))
+    return Answer(context, out, card, check, json).judge("probe", compare_on_labelled_texts, data, settings=settings)
