@@ -60,7 +60,7 @@ Positions = str | Sequence[int] | Callable[[int, list[Span]], Sequence[int]]
 """Which tokens: "all", "last", token indexes, a pattern such as "/\\n/", or a function of document index and spans."""
 
 
-def load_tokenizer(source: str | Path, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+def load_tokenizer(source: str | Path, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or hub id, as its tokenizer.json says.
 
     transformers' ``AutoTokenizer`` gives every folder with a Qwen2 config Qwen's own splitting rules, whatever its
@@ -98,7 +98,7 @@ def load_tokenizer(source: str | Path, revision: str | None = None, trust_remote
         ) from error
 
 
-def encode(tokenizer: Any, text: str, max_length: int) -> Encoded:
+def encode(tokenizer: PreTrainedTokenizerBase, text: str, max_length: int) -> Encoded:
     """Token ids of one text (special tokens as the tokenizer adds them) and their spans. See :func:`encode_batch`."""
     return encode_batch(tokenizer, [text], max_length)[0]
 
@@ -123,7 +123,7 @@ def check_texts(texts: Sequence[str]) -> None:
 
 
 def encode_batch(
-    tokenizer: Any, texts: Sequence[str], max_length: int | None, allow_unknown: bool = False
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int | None, allow_unknown: bool = False
 ) -> list[Encoded]:
     """Token ids and spans of many texts.
 
@@ -150,7 +150,7 @@ def encode_batch(
     if not texts:
         return []
     # Quiet: the tokenizer's own warning about length would come before the error that says what to do.
-    plain = {"padding": False, "truncation": False, "verbose": False}
+    plain: dict[str, Any] = {"padding": False, "truncation": False, "verbose": False}
     batch = tokenizer(list(texts), return_offsets_mapping=True, return_special_tokens_mask=True, **plain)
     columns = (batch["input_ids"], batch["offset_mapping"], batch["special_tokens_mask"])
     unknown = unknown_id(tokenizer)
@@ -163,8 +163,8 @@ def encode_batch(
                 "shorten the text, or split it into documents",
             )
         spans = [
-            Span(token, text[start:end], start, end, index, bool(own))
-            for index, (token, (start, end), own) in enumerate(zip(ids, offsets, added, strict=True))
+            Span(token, text[start:end], start, end, index, bool(is_special))
+            for index, (token, (start, end), is_special) in enumerate(zip(ids, offsets, added, strict=True))
         ]
         if all(span.added for span in spans):
             raise _empty(number, text)
@@ -175,7 +175,7 @@ def encode_batch(
     return out
 
 
-def prompt_ids(tokenizer: Any, texts: Sequence[str], max_length: int | None) -> list[list[int]]:
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int | None) -> list[list[int]]:
     """Token ids of texts as a target reads them: with the special tokens that its tokenizer adds, such as BOS.
 
     Raises:
@@ -190,14 +190,15 @@ def plain_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[
     return rows
 
 
-def unknown_id(tokenizer: Any) -> int | None:
+def unknown_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The token that unknown words become; None if there is none, or if it has another meaning too.
 
     Tokenizers of GPT-2's family know every text, and name one token beginning, end and unknown: there the tokenizer's
     ``unk_token_id`` in a text is no unknown word. Ask here, never there (a test of the source holds this).
     """
     others = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
-    return None if tokenizer.unk_token_id in others else tokenizer.unk_token_id
+    unknown: Any = tokenizer.unk_token_id
+    return None if unknown in others else unknown
 
 
 def _empty(number: int, text: str) -> EmptyTextError:
@@ -255,18 +256,18 @@ def _named_positions(spans: list[Span], positions: str, document: int) -> list[i
         raise PositionError(
             f"the pattern {positions!r} ({error})", "a regular expression", "escape its special characters"
         ) from error
-    found = [span.index for span in spans if not span.added and pattern.search(span.text)]
-    if not found:
+    matching = [span.index for span in spans if not span.added and pattern.search(span.text)]
+    if not matching:
         shown = " ".join(repr(span.text) for span in spans[:12])
         raise PositionError(
             f"the pattern {positions!r}, which matches no token of text {document}",
             f"a pattern that matches a token's text, among {shown}{' …' if len(spans) > 12 else ''}",
             "correct the pattern; it is searched within single tokens, not across them",
         )
-    return found
+    return matching
 
 
-def render_prompt(tokenizer: Any, content: str) -> list[int]:
+def render_prompt(tokenizer: PreTrainedTokenizerBase, content: str) -> list[int]:
     """Token ids of a one-message chat prompt, up to where the assistant's answer begins.
 
     Rendered to text and encoded without special tokens: the template writes its own, so BOS stands exactly once. The
@@ -279,7 +280,7 @@ def render_prompt(tokenizer: Any, content: str) -> list[int]:
     template = undated(tokenizer)
     messages = [{"role": "user", "content": content}]
     try:
-        text = tokenizer.apply_chat_template(
+        text: Any = tokenizer.apply_chat_template(
             messages, chat_template=template, tokenize=False, add_generation_prompt=True
         )
     except Exception as error:  # a template is a program: it may raise anything
@@ -297,7 +298,7 @@ def render_prompt(tokenizer: Any, content: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def undated(tokenizer: Any) -> str:
+def undated(tokenizer: PreTrainedTokenizerBase) -> str:
     """A tokenizer's chat template, in which today is ``PROMPT_DATE``, in the format that the template asks for.
 
     To be given to ``apply_chat_template`` as ``chat_template``: what a template writes would change from day to day.
@@ -319,9 +320,9 @@ def undated(tokenizer: Any) -> str:
         ) from error
     if "strftime_now" not in template:
         return template
-    formats = dict.fromkeys(found[1] for found in _DATE_FORMAT.findall(template))
+    formats = dict.fromkeys(match[1] for match in _DATE_FORMAT.findall(template))
     cases = "".join(
-        f"{{%- if format == '{each}' -%}}{{{{ '{_DAY.strftime(each)}' }}}}{{%- else -%}}" for each in formats
+        f"{{%- if format == '{name}' -%}}{{{{ '{_DAY.strftime(name)}' }}}}{{%- else -%}}" for name in formats
     )
     macro = f"{{%- macro strftime_now(format) -%}}{cases}{PROMPT_DATE}{'{%- endif -%}' * len(formats)}{{%- endmacro %}}"
     return macro + "\n" + template  # transformers' templates lose the line break after a block
