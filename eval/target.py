@@ -18,10 +18,9 @@ from nla.models.forward import device_of, inference
 from nla.models.generate import Generated, ends_of, generate, pad_of, seeded
 from nla.models.hooks import replace
 from nla.models.load import load_target, read_config
-from nla.models.points import Point, blocks, context_length
+from nla.models.points import Point, blocks, context_length, unwrapped
 from nla.models.read import read
 from nla.organisms import TARGETS, adapter_folder, full_name, target_folder
-from nla.pair.roles import unwrapped
 from nla.text.tokens import prompt_ids
 
 Progress = Callable[[str, float], None]

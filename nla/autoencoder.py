@@ -19,7 +19,7 @@ from nla.errors import ArgumentError
 from nla.metrics import Baseline, cosine, unit
 from nla.models.forward import device_of
 from nla.models.generate import ends_of
-from nla.models.points import Point, block
+from nla.models.points import Point, block, unwrapped
 from nla.models.read import Activations, Intervene, Strata, read
 from nla.pair import folder as pair_folder
 from nla.pair import publish
@@ -31,7 +31,7 @@ from nla.pair.explanations import Explanation, Explanations
 from nla.pair.head import Head
 from nla.pair.parts import Parts
 from nla.pair.planted import planted
-from nla.pair.roles import Role, Roles, SharedBase, check_role, require_shared, unwrapped
+from nla.pair.roles import Role, Roles, SharedBase, check_role, require_shared
 from nla.pair.score import Score, score
 from nla.pair.separate import Devices
 from nla.storage.hashes import hash_weights

@@ -20,9 +20,8 @@ from nla.models.adapter import load_adapter, read_adapter_config
 from nla.models.forward import device_of
 from nla.models.generate import ends_of, generate, pad_of, seeded
 from nla.models.hooks import inject, rescale
-from nla.models.points import d_model
+from nla.models.points import d_model, unwrapped
 from nla.pair.encoder import MarkerMask, strip_tags
-from nla.pair.roles import unwrapped
 from nla.text.tokens import render_prompt
 
 if TYPE_CHECKING:

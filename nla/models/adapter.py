@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nla.errors import ConfigError, WeightsError
-from nla.models.points import backbone, blocks, layout
+from nla.models.points import backbone, blocks, layout, unwrapped
 from nla.storage.files import read_json, write_json
 from nla.storage.hashes import sha256
 from nla.storage.hub import fetch_file
@@ -149,7 +149,7 @@ def fitted(folder: Path, model: Any) -> tuple[Any, dict[str, Tensor]]:
     """
     config: Any = read_adapter_config(folder)
     stored = load_tensors(folder / ADAPTER_WEIGHTS)
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = unwrapped(model)
     stack, n_blocks = backbone(base), len(blocks(base))
     place = re.compile(rf"^(?!.*vision).*?\b({layout(stack.config.model_type).blocks}\.(\d+)\..+)$")
     known = {found[1]: name for name, _ in base.named_modules() if (found := place.match(name))}

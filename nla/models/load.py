@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -21,6 +21,9 @@ from nla.models.points import Layout, Point, cut_config, layout
 from nla.storage.files import read_json, write_json
 from nla.storage.hub import fetch_file
 from nla.text.tokens import load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.")
@@ -36,7 +39,7 @@ def load_target(
     quantization: str | None = None,
     adapter: str | Path | None = None,
     trust_remote_code: bool = False,
-) -> tuple[Any, Any]:
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal LM in evaluation mode, and its tokenizer. Of a multimodal model, the text side alone.
 
     Args:
@@ -59,12 +62,12 @@ def load_target(
             not installed.
         ConfigError: the adapter does not fit.
     """
-    place = _place(device)
+    on = _checked_device(device)
     _check_keywords(dtype, quantization, adapter)
-    found = _find(str(source), revision)
-    tokenizer = load_tokenizer(found.source, found.commit or revision, trust_remote_code)
-    model = _load(found, None, _settings(dtype or found.dtype, place, quantization))
-    return _finish(model, found, adapter, None if quantization else place), tokenizer
+    checkpoint = _locate(str(source), revision)
+    tokenizer = load_tokenizer(checkpoint.source, checkpoint.commit or revision, trust_remote_code)
+    model = _load(checkpoint, None, _settings(dtype or checkpoint.dtype, on, quantization))
+    return _finish(model, checkpoint, adapter, None if quantization else on), tokenizer
 
 
 def load_truncated(
@@ -76,7 +79,7 @@ def load_truncated(
     device: str | torch.device | None = None,
     quantization: str | None = None,
     adapter: str | Path | None = None,
-) -> Any:
+) -> PreTrainedModel:
     """The backbone up to a point, without final norm and head: its ``last_hidden_state`` is the activation.
 
     Blocks above the point and the head are never read; files that hold nothing else, of the final norm at most, are
@@ -86,17 +89,17 @@ def load_truncated(
     Raises:
         PointError: the model has no such block.
     """
-    place = _place(device)
+    on = _checked_device(device)
     _check_keywords(dtype, quantization, adapter)
-    found = _find(str(source), revision)
-    n_blocks = Point.parse(point).within(found.config.num_hidden_layers).layer + 1
-    model = _load(found, n_blocks, _settings(dtype or found.dtype, place, quantization))
+    checkpoint = _locate(str(source), revision)
+    n_blocks = Point.parse(point).within(checkpoint.config.num_hidden_layers).layer + 1
+    model = _load(checkpoint, n_blocks, _settings(dtype or checkpoint.dtype, on, quantization))
     setattr(model, layout(model.config.model_type).norm, nn.Identity())
-    return _finish(model, found, adapter, None if quantization else place)
+    return _finish(model, checkpoint, adapter, None if quantization else on)
 
 
 @dataclass(frozen=True)
-class _Found:
+class _Checkpoint:
     """A target's files, none of which need be here yet but its configuration."""
 
     source: str
@@ -108,13 +111,13 @@ class _Found:
     commit: str | None
     """The commit that this is, on the hub."""
 
-    config: Any
+    config: PretrainedConfig
     """Of its text side."""
 
     dtype: str
     """What its configuration says of its weights, one of ``DTYPES``."""
 
-    generation: Any
+    generation: GenerationConfig
     """How it generates, by its whole configuration; a file of its own comes before this."""
 
     parts: Layout
@@ -124,7 +127,7 @@ class _Found:
     """The file of each tensor of the checkpoint, by name."""
 
 
-def read_config(source: str, revision: str | None) -> Any:
+def read_config(source: str, revision: str | None) -> PretrainedConfig:
     """The configuration of a target's text side; nothing else of it is read.
 
     Raises:
@@ -133,7 +136,7 @@ def read_config(source: str, revision: str | None) -> Any:
     return _config(source, revision)[1].get_text_config()
 
 
-def _config(source: str, revision: str | None) -> tuple[Path, Any]:
+def _config(source: str, revision: str | None) -> tuple[Path, PretrainedConfig]:
     """Where a target's config.json lies, and the configuration, a wrapper's included."""
     from transformers import AutoConfig
 
@@ -148,7 +151,7 @@ def _config(source: str, revision: str | None) -> tuple[Path, Any]:
         raise WeightsError(got, "one that does", _RESTORE) from error
 
 
-def _find(source: str, revision: str | None) -> _Found:
+def _locate(source: str, revision: str | None) -> _Checkpoint:
     from transformers import GenerationConfig
 
     folder = Path(source).expanduser()
@@ -159,7 +162,7 @@ def _find(source: str, revision: str | None) -> _Found:
     if getattr(whole, "quantization_config", None) is not None:
         config.quantization_config = whole.quantization_config
     dtype = str(whole.dtype or config.dtype).removeprefix("torch.")
-    return _Found(
+    return _Checkpoint(
         source=source,
         revision=revision,
         commit=commit,
@@ -197,7 +200,7 @@ def _weight_files(source: str, revision: str | None) -> dict[str, str]:
         raise WeightsError(f"{path}, which is truncated or corrupt ({error})", "a whole file", _RESTORE) from error
 
 
-def _load(found: _Found, n_blocks: int | None, settings: dict[str, Any]) -> Any:
+def _load(checkpoint: _Checkpoint, n_blocks: int | None, settings: dict[str, Any]) -> PreTrainedModel:
     """The model, or its backbone of ``n_blocks``, on the CPU unless ``settings`` say otherwise.
 
     transformers sees a folder of nothing but the files that are needed, so it can neither read the others nor follow
@@ -206,22 +209,24 @@ def _load(found: _Found, n_blocks: int | None, settings: dict[str, Any]) -> Any:
     from safetensors import SafetensorError
     from transformers import AutoModel, AutoModelForCausalLM
 
-    config = cut_config(found.config, n_blocks or found.config.num_hidden_layers)
+    config = cut_config(checkpoint.config, n_blocks or checkpoint.config.num_hidden_layers)
     for name, value in vars(config).items():
         if name.endswith(("dropout", "pdrop")) and isinstance(value, float):
             setattr(config, name, 0.0)  # training runs through a target, and never trains it
-    needed = {name: file for name, file in found.files.items() if _needed(name, found.parts, n_blocks)}
-    renamed = _renamed(found.parts.text) if found.parts.text else None
+    needed = {name: file for name, file in checkpoint.files.items() if _needed(name, checkpoint.parts, n_blocks)}
+    renamed = _renamed(checkpoint.parts.text) if checkpoint.parts.text else None
     with tempfile.TemporaryDirectory() as folder:
         for file in sorted(set(needed.values())):
-            path = fetch_file(found.source, found.commit or found.revision, file)
+            path = fetch_file(checkpoint.source, checkpoint.commit or checkpoint.revision, file)
             if path is None:
-                raise WeightsError(f"{found.source} without {file}", "every file that its index names", _RESTORE)
+                raise WeightsError(f"{checkpoint.source} without {file}", "every file that its index names", _RESTORE)
             (Path(folder) / file).symlink_to(path.resolve())
         write_json(Path(folder) / _INDEX, {"metadata": {}, "weight_map": needed})
-        generation = fetch_file(found.source, found.commit or found.revision, "generation_config.json", optional=True)
+        generation = fetch_file(
+            checkpoint.source, checkpoint.commit or checkpoint.revision, "generation_config.json", optional=True
+        )
         if generation is None:
-            settings = {**settings, "generation_config": found.generation}
+            settings = {**settings, "generation_config": checkpoint.generation}
         else:
             (Path(folder) / generation.name).symlink_to(generation.resolve())
         kind: Any = AutoModelForCausalLM if n_blocks is None else AutoModel
@@ -237,13 +242,13 @@ def _load(found: _Found, n_blocks: int | None, settings: dict[str, Any]) -> Any:
                 )
         except (OSError, SafetensorError, ValueError, RuntimeError) as error:
             raise WeightsError(
-                f"a target in {found.source} that does not load ({error})", "a whole model", _RESTORE
+                f"a target in {checkpoint.source} that does not load ({error})", "a whole model", _RESTORE
             ) from error
-    norms = [] if n_blocks is None else [f"{found.parts.norm}.{part}" for part in ("weight", "bias")]
+    norms = [] if n_blocks is None else [f"{checkpoint.parts.norm}.{part}" for part in ("weight", "bias")]
     missing = sorted(set(info["missing_keys"]) - set(norms)) + sorted(map(str, info["mismatched_keys"]))
     if missing:
         raise WeightsError(
-            f"a target in {found.source} without {missing[:3]} ({len(missing)} in all)", "all weights", _RESTORE
+            f"a target in {checkpoint.source} without {missing[:3]} ({len(missing)} in all)", "all weights", _RESTORE
         )
     return model
 
@@ -278,24 +283,24 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def _place(device: str | torch.device | None) -> torch.device:
+def _checked_device(device: str | torch.device | None) -> torch.device:
     """Where to put a target.
 
     Raises:
         ArgumentError: there is no such device here.
     """
     try:
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(1, device=place)
+        on = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=on)
     except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         raise ArgumentError(
             f"device={str(device)!r}, which is not here ({str(error).splitlines()[0][:120]})",
             "'cpu', or a device that torch reaches: 'cuda', 'cuda:1', 'mps'",
             f"use another; torch sees {torch.cuda.device_count()} GPU(s)",
         ) from error
-    if place.type == "meta":
+    if on.type == "meta":
         raise ArgumentError("device='meta', which holds no weights", "'cpu' or 'cuda'", "use one of these")
-    return place
+    return on
 
 
 def _check_keywords(dtype: str | None, quantization: str | None, adapter: str | Path | None) -> None:
@@ -320,7 +325,7 @@ def _check_keywords(dtype: str | None, quantization: str | None, adapter: str | 
         )
 
 
-def _settings(dtype: str, place: torch.device, quantization: str | None) -> dict[str, Any]:
+def _settings(dtype: str, on: torch.device, quantization: str | None) -> dict[str, Any]:
     """What transformers is told of types."""
     kind = getattr(torch, dtype)
     if quantization is None:
@@ -331,21 +336,24 @@ def _settings(dtype: str, place: torch.device, quantization: str | None) -> dict
     if quantization == "4bit":  # as QLoRA's authors have it; bitsandbytes' own default, FP4, loses more
         bits = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
         bits["bnb_4bit_compute_dtype"] = kind
-    return {"dtype": kind, "quantization_config": BitsAndBytesConfig(**bits), "device_map": {"": place}}
+    return {"dtype": kind, "quantization_config": BitsAndBytesConfig(**bits), "device_map": {"": on}}
 
 
-def _finish(model: Any, found: _Found, adapter: str | Path | None, place: torch.device | None) -> Any:
-    """The model in its place (None: it is there), checked, with its adapter, and named after where it came from."""
-    model = model if place is None else model.to(place)
+def _finish(
+    model: PreTrainedModel, checkpoint: _Checkpoint, adapter: str | Path | None, on: torch.device | None
+) -> PreTrainedModel:
+    """The model on a device (None: it is there), checked, with its adapter, and named after where it came from."""
+    if on is not None:
+        nn.Module.to(model, on)
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and not _is_finite(parameter.detach()):
             raise NonFiniteError(
-                f"NaN or infinity in {name} of the target in {found.source}", "finite weights", _RESTORE
+                f"NaN or infinity in {name} of the target in {checkpoint.source}", "finite weights", _RESTORE
             )
     if adapter is not None:
         merge_adapter(model, adapter)
-    model.name_or_path = model.config._name_or_path = found.source
-    model.config._commit_hash = found.commit
+    model.name_or_path = model.config._name_or_path = checkpoint.source
+    model.config._commit_hash = checkpoint.commit
     return model.eval()
 
 

@@ -1,6 +1,6 @@
 """Points: "resid_post.3" names the residual stream after block 3. The only file that knows architectures.
 
-To add one: a line in ``ARCHITECTURES`` and one in ``MODELS`` of tests/conftest.py; then ``pytest tests -k <its type>``
+To add one: a line in ``ARCHITECTURES`` and one in ``MODELS`` of tests/helpers/tiny.py. Then ``pytest tests -k TYPE``
 holds reading, loading, injection, sampling and training on it against transformers itself.
 """
 
@@ -9,13 +9,16 @@ from __future__ import annotations
 import copy
 import re
 from collections import OrderedDict
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from nla.errors import ArchitectureError, PointError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 class Layout(NamedTuple):
@@ -116,13 +119,19 @@ def layout(model_type: str) -> Layout:
             f"a model of type {model_type!r}",
             f"a causal LM of type {', '.join(ARCHITECTURES)}",
             "use a target of one of these types; or, if it is a stack of blocks that each return the residual stream, "
-            "add it to ARCHITECTURES in nla/points.py and to MODELS in tests/conftest.py, and run "
+            "add it to ARCHITECTURES in nla/models/points.py and to MODELS in tests/helpers/tiny.py, and run "
             f"`pytest tests -k {model_type}`: if that passes, the type works",
         )
     return ARCHITECTURES[model_type]
 
 
-def backbone(model: nn.Module) -> Any:
+def unwrapped(model: nn.Module) -> PreTrainedModel:
+    """A model without the wrapper that PEFT puts around it, if there is one."""
+    whole: Any = model
+    return whole.get_base_model() if hasattr(model, "get_base_model") else whole
+
+
+def backbone(model: nn.Module) -> PreTrainedModel:
     """The decoder stack (embeddings, blocks, final norm) of a causal LM, with or without PEFT adapters around it.
 
     Of a multimodal wrapper, the text side.
@@ -130,7 +139,7 @@ def backbone(model: nn.Module) -> Any:
     Raises:
         ArchitectureError: an architecture whose blocks are not known.
     """
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    base: Any = unwrapped(model)
     parts = layout(getattr(getattr(base, "config", None), "model_type", type(base).__name__))
     stack = base.base_model  # of transformers: the model without its head; a model that has none is its own
     return getattr(stack, parts.text) if parts.text else stack
@@ -200,7 +209,7 @@ def linear_names(model: nn.Module) -> list[str]:
     return sorted(f"{where}.{number}.{name}" for number in range(len(layers)) for name in names)
 
 
-def cut_config(config: Any, n_blocks: int) -> Any:
+def cut_config(config: PretrainedConfig, n_blocks: int) -> PretrainedConfig:
     """A copy of a backbone's config for its first blocks alone, with every list that has an entry a block cut too."""
     cut, n_all = copy.deepcopy(config), config.num_hidden_layers
     cut.num_hidden_layers = n_blocks
@@ -210,7 +219,7 @@ def cut_config(config: Any, n_blocks: int) -> Any:
     return cut
 
 
-def truncated_view(model: nn.Module, point: str | Point) -> Any:
+def truncated_view(model: nn.Module, point: str | Point) -> PreTrainedModel:
     """The backbone cut after a point, without the final norm: its ``last_hidden_state`` is the activation.
 
     A view: it shares every block, parameter and adapter with ``model`` and costs no memory. Keep it out of the module
@@ -249,7 +258,7 @@ def logits_after(model: nn.Module, streams: Float[Tensor, "n d"]) -> Float[Tenso
     Raises:
         ArchitectureError: an architecture whose blocks are not known.
     """
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    base: Any = unwrapped(model)
     stack = backbone(base)
     path = next(name for name, module in base.named_modules() if module is stack)
     whole = view = _shallow(base)

@@ -21,6 +21,7 @@ from nla.models.adapter import ADAPTER_CONFIG, load_adapter, read_adapter_config
 from nla.models.forward import device_of
 from nla.models.generate import ends_of
 from nla.models.load import load_target
+from nla.models.points import unwrapped
 from nla.organisms import ORGANISMS, pair_folder
 from nla.pair.card import card
 from nla.pair.head import Head
@@ -35,7 +36,7 @@ from nla.pair.layout import (
     SEPARATE_MANIFEST,
 )
 from nla.pair.parts import Parts
-from nla.pair.roles import DECODER_ADAPTER, ENCODER_ADAPTER, SharedBase, unwrapped
+from nla.pair.roles import DECODER_ADAPTER, ENCODER_ADAPTER, SharedBase
 from nla.pair.separate import Devices, Sources, assemble, check_weights, is_local, refuse_outside, source_of
 from nla.storage.files import read_json, write_atomic, write_json
 from nla.storage.hashes import hash_weights, sha256

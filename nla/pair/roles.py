@@ -289,11 +289,6 @@ def require_shared(roles: Roles, what: str) -> SharedBase:
     return cast(SharedBase, roles)
 
 
-def unwrapped(model: Any) -> Any:
-    """A causal LM without the wrapper that PEFT puts around a shared base."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 def _count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 

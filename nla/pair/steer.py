@@ -15,9 +15,8 @@ from nla.errors import ArgumentError, ContextLengthError, PositionError, ShapeEr
 from nla.metrics import unit
 from nla.models.generate import MAX_TOKENS_PER_BATCH, ends_of, generate, pad_of
 from nla.models.hooks import add, replace
-from nla.models.points import Point, context_length
+from nla.models.points import Point, context_length, unwrapped
 from nla.pair.decoder import Decoder
-from nla.pair.roles import unwrapped
 from nla.text.tokens import Span, encode_batch, select_positions
 
 

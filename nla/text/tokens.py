@@ -60,7 +60,9 @@ Positions = str | Sequence[int] | Callable[[int, list[Span]], Sequence[int]]
 """Which tokens: "all", "last", token indexes, a pattern such as "/\\n/", or a function of document index and spans."""
 
 
-def load_tokenizer(source: str | Path, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    source: str | Path, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or hub id, as its tokenizer.json says.
 
     transformers' ``AutoTokenizer`` gives every folder with a Qwen2 config Qwen's own splitting rules, whatever its

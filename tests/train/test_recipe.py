@@ -152,7 +152,7 @@ def test_activations_of_other_documents_are_refused(tiny, tmp_path, monkeypatch)
 
 def test_a_single_process_leaves_the_place_of_the_target_to_its_loader(tiny, monkeypatch):
     places = []
-    monkeypatch.setattr(stages.target, "_place", lambda device: places.append(device) or torch.device("cpu"))
+    monkeypatch.setattr(stages.target, "_checked_device", lambda device: places.append(device) or torch.device("cpu"))
     stages.load_target(recipes.load_recipe(tiny), None)
     assert places == [None]
 

@@ -159,7 +159,7 @@ def train_plant(name: str, settings: PlantSettings, out_dir: Path) -> None:
         seed=settings.seed,
         **PLAIN,
     )
-    pad_id = int(tokenizer.pad_token_id)
+    pad_id: int = tokenizer.pad_token_id  # type: ignore[assignment]
     trainer = PlantTrainer(
         peft_model,
         POINT if first <= POINT and of.kind not in BY_BEHAVIOUR else None,
