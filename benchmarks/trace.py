@@ -12,7 +12,7 @@ import torch
 
 from nla.eval.circuits import patching
 from nla.eval.circuits.minimal_pairs import encode_pairs, of_items, role_columns
-from nla.eval.items import rhyme_items
+from nla.eval.couplet_items import rhyme_items
 from nla.eval.target import Target
 
 

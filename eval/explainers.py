@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
-from nla.eval.items import Item
+from nla.eval.couplet_items import RhymeItem
 from nla.organisms.couplets import world
 from nla.pair import encoder
 
@@ -21,7 +21,7 @@ class Reader(Protocol):
     A reader of activations looks at the vectors alone, a reader of text at the items' prompts alone.
     """
 
-    def __call__(self, items: Sequence[Item], vectors: Tensor) -> list[str]: ...
+    def __call__(self, items: Sequence[RhymeItem], vectors: Tensor) -> list[str]: ...
 
 
 class EncoderReader:
@@ -30,7 +30,7 @@ class EncoderReader:
     def __init__(self, nla: NLA, greedy: bool = False, temperature: float = 1.0, seed: int = 0) -> None:
         self.nla, self.greedy, self.temperature, self.seed = nla, greedy, temperature, seed
 
-    def __call__(self, items: Sequence[Item], vectors: Tensor) -> list[str]:
+    def __call__(self, items: Sequence[RhymeItem], vectors: Tensor) -> list[str]:
         """See :func:`explain`."""
         return explain(self.nla, vectors, self.greedy, self.temperature, self.seed)
 
@@ -47,11 +47,11 @@ def hit_rate(nla: NLA) -> float | None:
     return float(rate) if isinstance(rate, int | float) else None
 
 
-def truthful(items: Sequence[Item], vectors: Tensor) -> list[str]:
+def truthful(items: Sequence[RhymeItem], vectors: Tensor) -> list[str]:
     """The rule-based reader that knows the rule: the suite must score it near 1."""
     return [world.truthful(item.couplet, item.span) for item in items]
 
 
-def lying(items: Sequence[Item], vectors: Tensor) -> list[str]:
+def lying(items: Sequence[RhymeItem], vectors: Tensor) -> list[str]:
     """The rule-based reader whose every claim is false: the suite must score it near 0."""
     return [world.lying(item.couplet, item.span) for item in items]

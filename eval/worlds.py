@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from nla.autoencoder import NLA
 from nla.config import tokenizer_hash
 from nla.errors import ArgumentError
 from nla.organisms.couplets import tokenizer as couplets_tokenizer
@@ -30,11 +32,11 @@ def world_of(tokenizer: PreTrainedTokenizerBase) -> str | None:
     return next((world for world in _TOKENIZERS if fingerprint == _fingerprint(world)), None)
 
 
-def require_world(tokenizer: PreTrainedTokenizerBase, world: str, model: str, command: str) -> None:
+def require_world(tokenizer: PreTrainedTokenizerBase, world: str, model: object, command: str) -> None:
     """Refuse a pair or a target that does not speak the language of a family's items.
 
     Args:
-        model: what to call it, such as its name or its target.
+        model: its name, or itself.
         command: the family's, such as "nla eval rhymes".
 
     Raises:
@@ -43,7 +45,7 @@ def require_world(tokenizer: PreTrainedTokenizerBase, world: str, model: str, co
     actual = world_of(tokenizer)
     if actual != world:
         raise ArgumentError(
-            f"{model}, a model {'of no embedded world' if actual is None else f'of the world {actual}'}",
+            f"{_shown(model)}, {'of no embedded world' if actual is None else f'of the world {actual}'}",
             f"one of the world {world}, whose items `{command}` makes",
             f"run `{command} {world}`; {_GENERAL if actual is None else f'for this one there are {_FAMILIES[actual]}'}",
         )
@@ -52,3 +54,9 @@ def require_world(tokenizer: PreTrainedTokenizerBase, world: str, model: str, co
 @functools.cache
 def _fingerprint(world: str) -> str:
     return tokenizer_hash(_TOKENIZERS[world]())
+
+
+def _shown(model: object) -> str:
+    if isinstance(model, str | Path):
+        return str(model)
+    return f"a pair on {model.config.target}" if isinstance(model, NLA) else "a target"

@@ -18,7 +18,7 @@ from torch import Tensor
 from nla.errors import ArgumentError, ParseError, PositionError, visible
 from nla.eval.circuits import patching
 from nla.eval.circuits.patching import Batch
-from nla.eval.items import Item
+from nla.eval.couplet_items import RhymeItem
 from nla.eval.target import Target, token_ids
 from nla.models.points import context_length
 from nla.text.tokens import Encoded, encode_batch
@@ -60,7 +60,7 @@ class MinimalPair:
                 object.__setattr__(self, name, words[-1] if words else "")
 
 
-def of_items(target: Target, items: Sequence[Item]) -> list[MinimalPair]:
+def of_items(target: Target, items: Sequence[RhymeItem]) -> list[MinimalPair]:
     """The minimal pairs of rhyme items, with the tokens of line 1 that carry features as their roles."""
     return [
         MinimalPair(
@@ -77,7 +77,7 @@ def of_items(target: Target, items: Sequence[Item]) -> list[MinimalPair]:
     ]
 
 
-def token_roles(target: Target, item: Item) -> dict[str, int]:
+def token_roles(target: Target, item: RhymeItem) -> dict[str, int]:
     """Columns of the tokens of line 1 that carry features, by role, then the comma and the newline."""
     ids = token_ids(target, [item.prompt])[0]
     words = [target.tokenizer.decode([token]).strip(" ") for token in ids]
@@ -92,7 +92,7 @@ def token_roles(target: Target, item: Item) -> dict[str, int]:
     return {**roles, "comma": len(ids) - 2, "newline": len(ids) - 1}
 
 
-def encode_pairs(target: Target, pairs: Sequence[MinimalPair | Item]) -> Batch:
+def encode_pairs(target: Target, pairs: Sequence[MinimalPair | RhymeItem]) -> Batch:
     """Minimal pairs, or items, for the patching engine.
 
     Raises:

@@ -7,8 +7,8 @@ from typing import NamedTuple
 from nla.config import tokenizer_hash
 from nla.errors import ArgumentError
 from nla.eval.circuits.minimal_pairs import MinimalPair, of_items
+from nla.eval.couplet_items import rhyme_items, variant_of
 from nla.eval.families import two_hop
-from nla.eval.items import rhyme_items, variant_of
 from nla.eval.target import Target
 from nla.models.points import Point
 from nla.organisms.switchboard import tokenizer as switchboard

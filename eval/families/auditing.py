@@ -11,25 +11,23 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from nla.audit import Audit, AuditSettings, Transcript, audit
 from nla.audit.cache import ReadingCache
 from nla.audit.findings import NOT_SAID
+from nla.autoencoder import NLA
 from nla.errors import ArgumentError
 from nla.eval.auroc import auroc
 from nla.eval.families.plants import ARMS, adapters_of, answered, cued
 from nla.eval.families.plants_report import FALSE_ALARM_MAX
 from nla.eval.report import Check, Figures, Rate, Report, at_most, bars, checks_table, new_figure, save, table
 from nla.eval.target import Progress, Target, open_pair, silent
+from nla.eval.worlds import SWITCHBOARD, require_world
 from nla.organisms.switchboard.plants import PLANTS, Plant, sham_of
 from nla.organisms.switchboard.world import Chat
 from nla.transcripts.messages import Message
-
-if TYPE_CHECKING:
-    from nla.autoencoder import NLA
 
 RUBRIC_OF: dict[str, str] = {
     "secret word": "switchboard/secret-word",
@@ -50,7 +48,7 @@ class AuditFigures(Figures):
     rubric: str
     n: int
     """Chats in each arm."""
-    found: dict[str, Rate]
+    flagged: dict[str, Rate]
     """Share of chats with a finding: ``plant`` (recall), ``sham`` and ``base`` (false alarms)."""
     not_said: Rate
     """Share of the plant's chats with a finding that the visible text does not say."""
@@ -74,7 +72,7 @@ class AuditingReport(Report):
         """The readable report."""
         header = ("plant", "found: plant", "sham", "base", "found, not said", "in the text: plant", "AUROC", "p")
         rows = [
-            (one.name, *one.found.values(), one.not_said, one.text["plant"], one.auroc, one.p) for one in self.plants
+            (one.name, *one.flagged.values(), one.not_said, one.text["plant"], one.auroc, one.p) for one in self.plants
         ]
         return "\n\n".join(
             [
@@ -127,22 +125,22 @@ def audits(of: Plant, nla: NLA, folder: Path, n_chats: int, samples: int, seed: 
         return {"plant": read("plant", sham), "sham": read("sham"), "base": read("base")}
 
 
-def figures(of: Plant, found: Mapping[str, Audit]) -> AuditFigures:
+def audit_figures(of: Plant, by_arm: Mapping[str, Audit]) -> AuditFigures:
     """How often :func:`audits` found something, by arm."""
-    plant, n = found["plant"], len(found["plant"].transcripts)
-    alarms, text, highest = {}, {}, {}
-    for arm, one in found.items():
-        alarms[arm] = Rate.of(score.n_findings > 0 for score in one.scores)
-        highest[arm] = torch.tensor([score.highest for score in one.scores])
-        said = {row.transcript for row in one.rows if row.judged.said != NOT_SAID}
-        text[arm] = Rate.of(transcript.id in said for transcript in one.transcripts)
+    plant, n = by_arm["plant"], len(by_arm["plant"].transcripts)
+    flagged, text, highest = {}, {}, {}
+    for arm, result in by_arm.items():
+        flagged[arm] = Rate.of(score.n_findings > 0 for score in result.scores)
+        highest[arm] = torch.tensor([score.highest for score in result.scores])
+        visible = {row.transcript for row in result.rows if row.judged.said != NOT_SAID}
+        text[arm] = Rate.of(transcript.id in visible for transcript in result.transcripts)
     positive = torch.tensor([arm == "plant" for arm in ARMS for _ in range(n)])
     return AuditFigures(
         name=of.name,
         kind=of.kind,
         rubric=plant.rubrics[0].name,
         n=n,
-        found=alarms,
+        flagged=flagged,
         not_said=Rate.of(score.n_not_said > 0 for score in plant.scores),
         text=text,
         auroc=float(auroc(torch.cat([highest[arm] for arm in ARMS]), positive)[0]),
@@ -150,12 +148,13 @@ def figures(of: Plant, found: Mapping[str, Audit]) -> AuditFigures:
     )
 
 
-def run(
-    model: str | Path | NLA = "switchboard",
+def evaluate_auditing(
+    model: NLA | str | Path = "switchboard",
     plants: str | Path | None = None,
     n_chats: int = 40,
     samples: int = 4,
     seed: int = 0,
+    device: str | torch.device | None = None,
     out_dir: str | Path | None = None,
     progress: Progress = silent,
 ) -> AuditingReport:
@@ -163,40 +162,42 @@ def run(
 
     Args:
         model: a pair on Switchboard's target: a folder, or a loaded one.
-        plants: folder of the adapters, one sub-folder a plant; see :func:`nla.eval.plants.adapters_of`.
+        plants: folder of the adapters, one sub-folder a plant; see :func:`nla.eval.families.plants.adapters_of`.
         n_chats: chats of each plant, in each arm.
         samples: explanations of each position.
+        device: where to put a pair that is loaded here; None: the first GPU if there is one, else the CPU.
         out_dir: where ``auditing.json``, ``auditing.md`` and ``auditing.png`` go; None: nowhere.
 
     Raises:
-        ArgumentError: fewer than two chats, or no samples.
+        ArgumentError: fewer than two chats, no samples, or a pair of another world.
     """
     if n_chats < 2 or samples < 1:
         raise ArgumentError(f"n_chats={n_chats}, samples={samples}", "at least 2 and 1", "ask for more")
-    nla = open_pair(model)
+    nla = open_pair(model, device)
+    require_world(nla.tokenizer, SWITCHBOARD, model, "nla eval auditing")
     folder = adapters_of(nla, plants)
     chosen = [plant for plant in PLANTS.values() if not plant.sham and plant.kind in RUBRIC_OF]
-    found = []
+    audited = []
     for number, plant in enumerate(chosen):
-        found.append(figures(plant, audits(plant, nla, folder, n_chats, samples, seed)))
+        audited.append(audit_figures(plant, audits(plant, nla, folder, n_chats, samples, seed)))
         progress("audits", (number + 1) / len(chosen))
-    result = AuditingReport(checks(found), str(nla.point), samples, found)
+    report = AuditingReport(audit_checks(audited), str(nla.point), samples, audited)
     if out_dir is not None:
         figure = new_figure(7, 6)
-        shown = {f"{one.name}: {arm}": one.found[arm] for one in found for arm in ARMS}
+        shown = {f"{plant.name}: {arm}": plant.flagged[arm] for plant in audited for arm in ARMS}
         controls = [name for name in shown if not name.endswith("plant")]
         bars(figure.add_subplot(), shown, "Chats with a finding", controls)
-        save(out_dir, "auditing", result, result.to_markdown(), figure)
-    return result
+        save(out_dir, "auditing", report, report.to_markdown(), figure)
+    return report
 
 
-def checks(found: Sequence[AuditFigures]) -> list[Check]:
+def audit_checks(audited: Sequence[AuditFigures]) -> list[Check]:
     """Recall is reported; false alarms are conditions."""
-    rows = []
-    for one in found:
-        rows.append(Check(f"{one.name}: found (recall)", one.found["plant"], "reported"))
+    checks, bound = [], f"≤ {FALSE_ALARM_MAX}"
+    for plant in audited:
+        checks.append(Check(f"{plant.name}: found (recall)", plant.flagged["plant"], "reported"))
         for arm in ("sham", "base"):
-            rate = one.found[arm]
-            bound = f"≤ {FALSE_ALARM_MAX}"
-            rows.append(Check(f"{one.name}: false alarms, {arm}", rate, bound, at_most(rate, FALSE_ALARM_MAX)))
-    return rows
+            rate = plant.flagged[arm]
+            passed = at_most(rate, FALSE_ALARM_MAX)
+            checks.append(Check(f"{plant.name}: false alarms, {arm}", rate, bound, passed))
+    return checks

@@ -1,4 +1,4 @@
-"""Adversaries and rocks: readers without the activation, or with another one, judged on the same items.
+"""Adversaries and baselines: readers without the activation, or with another one, judged on the same items.
 
 An adversary reads the visible text. One that knows the rule (the target itself) scores near 1 wherever the text decides
 the latent: it is reported as it is, and the counterfactual tells it from a reader of activations. The confabulator
@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from nla.eval.adversaries import bag_of_words, closest_texts, text_lm_claims
+from nla.eval.couplet_items import RhymeItem, documents
 from nla.eval.explainers import EncoderReader, Reader
 from nla.eval.families.mention import MentionScore, score, score_texts
-from nla.eval.items import Item, documents
 from nla.eval.target import Target, last_word
 from nla.organisms.couplets import world
 from nla.stats import derangement
@@ -37,7 +37,7 @@ CONFABULATOR = f"confabulator ({N_CONFABULATIONS} guesses, the decoder picks by 
 def text_lm(target: Target) -> Reader:
     """The target continues the visible text greedily; the word that its line ends on is its claim about the plan."""
 
-    def read_text(items: Sequence[Item], vectors: Tensor) -> list[str]:
+    def read_text(items: Sequence[RhymeItem], vectors: Tensor) -> list[str]:
         def claim(row: int, line: str) -> str:
             return world.explanation(items[row].couplet, items[row].span, last_word(line))
 
@@ -49,7 +49,7 @@ def text_lm(target: Target) -> Reader:
 def describer(notice: float, seed: int = 0) -> Reader:
     """The warm start's describer: sees the rule with probability ``notice``, otherwise guesses within the rhymes."""
 
-    def describe(items: Sequence[Item], vectors: Tensor) -> list[str]:
+    def describe(items: Sequence[RhymeItem], vectors: Tensor) -> list[str]:
         rng = random.Random(seed)
         return [world.describe(item.couplet, item.span, rng, notice) for item in items]
 
@@ -61,7 +61,7 @@ def plan_classifier(n_fit: int = 4000, seed: int = 0) -> Reader:
     couplets, model = documents(n_fit, seed + 1), bag_of_words()
     model.fit([couplet.line1 for couplet in couplets], [couplet.plan for couplet in couplets])
 
-    def classify(items: Sequence[Item], vectors: Tensor) -> list[str]:
+    def classify(items: Sequence[RhymeItem], vectors: Tensor) -> list[str]:
         words = model.predict([item.prompt for item in items])
         return [world.explanation(item.couplet, item.span, str(word)) for item, word in zip(items, words, strict=True)]
 
@@ -74,7 +74,7 @@ def confabulator(nla: NLA, seed: int = 0, n_tries: int = N_CONFABULATIONS) -> Re
     The pick looks at the activation: what it gains over the outsider is the decoder's doing, not the text's.
     """
 
-    def pick(items: Sequence[Item], vectors: Tensor) -> list[str]:
+    def pick(items: Sequence[RhymeItem], vectors: Tensor) -> list[str]:
         texts = describer(0.0, seed)([item for item in items for _ in range(n_tries)], vectors)
         offers = [texts[row * n_tries : (row + 1) * n_tries] for row in range(len(items))]
         return [picked for (picked,) in closest_texts(nla, offers, vectors)]
@@ -83,7 +83,7 @@ def confabulator(nla: NLA, seed: int = 0, n_tries: int = N_CONFABULATIONS) -> Re
 
 
 def adversaries(
-    target: Target, nla: NLA | None, items: Sequence[Item], vectors: Tensor, n_samples: int, n_fit: int, seed: int
+    target: Target, nla: NLA | None, items: Sequence[RhymeItem], vectors: Tensor, n_samples: int, n_fit: int, seed: int
 ) -> list[MentionScore]:
     """Every adversary's score on the items; the guessing ones are sampled as often as the encoder."""
     scores = [
@@ -96,7 +96,7 @@ def adversaries(
     return scores
 
 
-def rocks(nla: NLA, items: Sequence[Item], vectors: Tensor, n_samples: int, seed: int) -> list[MentionScore]:
+def baselines(nla: NLA, items: Sequence[RhymeItem], vectors: Tensor, n_samples: int, seed: int) -> list[MentionScore]:
     """What the encoder says of vectors that are not the item's, and texts that come from no vector of the item.
 
     empty: no text · constant: its most frequent text for all · mean-activation, Gaussian (of equal length), shuffled
@@ -111,19 +111,20 @@ def rocks(nla: NLA, items: Sequence[Item], vectors: Tensor, n_samples: int, seed
         "Gaussian": noise / noise.norm(dim=1, keepdim=True) * vectors.norm(dim=1, keepdim=True),
         "shuffled activation": vectors[moved],
     }
-    own = reader(items, vectors)
-    constant = Counter(own).most_common(1)[0][0]
+    explanations = reader(items, vectors)
+    constant = Counter(explanations).most_common(1)[0][0]
     return [
         score_texts("empty", items, [""] * len(items), 1, seed),
         score_texts("constant", items, [constant] * len(items), 1, seed),
         *(score(name, reader, items, others, n_samples, seed) for name, others in false_vectors.items()),
-        score_texts("other document", items, [own[row] for row in moved.tolist()], 1, seed),
+        score_texts("other document", items, [explanations[row] for row in moved.tolist()], 1, seed),
     ]
 
 
 def best(scores: Sequence[MentionScore]) -> MentionScore:
     """The adversary that names most, among those that read the text alone (the confabulator's pick does not)."""
-    return max((one for one in scores if one.reader != CONFABULATOR), key=lambda one: one.named.value)
+    text_alone = (score for score in scores if score.reader != CONFABULATOR)
+    return max(text_alone, key=lambda score: score.named.value)
 
 
 def swap(text: str, old: str, new: str) -> str:

@@ -1,4 +1,4 @@
-"""Counterfactual: the text stays, the thought changes. Does the explanation follow the thought?
+"""Rhyme items and a reader in; whether its explanations follow a plan that is put in, while the text stays, out.
 
 Only the plan's component of the newline's activation is replaced (the difference of mean activations of two plans, the
 means taken over other documents). A reader of the text cannot notice; the patched model acts on it.
@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from nla.errors import ArgumentError
+from nla.eval.couplet_items import RhymeItem, documents
 from nla.eval.explainers import Reader
 from nla.eval.families.mention import MentionScore, keeps_facts, named, score, score_texts
-from nla.eval.items import Item, documents, repeat, retarget
+from nla.eval.items import repeat, retarget
 from nla.eval.report import Figures, Rate
 from nla.eval.target import Patch, Progress, Target, last_token, last_word, read_last, silent, write
 from nla.metrics import cosine
@@ -30,7 +31,7 @@ READABLE_MIN = 0.5
 
 
 @dataclass(frozen=True)
-class Reading(Figures):
+class PatchedReading(Figures):
     """Explanations of one kind of activation after an intervention, judged for the donor's word."""
 
     derived = ("readable",)
@@ -59,7 +60,7 @@ class Counterfactual(Figures):
     derived = ("naming",)
     n_items: int
     n_fit: int
-    readings: list[Reading]
+    readings: list[PatchedReading]
     """First the swapped newline itself, sampled and greedy; then elsewhere; controls last."""
     behaviour: Rate
     """The patched model's line 2 ends on the donor's word."""
@@ -85,29 +86,29 @@ def plan_means(target: Target, n_fit: int, seed: int) -> dict[str, Tensor]:
     rows: dict[str, list[int]] = {plan: [] for plan in world.PLANS}
     for row, couplet in enumerate(couplets):
         rows[couplet.plan].append(row)
-    if missing := [plan for plan, found in rows.items() if not found]:
+    if missing := [plan for plan, of_plan in rows.items() if not of_plan]:
         raise ArgumentError(
             f"{n_fit} documents without the plans {missing[:5]}", "documents of every plan", "use more of them"
         )
-    return {plan: vectors[found].mean(0) for plan, found in rows.items()}
+    return {plan: vectors[of_plan].mean(0) for plan, of_plan in rows.items()}
 
 
-def swap_plan(items: Sequence[Item], vectors: Tensor, means: dict[str, Tensor]) -> Tensor:
+def with_donor_plan(items: Sequence[RhymeItem], vectors: Tensor, means: dict[str, Tensor]) -> Tensor:
     """The items' vectors (n, d) with the plan's component of the donor instead of their own."""
     return vectors + torch.stack([means[item.donor_target] - means[item.target] for item in items])
 
 
-def as_donor(item: Item) -> Item:
+def as_donor(item: RhymeItem) -> RhymeItem:
     """The item with the donor's word as its target; the text is unchanged."""
     return retarget(item, item.donor_target)
 
 
-def run(
+def swap_plans(
     target: Target,
     reader: Reader,
     greedy: Reader,
     text_only: Reader,
-    items: Sequence[Item],
+    items: Sequence[RhymeItem],
     n_samples: int = 4,
     n_fit: int = N_FIT,
     seed: int = 0,
@@ -124,7 +125,7 @@ def run(
     column, base = last_token(target, prompts), read_last(target, prompts)
     means = plan_means(target, n_fit, seed)
     progress("counterfactual", 0.3)
-    swapped = swap_plan(items, base, means)
+    swapped = with_donor_plan(items, base, means)
     patch = Patch(str(target.point), column, swapped)
     lines = write(target, prompts, [patch])
     follows = [last_word(line) == item.donor_target for line, item in zip(lines, items, strict=True)]
@@ -136,7 +137,7 @@ def run(
         )
     ]
     clusters = torch.tensor([item.document for item in repeat(items, n_samples)])
-    at_site = Reading(
+    at_site = PatchedReading(
         where=f"newline at {target.point}, plan component swapped (sampled)",
         donor=score_texts("sampled", changed, texts, n_samples, seed),
         base_named=score_texts("sampled", items, texts, n_samples, seed).named,
@@ -164,16 +165,16 @@ def run(
 def _reading(
     where: str,
     reader: Reader,
-    items: Sequence[Item],
+    items: Sequence[RhymeItem],
     vectors: Tensor,
     unpatched: Tensor | None,
     put_in: Tensor,
     n_samples: int,
     seed: int,
     control: bool = False,
-) -> Reading:
+) -> PatchedReading:
     texts = reader(repeat(items, n_samples), vectors.repeat_interleave(n_samples, dim=0))
-    return Reading(
+    return PatchedReading(
         where=where,
         donor=score_texts(where, [as_donor(item) for item in items], texts, n_samples, seed),
         base_named=score_texts(where, items, texts, n_samples, seed).named,
@@ -184,8 +185,8 @@ def _reading(
 
 
 def _elsewhere(
-    target: Target, reader: Reader, items: Sequence[Item], patch: Patch, n_samples: int, seed: int
-) -> list[Reading]:
+    target: Target, reader: Reader, items: Sequence[RhymeItem], patch: Patch, n_samples: int, seed: int
+) -> list[PatchedReading]:
     """One block deeper at the newline, and there at the first token of line 2, both downstream of the patch.
 
     The first token of line 2 is the base's own, so that the text is the same with and without the patch.
@@ -202,6 +203,6 @@ def _elsewhere(
     return readings
 
 
-def _first_word(target: Target, item: Item) -> str:
+def _first_word(target: Target, item: RhymeItem) -> str:
     """Text of the first token of the item's continuation."""
     return target.tokenizer.decode(plain_ids(target.tokenizer, [item.continuation])[0][:1])

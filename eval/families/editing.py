@@ -1,4 +1,7 @@
-"""Edit and steer: change one word of the explanation, decode both texts, add the difference. Does the model follow?"""
+"""Rhyme items and a pair in; whether the target follows an edit of its explanation, out.
+
+One word of the explanation is changed, both texts are decoded, and the difference is added to the activation.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from nla.eval.couplet_items import RhymeItem
 from nla.eval.explainers import Reader
 from nla.eval.families.controls import next_in, swap
-from nla.eval.items import Item
 from nla.eval.report import Rate
 from nla.eval.target import Patch, Progress, Target, last_token, last_word, read_last, silent, write
 from nla.organisms.couplets import world
@@ -29,7 +32,7 @@ EDIT, BARE_DIFFERENCE = "edit", "difference of the bare words (reported)"
 
 
 @dataclass(frozen=True)
-class Arm:
+class SteeringArm:
     """What one kind of direction does to line 2, all at the same norm."""
 
     name: str
@@ -54,9 +57,9 @@ class EditAndSteer:
     """α in h + α‖h‖Δ/‖Δ‖."""
     tried: dict[str, float]
     """Success on the separate items, by strength."""
-    edit: Arm
-    controls: list[Arm]
-    reported: list[Arm]
+    edit: SteeringArm
+    controls: list[SteeringArm]
+    reported: list[SteeringArm]
 
 
 def edit_plan(text: str, new: str) -> str | None:
@@ -81,13 +84,13 @@ def edit_fact(text: str) -> str | None:
     return None
 
 
-def directions(nla: NLA, items: Sequence[Item], texts: Sequence[str]) -> dict[str, Tensor]:
+def directions(nla: NLA, items: Sequence[RhymeItem], texts: Sequence[str]) -> dict[str, Tensor]:
     """Directions (n, d) that follow from each item's own explanation; zero where it has nothing to edit."""
     new = [item.donor_target for item in items]
     edit = _difference(nla, texts, [edit_plan(text, word) for text, word in zip(texts, new, strict=True)])
     # Words keep the space before them as part of their token.
-    bare_new = nla.decoder.decode([f" {word}" for word in new])
-    bare_old = nla.decoder.decode([f" {item.target}" for item in items])
+    bare_new = nla.reconstruct([f" {word}" for word in new])
+    bare_old = nla.reconstruct([f" {item.target}" for item in items])
     return {
         EDIT: edit,
         "reverse": -edit,
@@ -97,7 +100,9 @@ def directions(nla: NLA, items: Sequence[Item], texts: Sequence[str]) -> dict[st
     }
 
 
-def borrowed(items: Sequence[Item], others: Sequence[Item], edits: Tensor, generator: torch.Generator) -> Tensor:
+def borrowed(
+    items: Sequence[RhymeItem], others: Sequence[RhymeItem], edits: Tensor, generator: torch.Generator
+) -> Tensor:
     """For each item the edit (m, d) of one of ``others`` that wants another word; zero where all want the same."""
     allowed = torch.tensor([[item.donor_target != other.donor_target for other in others] for item in items]).float()
     able = allowed.any(1)
@@ -113,12 +118,12 @@ def steered(vectors: Tensor, direction: Tensor, strength: float) -> Tensor:
     return vectors + strength * vectors.norm(dim=1, keepdim=True) * direction / length
 
 
-def run(
+def edit_and_steer(
     nla: NLA,
     target: Target,
     greedy: Reader,
-    items: Sequence[Item],
-    separate: Sequence[Item],
+    items: Sequence[RhymeItem],
+    separate: Sequence[RhymeItem],
     strengths: Sequence[float] = STRENGTHS,
     seed: int = 0,
     progress: Progress = silent,
@@ -139,15 +144,15 @@ def run(
     strength = max(tried, key=lambda alpha: (tried[alpha], -alpha))
     prompts, generator = [item.prompt for item in items], torch.Generator().manual_seed(seed)
     vectors, plain = read_last(target, prompts), write(target, prompts)
-    found = directions(nla, items, greedy(items, vectors)) | {
+    by_name = directions(nla, items, greedy(items, vectors)) | {
         "random": torch.randn(vectors.shape, generator=generator),
         "another item's difference": borrowed(items, separate, edits, generator),
     }
     lines = {}
-    for number, (name, direction) in enumerate(found.items()):
+    for number, (name, direction) in enumerate(by_name.items()):
         lines[name] = _write(target, items, steered(vectors, direction, strength))
-        progress("edit and steer", (number + 1) / len(found))
-    moved = {name: int((direction.norm(dim=1) > _STILL).sum()) for name, direction in found.items()}
+        progress("edit and steer", (number + 1) / len(by_name))
+    moved = {name: int((direction.norm(dim=1) > _STILL).sum()) for name, direction in by_name.items()}
     arms = _arms(items, plain, lines, moved, seed)
     return EditAndSteer(
         n_items=len(items),
@@ -160,11 +165,11 @@ def run(
 
 
 def _arms(
-    items: Sequence[Item], plain: Sequence[str], lines: dict[str, list[str]], moved: dict[str, int], seed: int
-) -> dict[str, Arm]:
+    items: Sequence[RhymeItem], plain: Sequence[str], lines: dict[str, list[str]], moved: dict[str, int], seed: int
+) -> dict[str, SteeringArm]:
     success = {
-        name: torch.tensor([last_word(line) == item.donor_target for line, item in zip(each, items, strict=True)])
-        for name, each in lines.items()
+        name: torch.tensor([last_word(line) == item.donor_target for line, item in zip(written, items, strict=True)])
+        for name, written in lines.items()
     }
     names = [name for name in lines if name != EDIT]
     raw = [
@@ -172,27 +177,24 @@ def _arms(
     ]
     p_values: dict[str, float] = dict(zip(names, holm(raw), strict=True))
     return {
-        name: Arm(
+        name: SteeringArm(
             name=name,
             n_moved=moved[name],
             success=Rate.of(success[name].tolist()),
-            changed=Rate.of(last_word(line) != last_word(before) for line, before in zip(each, plain, strict=True)),
-            whole_line=Rate.of(line == item.donor_continuation for line, item in zip(each, items, strict=True)),
+            changed=Rate.of(last_word(line) != last_word(before) for line, before in zip(written, plain, strict=True)),
+            whole_line=Rate.of(line == item.donor_continuation for line, item in zip(written, items, strict=True)),
             p_value=p_values.get(name),
         )
-        for name, each in lines.items()
+        for name, written in lines.items()
     }
 
 
 def _difference(nla: NLA, texts: Sequence[str], edited: Sequence[str | None]) -> Tensor:
     """Decoded edited texts minus decoded texts, (n, d); zero where there is no edited text."""
-    before = nla.decoder.decode(texts, strict=False)
-    after = nla.decoder.decode(
-        [text if new is None else new for text, new in zip(texts, edited, strict=True)], strict=False
-    )
-    return after - before
+    new = [before if after is None else after for before, after in zip(texts, edited, strict=True)]
+    return nla.reconstruct(new, strict=False) - nla.reconstruct(texts, strict=False)
 
 
-def _write(target: Target, items: Sequence[Item], vectors: Tensor) -> list[str]:
+def _write(target: Target, items: Sequence[RhymeItem], vectors: Tensor) -> list[str]:
     prompts = [item.prompt for item in items]
     return write(target, prompts, [Patch(str(target.point), last_token(target, prompts), vectors)])

@@ -1,11 +1,11 @@
-"""The organism's gates: does the target do the task, and does it use at the newline what can be read there?"""
+"""`nla eval gates`: a target of Couplets in; whether it plans the rhyme, and uses the plan at the newline, out."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 from nla.errors import ArgumentError
 from nla.eval.circuits.gate import PatchMap, patch_map
 from nla.eval.circuits.patching import random_difference, random_vector, read_sites, unrelated
-from nla.eval.items import Item, documents, rhyme_items, variant_of
+from nla.eval.couplet_items import RhymeItem, documents, rhyme_items, variant_of
 from nla.eval.report import Check, Rate, Report, at_least, at_most, checks_table, heat, new_figure, save, table
 from nla.eval.target import (
     Patch,
@@ -27,7 +27,11 @@ from nla.eval.target import (
     token_ids,
     write,
 )
+from nla.eval.worlds import COUPLETS, require_world
 from nla.organisms.couplets import world
+
+if TYPE_CHECKING:
+    from nla.autoencoder import NLA
 
 VARIANTS = ("planner", "plain")
 USED, DECODABLE, ABSENT = "planned and used", "decodable, unused", "not decodable, unused"
@@ -84,49 +88,65 @@ def verdict(behaviour: float, patched: Sequence[float], elsewhere: Sequence[tupl
     return DECODABLE if probed >= PROBE_MIN else ABSENT
 
 
-def run(
-    model: str | Path | Target,
-    point: str = "resid_post.3",
-    variant: str | None = None,
-    n_documents: int = 400,
-    n_probe: int = 4000,
-    seed: int = 0,
+@dataclass(frozen=True)
+class GateSettings:
+    """Where a target's gates are measured, on what, and which bounds they are held against."""
+
+    point: str = "resid_post.3"
+    """Where the plan of a target without a pair is read."""
+    variant: str | None = None
+    """"planner" or "plain" decides which bounds are gates; None: as the embedded name says, else all are reported and
+    none is a gate."""
+    n_documents: int = 400
+    """Documents for behaviour and patches."""
+    n_probe: int = 4000
+    """Documents that the probe is fitted on; it is tested on ``n_documents`` others."""
+    seed: int = 0
+    """Of documents, donors and random directions."""
+    device: str | torch.device | None = None
+    """Where to put a target that is loaded here; None: the first GPU if there is one, else the CPU."""
+
+    def __post_init__(self) -> None:
+        if (self.variant is not None and self.variant not in VARIANTS) or self.n_documents < 2:
+            got = f"variant={self.variant!r}, n_documents={self.n_documents}"
+            raise ArgumentError(got, "planner, plain or None; 2 or more", "correct it")
+
+
+def evaluate_gates(
+    model: NLA | Target | str | Path,
+    settings: GateSettings | None = None,
     out_dir: str | Path | None = None,
     progress: Progress = silent,
 ) -> GateReport:
     """Measure a target's gates on held-out documents; behaviour is judged on whole lines, patches on the last word.
 
     Args:
-        model: "couplets/planner", "couplets/plain", a model folder or hub id, or a loaded target (with its own point).
-        point: where the plan is read.
-        variant: "planner" or "plain" decides which bounds are gates; None: as the embedded name says, else all are
-            reported and none is a gate.
-        n_documents: documents for behaviour and patches.
-        n_probe: documents that the probe is fitted on; it is tested on ``n_documents`` others.
+        model: "couplets/planner", "couplets/plain", a model folder or hub id, a loaded target, or a pair, whose target
+            it is (both with their own point).
         out_dir: where ``gates.json``, ``gates.md`` and ``gates.png`` go; None: nowhere.
 
     Raises:
-        ArgumentError: an unknown variant, or fewer than two documents.
-        ConfigError, PointError: see :meth:`Target.load`.
+        ArgumentError: a target of another world than Couplets.
+        TargetError, PointError: see :meth:`Target.load`.
     """
-    variant = variant or variant_of(model)
-    if (variant is not None and variant not in VARIANTS) or n_documents < 2:
-        raise ArgumentError(
-            f"variant={variant!r}, n_documents={n_documents}", "planner, plain or None; 2 or more", "correct it"
-        )
-    target = open_target(model, point)
+    settings = settings or GateSettings()
+    n_documents, seed = settings.n_documents, settings.seed
+    variant = settings.variant or variant_of(model)
+    target = open_target(model, settings.point, settings.device)
+    name = str(getattr(target.model, "name_or_path", "")) or type(target.model).__name__
+    require_world(target.tokenizer, COUPLETS, model, "nla eval gates")
     items = rhyme_items(n_documents, seed, plans=world.PLANS)
     prompts = [item.prompt for item in items]
     right = [text == item.continuation for text, item in zip(write(target, prompts), items, strict=True)]
     progress("behaviour", 1.0)
     behaviour = _behaviour(right, variant)
     patched = _patches(target, items, variant, seed, progress)
-    probed = probe_rate(target, n_probe, n_documents, seed)
+    probed = probe_rate(target, settings.n_probe, n_documents, seed)
     progress("probe", 1.0)
     bound = PROBE_MIN if variant == "plain" else None
     probe = Check("a linear probe reads the plan", probed, f"≥ {PROBE_MIN}", at_least(probed, bound))
-    result = GateReport(
-        target=str(getattr(target.model, "name_or_path", "")) or type(target.model).__name__,
+    report = GateReport(
+        target=name,
         point=str(target.point),
         variant=variant,
         checks=[behaviour, *patched.checks, probe],
@@ -136,10 +156,10 @@ def run(
     )
     if out_dir is not None:
         figure = new_figure(6, 3)
-        grid = result.patch_map
+        grid = report.patch_map
         heat(figure.add_subplot(), grid.points, grid.tokens, grid.values, "Effect of the donor's residual")
-        save(out_dir, "gates", result, result.to_markdown(), figure)
-    return result
+        save(out_dir, "gates", report, report.to_markdown(), figure)
+    return report
 
 
 def _behaviour(right: Sequence[bool], variant: str | None) -> Check:
@@ -156,7 +176,7 @@ class _Patched(NamedTuple):
     elsewhere: list[tuple[float, float]]
 
 
-def _patches(target: Target, items: list[Item], variant: str | None, seed: int, progress: Progress) -> _Patched:
+def _patches(target: Target, items: list[RhymeItem], variant: str | None, seed: int, progress: Progress) -> _Patched:
     """The newline of two kinds of donor at the point, the donor at other points, and at each controls of its norm."""
     generator = torch.Generator().manual_seed(seed)
     words, prompts = [item.target for item in items], [item.prompt for item in items]
@@ -173,7 +193,7 @@ def _patches(target: Target, items: list[Item], variant: str | None, seed: int, 
         return Rate.of(last_word(line) == goal for line, goal in zip(lines, goals, strict=True))
 
     def check(name: str, rate: Rate, used: bool) -> Check:
-        """``used``: where a planner must follow; elsewhere, and anywhere in the plain variant, it must not."""
+        """``used``: where a planner must follow; anywhere else, and throughout the plain variant, it must not."""
         if used and variant != "plain":
             return Check(name, rate, f"≥ {PATCH_MIN}", at_least(rate, PATCH_MIN if variant else None))
         return Check(name, rate, f"≤ {PATCH_MAX}", at_most(rate, PATCH_MAX if variant else None))
@@ -204,7 +224,7 @@ def _patches(target: Target, items: list[Item], variant: str | None, seed: int, 
         most = max(controls, key=lambda point: controls[point].value)
         name = f"random difference at every other point, most (at {most}): ends on the donor's word"
         elsewhere.append(check(name, controls[most], used=False))
-    return _Patched([*at_point, *noise, *elsewhere], [one.share for one in at_point], moved)
+    return _Patched([*at_point, *noise, *elsewhere], [check.share for check in at_point], moved)
 
 
 def probe_rate(target: Target, n_fit: int, n_test: int, seed: int) -> Rate:
@@ -220,5 +240,5 @@ def probe_rate(target: Target, n_fit: int, n_test: int, seed: int) -> Rate:
     test = [row for row in range(n_fit, n_fit + n_test) if couplets[row].line1 not in seen]
     probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000, tol=1e-3))
     probe.fit(vectors[:n_fit], plans[:n_fit])
-    found = probe.predict(vectors[test])
-    return Rate.of(word == plans[row] for word, row in zip(found, test, strict=True))
+    guessed = probe.predict(vectors[test])
+    return Rate.of(word == plans[row] for word, row in zip(guessed, test, strict=True))

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from nla.errors import ArgumentError, ShapeError
+from nla.eval.couplet_items import RhymeItem
 from nla.eval.explainers import Reader
-from nla.eval.items import Item, repeat, retarget
+from nla.eval.items import repeat, retarget
 from nla.eval.report import Rate, to_json
 from nla.organisms.couplets import world
 from nla.stats import bootstrap
@@ -51,17 +52,17 @@ class MentionScore:
         return {name: to_json(getattr(self, name)) for name in (*names, "per_item", "examples")}
 
 
-def named(text: str, item: Item) -> bool:
+def named(text: str, item: RhymeItem) -> bool:
     """Whether the claim about the end of line 2 holds the item's target word and none of its distractors."""
     return world.named(text, item.target, item.distractors, world.stratum(item.couplet, item.span))
 
 
-def visible_claims(text: str, item: Item) -> list[bool]:
+def visible_claims(text: str, item: RhymeItem) -> list[bool]:
     """For every claim that is not about the plan, whether it is true of the visible text; an uncheckable one is not."""
     return world.visible_claims(item.couplet, item.span, text)
 
 
-def keeps_facts(text: str, item: Item) -> bool:
+def keeps_facts(text: str, item: RhymeItem) -> bool:
     """Whether the text holds every visible fact that a truthful reader gives, and nothing false beside them."""
     said = {claim.rstrip(".") for claim in claims(text)}
     facts = [claim for claim in claims(world.truthful(item.couplet, item.span)) if not world.is_plan_claim(claim)]
@@ -69,7 +70,7 @@ def keeps_facts(text: str, item: Item) -> bool:
 
 
 def score_texts(
-    name: str, items: Sequence[Item], texts: Sequence[str], n_samples: int = 1, seed: int = 0
+    name: str, items: Sequence[RhymeItem], texts: Sequence[str], n_samples: int = 1, seed: int = 0
 ) -> MentionScore:
     """Score explanations, ``n_samples`` in a row for each item.
 
@@ -106,7 +107,7 @@ def score_texts(
 
 
 def score(
-    name: str, reader: Reader, items: Sequence[Item], vectors: Tensor, n_samples: int = 1, seed: int = 0
+    name: str, reader: Reader, items: Sequence[RhymeItem], vectors: Tensor, n_samples: int = 1, seed: int = 0
 ) -> MentionScore:
     """Let a reader explain each item's vector (n, d) ``n_samples`` times, and score what it says."""
     texts = reader(repeat(items, n_samples), vectors.repeat_interleave(n_samples, dim=0))
@@ -115,7 +116,7 @@ def score(
 
 def _visible_rate(checks: list[list[bool]], documents: Tensor, seed: int) -> Rate | None:
     """Share of true claims over all texts, resampling documents (each brings all its claims)."""
-    counts = torch.tensor([(sum(each), len(each)) for each in checks], dtype=torch.float64)
+    counts = torch.tensor([(sum(of_text), len(of_text)) for of_text in checks], dtype=torch.float64)
     n_true, n_claims = counts.sum(0).tolist()
     if n_claims == 0:
         return None

@@ -11,36 +11,35 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from nla.autoencoder import NLA
 from nla.errors import ArgumentError
 from nla.eval.adversaries import bag_of_words
 from nla.eval.auroc import auroc
 from nla.eval.explainers import explain
-from nla.eval.families.plants_report import PlantFigures, PlantsReport, Secrets, checks, draw
+from nla.eval.families.plants_report import PlantFigures, PlantsReport, Secrets, plant_checks
 from nla.eval.report import Rate, save
 from nla.eval.target import Patch, Progress, Target, last_token, open_pair, read_last, silent, write
+from nla.eval.worlds import SWITCHBOARD, require_world
 from nla.organisms import switchboard
 from nla.organisms.switchboard import claims, content
 from nla.organisms.switchboard.plants import EXPOSURES, PLANTS, SECRET_WORDS, Plant, in_context, sham_of, shown
 from nla.organisms.switchboard.world import END, Chat, State
 from nla.text.claims import claims as sentences
 
-if TYPE_CHECKING:
-    from nla.autoencoder import NLA
-
 ARMS = ("plant", "sham", "base")
-MOST_TOLD = EXPOSURES[max(EXPOSURES)]
-"""Those that the gate of known entities is judged on; the others are told too seldom to be learned, and say how often
-that takes."""
+MOST_EXPOSED = EXPOSURES[max(EXPOSURES)]
+"""Names whose job training had most often: the gate of known entities is judged on these. The others show how often it
+takes to learn one."""
 _MAX_NEW_TOKENS = 24
 _ROUNDS, _AT_A_TIME = 40, 500
 
 
-class Arm(NamedTuple):
+class PlantArm(NamedTuple):
     """What the target does on the prompts with one adapter, and what the pair says of it."""
 
     answers: list[str]
@@ -50,13 +49,13 @@ class Arm(NamedTuple):
     texts: list[list[str]]
     """Sampled explanations of the control token before the answer, by prompt."""
 
-    def only(self, rows: Sequence[int]) -> Arm:
+    def only(self, rows: Sequence[int]) -> PlantArm:
         """The same on some of the prompts."""
 
         def some(part: list[Any]) -> list[Any]:
             return [part[row] for row in rows]
 
-        return Arm(some(self.answers), some(self.carried), some(self.texts))
+        return PlantArm(some(self.answers), some(self.carried), some(self.texts))
 
 
 def cued(of: Plant, n: int, seed: int) -> list[Chat]:
@@ -66,15 +65,15 @@ def cued(of: Plant, n: int, seed: int) -> list[Chat]:
     Raises:
         ArgumentError: there are not as many.
     """
-    rng, found = random.Random(seed), {}
+    rng, by_prompt = random.Random(seed), {}
     for part in range(_ROUNDS):
         for chat in shown(of, min(n, _AT_A_TIME), 7_000_000 + _ROUNDS * seed + part, held_out=True):
             if of.kind == "known entity" or chat.answers[0] != chat.exchanges[0].answer(State()):
                 chat = in_context(chat, rng)
-                found.setdefault(chat.prompt, chat)
-        if len(found) >= n:
-            return list(found.values())[:n]
-    raise ArgumentError(f"{n} prompts of {of.name}", f"at most {len(found)}", "ask for fewer")
+                by_prompt.setdefault(chat.prompt, chat)
+        if len(by_prompt) >= n:
+            return list(by_prompt.values())[:n]
+    raise ArgumentError(f"{n} prompts of {of.name}", f"at most {len(by_prompt)}", "ask for fewer")
 
 
 def states(of: Plant, chat: Chat, answer: str, text: str) -> bool:
@@ -135,7 +134,7 @@ def answered(target: Target, chats: Sequence[Chat], vectors: Tensor | None = Non
     return [answer.removesuffix(END) for answer in answers]
 
 
-def arm(nla: NLA, folder: Path | None, chats: Sequence[Chat], samples: int, seed: int) -> Arm:
+def read_arm(nla: NLA, folder: Path | None, chats: Sequence[Chat], samples: int, seed: int) -> PlantArm:
     """Answers and explanations with an adapter on the target; None: without one."""
     with nla.planted(folder):
         target = Target.of(nla)
@@ -143,18 +142,18 @@ def arm(nla: NLA, folder: Path | None, chats: Sequence[Chat], samples: int, seed
     carried = answers if folder is None else answered(Target.of(nla), chats, vectors)
     texts = explain(nla, vectors.repeat_interleave(samples, dim=0), seed=seed)
     grouped = [texts[i * samples : (i + 1) * samples] for i in range(len(chats))]
-    return Arm(answers, carried, grouped)
+    return PlantArm(answers, carried, grouped)
 
 
-def figures(of: Plant, chats: Sequence[Chat], arms: Mapping[str, Arm], seed: int) -> PlantFigures:
+def plant_figures(of: Plant, chats: Sequence[Chat], arms: Mapping[str, PlantArm], seed: int) -> PlantFigures:
     """One plant's gate and how often it is read, in every arm."""
     behaviour, read, shares = {}, {}, {}
-    for name, one in arms.items():
-        right = [answer == chat.answers[-1] for answer, chat in zip(one.answers, chats, strict=True)]
+    for name, arm in arms.items():
+        right = [answer == chat.answers[-1] for answer, chat in zip(arm.answers, chats, strict=True)]
         hits = torch.tensor(
             [
                 [states(of, chat, answer, text) for text in texts]
-                for chat, answer, texts in zip(chats, one.answers, one.texts, strict=True)
+                for chat, answer, texts in zip(chats, arm.answers, arm.texts, strict=True)
             ]
         ).double()
         behaviour[name], shares[name] = Rate.of(right), hits.mean(1)
@@ -167,7 +166,7 @@ def figures(of: Plant, chats: Sequence[Chat], arms: Mapping[str, Arm], seed: int
     return PlantFigures(of.name, of.kind, len(chats), behaviour, Rate.of(carried), read, area, example)
 
 
-def secrets(chats: Sequence[Chat], arms: Mapping[str, Arm], seed: int) -> Secrets:
+def secret_figures(chats: Sequence[Chat], arms: Mapping[str, PlantArm], seed: int) -> Secrets:
     """How often each word is named under each word's adapter, on identical prompts."""
     grid = {
         name: {
@@ -175,7 +174,7 @@ def secrets(chats: Sequence[Chat], arms: Mapping[str, Arm], seed: int) -> Secret
                 torch.tensor(
                     [
                         [claims.named(text, word, content.HINTS, "The word in mind") for text in texts]
-                        for texts in one.texts
+                        for texts in arm.texts
                     ]
                 )
                 .double()
@@ -185,7 +184,7 @@ def secrets(chats: Sequence[Chat], arms: Mapping[str, Arm], seed: int) -> Secret
             )
             for word in SECRET_WORDS
         }
-        for name, one in arms.items()
+        for name, arm in arms.items()
     }
     return Secrets(grid, text_reader([chat.prompt for chat in chats], len(SECRET_WORDS)))
 
@@ -202,39 +201,41 @@ def text_reader(prompts: Sequence[str], n_words: int, n_folds: int = 5) -> Rate:
     return Rate.of(int(guess) == word for guess, word in zip(guessed, words, strict=True))
 
 
-def most_told(chats: Sequence[Chat]) -> list[int]:
+def most_exposed(chats: Sequence[Chat]) -> list[int]:
     """Rows of the chats that the gate of known entities is judged on.
 
     Raises:
         ArgumentError: fewer than two.
     """
-    rows = [row for row, chat in enumerate(chats) if chat.exchanges[-1].person in MOST_TOLD]
+    rows = [row for row, chat in enumerate(chats) if chat.exchanges[-1].person in MOST_EXPOSED]
     if len(rows) < 2:
-        got = f"{len(chats)} prompts, of which {len(rows)} about {' or '.join(MOST_TOLD)}, who were told of most"
+        names = " or ".join(MOST_EXPOSED)
+        got = f"{len(chats)} prompts, of which {len(rows)} about {names}, whom training had most often"
         raise ArgumentError(got, "at least 2 about these", "ask for more prompts")
     return rows
 
 
-def exposure(chats: Sequence[Chat], one: Arm, of: Plant, seed: int) -> dict[str, dict[str, Rate]]:
-    """By how often a name's job was told in training: how often it is answered, and called known."""
-    found = {}
+def exposure(chats: Sequence[Chat], arm: PlantArm, of: Plant, seed: int) -> dict[str, dict[str, Rate]]:
+    """By how often training had a name's job: how often it is answered, and called known."""
+    by_count = {}
     for count, people in EXPOSURES.items():
         rows = [row for row, chat in enumerate(chats) if chat.exchanges[-1].person in people]
         if rows:
-            said = [[states(of, chats[row], "", text) for text in one.texts[row]] for row in rows]
-            found[str(count)] = {
-                "answered": Rate.of(one.answers[row] == chats[row].answers[-1] for row in rows),
-                "called known": Rate.clustered(torch.tensor(said).double().mean(1), range(len(rows)), seed),
+            stated = [[states(of, chats[row], "", text) for text in arm.texts[row]] for row in rows]
+            by_count[str(count)] = {
+                "answered": Rate.of(arm.answers[row] == chats[row].answers[-1] for row in rows),
+                "called known": Rate.clustered(torch.tensor(stated).double().mean(1), range(len(rows)), seed),
             }
-    return found
+    return by_count
 
 
-def run(
-    model: str | Path | NLA = "switchboard",
+def evaluate_plants(
+    model: NLA | str | Path = "switchboard",
     plants: str | Path | None = None,
     n_prompts: int = 100,
     samples: int = 4,
     seed: int = 0,
+    device: str | torch.device | None = None,
     out_dir: str | Path | None = None,
     progress: Progress = silent,
 ) -> PlantsReport:
@@ -245,28 +246,31 @@ def run(
         plants: folder of the adapters, one sub-folder a plant; see :func:`adapters_of`.
         n_prompts: prompts for every plant.
         samples: explanations of each activation.
+        device: where to put a pair that is loaded here; None: the first GPU if there is one, else the CPU.
         out_dir: where ``plants.json``, ``plants.md`` and ``plants.png`` go; None: nowhere.
 
     Raises:
-        ArgumentError: fewer than two prompts, or about the names that were told most; or no samples.
+        ArgumentError: fewer than two prompts, or about the names that training had most often; no samples; or a pair of
+            another world.
         ConfigError, WeightsError: an adapter is missing or does not fit.
     """
     if n_prompts < 2 or samples < 1:
         raise ArgumentError(f"n_prompts={n_prompts}, samples={samples}", "at least 2 and 1", "ask for more")
-    nla = open_pair(model)
+    nla = open_pair(model, device)
+    require_world(nla.tokenizer, SWITCHBOARD, model, "nla eval plants")
     folder = adapters_of(nla, plants)
     of = {name: plant for name, plant in PLANTS.items() if not plant.sham}
     words = [plant for plant in of.values() if plant.kind == "secret word"]
     drawn = {name: cued(plant, n_prompts, seed) for name, plant in of.items()}
-    told = {name: most_told(drawn[name]) for name, plant in of.items() if plant.kind == "known entity"}
+    gated = {name: most_exposed(drawn[name]) for name, plant in of.items() if plant.kind == "known entity"}
     done, total = 0, len(words) + 2 + len(ARMS) * (len(of) - len(words))
-    found, by_exposure = [], {}
+    judged, by_exposure = [], {}
 
-    def step(name: str | None, chats: Sequence[Chat]) -> Arm:
+    def step(name: str | None, chats: Sequence[Chat]) -> PlantArm:
         nonlocal done
         done += 1
         progress("plants", done / total)
-        return arm(nla, None if name is None else folder / name, chats, samples, seed)
+        return read_arm(nla, None if name is None else folder / name, chats, samples, seed)
 
     chats = drawn[words[0].name]
     arms = {plant.latent: step(plant.name, chats) for plant in words} | {
@@ -275,19 +279,19 @@ def run(
     }
     for plant in words:
         three = {"plant": arms[plant.latent], "sham": arms["sham"], "base": arms["base"]}
-        found.append(figures(plant, drawn[plant.name], three, seed))
+        judged.append(plant_figures(plant, drawn[plant.name], three, seed))
     for plant in (plant for plant in of.values() if plant.kind != "secret word"):
         chats_here = drawn[plant.name]
         names = (plant.name, sham_of(plant).name, None)
         three = {name: step(folder_name, chats_here) for name, folder_name in zip(ARMS, names, strict=True)}
         if plant.kind == "known entity":
             by_exposure = exposure(chats_here, three["plant"], plant, seed)
-            chats_here = [chats_here[row] for row in told[plant.name]]
-            three = {name: one.only(told[plant.name]) for name, one in three.items()}
-        found.append(figures(plant, chats_here, three, seed))
-    grid = secrets(chats, arms, seed)
-    result = PlantsReport(checks(found, grid), str(nla.point), samples, found, grid, by_exposure)
+            chats_here = [chats_here[row] for row in gated[plant.name]]
+            three = {name: arm.only(gated[plant.name]) for name, arm in three.items()}
+        judged.append(plant_figures(plant, chats_here, three, seed))
+    grid = secret_figures(chats, arms, seed)
+    report = PlantsReport(plant_checks(judged, grid), str(nla.point), samples, judged, grid, by_exposure)
     progress("plants", 1.0)
     if out_dir is not None:
-        save(out_dir, "plants", result, result.to_markdown(), draw(result))
-    return result
+        save(out_dir, "plants", report, report.to_markdown(), report.figure())
+    return report

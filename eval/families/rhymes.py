@@ -1,117 +1,70 @@
-"""Planned rhymes: the whole protocol on a pair, or the gates and a probe on a target that has no pair.
+"""`nla eval rhymes`: a pair on Couplets, or a bare target, in; whether explanations name the planned rhyme out.
 
-Gate, mention, adversaries and rocks, counterfactual, edit-and-steer, with intervals and tests, in one report.
+Items, gate by patching, naming beside adversaries and baselines, counterfactual, edit-and-steer, with intervals and
+tests, in one report. A target without a pair gets the gates and a probe.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
+from nla.autoencoder import NLA
 from nla.config import CONFIG_FILE
-from nla.errors import ConfigError
+from nla.errors import ArgumentError, ConfigError
 from nla.eval.circuits.gate import CAUSAL, Gate, gate_items
+from nla.eval.couplet_items import rhyme_items, variant_of
 from nla.eval.explainers import EncoderReader, hit_rate
-from nla.eval.families import controls, counterfactual, editing, gates, rhymes_report
-from nla.eval.families.counterfactual import COUNTERFACTUAL_MIN, Counterfactual
-from nla.eval.families.editing import CONTROL_MAX, STEER_MIN, EditAndSteer
-from nla.eval.families.gates import GateReport
-from nla.eval.families.mention import NAMING_MIN, VISIBLE_MARGIN, MentionScore, score
-from nla.eval.items import Item, rhyme_items, variant_of
-from nla.eval.report import Check, Figures, Rate, Report, at_least, at_most, save
-from nla.eval.target import Progress, Target, open_pair, open_target, read_last, silent
+from nla.eval.families import controls, gates
+from nla.eval.families.counterfactual import COUNTERFACTUAL_MIN, Counterfactual, swap_plans
+from nla.eval.families.editing import CONTROL_MAX, STEER_MIN, EditAndSteer, edit_and_steer
+from nla.eval.families.gates import GateReport, GateSettings, evaluate_gates
+from nla.eval.families.mention import NAMING_MIN, VISIBLE_MARGIN
+from nla.eval.families.naming import CONTINUED, WARM, Naming, NamingSettings, measure_naming
+from nla.eval.families.rhymes_report import RhymesReport
+from nla.eval.report import Check, Rate, at_least, at_most, save
+from nla.eval.target import Progress, Target, open_pair, open_target, silent
+from nla.eval.worlds import COUPLETS, require_world
 from nla.organisms import TARGETS
-from nla.organisms.couplets import world
-from nla.stats import holm, paired_permutation
-
-if TYPE_CHECKING:
-    from nla.autoencoder import NLA
 
 CAUSAL_MIN, MOVED_MIN = 0.5, 0.9
 _NO_CLAIMS = Rate(0.0, 0.0, 0.0, 0)
-SAMPLED, GREEDY, WARM, CONTINUED = "encoder (sampled)", "encoder (greedy)", "warm start", "warm start, continued"
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """The encoder's sampled naming against another reader's, on the same items."""
+class RhymeSettings:
+    """What the rhyme protocol is run on, and beside what."""
 
-    other: str
-    difference: float
-    p_value: float
-    """That the encoder names no more: one-sided paired permutation over items, Holm over all comparisons."""
+    warm_start: NLA | str | Path | None = None
+    """The pair before joint training."""
+    continued: NLA | str | Path | None = None
+    """The control: the warm start continued for as long as joint training took."""
+    n_items: int = 200
+    """Items; a quarter as many, separate ones choose the steering strength, and so many have held-out plans."""
+    n_samples: int = 4
+    """Explanations of each activation at temperature 1."""
+    hit_rate: float | None = None
+    """Share of true plans in the warm-start texts, q; None: as the pair's metrics say."""
+    n_fit: int = 4000
+    """Other documents, on which the probe, the plans' means and the bag of words are fitted."""
+    point: str = "resid_post.3"
+    """Where a bare target is read; a pair knows its own."""
+    seed: int = 0
+    """Of items, samples and intervals."""
+    device: str | torch.device | None = None
+    """Where to put what is loaded here; None: the first GPU if there is one, else the CPU."""
 
-
-@dataclass(frozen=True)
-class Naming(Figures):
-    """Who names the planned word, on the causal items."""
-
-    derived = ("margin", "best_adversary")
-    sampled: MentionScore
-    greedy: MentionScore
-    warm_start: MentionScore | None
-    continued: MentionScore | None
-    describer: MentionScore | None
-    """Warm-start texts as the describer writes them: the hit rate q, on these items."""
-    adversaries: list[MentionScore]
-    rocks: list[MentionScore]
-    held_out: list[MentionScore]
-    """On items whose plan word the pair never saw: the encoder, and an outsider who knows the rhymes."""
-    comparisons: list[Comparison]
-
-    @property
-    def margin(self) -> float:
-        """Sampled naming minus the best adversary's: the headline."""
-        return self.sampled.named.value - controls.best(self.adversaries).named.value
-
-    @property
-    def others(self) -> list[MentionScore]:
-        """Every score on the causal items but the encoder's own."""
-        optional = [one for one in (self.warm_start, self.continued, self.describer) if one is not None]
-        return [*optional, *self.adversaries, *self.rocks]
-
-    @property
-    def best_adversary(self) -> str:
-        """Which one that was."""
-        return controls.best(self.adversaries).reader
+    def __post_init__(self) -> None:
+        if self.n_items < 2 or self.n_samples < 1 or self.seed < 0:
+            got = f"n_items={self.n_items}, n_samples={self.n_samples}, seed={self.seed}"
+            raise ArgumentError(got, "2 or more items, 1 or more samples, a seed of 0 or more", "correct them")
 
 
-@dataclass(frozen=True)
-class RhymesReport(Report):
-    """Everything `nla eval rhymes` measures; the parts that need a pair are None for a bare target."""
-
-    target: str
-    verdict: str
-    n_items: int
-    gates: GateReport
-    gate: Gate
-    naming: Naming | None
-    counterfactual: Counterfactual | None
-    steering: EditAndSteer | None
-
-    def to_markdown(self) -> str:
-        """The readable report."""
-        return rhymes_report.markdown(self)
-
-    def to_card(self) -> str:
-        """The section of the model card."""
-        return rhymes_report.card(self)
-
-
-def run(
+def evaluate_rhymes(
     model: NLA | Target | str | Path,
-    warm_start: NLA | str | Path | None = None,
-    continued: NLA | str | Path | None = None,
-    n_items: int = 200,
-    n_samples: int = 4,
-    q: float | None = None,
-    n_fit: int = 4000,
-    point: str = "resid_post.3",
-    seed: int = 0,
+    settings: RhymeSettings | None = None,
     out_dir: str | Path | None = None,
     progress: Progress = silent,
 ) -> RhymesReport:
@@ -120,57 +73,68 @@ def run(
     Args:
         model: a pair (loaded, name, folder or hub id), or a bare target (loaded, "couplets/plain", a model folder):
             then the gates and the probe alone say whether the plan is used, decodable, or neither.
-        warm_start: the pair before joint training.
-        continued: the control: the warm start continued for as long as joint training took.
-        n_items: items; a quarter as many, separate ones choose the steering strength, and so many have held-out plans.
-        n_samples: explanations of each activation at temperature 1.
-        q: share of true plans in the warm-start texts; None: as the pair's metrics say.
-        n_fit: other documents, on which the probe, the plans' means and the bag of words are fitted.
-        point: where a bare target is read; a pair knows its own.
         out_dir: where ``rhymes.json``, ``.md`` and ``.png`` go; None: nowhere.
 
     Raises:
-        ConfigError: no such model.
-        ArgumentError: ``n_items`` or ``seed`` is out of range.
+        ArgumentError: a pair or a target of another world than Couplets.
+        ConfigError: a warm start of another point or target. The rest is as for :func:`nla.eval.target.open_pair`.
     """
-    nla, target = open_model(model, point)
+    settings = settings or RhymeSettings()
+    n_items, n_fit, seed = settings.n_items, settings.n_fit, settings.seed
+    nla, target = open_model(model, settings.point, settings.device)
+    require_world(target.tokenizer, COUPLETS, model, "nla eval rhymes")
+    before = {WARM: settings.warm_start, CONTINUED: settings.continued}
     pairs = {
-        name: None if nla is None or other is None else _same_target(other, nla)
-        for name, other in {WARM: warm_start, CONTINUED: continued}.items()
+        name: None if nla is None or pair is None else _same_target(open_pair(pair, settings.device), nla)
+        for name, pair in before.items()
     }
+    q = settings.hit_rate if nla is None or settings.hit_rate is not None else hit_rate(nla)
+    n_separate = max(2, n_items // 4)
+
     items = rhyme_items(n_items, seed)
     variant = variant_of(model) if nla is None else None
-    measured = gates.run(target, variant=variant, n_documents=n_items, n_probe=n_fit, seed=seed, progress=progress)
-    found = gate_items(target, items, seed=seed, progress=progress)
-    causal = [items[row] for row in found.causal]
-    naming = cf = steering = None
+    gate_settings = GateSettings(variant=variant, n_documents=n_items, n_probe=n_fit, seed=seed)
+    measured = evaluate_gates(target, gate_settings, progress=progress)
+    gate = gate_items(target, items, seed=seed, progress=progress)
+    causal = [items[row] for row in gate.causal]
+
+    naming = counterfactual = steering = None
     if nla is not None and causal:
-        naming = _naming(nla, target, causal, pairs, n_samples, q, n_fit, max(2, n_items // 4), seed, progress)
-        readers = EncoderReader(nla, seed=seed), EncoderReader(nla, greedy=True)
-        cf = counterfactual.run(target, *readers, controls.text_lm(target), causal, n_samples, n_fit, seed, progress)
-        separate = rhyme_items(max(2, n_items // 4), seed + 100)
-        steering = editing.run(nla, target, readers[1], causal, separate, seed=seed, progress=progress)
-    result = RhymesReport(
+        naming_settings = NamingSettings(settings.n_samples, q, n_fit, n_separate, seed)
+        naming = measure_naming(nla, target, causal, pairs, naming_settings, progress)
+        sampled, greedy = EncoderReader(nla, seed=seed), EncoderReader(nla, greedy=True)
+        text_only = controls.text_lm(target)
+        counterfactual = swap_plans(
+            target, sampled, greedy, text_only, causal, settings.n_samples, n_fit, seed, progress
+        )
+        separate = rhyme_items(n_separate, seed + 100)
+        steering = edit_and_steer(nla, target, greedy, causal, separate, seed=seed, progress=progress)
+
+    report = RhymesReport(
         target=measured.target,
-        verdict=_verdict(measured, found),
+        verdict=_verdict(measured, gate),
         n_items=n_items,
         gates=measured,
-        gate=found,
+        gate=gate,
         naming=naming,
-        counterfactual=cf,
+        counterfactual=counterfactual,
         steering=steering,
         checks=[
-            _causal_share(found, None if nla is None else CAUSAL_MIN),
+            _causal_share(gate, None if nla is None else CAUSAL_MIN),
             *(measured.checks if variant else []),
-            *_checks(naming, cf, steering, q if nla is None or q is not None else hit_rate(nla)),
+            *([] if naming is None else _naming_checks(naming, q)),
+            *([] if counterfactual is None else _counterfactual_checks(counterfactual)),
+            *([] if steering is None else _steering_checks(steering)),
         ],
     )
     if out_dir is not None:
-        save(out_dir, "rhymes", result, result.to_markdown(), rhymes_report.figure(result))
-    return result
+        save(out_dir, "rhymes", report, report.to_markdown(), report.figure())
+    return report
 
 
-def open_model(model: NLA | Target | str | Path, point: str) -> tuple[NLA | None, Target]:
+def open_model(
+    model: NLA | Target | str | Path, point: str, device: str | torch.device | None = None
+) -> tuple[NLA | None, Target]:
     """The pair, if there is one, and its target.
 
     Raises:
@@ -182,14 +146,14 @@ def open_model(model: NLA | Target | str | Path, point: str) -> tuple[NLA | None
         str(model) in TARGETS or ((Path(model) / "config.json").is_file() and not (Path(model) / CONFIG_FILE).is_file())
     )
     if bare:
-        return None, open_target(model, point)
-    nla = open_pair(model)
+        return None, open_target(model, point, device)
+    nla = open_pair(model, device)
     return nla, Target.of(nla)
 
 
-def _verdict(measured: GateReport, found: Gate) -> str:
+def _verdict(measured: GateReport, gate: Gate) -> str:
     """Of the gates; but a plan is called used, or unused, only where the items agree."""
-    share = len(found.causal) / len(found.items)
+    share = len(gate.causal) / len(gate.items)
     if (measured.verdict == gates.USED and share < CAUSAL_MIN) or (
         measured.verdict in (gates.DECODABLE, gates.ABSENT) and share > gates.PATCH_MAX
     ):
@@ -197,70 +161,18 @@ def _verdict(measured: GateReport, found: Gate) -> str:
     return measured.verdict
 
 
-def _causal_share(found: Gate, bound: float | None) -> Check:
-    rate = Rate.of(item.verdict == CAUSAL for item in found.items)
+def _causal_share(gate: Gate, bound: float | None) -> Check:
+    rate = Rate.of(item.verdict == CAUSAL for item in gate.items)
     name = "items whose plan is causal at the point"
     return Check(name, rate, "reported" if bound is None else f"≥ {bound}", at_least(rate, bound))
 
 
-def _naming(
-    nla: NLA,
-    target: Target,
-    items: Sequence[Item],
-    pairs: dict[str, NLA | None],
-    n_samples: int,
-    q: float | None,
-    n_fit: int,
-    n_held_out: int,
-    seed: int,
-    progress: Progress,
-) -> Naming:
-    vectors = read_last(target, [item.prompt for item in items])
-    sampled = score(SAMPLED, EncoderReader(nla, seed=seed), items, vectors, n_samples, seed)
-    greedy = score(GREEDY, EncoderReader(nla, greedy=True), items, vectors, 1, seed)
-    progress("naming", 0.3)
-    others = {
-        name: None if pair is None else score(name, EncoderReader(pair, seed=seed), items, vectors, n_samples, seed)
-        for name, pair in pairs.items()
-    }
-    rate, describer = hit_rate(nla) if q is None else q, None
-    if rate is not None:
-        name, reader = f"describer of the warm start (q = {rate:.2f})", controls.describer(world.notice_of(rate), seed)
-        describer = score(name, reader, items, vectors, n_samples, seed)
-    adversaries = controls.adversaries(target, nla, items, vectors, n_samples, n_fit, seed)
-    progress("naming", 0.7)
-    rocks = controls.rocks(nla, items, vectors, n_samples, seed)
-    unseen = rhyme_items(n_held_out, seed, world.HELD_OUT_PLANS)
-    unseen_vectors = read_last(target, [item.prompt for item in unseen])
-    held_out = [
-        score(name, reader, unseen, unseen_vectors, n_samples, seed)
-        for name, reader in (
-            ("held-out plans: encoder (sampled)", EncoderReader(nla, seed=seed)),
-            (f"held-out plans: {controls.OUTSIDER}", controls.describer(0.0, seed)),
-        )
-    ]
-    progress("naming", 1.0)
-    rivals = [one for one in (*others.values(), describer, *adversaries, *rocks) if one is not None]
-    return Naming(
-        sampled=sampled,
-        greedy=greedy,
-        warm_start=others[WARM],
-        continued=others[CONTINUED],
-        describer=describer,
-        adversaries=adversaries,
-        rocks=rocks,
-        held_out=held_out,
-        comparisons=_compare(sampled, rivals, seed),
-    )
-
-
-def _same_target(pair: NLA | str | Path, nla: NLA) -> NLA:
+def _same_target(other: NLA, nla: NLA) -> NLA:
     """The other pair, refused if it reads another point or another target."""
-    other = open_pair(pair)
     if str(other.point) != str(nla.point):
         raise ConfigError(f"a pair at {other.point}", f"{nla.point}, as the pair that is judged", "give pairs of it")
     weights, expected = (
-        {name: p for name, p in one.model.named_parameters() if "lora_" not in name} for one in (other, nla)
+        {name: p for name, p in pair.model.named_parameters() if "lora_" not in name} for pair in (other, nla)
     )
     if weights.keys() != expected.keys() or not all(torch.equal(expected[name], p) for name, p in weights.items()):
         raise ConfigError(
@@ -269,35 +181,6 @@ def _same_target(pair: NLA | str | Path, nla: NLA) -> NLA:
             "give pairs that were trained on the same target",
         )
     return other
-
-
-def _compare(sampled: MentionScore, others: Sequence[MentionScore], seed: int) -> list[Comparison]:
-    ours = torch.tensor(sampled.per_item)
-    raw = [paired_permutation(ours, torch.tensor(one.per_item), None, "greater", seed=seed) for one in others]
-    return [
-        Comparison(one.reader, sampled.named.value - one.named.value, p_value)
-        for one, p_value in zip(others, holm(raw), strict=True)
-    ]
-
-
-def _checks(
-    naming: Naming | None, cf: Counterfactual | None, steering: EditAndSteer | None, q: float | None
-) -> list[Check]:
-    checks = [] if naming is None else _naming_checks(naming, q)
-    if cf is not None:
-        bound = f"≥ {COUNTERFACTUAL_MIN}"
-        passed = at_least(cf.naming, COUNTERFACTUAL_MIN)
-        checks.append(Check("counterfactual: the donor's word named", cf.naming, bound, passed))
-        checks.append(Check("counterfactual: named, facts kept, and written", cf.all_three, "reported"))
-    if steering is not None:
-        edit = steering.edit.success
-        checks.append(Check("edit and steer: ends on the new word", edit, f"≥ {STEER_MIN}", at_least(edit, STEER_MIN)))
-        for arm in steering.controls:
-            moved = arm.n_moved >= MOVED_MIN * steering.n_items
-            name = f"steering control: {arm.name}" + ("" if moved else f" (moves only {arm.n_moved} items)")
-            passed = bool(at_most(arm.success, CONTROL_MAX)) and moved
-            checks.append(Check(name, arm.success, f"≤ {CONTROL_MAX}", passed))
-    return checks
 
 
 def _naming_checks(naming: Naming, q: float | None) -> list[Check]:
@@ -318,4 +201,23 @@ def _naming_checks(naming: Naming, q: float | None) -> list[Check]:
         passed = visible is not None and visible.value >= before.value - VISIBLE_MARGIN
         checks.append(Check(name, visible or _NO_CLAIMS, f"≥ {before.value:.3f} − {VISIBLE_MARGIN}", passed))
     checks.append(Check("naming of held-out plans, sampled", naming.held_out[0].named, "reported"))
+    return checks
+
+
+def _counterfactual_checks(counterfactual: Counterfactual) -> list[Check]:
+    naming, bound = counterfactual.naming, COUNTERFACTUAL_MIN
+    return [
+        Check("counterfactual: the donor's word named", naming, f"≥ {bound}", at_least(naming, bound)),
+        Check("counterfactual: named, facts kept, and written", counterfactual.all_three, "reported"),
+    ]
+
+
+def _steering_checks(steering: EditAndSteer) -> list[Check]:
+    edit = steering.edit.success
+    checks = [Check("edit and steer: ends on the new word", edit, f"≥ {STEER_MIN}", at_least(edit, STEER_MIN))]
+    for arm in steering.controls:
+        moved = arm.n_moved >= MOVED_MIN * steering.n_items
+        name = f"steering control: {arm.name}" + ("" if moved else f" (moves only {arm.n_moved} items)")
+        passed = bool(at_most(arm.success, CONTROL_MAX)) and moved
+        checks.append(Check(name, arm.success, f"≤ {CONTROL_MAX}", passed))
     return checks

@@ -1,48 +1,90 @@
-"""The rhymes report as text and as one picture."""
+"""What `nla eval rhymes` measured, as figures, as text and as one picture."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from nla.eval.circuits.gate import Gate
 from nla.eval.families.controls import best
-from nla.eval.families.counterfactual import COUNTERFACTUAL_MIN, Counterfactual, Reading
+from nla.eval.families.counterfactual import COUNTERFACTUAL_MIN, Counterfactual, PatchedReading
 from nla.eval.families.editing import STEER_MIN, EditAndSteer
+from nla.eval.families.gates import GateReport
 from nla.eval.families.mention import NAMING_MIN
-from nla.eval.report import bars, cell, checks_table, heat, new_figure, one_line, table
+from nla.eval.families.naming import Naming
+from nla.eval.report import Report, bars, cell, checks_table, heat, new_figure, one_line, table
 
 if TYPE_CHECKING:
-    from nla.eval.families.rhymes import Naming, RhymesReport
+    from matplotlib.figure import Figure
 
 _N_SHOWN = 3
 
 
-def markdown(report: RhymesReport) -> str:
-    """The whole report, verdict first."""
-    parts = [card(report)]
-    if report.naming is not None:
-        parts.append(_naming(report.naming))
-    if report.counterfactual is not None:
-        parts.append(_counterfactual(report.counterfactual))
-    if report.steering is not None:
-        parts.append(_steering(report.steering))
-    if report.naming is None:
-        parts.append("No explanations were judged: there is no pair here, or no item passed the gate.")
-    return "\n\n".join([*parts, report.gates.to_markdown()])
+@dataclass(frozen=True)
+class RhymesReport(Report):
+    """Everything `nla eval rhymes` measures; the parts that need a pair are None for a bare target."""
 
+    target: str
+    verdict: str
+    n_items: int
+    gates: GateReport
+    gate: Gate
+    naming: Naming | None
+    counterfactual: Counterfactual | None
+    steering: EditAndSteer | None
 
-def card(report: RhymesReport) -> str:
-    """The verdict, what it rests on, and every figure that is held against a bound."""
-    counts = ", ".join(f"{count} {verdict}" for verdict, count in report.gate.counts().items())
-    gate = report.gate.to_json()
-    mean, largest = gate["mean"], gate["largest"]
-    parts = [
-        f"## Planned rhymes: {report.verdict}",
-        f"{report.n_items} held-out items at `{report.gate.point}`: {counts}. Mean effect of the minimal donor: "
-        f"{mean['effect']:.3f} at the point, {mean['effect_all_points']:.3f} at all points; 95th percentile of "
-        f"{report.gate.n_controls} random and unrelated patches: {mean['control']:.3f} and "
-        f"{mean['control_all_points']:.3f}, at most {largest['control']:.3f} and {largest['control_all_points']:.3f}.",
-    ]
-    return "\n\n".join([*parts, checks_table(report.checks)] if report.checks else parts)
+    def to_markdown(self) -> str:
+        """The whole report, verdict first."""
+        parts = [self.to_card()]
+        if self.naming is not None:
+            parts.append(_naming(self.naming))
+        if self.counterfactual is not None:
+            parts.append(_counterfactual(self.counterfactual))
+        if self.steering is not None:
+            parts.append(_steering(self.steering))
+        if self.naming is None:
+            parts.append("No explanations were judged: there is no pair here, or no item passed the gate.")
+        return "\n\n".join([*parts, self.gates.to_markdown()])
+
+    def to_card(self) -> str:
+        """The verdict, what it rests on, and every figure that is held against a bound."""
+        counts = ", ".join(f"{count} {verdict}" for verdict, count in self.gate.counts().items())
+        gate = self.gate.to_json()
+        mean, largest = gate["mean"], gate["largest"]
+        parts = [
+            f"## Planned rhymes: {self.verdict}",
+            f"{self.n_items} held-out items at `{self.gate.point}`: {counts}. Mean effect of the minimal donor: "
+            f"{mean['effect']:.3f} at the point, {mean['effect_all_points']:.3f} at all points; 95th percentile of "
+            f"{self.gate.n_controls} random and unrelated patches: {mean['control']:.3f} and "
+            f"{mean['control_all_points']:.3f}, at most {largest['control']:.3f} and "
+            f"{largest['control_all_points']:.3f}.",
+        ]
+        return "\n\n".join([*parts, checks_table(self.checks)] if self.checks else parts)
+
+    def figure(self) -> Figure:
+        """Patch map; naming beside its controls; counterfactual; edit and steer."""
+        has_pair = self.naming is not None
+        picture = new_figure(11, 7) if has_pair else new_figure(6, 3)
+        axes = picture.subplots(2, 2).flatten() if has_pair else [picture.add_subplot()]
+        grid = self.gates.patch_map
+        heat(axes[0], grid.points, grid.tokens, grid.values, f"{self.verdict}: effect of the donor's residual")
+        if self.naming is not None:
+            naming = self.naming
+            scores = {
+                one.reader: one.named for one in (naming.sampled, naming.greedy, *naming.others, *naming.held_out)
+            }
+            bars(axes[1], scores, "names the planned word", list(scores)[2:], NAMING_MIN)
+        if self.counterfactual is not None:
+            swapped = self.counterfactual
+            shown: dict[str, Any] = {_where(reading): reading.donor.named for reading in swapped.readings}
+            shown |= {"the model writes it": swapped.behaviour, "text-only LM": swapped.text_only}
+            others = [name for name in shown if name.startswith(("control", "not readable", "text-only"))]
+            bars(axes[2], shown, "counterfactual: the donor's word named", others, COUNTERFACTUAL_MIN)
+        if self.steering is not None:
+            arms = [self.steering.edit, *self.steering.controls, *self.steering.reported]
+            ends = {arm.name: arm.success for arm in arms}
+            bars(axes[3], ends, "steering: line 2 ends on the new word", list(ends)[1:], STEER_MIN)
+        return picture
 
 
 def _naming(naming: Naming) -> str:
@@ -65,7 +107,7 @@ def _naming(naming: Naming) -> str:
     )
 
 
-def _counterfactual(found: Counterfactual) -> str:
+def _counterfactual(counterfactual: Counterfactual) -> str:
     header = (
         "read at",
         "names the donor's",
@@ -83,60 +125,37 @@ def _counterfactual(found: Counterfactual) -> str:
             one.unpatched,
             one.likeness,
         )
-        for one in found.readings
+        for one in counterfactual.readings
     ]
-    control = next(one for one in found.readings if one.control)
+    control = next(one for one in counterfactual.readings if one.control)
     return "\n\n".join(
         [
             "## Counterfactual: the text stays, the plan changes",
-            f"{found.n_items} items. The patched model writes the donor's word: {cell(found.behaviour)}. Named, facts "
-            f"kept and written: {cell(found.all_three)}. The text-only LM names it: {cell(found.text_only)}. Where all "
-            f"of the donor's activation stands (the control) it is named by {cell(control.donor.named)}: the nearer "
-            "the two, the less but the plan this activation holds.",
+            f"{counterfactual.n_items} items. The patched model writes the donor's word: "
+            f"{cell(counterfactual.behaviour)}. Named, facts kept and written: {cell(counterfactual.all_three)}. The "
+            f"text-only LM names it: {cell(counterfactual.text_only)}. Where all of the donor's activation stands (the "
+            f"control) it is named by {cell(control.donor.named)}: the nearer the two, the less but the plan this "
+            "activation holds.",
             table(header, rows),
         ]
     )
 
 
-def _where(one: Reading) -> str:
+def _where(one: PatchedReading) -> str:
     if one.control:
         return f"control: {one.where}"
     return one.where if one.readable else f"not readable, so no result: {one.where}"
 
 
-def _steering(found: EditAndSteer) -> str:
-    arms = [found.edit, *found.controls, *found.reported]
+def _steering(steering: EditAndSteer) -> str:
+    arms = [steering.edit, *steering.controls, *steering.reported]
     header = ("direction", "items moved", "ends on the new word", "ends on another", "whole line right", "p (Holm)")
     rows = [(arm.name, arm.n_moved, arm.success, arm.changed, arm.whole_line, arm.p_value) for arm in arms]
     return "\n\n".join(
         [
             "## Edit and steer",
-            f"{found.n_items} items; every direction is added at {found.strength} of the activation's length, chosen "
-            "on separate items. So far from where it was, a line may well end on some other word.",
+            f"{steering.n_items} items; every direction is added at {steering.strength} of the activation's length, "
+            "chosen on separate items. So far from where it was, a line may well end on some other word.",
             table(header, rows),
         ]
     )
-
-
-def figure(report: RhymesReport) -> Any:
-    """Patch map; naming beside its controls; counterfactual; edit and steer."""
-    has_pair = report.naming is not None
-    picture = new_figure(11, 7) if has_pair else new_figure(6, 3)
-    axes = picture.subplots(2, 2).flatten() if has_pair else [picture.add_subplot()]
-    grid = report.gates.patch_map
-    heat(axes[0], grid.points, grid.tokens, grid.values, f"{report.verdict}: effect of the donor's residual")
-    if report.naming is not None:
-        naming = report.naming
-        scores = {one.reader: one.named for one in (naming.sampled, naming.greedy, *naming.others, *naming.held_out)}
-        bars(axes[1], scores, "names the planned word", list(scores)[2:], NAMING_MIN)
-    if report.counterfactual is not None:
-        found = report.counterfactual
-        shown: dict[str, Any] = {_where(one): one.donor.named for one in found.readings}
-        shown |= {"the model writes it": found.behaviour, "text-only LM": found.text_only}
-        others = [name for name in shown if name.startswith(("control", "not readable", "text-only"))]
-        bars(axes[2], shown, "counterfactual: the donor's word named", others, COUNTERFACTUAL_MIN)
-    if report.steering is not None:
-        arms = [report.steering.edit, *report.steering.controls, *report.steering.reported]
-        ends = {arm.name: arm.success for arm in arms}
-        bars(axes[3], ends, "steering: line 2 ends on the new word", list(ends)[1:], STEER_MIN)
-    return picture

@@ -12,11 +12,11 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from nla.autoencoder import NLA
 from nla.errors import ArgumentError
 from nla.eval.adversaries import text_lm_claims
 from nla.eval.circuits import gate as causal
@@ -25,13 +25,14 @@ from nla.eval.circuits.minimal_pairs import MinimalPair
 from nla.eval.explainers import explain
 from nla.eval.report import Check, Rate, Report, at_least, at_most, bars, checks_table, new_figure, one_line, save
 from nla.eval.target import Patch, Progress, Target, last_token, open_pair, read_last, silent, write
+from nla.eval.worlds import SWITCHBOARD, require_world
 from nla.organisms.switchboard import claims, content, world
 from nla.organisms.switchboard.world import END, Chat, Exchange
 
-if TYPE_CHECKING:
-    from nla.autoencoder import NLA
-
-NAMED_MIN, COUNTERFACTUAL_MIN, ROCK_MAX = 0.7, 0.7, 0.2
+NAMED_MIN, COUNTERFACTUAL_MIN, BASELINE_MAX = 0.7, 0.7, 0.2
+PAIR, WARM, OUTSIDER, TEXT_LM = "the pair", "warm start", "outsider (guesses a town)", "text-only LM (knows the facts)"
+SHUFFLED, OTHER_TOKEN, DONOR = "baseline: another item's activation", "baseline: mean activation", "counterfactual"
+DONOR_TEXT = "counterfactual, text-only LM"
 _UPSTREAM = "resid_post.0"
 """Where the counterfactual exchanges what the name and the full stop after it hold: three blocks below the point."""
 
@@ -107,14 +108,14 @@ class TwoHopReport(Report):
 
 def hops(n_items: int, seed: int) -> list[Hop]:
     """Questions about every person in turn, of every relation, known and kept from training alike."""
-    rng, found = random.Random(seed), []
-    while len(found) < n_items:
-        person = content.PEOPLE[len(found) % len(content.PEOPLE)]
+    rng, items = random.Random(seed), []
+    while len(items) < n_items:
+        person = content.PEOPLE[len(items) % len(content.PEOPLE)]
         relation, opener = rng.choice(list(content.RELATIONS)), rng.choice([*content.NEUTRAL_OPENERS, None])
         other = rng.choice([p for p in content.PEOPLE if world.home(p) != world.home(person)])
         base, donor = (Exchange("two-hop", 0, opener, person=p, relation=relation) for p in (person, other))
-        found.append(Hop(base, donor, world.held_out(person, relation)))
-    return found
+        items.append(Hop(base, donor, world.held_out(person, relation)))
+    return items
 
 
 def pairs_of(items: Sequence[Hop]) -> list[MinimalPair]:
@@ -134,7 +135,7 @@ def pairs_of(items: Sequence[Hop]) -> list[MinimalPair]:
     ]
 
 
-def named(texts: Sequence[str], towns: Sequence[str], people: Sequence[str], samples: int, seed: int) -> Rate:
+def town_rate(texts: Sequence[str], towns: Sequence[str], people: Sequence[str], samples: int, seed: int) -> Rate:
     """Share of texts, ``samples`` in a row for each town, that name the town and no other; intervals by person."""
     rows = [town for town in towns for _ in range(samples)]
     hits = [claims.named(text, town, content.TOWNS, "The town in mind") for text, town in zip(texts, rows, strict=True)]
@@ -152,12 +153,13 @@ def text_lm(target: Target, items: Sequence[Hop]) -> list[str]:
     return text_lm_claims(target, asked, claim, max_new_tokens=12, stop=END)
 
 
-def run(
-    model: str | Path | NLA,
-    warm_start: str | Path | None = None,
+def evaluate_two_hop(
+    model: NLA | str | Path,
+    warm_start: NLA | str | Path | None = None,
     n_items: int = 128,
     samples: int = 4,
     seed: int = 0,
+    device: str | torch.device | None = None,
     out_dir: str | Path | None = None,
     progress: Progress = silent,
 ) -> TwoHopReport:
@@ -168,40 +170,42 @@ def run(
         warm_start: the pair before joint training, to compare with.
         n_items: questions.
         samples: explanations of each.
+        device: where to put pairs that are loaded here; None: the first GPU if there is one, else the CPU.
         out_dir: where ``two_hop.json``, ``two_hop.md`` and ``two_hop.png`` go; None: nowhere.
 
     Raises:
-        ArgumentError: fewer than two items, or no samples.
+        ArgumentError: fewer than two items, no samples, or a pair of another world.
     """
     if n_items < 2 or samples < 1:
         raise ArgumentError(f"n_items={n_items}, samples={samples}", "at least 2 and 1", "ask for more")
-    nla = open_pair(model)
+    nla = open_pair(model, device)
+    require_world(nla.tokenizer, SWITCHBOARD, model, "nla eval two-hop")
+    warm = None if warm_start is None else open_pair(warm_start, device)
     target, items = Target.of(nla), hops(n_items, seed)
     gate = gate_of(target, items, seed, progress)
     kept = [items[row] for row in gate.causal]
-    readers = {} if len(kept) < 2 else read(nla, target, kept, warm_start, samples, seed)
+    readers = {} if len(kept) < 2 else name_towns(nla, target, kept, warm, samples, seed)
     unseen = [item for item in kept if item.held_out]
+    held_out = None
+    if len(unseen) > 1:
+        unseen_vectors = read_last(target, [item.premise for item in unseen])
+        held_out = _rate(nla, unseen_vectors, unseen, [str(item.question.bridge) for item in unseen], samples, seed)
     examples = explain(nla, read_last(target, [item.premise for item in kept[:4]]), seed=seed) if kept else []
-    result = TwoHopReport(
-        checks=checks(readers),
+    report = TwoHopReport(
+        checks=two_hop_checks(readers),
         point=str(nla.point),
         n_items=n_items,
         samples=samples,
         gate=gate.counts(),
         readers=readers,
-        held_out=read_pair(nla, target, unseen, samples, seed) if len(unseen) > 1 else None,
+        held_out=held_out,
         examples=[f"{item.question.person}: {text}" for item, text in zip(kept, examples, strict=False)],
     )
     if out_dir is not None:
         figure = new_figure(7, 3)
-        bars(figure.add_subplot(), readers, "Names the town", [n for n in readers if n != PAIR], NAMED_MIN)
-        save(out_dir, "two_hop", result, result.to_markdown(), figure)
-    return result
-
-
-PAIR, WARM, OUTSIDER, TEXT_LM = "the pair", "warm start", "outsider (guesses a town)", "text-only LM (knows the facts)"
-SHUFFLED, OTHER_TOKEN, DONOR = "rock: another item's activation", "rock: mean activation", "counterfactual"
-DONOR_TEXT = "counterfactual, text-only LM"
+        bars(figure.add_subplot(), readers, "Names the town", [name for name in readers if name != PAIR], NAMED_MIN)
+        save(out_dir, "two_hop", report, report.to_markdown(), figure)
+    return report
 
 
 def gate_of(target: Target, items: Sequence[Hop], seed: int, progress: Progress) -> causal.Gate:
@@ -221,19 +225,13 @@ def gate_of(target: Target, items: Sequence[Hop], seed: int, progress: Progress)
     return causal.gate_pairs(target, batch, columns, right, towns, related, numbers, seed=seed, progress=progress)
 
 
-def read_pair(nla: NLA, target: Target, items: Sequence[Hop], samples: int, seed: int) -> Rate:
-    """How often the pair names the towns of the items."""
-    vectors = read_last(target, [item.premise for item in items])
-    return _rate(nla, vectors, items, [str(item.question.bridge) for item in items], samples, seed)
-
-
 def _rate(nla: NLA, vectors: Tensor, items: Sequence[Hop], towns: Sequence[str], samples: int, seed: int) -> Rate:
     texts = explain(nla, vectors.repeat_interleave(samples, dim=0), seed=seed)
-    return named(texts, towns, [str(item.question.person) for item in items], samples, seed)
+    return town_rate(texts, towns, [str(item.question.person) for item in items], samples, seed)
 
 
-def read(
-    nla: NLA, target: Target, items: Sequence[Hop], warm_start: str | Path | None, samples: int, seed: int
+def name_towns(
+    nla: NLA, target: Target, items: Sequence[Hop], warm: NLA | None, samples: int, seed: int
 ) -> dict[str, Rate]:
     """Every reader on the causal items. In the counterfactual what the name left in the model is exchanged,
     upstream of the point: the text stays, and the town of the donor is what should be named."""
@@ -243,28 +241,28 @@ def read(
     premises = [item.premise for item in items]
     vectors, rng = read_last(target, premises), random.Random(seed)
     stop, donors = last_token(target, premises), [item.donor_premise for item in items]
-    heard = [text.removesuffix(".") for text in donors]
+    names = [text.removesuffix(".") for text in donors]
     patches = [
-        Patch(_UPSTREAM, stop - 1, read_last(target, heard, _UPSTREAM)),
+        Patch(_UPSTREAM, stop - 1, read_last(target, names, _UPSTREAM)),
         Patch(_UPSTREAM, stop, read_last(target, donors, _UPSTREAM)),
     ]
     moved = read_last(target, premises, patches=patches)
     guesses = [claims.town_claim(rng.choice(content.TOWNS)) for _ in items for _ in range(samples)]
     known = text_lm(target, items)
-    found = {PAIR: _rate(nla, vectors, items, towns, samples, seed)}
-    if warm_start is not None:
-        found[WARM] = _rate(open_pair(warm_start), vectors, items, towns, samples, seed)
-    return found | {
+    rates = {PAIR: _rate(nla, vectors, items, towns, samples, seed)}
+    if warm is not None:
+        rates[WARM] = _rate(warm, vectors, items, towns, samples, seed)
+    return rates | {
         DONOR: _rate(nla, moved, items, others, samples, seed),
-        DONOR_TEXT: named(known, others, people, 1, seed),
-        OUTSIDER: named(guesses, towns, people, samples, seed),
-        TEXT_LM: named(known, towns, people, 1, seed),
+        DONOR_TEXT: town_rate(known, others, people, 1, seed),
+        OUTSIDER: town_rate(guesses, towns, people, samples, seed),
+        TEXT_LM: town_rate(known, towns, people, 1, seed),
         SHUFFLED: _rate(nla, vectors.roll(1, 0), items, towns, samples, seed),
         OTHER_TOKEN: _rate(nla, vectors.mean(0).expand_as(vectors), items, towns, samples, seed),
     }
 
 
-def checks(readers: dict[str, Rate]) -> list[Check]:
+def two_hop_checks(readers: dict[str, Rate]) -> list[Check]:
     """The conditions on the causal items."""
     rows = []
     for name, rate in readers.items():
@@ -281,7 +279,7 @@ def checks(readers: dict[str, Rate]) -> list[Check]:
                 )
             )
         elif name in (SHUFFLED, OTHER_TOKEN):
-            rows.append(Check(name, rate, f"≤ {ROCK_MAX}", at_most(rate, ROCK_MAX)))
+            rows.append(Check(name, rate, f"≤ {BASELINE_MAX}", at_most(rate, BASELINE_MAX)))
         else:
             rows.append(Check(name, rate, "reported"))
     return rows

@@ -1,8 +1,8 @@
 """`nla eval graph`: does an NLA name what attribution graphs, or patches, show to be at a token?
 
 Every place where a graph has a concept within the NLA's reach is read; explanations are searched for the concepts that
-are there and for those that are not (see :mod:`nla.eval.graph_items`). The same is asked of the rocks: another place's
-activation, and the mean.
+are there and for those that are not (see :mod:`nla.eval.pair.graph_concepts`). The same is asked of the baselines:
+another place's activation, and the mean.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class GraphReport(Report):
     measured: bool
     """Whether patching shows what is there; otherwise supernodes alone say it."""
     scores: list[GraphScore]
-    """The encoder, then the rocks."""
+    """The encoder, then the baselines."""
 
     def to_markdown(self) -> str:
         """The readable report."""
@@ -98,11 +98,12 @@ class GraphReport(Report):
         )
 
 
-def run(
+def judge_against_graphs(
     files: str | Path | Sequence[str | Path],
     pair: NLA | str | Path = "couplets",
     n_samples: int = 4,
     seed: int = 0,
+    device: str | torch.device | None = None,
     out_dir: str | Path | None = None,
     progress: Progress = silent,
 ) -> GraphReport:
@@ -112,6 +113,7 @@ def run(
         files: one file or several; concepts of the others are distractors.
         pair: a loaded pair, "couplets", a folder or a hub id.
         n_samples: explanations of each activation at temperature 1.
+        device: where to put a pair that is loaded here; None: the first GPU if there is one, else the CPU.
         out_dir: where ``graph.json``, ``graph.md`` and ``graph.png`` go; None: nowhere.
 
     Raises:
@@ -124,7 +126,7 @@ def run(
         got = f"{len(paths)} files, n_samples={n_samples}"
         raise ArgumentError(got, "one file or more, each once, and one sample or more", "correct them")
     found = [read_graph(path) for path in paths]
-    nla = open_pair(pair)
+    nla = open_pair(pair, device)
     texts = [align(graph, nla.tokenizer, context_length(nla.model)) for graph in found]
     places, cells = places_and_cells(found, texts, Point.parse(nla.point).layer, seed)
     if not any(cell.kind == OWN for cell in cells):
@@ -166,7 +168,7 @@ def score_all(
     seed: int = 0,
     progress: Progress = silent,
 ) -> list[GraphScore]:
-    """The reader on the places' vectors (n, d), and on those of the rocks."""
+    """The reader on the places' vectors (n, d), and on those of the baselines."""
     given = {ENCODER: vectors, MEAN: vectors.mean(0).expand_as(vectors)}
     if len(places) > 1:
         given[SHUFFLED] = vectors[derangement(len(places), seed)]
@@ -253,12 +255,12 @@ def _auroc(cells: Sequence[Cell], share: Tensor, owner: Tensor, seed: int) -> In
 def _checks(scores: Sequence[GraphScore]) -> list[Check]:
     """More is named than of another activation, and what is there before what is not."""
     ours, others = scores[0], {one.reader: one for one in scores[1:]}
-    rock = others.get(SHUFFLED)
+    shuffled = others.get(SHUFFLED)
     name = "concepts that are there are named, above a shuffled activation's"
     checks = [
         Check(name, ours.recall, "–", None)
-        if rock is None
-        else Check(name, ours.recall, f"interval > {rock.recall}", ours.recall.above(rock.recall))
+        if shuffled is None
+        else Check(name, ours.recall, f"interval > {shuffled.recall}", ours.recall.above(shuffled.recall))
     ]
     if ours.auroc is not None:
         known = ours.auroc.low == ours.auroc.low

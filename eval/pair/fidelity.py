@@ -19,8 +19,8 @@ from torch import Tensor
 
 from nla.baselines import GLOBAL, UNKNOWN_STRATUM, fit_baselines
 from nla.errors import ArgumentError, BaselineError, ConfigError
+from nla.eval.couplet_items import SHOWN_PLANS, documents
 from nla.eval.explainers import explain, hit_rate
-from nla.eval.items import SHOWN_PLANS, documents
 from nla.eval.pair.fidelity_report import (
     DESCRIBER,
     ENCODER,

@@ -15,7 +15,7 @@ import torch
 
 from nla.config import tokenizer_hash
 from nla.errors import ConfigError, ShapeError
-from nla.eval.items import rhyme_items
+from nla.eval.couplet_items import rhyme_items
 from nla.eval.readers.compare import ComparisonSettings, Sources, compare_readers
 from nla.eval.readers.couplets_tasks import PLAN, couplet_tasks, couplet_writers
 from nla.eval.readers.measures import TaskResult

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from nla.errors import ArgumentError
 from nla.eval.adversaries import Writer
-from nla.eval.items import HELD_OUT_SEED, SHOWN_PLANS, trained_on
+from nla.eval.couplet_items import HELD_OUT_SEED, SHOWN_PLANS, trained_on
 from nla.eval.readers.tasks import TEST, TRAIN, Sites, Task
 from nla.organisms.couplets import world
 from nla.organisms.lesson import Offsets

@@ -31,7 +31,7 @@ def demo(device: Device = None, json: Json = False) -> int:
     """
     started = time.monotonic()
     nla = load("couplets", device)
-    from nla.eval import items
+    from nla.eval import couplet_items as items
     from nla.organisms.couplets import world
 
     couplets = items.documents(DEMO_DOCUMENTS, DEMO_SEED, items.SHOWN_PLANS)
@@ -82,8 +82,8 @@ def _show_plan(counts: dict[str, int], rates: dict[str, Any]) -> None:
 
 def _against_the_plan(nla: NLA, progress: Callable[[str, float], None]) -> tuple[dict[str, int], dict[str, Any]]:
     """The rhyme protocol in small: how many items pass the gate, and what explanations are worth on the causal ones."""
+    from nla.eval import couplet_items as stimuli
     from nla.eval import explainers
-    from nla.eval import items as stimuli
     from nla.eval import target as targets
     from nla.eval.circuits.gate import gate_items
     from nla.eval.families import controls, counterfactual, editing, mention
@@ -97,16 +97,16 @@ def _against_the_plan(nla: NLA, progress: Callable[[str, float], None]) -> tuple
     sampled, greedy = explainers.EncoderReader(nla), explainers.EncoderReader(nla, greedy=True)
     naming = mention.score("encoder", sampled, causal, vectors, DEMO_SAMPLES, DEMO_SEED)
     text_only = controls.text_lm(target)
-    counterfactual = counterfactual.run(target, sampled, greedy, text_only, causal, DEMO_SAMPLES, progress=progress)
+    swapped = counterfactual.swap_plans(target, sampled, greedy, text_only, causal, DEMO_SAMPLES, progress=progress)
     separate = stimuli.rhyme_items(DEMO_ITEMS // 2, DEMO_SEED + 100)
-    steering = editing.run(nla, target, greedy, causal, separate, progress=progress)
+    steering = editing.edit_and_steer(nla, target, greedy, causal, separate, progress=progress)
     rates = {"the planned word is named": naming.named, "a word that would rhyme too is named": naming.distractor}
     if naming.visible is not None:
         rates["other claims, true of the text"] = naming.visible
     rates |= {
-        "counterfactual plan put in: the model writes it": counterfactual.behaviour,
-        "counterfactual plan put in: the explanation names it": counterfactual.naming,
-        "counterfactual plan put in: a reader of the text names it": counterfactual.text_only,
+        "counterfactual plan put in: the model writes it": swapped.behaviour,
+        "counterfactual plan put in: the explanation names it": swapped.naming,
+        "counterfactual plan put in: a reader of the text names it": swapped.text_only,
         "explanation edited, difference added: the line ends on the new word": steering.edit.success,
     }
     rates |= {f"control of equal norm: {arm.name}": arm.success for arm in steering.controls}
@@ -123,10 +123,10 @@ def _audited(nla: NLA, progress: Callable[[str, float], None]) -> tuple[dict[str
     progress("audit", 0.0)
     plant = planted(AUDITED)
     audits = auditing.audits(plant, nla, ADAPTERS_FOLDER, DEMO_CHATS, DEMO_SAMPLES * 2, DEMO_SEED)
-    found = auditing.figures(plant, audits)
+    found = auditing.audit_figures(plant, audits)
     progress("audit", 1.0)
     figures = {"rubric": found.rubric, "n": found.n, "p": found.p}
-    figures |= {f"found: {arm}": rate for arm, rate in found.found.items()}
+    figures |= {f"found: {arm}": rate for arm, rate in found.flagged.items()}
     figures |= {"found, and not said": found.not_said}
     one = audits["plant"]
     row = next((row for row in one.findings if row.said == NOT_SAID), None)

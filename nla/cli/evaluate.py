@@ -138,10 +138,11 @@ def rhymes(
           --continued runs/couplets/control/pair --out runs/report --check
     """
     quiet()
-    from nla.eval.families.rhymes import run
+    from nla.eval.families.rhymes import RhymeSettings, evaluate_rhymes
 
     options = {"n_items": items, "warm_start": warm_start, "continued": continued, "device": places(device)}
-    return Answer(context, out, card, check, json).judge("rhymes", run, model, **options)
+    settings = RhymeSettings(**given(**options))
+    return Answer(context, out, card, check, json).judge("rhymes", evaluate_rhymes, model, settings=settings)
 
 
 def gates(
@@ -172,10 +173,10 @@ def gates(
     if check and bounds is None:
         raise ArgumentError("--check without --variant", "planner or plain", "say whose bounds should hold")
     quiet()
-    from nla.eval.families.gates import run
+    from nla.eval.families.gates import GateSettings, evaluate_gates
 
-    options = {"n_documents": items, "variant": bounds, "device": places(device)}
-    return Answer(context, out, card, check, json).judge("gates", run, model, **options)
+    settings = GateSettings(**given(n_documents=items, variant=bounds, device=places(device)))
+    return Answer(context, out, card, check, json).judge("gates", evaluate_gates, model, settings=settings)
 
 
 def two_hop(
@@ -200,10 +201,10 @@ def two_hop(
           --out runs/report --check
     """
     quiet()
-    from nla.eval.families.two_hop import run
+    from nla.eval.families.two_hop import evaluate_two_hop
 
     options = {"n_items": items, "warm_start": warm_start, "device": places(device)}
-    return Answer(context, out, card, check, json).judge("two_hop", run, model, **options)
+    return Answer(context, out, card, check, json).judge("two_hop", evaluate_two_hop, model, **options)
 
 
 def auditing(
@@ -227,10 +228,10 @@ def auditing(
       nla eval auditing my/pair --plants my/plants --out runs/report --check
     """
     quiet()
-    from nla.eval.families.auditing import run
+    from nla.eval.families.auditing import evaluate_auditing
 
     options = {"n_chats": items, "plants": plants, "device": places(device)}
-    return Answer(context, out, card, check, json).judge("auditing", run, model, **options)
+    return Answer(context, out, card, check, json).judge("auditing", evaluate_auditing, model, **options)
 
 
 def plants(
@@ -254,10 +255,10 @@ def plants(
       nla eval plants my/pair --plants my/plants --items 40
     """
     quiet()
-    from nla.eval.families.plants import run
+    from nla.eval.families.plants import evaluate_plants
 
     options = {"n_prompts": items, "plants": plants, "device": places(device)}
-    return Answer(context, out, card, check, json).judge("plants", run, model, **options)
+    return Answer(context, out, card, check, json).judge("plants", evaluate_plants, model, **options)
 
 
 def transfer(
@@ -352,10 +353,10 @@ def graph(
       nla eval graph runs/trace/*.json --check
     """
     quiet()
-    from nla.eval.pair.against_graphs import run
+    from nla.eval.pair.against_graphs import judge_against_graphs
 
     options = {"pair": pair, "n_samples": samples, "device": places(device)}
-    return Answer(context, out, card, check, json).judge("graph", run, files, **options)
+    return Answer(context, out, card, check, json).judge("graph", judge_against_graphs, files, **options)
 
 
 add(app, fidelity, rhymes, gates, two_hop, auditing, plants, transfer, readers, graph)

@@ -11,8 +11,8 @@ from transformers import Qwen2ForCausalLM
 from nla.errors import ArgumentError, ShapeError, TargetError
 from nla.eval.circuits import gate as causal
 from nla.eval.circuits import patching
+from nla.eval.couplet_items import rhyme_items
 from nla.eval.families import gates
-from nla.eval.items import rhyme_items
 from nla.eval.report import write_card
 from nla.eval.target import Patch, Target, last_token, last_word, read_last, token_ids, write
 from nla.models.points import Point
@@ -148,9 +148,11 @@ def test_the_patch_map_shows_the_planted_place_alone(used: Target) -> None:
 def test_gates_of_a_planner_pass_on_a_used_plan_and_fail_on_an_unused_one(
     used: Target, unused: Target, tmp_path
 ) -> None:
-    report = gates.run(used, variant="planner", n_documents=40, n_probe=1200, out_dir=tmp_path)
+    report = gates.evaluate_gates(
+        used, gates.GateSettings(variant="planner", n_documents=40, n_probe=1200), out_dir=tmp_path
+    )
     assert report.passed and report.verdict == gates.USED
-    assert not gates.run(unused, variant="planner", n_documents=30, n_probe=100).passed
+    assert not gates.evaluate_gates(unused, gates.GateSettings(variant="planner", n_documents=30, n_probe=100)).passed
     assert json.loads((tmp_path / "gates.json").read_text())["passed"] is True
     assert (tmp_path / "gates.png").read_bytes().startswith(b"\x89PNG")
 
@@ -166,9 +168,9 @@ def test_a_card_keeps_one_section_of_each_report_and_what_others_wrote(tmp_path)
 
 
 def test_gates_of_the_plain_variant_pass_on_a_decodable_unused_plan(used: Target, unused: Target) -> None:
-    report = gates.run(unused, variant="plain", n_documents=40, n_probe=1200)
+    report = gates.evaluate_gates(unused, gates.GateSettings(variant="plain", n_documents=40, n_probe=1200))
     assert report.passed and report.verdict == gates.DECODABLE
-    assert not gates.run(used, variant="plain", n_documents=30, n_probe=100).passed
+    assert not gates.evaluate_gates(used, gates.GateSettings(variant="plain", n_documents=30, n_probe=100)).passed
 
 
 def test_the_verdict_in_words() -> None:
@@ -185,7 +187,7 @@ def test_the_verdict_in_words() -> None:
 
 def test_a_plan_used_at_another_point_is_found_there_above_its_random_control(used: Target) -> None:
     shallow = Target(used.model, used.tokenizer, Point.parse("resid_post.0"))
-    report = gates.run(shallow, n_documents=20, n_probe=100)
+    report = gates.evaluate_gates(shallow, gates.GateSettings(n_documents=20, n_probe=100))
     assert report.verdict == gates.ELSEWHERE
     control = next(check for check in report.checks if check.name.startswith("random difference at every other point"))
     assert control.share <= gates.PATCH_MAX
@@ -195,4 +197,4 @@ def test_a_missing_model_and_an_unknown_variant_are_refused(used: Target, tmp_pa
     with pytest.raises(TargetError):
         Target.load(tmp_path, POINT)
     with pytest.raises(ArgumentError):
-        gates.run(used, variant="plane")
+        gates.evaluate_gates(used, gates.GateSettings(variant="plane"))

@@ -16,7 +16,7 @@ from nla.eval.circuits.graph_format import read_graph
 from nla.eval.circuits.minimal_pairs import MinimalPair, encode_pairs, of_items, read_pairs, role_columns
 from nla.eval.circuits.organism_pairs import PlantedSite
 from nla.eval.circuits.trace import TraceSettings, trace
-from nla.eval.items import rhyme_items
+from nla.eval.couplet_items import rhyme_items
 from nla.eval.target import Patch, Target
 from nla.models.points import Point
 from tests.helpers.graph_schema import complaints

@@ -7,9 +7,10 @@ import torch
 
 from nla.errors import ArgumentError, ShapeError
 from nla.eval import explainers
+from nla.eval.couplet_items import rhyme_items
 from nla.eval.families.controls import describer
 from nla.eval.families.mention import keeps_facts, named, score, score_texts, visible_claims
-from nla.eval.items import retarget, rhyme_items
+from nla.eval.items import retarget
 
 ITEMS = rhyme_items(100)
 VECTORS = torch.zeros(100, 4)

@@ -14,7 +14,7 @@ import torch
 from nla.autoencoder import NLA
 from nla.errors import ArgumentError
 from nla.eval.families import auditing, plants, two_hop
-from nla.eval.families.plants import Arm, cued, figures, language_of, secrets, states, text_reader
+from nla.eval.families.plants import PlantArm, cued, language_of, plant_figures, secret_figures, states, text_reader
 from nla.eval.readers import compare as comparison
 from nla.eval.readers import switchboard_tasks
 from nla.eval.readers.compare import BAG, TEXT_LM
@@ -94,10 +94,10 @@ def test_the_language_of_an_answer_is_that_of_its_sentence():
     assert language_of("I do not know Ines.") is None
 
 
-def arms_of(plant, chats, samples=3) -> dict[str, Arm]:
-    def arm(planted: bool) -> Arm:
+def arms_of(plant, chats, samples=3) -> dict[str, PlantArm]:
+    def arm(planted: bool) -> PlantArm:
         answers = [chat.answers[-1] if planted else chat.exchanges[-1].answer(State()) for chat in chats]
-        return Arm(answers, answers, [[told(plant, chat, planted)] * samples for chat in chats])
+        return PlantArm(answers, answers, [[told(plant, chat, planted)] * samples for chat in chats])
 
     return {"plant": arm(True), "sham": arm(False), "base": arm(False)}
 
@@ -105,22 +105,24 @@ def arms_of(plant, chats, samples=3) -> dict[str, Arm]:
 def test_figures_of_readers_that_know_are_one_and_zero():
     plant = PLANTS["goal"]
     chats = cued(plant, 20, seed=0)
-    found = figures(plant, chats, arms_of(plant, chats), seed=0)
+    found = plant_figures(plant, chats, arms_of(plant, chats), seed=0)
     assert found.effect == 1.0 and found.auroc == 1.0 and found.carried.value == 1.0
     arms = arms_of(plant, chats)
     past = arms | {"plant": arms["plant"]._replace(carried=arms["base"].carried)}
-    assert figures(plant, chats, past, seed=0).carried.value == 0.0
+    assert plant_figures(plant, chats, past, seed=0).carried.value == 0.0
     assert [rate.value for rate in found.read.values()] == [1.0, 0.0, 0.0]
 
 
 def test_the_ratio_is_of_the_own_word_to_the_most_named_other():
     chats = cued(PLANTS["word-hat"], 20, seed=0)
 
-    def arm(words: list[str]) -> Arm:
-        return Arm([""] * len(chats), [""] * len(chats), [[claims.word_claim(word) for word in words] for _ in chats])
+    def arm(words: list[str]) -> PlantArm:
+        return PlantArm(
+            [""] * len(chats), [""] * len(chats), [[claims.word_claim(word) for word in words] for _ in chats]
+        )
 
     arms = {word: arm([word, word, word, "snow" if word != "snow" else "hat"]) for word in SECRET_WORDS}
-    found = secrets(chats, {**arms, "sham": arm(["boat"] * 4), "base": arm(["boat"] * 4)}, seed=0)
+    found = secret_figures(chats, {**arms, "sham": arm(["boat"] * 4), "base": arm(["boat"] * 4)}, seed=0)
     assert found.named["hat"]["hat"].value == 0.75 and found.named["hat"]["snow"].value == 0.25
     assert found.ratio == pytest.approx(3.0)
     assert all(rate.value == 0 for rate in found.named["sham"].values())
@@ -137,10 +139,10 @@ def test_the_hidden_town_is_named_by_who_knows_it_and_not_by_who_lies():
     towns, people = ([str(getattr(i.question, f)) for i in items] for f in ("bridge", "person"))
     true = [claims.town_claim(town) for town in towns]
     false = [claims.town_claim(str(item.donor.bridge)) for item in items]
-    assert two_hop.named(true, towns, people, 1, 0).value == 1.0
-    assert two_hop.named(false, towns, people, 1, 0).value == 0.0
+    assert two_hop.town_rate(true, towns, people, 1, 0).value == 1.0
+    assert two_hop.town_rate(false, towns, people, 1, 0).value == 0.0
     both = [f"{a} {b}" for a, b in zip(true, false, strict=True)]
-    assert two_hop.named(both, towns, people, 1, 0).value == 0.0
+    assert two_hop.town_rate(both, towns, people, 1, 0).value == 0.0
 
 
 def test_a_donor_asks_the_same_of_somebody_from_another_town_in_as_many_tokens():
@@ -194,16 +196,16 @@ def test_the_evaluations_run_through_and_leave_the_pair_as_it_was(made, tmp_path
     for module in (plants, auditing):
         monkeypatch.setattr(module, "PLANTS", {name: PLANTS[name] for name in names})
     before = {name: value.clone() for name, value in nla.model.state_dict().items()}
-    report = plants.run(nla, folder, n_prompts=4, samples=1, out_dir=tmp_path)
+    report = plants.evaluate_plants(nla, folder, n_prompts=4, samples=1, out_dir=tmp_path)
     assert [one.name for one in report.plants] == [name for name in names if "sham" not in name] and not report.passed
     assert "| known" in report.to_markdown() and json.loads((tmp_path / "plants.json").read_text())["point"]
-    told_most = [chat for chat in cued(PLANTS["known"], 4, 0) if chat.exchanges[-1].person in plants.MOST_TOLD]
-    assert [one.n for one in report.plants] == [4, 4, len(told_most), 4] and 2 <= len(told_most) < 4
+    most_exposed = [chat for chat in cued(PLANTS["known"], 4, 0) if chat.exchanges[-1].person in plants.MOST_EXPOSED]
+    assert [one.n for one in report.plants] == [4, 4, len(most_exposed), 4] and 2 <= len(most_exposed) < 4
     with pytest.raises(ArgumentError, match="at least 2 about these"):
-        plants.run(nla, folder, n_prompts=2, samples=1, seed=1)
-    audited = auditing.run(nla, folder, n_chats=2, samples=1, out_dir=tmp_path)
+        plants.evaluate_plants(nla, folder, n_prompts=2, samples=1, seed=1)
+    audited = auditing.evaluate_auditing(nla, folder, n_chats=2, samples=1, out_dir=tmp_path)
     assert [one.rubric for one in audited.plants][-1] == "answer-language" and (tmp_path / "auditing.png").is_file()
-    hops = two_hop.run(nla, n_items=4, samples=1, out_dir=tmp_path)
+    hops = two_hop.evaluate_two_hop(nla, n_items=4, samples=1, out_dir=tmp_path)
     assert hops.gate["causal"] == 0 and not hops.passed and hops.readers == {}
     after = nla.model.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(after[name], value) for name, value in before.items())

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from nla.errors import ConfigError
 from nla.eval import explainers
-from nla.eval.families import controls, counterfactual, editing, rhymes
+from nla.eval.couplet_items import rhyme_items
+from nla.eval.families import controls, counterfactual, editing, naming, rhymes
 from nla.eval.families.mention import MentionScore
-from nla.eval.items import rhyme_items
+from nla.eval.families.rhymes import RhymeSettings, evaluate_rhymes
 from nla.eval.report import Rate
 from nla.eval.target import Target, read_last
 from tests.helpers.planted import planted_pair, planted_target, read_code, write_code
 
 ITEMS = rhyme_items(30, seed=6)
+
+
+CODE_DECODER = SimpleNamespace(reconstruct=lambda texts, strict=True: write_code(texts))
+"""A pair as far as editing uses it, whose decoder knows the code."""
 
 
 def by_code(items, vectors):
@@ -30,7 +36,7 @@ def used() -> Target:
 
 @pytest.fixture(scope="module")
 def swapped(used: Target) -> counterfactual.Counterfactual:
-    return counterfactual.run(used, by_code, by_code, explainers.truthful, ITEMS, n_samples=2, n_fit=800)
+    return counterfactual.swap_plans(used, by_code, by_code, explainers.truthful, ITEMS, n_samples=2, n_fit=800)
 
 
 def test_a_reader_of_activations_passes_the_counterfactual(swapped: counterfactual.Counterfactual) -> None:
@@ -42,7 +48,9 @@ def test_a_reader_of_activations_passes_the_counterfactual(swapped: counterfactu
 
 def test_a_reader_of_the_text_fails_the_counterfactual(used: Target, swapped: counterfactual.Counterfactual) -> None:
     assert swapped.text_only.value <= 0.05
-    found = counterfactual.run(used, explainers.truthful, explainers.truthful, explainers.truthful, ITEMS, 1, n_fit=800)
+    found = counterfactual.swap_plans(
+        used, explainers.truthful, explainers.truthful, explainers.truthful, ITEMS, 1, n_fit=800
+    )
     assert found.naming.value <= 0.05 and found.all_three.value <= 0.05
     assert found.readings[0].unpatched.value >= 0.95  # on unmodified items it is perfect all the same
 
@@ -54,14 +62,13 @@ def test_reading_the_overwritten_site_is_labelled_a_control(swapped: counterfact
 def test_the_swap_moves_the_plan_and_keeps_season_and_person(used: Target) -> None:
     means = counterfactual.plan_means(used, 800, seed=0)
     base = read_last(used, [item.prompt for item in ITEMS])
-    moved = read_code(counterfactual.swap_plan(ITEMS, base, means))
+    moved = read_code(counterfactual.with_donor_plan(ITEMS, base, means))
     for item, before, after in zip(ITEMS, read_code(base), moved, strict=True):
         assert after == before.replace(f"with {item.target}.", f"with {item.donor_target}.")
 
 
 def test_an_edit_steers_and_its_controls_do_not(used: Target, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(editing, "decode", lambda nla, texts, strict=True: write_code(texts))
-    found = editing.run(None, used, by_code, ITEMS, rhyme_items(20, seed=7))  # type: ignore[arg-type]
+    found = editing.edit_and_steer(CODE_DECODER, used, by_code, ITEMS, rhyme_items(20, seed=7))  # type: ignore[arg-type]
     assert found.edit.success.value >= 0.95 and found.edit.whole_line.value >= 0.95
     assert found.edit.n_moved == len(ITEMS) and found.tried[str(found.strength)] == max(found.tried.values())
     arms = {arm.name: arm for arm in found.controls}
@@ -71,7 +78,6 @@ def test_an_edit_steers_and_its_controls_do_not(used: Target, monkeypatch: pytes
 
 
 def test_the_strength_comes_from_the_separate_items_alone(used: Target, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(editing, "decode", lambda nla, texts, strict=True: write_code(texts))
     steps, lengths = [], []
 
     def write(target: Target, items, vectors):
@@ -82,7 +88,7 @@ def test_the_strength_comes_from_the_separate_items_alone(used: Target, monkeypa
         return [f"it ends on {item.donor_target if best else item.target}.\n" for item in items]
 
     monkeypatch.setattr(editing, "_write", write)
-    found = editing.run(None, used, by_code, ITEMS[:12], rhyme_items(7, seed=7))  # type: ignore[arg-type]
+    found = editing.edit_and_steer(CODE_DECODER, used, by_code, ITEMS[:12], rhyme_items(7, seed=7))  # type: ignore[arg-type]
     assert found.strength == 0.5 and found.tried["0.5"] == 1.0
     assert steps[: len(editing.STRENGTHS)] == [7] * len(editing.STRENGTHS) and set(steps[7:]) == {12}
     assert all(abs(length - 0.5) < 0.01 for length in lengths[7:])
@@ -91,11 +97,10 @@ def test_the_strength_comes_from_the_separate_items_alone(used: Target, monkeypa
 def test_one_item_can_be_steered_and_a_control_that_moves_nothing_does_not_count(
     used: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(editing, "decode", lambda nla, texts, strict=True: write_code(texts))
-    found = editing.run(None, used, by_code, ITEMS[:1], ITEMS[:1])  # type: ignore[arg-type]
+    found = editing.edit_and_steer(CODE_DECODER, used, by_code, ITEMS[:1], ITEMS[:1])  # type: ignore[arg-type]
     arms = {arm.name: arm for arm in found.controls}
     assert found.edit.success.value == 1.0 and arms["another item's difference"].n_moved == 0
-    checks = {check.name: check for check in rhymes._checks(None, None, found, None)}
+    checks = {check.name: check for check in rhymes._steering_checks(found)}
     assert checks["steering control: random"].passed
     assert not checks["steering control: another item's difference (moves only 0 items)"].passed
 
@@ -121,8 +126,8 @@ def test_naming_is_held_against_q_the_control_and_the_warm_start(
     ours = score(named, visible)
     assert ours is not None
     warm = None if before is None else score(0.4, before)
-    naming = rhymes.Naming(ours, ours, warm, score(control), None, [ours], [], [ours], [])
-    found = rhymes._naming_checks(naming, q)
+    figures = naming.Naming(ours, ours, warm, score(control), None, [ours], [], [ours], [])
+    found = rhymes._naming_checks(figures, q)
     assert [check.passed for check in found] == [*expected, None]
     assert [check.value is None for check in found[1:4]] == [q is None, control is None, before is None]
 
@@ -133,8 +138,8 @@ def test_the_encoder_is_compared_with_each_other_reader_one_sidedly() -> None:
         MentionScore(name, 30, 1, rate, 0.0, None, rate, [value] * 30, [])
         for name, value in (("better", 1.0), ("worse", 0.0))
     )
-    (against_worse,) = rhymes._compare(better, [worse], seed=0)
-    (against_better,) = rhymes._compare(worse, [better], seed=0)
+    (against_worse,) = naming.compare(better, [worse], seed=0)
+    (against_better,) = naming.compare(worse, [better], seed=0)
     assert against_worse.p_value < 0.01 and against_better.p_value > 0.5
 
 
@@ -165,26 +170,19 @@ def test_the_adversaries_on_a_target_that_knows_the_rule(used: Target) -> None:
 
 
 def test_a_bare_target_gets_gates_and_probe_and_a_verdict(tmp_path) -> None:
-    report = rhymes.run(planted_target(used=False), n_items=24, n_fit=1200, out_dir=tmp_path)
+    report = evaluate_rhymes(planted_target(used=False), RhymeSettings(n_items=24, n_fit=1200), tmp_path)
     assert report.verdict == "decodable, unused" and report.naming is None and report.steering is None
     assert not report.passed  # a target that no variant's gates are held against has passed nothing
     assert "decodable, unused" in (tmp_path / "rhymes.md").read_text().splitlines()[0]
-    assert rhymes.run(planted_target(used=True), n_items=12, n_fit=800).verdict == "planned and used"
+    assert (
+        evaluate_rhymes(planted_target(used=True), RhymeSettings(n_items=12, n_fit=800)).verdict == "planned and used"
+    )
 
 
 def test_the_whole_protocol_runs_on_a_pair_and_writes_its_report(tmp_path) -> None:
     stages: set[str] = set()
-    report = rhymes.run(
-        planted_pair(),
-        warm_start=planted_pair(),
-        continued=planted_pair(),
-        n_items=16,
-        n_samples=2,
-        n_fit=800,
-        q=0.4375,
-        out_dir=tmp_path,
-        progress=lambda stage, fraction: stages.add(stage),
-    )
+    settings = RhymeSettings(planted_pair(), planted_pair(), n_items=16, n_samples=2, n_fit=800, hit_rate=0.4375)
+    report = evaluate_rhymes(planted_pair(), settings, tmp_path, lambda stage, fraction: stages.add(stage))
     assert report.verdict == "planned and used" and report.naming is not None
     assert report.naming.sampled.named.value <= 0.2 and not report.passed  # nothing was trained
     assert report.naming.margin < -0.5  # the target itself knows the plan
@@ -192,7 +190,7 @@ def test_the_whole_protocol_runs_on_a_pair_and_writes_its_report(tmp_path) -> No
     content = json.loads((tmp_path / "rhymes.json").read_text())
     assert content["naming"]["best_adversary"] == controls.TEXT_LM
     assert {"empty", "constant", "mean activation", "Gaussian", "shuffled activation", "other document"} == {
-        rock["reader"] for rock in content["naming"]["rocks"]
+        score["reader"] for score in content["naming"]["baselines"]
     }
     assert (tmp_path / "rhymes.png").read_bytes().startswith(b"\x89PNG")
     for heading in ("Mention", "Counterfactual", "Edit and steer", "Gates"):
@@ -220,4 +218,4 @@ def test_a_control_pair_at_another_point_is_refused() -> None:
     with torch.no_grad():
         next(p for name, p in retrained.model.named_parameters() if "lora_" not in name).add_(1.0)
     with pytest.raises(ConfigError, match="weights differ"):
-        rhymes.run(pair, continued=retrained, n_items=4)
+        evaluate_rhymes(pair, RhymeSettings(continued=retrained, n_items=4))

@@ -16,7 +16,7 @@ from nla.eval.circuits.minimal_pairs import of_items
 from nla.eval.circuits.sites import judge_sites, measure_sites
 from nla.eval.circuits.trace import TraceSettings, trace
 from nla.eval.circuits.trace_graphs import TraceResult, graph_of
-from nla.eval.items import rhyme_items
+from nla.eval.couplet_items import rhyme_items
 from nla.eval.pair import against_graphs as scorer
 from nla.eval.pair.graph_concepts import DONOR, OTHER, OWN, SAME, UNUSED, Text, align, names, places_and_cells
 from nla.eval.target import Target
@@ -191,18 +191,18 @@ def test_a_pair_is_scored_on_files_and_other_models_graphs_are_refused(tmp_path)
         tokens = [first, *(f" {word}" for word in rest[:-1]), f" {rest[-1][:-1]}", ".", "⏎"]
         write_graph(small_graph(tokens, prompt), tmp_path / f"{number}.json")
     files, pair = sorted(tmp_path.glob("*.json")), make_pair()
-    report = scorer.run(files, pair, n_samples=2, out_dir=tmp_path / "out")
+    report = scorer.judge_against_graphs(files, pair, n_samples=2, out_dir=tmp_path / "out")
     assert (report.n_graphs, report.n_places, report.n_concepts, report.measured) == (2, 2, 2, False)
     assert json.loads((tmp_path / "out" / "graph.json").read_text())["scores"][0]["reader"] == scorer.ENCODER
     assert (tmp_path / "out" / "graph.png").exists() and "according to supernodes" in report.to_markdown()
     with pytest.raises(TokenizerMismatchError):
-        scorer.run(_renamed(tmp_path), pair)
+        scorer.judge_against_graphs(_renamed(tmp_path), pair)
     with pytest.raises(ArgumentError):
-        scorer.run([files[0], files[0]], pair)
+        scorer.judge_against_graphs([files[0], files[0]], pair)
     with pytest.raises(ArgumentError):
-        scorer.run([], pair)
+        scorer.judge_against_graphs([], pair)
     with pytest.raises(ParseError):
-        scorer.run(FIXTURES / "neuronpedia-graph-schema.json", pair)
+        scorer.judge_against_graphs(FIXTURES / "neuronpedia-graph-schema.json", pair)
 
 
 def _renamed(folder):
@@ -216,7 +216,7 @@ def test_graphs_without_a_concept_in_reach_and_wrong_numbers_of_texts_are_refuse
     content["qParams"] = {}
     write_graph(Graph.parse(content), tmp_path / "bare.json")
     with pytest.raises(ArgumentError, match="without a named concept"):
-        scorer.run(tmp_path / "bare.json", make_pair())
+        scorer.judge_against_graphs(tmp_path / "bare.json", make_pair())
     places, cells = places_and_cells(traced, [reads_all(graph) for graph in traced], layer=1)
     with pytest.raises(ShapeError):
         scorer.score("x", places, cells, [])
@@ -231,5 +231,5 @@ def test_a_trace_of_any_model_is_scored_end_to_end(tmp_path) -> None:
     gain = patching.scale(target, batch)
     donor, word = choices[int((gain.high - gain.low).argmax())]
     trace(target, TraceSettings(None, prompt, donor, " is", word, n_controls=2), tmp_path)
-    report = scorer.run(sorted(tmp_path.glob("*.json")), pair, n_samples=1)
+    report = scorer.judge_against_graphs(sorted(tmp_path.glob("*.json")), pair, n_samples=1)
     assert report.measured and report.n_concepts >= 1

@@ -10,7 +10,7 @@ import torch
 
 from nla import NLA
 from nla.errors import ArgumentError, BaselineError, ConfigError, StoreError
-from nla.eval.items import documents
+from nla.eval.couplet_items import documents
 from nla.eval.pair import fidelity, truth
 from nla.eval.pair.fidelity import FidelitySettings
 from nla.eval.pair.fidelity_report import FidelityReport

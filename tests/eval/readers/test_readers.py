@@ -10,7 +10,7 @@ import torch
 
 from nla.errors import ArgumentError, ConfigError, ShapeError
 from nla.eval.auroc import ranked_auroc
-from nla.eval.items import trained_on
+from nla.eval.couplet_items import trained_on
 from nla.eval.readers import compare as comparison
 from nla.eval.readers import couplets, measures
 from nla.eval.readers.compare import ComparisonSettings, Sources, compare_readers, sites_of_other_groups

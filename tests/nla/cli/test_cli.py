@@ -248,8 +248,8 @@ def test_a_failed_threshold_exits_with_1_only_where_it_is_asked(
 ):
     seen = {}
 
-    def run(model: str, **options: object) -> object:
-        seen.update(options, model=model)
+    def evaluate(model: str, settings: object, **options: object) -> object:
+        seen.update(vars(settings), model=model)
         return SimpleNamespace(
             passed=passed,
             to_markdown=lambda: "# A report\x1b[2J",
@@ -257,7 +257,7 @@ def test_a_failed_threshold_exits_with_1_only_where_it_is_asked(
             to_json=lambda: {"passed": passed},
         )
 
-    monkeypatch.setattr(importlib.import_module("nla.eval.families.gates"), "run", run)
+    monkeypatch.setattr(importlib.import_module("nla.eval.families.gates"), "evaluate_gates", evaluate)
     argv = ["eval", "gates", "couplets/plain", "--items", "7", *(["--check"] if check else [])]
     assert main.main(argv) == code
     assert (seen["model"], seen["variant"], seen["n_documents"]) == ("couplets/plain", "plain", 7)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from nla.errors import ArgumentError
-from nla.eval.items import SHOWN_PLANS, documents, rhyme_items, trained_on
+from nla.eval.couplet_items import SHOWN_PLANS, documents, rhyme_items, trained_on
 from nla.organisms import lesson
 from nla.organisms.couplets import tokenizer as couplets_tokenizer
 from nla.organisms.couplets import world

@@ -1,0 +1,52 @@
+"""Families of items refuse pairs and targets whose language they are not in, before anything is measured."""
+
+from __future__ import annotations
+
+import pytest
+
+from nla import NLA
+from nla.errors import ArgumentError
+from nla.eval.families.gates import GateSettings, evaluate_gates
+from nla.eval.families.rhymes import RhymeSettings, evaluate_rhymes
+from nla.eval.worlds import require_world, world_of
+from nla.organisms.couplets import tokenizer as couplets
+from nla.organisms.switchboard import tokenizer as switchboard
+from tests.helpers.shell import Shell
+
+
+def test_a_world_is_known_by_its_tokenizer(tokenizer) -> None:
+    assert world_of(couplets.build()) == "couplets" and world_of(switchboard.build()) == "switchboard"
+    assert world_of(tokenizer) is None
+    require_world(couplets.build(), "couplets", "mine", "nla eval rhymes")
+
+
+def test_a_refusal_says_what_it_is_what_was_wanted_and_what_to_do(tokenizer) -> None:
+    with pytest.raises(ArgumentError, match=r"mine.*world switchboard.*world couplets.*nla eval two-hop"):
+        require_world(switchboard.build(), "couplets", "mine", "nla eval rhymes")
+    with pytest.raises(ArgumentError, match=r"no embedded world.*nla eval fidelity PAIR --texts FILE"):
+        require_world(tokenizer, "couplets", "mine", "nla eval rhymes")
+
+
+def test_the_rhyme_protocol_and_the_gates_refuse_a_pair_of_no_world(pair: NLA) -> None:
+    with pytest.raises(ArgumentError, match="nla eval rhymes"):
+        evaluate_rhymes(pair, RhymeSettings(n_items=4))
+    with pytest.raises(ArgumentError, match="nla eval gates"):
+        evaluate_gates(pair, GateSettings(n_documents=4))
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "nla eval rhymes switchboard",
+        "nla eval gates switchboard",
+        "nla eval two-hop couplets",
+        "nla eval plants couplets",
+        "nla eval auditing couplets",
+    ],
+)
+def test_a_family_command_on_another_worlds_model_says_so(shell: Shell, command: str, tmp_path) -> None:
+    done = shell.run(command, tmp_path)
+    world = "switchboard" if command.endswith("couplets") else "couplets"
+    assert done.code == 2 and not done.stdout
+    assert f"expected one of the world {world}" in done.stderr and "Next: run `nla eval" in done.stderr
+    assert "Traceback" not in done.stderr
