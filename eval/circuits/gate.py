@@ -13,6 +13,7 @@ from torch import Tensor
 from nla.eval.circuits import patching
 from nla.eval.circuits.minimal_pairs import encode_pairs, token_roles
 from nla.eval.circuits.patching import random_difference, unrelated
+from nla.eval.couplet_items import RhymeItem
 from nla.eval.items import Item
 from nla.eval.target import Patch, Progress, Target, silent, write
 
@@ -181,7 +182,7 @@ class PatchMap:
         return asdict(self)
 
 
-def patch_map(target: Target, items: Sequence[Item], progress: Progress = silent) -> PatchMap:
+def patch_map(target: Target, items: Sequence[RhymeItem], progress: Progress = silent) -> PatchMap:
     """Where the latent is used: E of the minimal donor patched at every point × token of line 1.
 
     Raises:

@@ -19,6 +19,7 @@ from nla.errors import ArgumentError, ParseError, PositionError, visible
 from nla.eval.circuits import patching
 from nla.eval.circuits.patching import Batch
 from nla.eval.couplet_items import RhymeItem
+from nla.eval.items import Item
 from nla.eval.target import Target, token_ids
 from nla.models.points import context_length
 from nla.text.tokens import Encoded, encode_batch
@@ -92,7 +93,7 @@ def token_roles(target: Target, item: RhymeItem) -> dict[str, int]:
     return {**roles, "comma": len(ids) - 2, "newline": len(ids) - 1}
 
 
-def encode_pairs(target: Target, pairs: Sequence[MinimalPair | RhymeItem]) -> Batch:
+def encode_pairs(target: Target, pairs: Sequence[MinimalPair | Item]) -> Batch:
     """Minimal pairs, or items, for the patching engine.
 
     Raises:
