@@ -12,7 +12,6 @@ One JSON object with ``metadata``, ``qParams``, ``nodes`` and ``links``. What is
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import math
@@ -20,22 +19,75 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, FiniteFloat, ValidationError
 
 from nla.errors import NLAError, ParseError, visible
 from nla.storage.files import write_atomic
+from nla.storage.schema import shown
 
 MAX_BYTES = 256 << 20
 CAUSAL_SITE = "causal site"
 EMBEDDING, LOGIT = "embedding", "logit"
 EMBEDDING_LAYER = -1
-_METADATA = {"slug": str, "scan": str, "prompt": str, "prompt_tokens": list}
-_NODE = {"node_id": str, "feature_type": str, "ctx_idx": int, "jsNodeId": str, "clerp": str}
-_SHOWN = 60
+_HALF_CHARACTER = re.compile("[\ud800-\udfff]")
+_FIX = "correct this place, or write the graph again with the tool that made it (schema: docs/graphs.md)"
 # Words of a supernode's name that say what it does ("say Austin"), not what it is about.
 _NOT_CONCEPTS = re.compile(
     r"an?|and|before|after|for|in|of|on|or|outputs?|predicts?|says?|saying|the|then|to|tokens?|upweights?|with"
 )
+
+
+def _encodable(text: str) -> str:
+    if _HALF_CHARACTER.search(text):
+        raise ValueError("whole characters")
+    return text
+
+
+_Text = Annotated[str, AfterValidator(_encodable)]
+
+
+class _Part(BaseModel):
+    """A part of the file: types as they are; keys that are not known here are kept in the content."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+
+class _NodePart(_Part):
+    node_id: _Text
+    feature_type: _Text
+    ctx_idx: int
+    jsNodeId: _Text
+    clerp: _Text
+    feature: int | None
+    layer: Any
+    influence: FiniteFloat | None = None
+    activation: FiniteFloat | None = None
+
+
+class _LinkPart(_Part):
+    source: _Text
+    target: _Text
+    weight: FiniteFloat
+
+
+class _MetadataPart(_Part):
+    slug: _Text
+    scan: _Text
+    prompt: _Text
+    prompt_tokens: list[_Text]
+
+
+class _ViewPart(_Part):
+    supernodes: list[list[_Text]] | None = None
+
+
+class _GraphPart(_Part):
+    metadata: _MetadataPart
+    qParams: _ViewPart
+    nodes: list[_NodePart]
+    links: list[_LinkPart]
 
 
 class Node(NamedTuple):
@@ -111,28 +163,24 @@ class Graph:
         return any(node.kind == CAUSAL_SITE for node in self.nodes)
 
     @classmethod
-    def parse(cls, content: Any, place: str = "graph") -> Graph:
+    def parse(cls, content: Any, where: str = "graph") -> Graph:
         """Check a JSON object.
 
         Args:
-            place: what errors call it, such as its path.
+            where: what errors call it, such as its path.
 
         Raises:
             ParseError: what is missing, of the wrong type, or names what is not there; says where.
         """
-        _expect(content, dict, place)
-        for name, kind in (("metadata", dict), ("qParams", dict), ("nodes", list), ("links", list)):
-            _expect(_at(content, name, place), kind, f"{place}: {name}")
-        metadata = content["metadata"]
-        for name, kind in _METADATA.items():
-            _expect(_at(metadata, name, f"{place}: metadata"), kind, f"{place}: metadata.{name}")
-        for number, token in enumerate(metadata["prompt_tokens"]):
-            _expect(token, str, f"{place}: metadata.prompt_tokens[{number}]")
-        n_tokens = len(metadata["prompt_tokens"])
-        nodes = [_node(node, n_tokens, f"{place}: nodes[{i}]") for i, node in enumerate(content["nodes"])]
-        known = _by_id(nodes, place)
-        links = [_link(link, known, f"{place}: links[{i}]") for i, link in enumerate(content["links"])]
-        return cls(content, nodes, links, list(_supernodes(content, nodes, known, f"{place}: qParams")))
+        try:
+            parts = _GraphPart.model_validate(content)
+        except ValidationError as error:
+            raise _first_wrong(error, where) from error
+        n_tokens = len(parts.metadata.prompt_tokens)
+        nodes = [_node(node, n_tokens, f"{where}: nodes[{i}]") for i, node in enumerate(parts.nodes)]
+        known = _by_id(nodes, where)
+        links = [_link(link, known, f"{where}: links[{i}]") for i, link in enumerate(parts.links)]
+        return cls(content, nodes, links, list(_supernodes(parts, nodes, known, f"{where}: qParams.supernodes")))
 
 
 def read_graph(path: str | Path) -> Graph:
@@ -190,110 +238,80 @@ def shown_token(text: str) -> str:
     return text.replace("\n", "⏎").replace("\t", "→").replace("\r", "↵")
 
 
-def _node(node: Any, n_tokens: int, place: str) -> Node:
-    _expect(node, dict, place)
-    for name, kind in _NODE.items():
-        _expect(_at(node, name, place), kind, f"{place}.{name}")
-    if not isinstance(_at(node, "feature", place), int | None) or isinstance(node["feature"], bool):
-        raise _wrong(node["feature"], "an integer or null", f"{place}.feature")
-    for name in ("influence", "activation"):
-        if node.get(name) is not None:
-            _number(node[name], f"{place}.{name}")
-    identity, kind, position = node["node_id"], node["feature_type"], node["ctx_idx"]
+def _node(part: _NodePart, n_tokens: int, where: str) -> Node:
+    identity, kind, position = part.node_id, part.feature_type, part.ctx_idx
     if not 0 <= position < n_tokens:
-        raise _wrong(position, f"the index of one of {n_tokens} tokens", f"{place}.ctx_idx")
+        raise _wrong(position, f"the index of one of {n_tokens} tokens", f"{where}.ctx_idx")
     numbers = re.fullmatch(r"(?:E|\d+)_(?:\D+_)?(\d{1,18})_(\d{1,9})", identity)
     if kind == EMBEDDING and numbers is None:
-        raise _wrong(identity, "E_{vocabulary id}_{token}", f"{place}.node_id")
+        raise _wrong(identity, "E_{vocabulary id}_{token}", f"{where}.node_id")
     if numbers is not None and int(numbers[2]) != position and kind != LOGIT:
-        raise _wrong(identity, f"an id that ends in the token, {position}, as ctx_idx says", f"{place}.node_id")
-    layer = EMBEDDING_LAYER if kind == EMBEDDING else _layer(_at(node, "layer", place), f"{place}.layer")
+        raise _wrong(identity, f"an id that ends in the token, {position}, as ctx_idx says", f"{where}.node_id")
+    layer = EMBEDDING_LAYER if kind == EMBEDDING else _layer(part.layer, f"{where}.layer")
     feature = None if numbers is None or "error" in kind else int(numbers[1])
-    return Node(identity, kind, layer, position, feature, node["clerp"], node.get("influence"), node.get("activation"))
+    return Node(identity, kind, layer, position, feature, part.clerp, part.influence, part.activation)
 
 
-def _layer(value: Any, place: str) -> int:
+def _layer(value: Any, where: str) -> int:
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return value
     if isinstance(value, str) and re.fullmatch(r"[0-9]{1,6}", value):
         return int(value)
-    raise _wrong(value, 'a block\'s index, as a number or text ("E" for embeddings only)', place)
+    raise _wrong(value, 'a block\'s index, as a number or text ("E" for embeddings only)', where)
 
 
-def _by_id(nodes: list[Node], place: str) -> dict[str, Node]:
+def _by_id(nodes: list[Node], where: str) -> dict[str, Node]:
     """Nodes by id; where an error shares its id with a feature of layer 0, the feature is meant."""
     known: dict[str, Node] = {}
     for number, node in enumerate(nodes):
         other = known.get(node.id)
         if other is not None and other.is_error == node.is_error:
-            raise _wrong(node.id, "an id of its own", f"{place}: nodes[{number}].node_id")
+            raise _wrong(node.id, "an id of its own", f"{where}: nodes[{number}].node_id")
         if other is None or other.is_error:
             known[node.id] = node
     return known
 
 
-def _link(link: Any, known: dict[str, Node], place: str) -> Link:
-    _expect(link, dict, place)
-    for name in ("source", "target"):
-        _expect(_at(link, name, place), str, f"{place}.{name}")
-        if link[name] not in known:
-            raise _wrong(link[name], "the id of a node", f"{place}.{name}")
-    return Link(link["source"], link["target"], _number(_at(link, "weight", place), f"{place}.weight"))
+def _link(part: _LinkPart, known: dict[str, Node], where: str) -> Link:
+    for name, end in (("source", part.source), ("target", part.target)):
+        if end not in known:
+            raise _wrong(end, "the id of a node", f"{where}.{name}")
+    return Link(part.source, part.target, part.weight)
 
 
-def _supernodes(content: dict[str, Any], nodes: list[Node], known: dict[str, Node], place: str) -> Iterator[Supernode]:
-    groups = content["qParams"].get("supernodes")
-    if groups is None:
-        return
-    _expect(groups, list, f"{place}.supernodes")
+def _supernodes(parts: _GraphPart, nodes: list[Node], known: dict[str, Node], where: str) -> Iterator[Supernode]:
     # Some viewers save a supernode's members by jsNodeId, which circuit-tracer gives to a feature at every token alike.
-    shown: dict[str, Node] = {}
+    by_viewer: dict[str, Node] = {}
     shared: set[str] = set()
-    for raw, node in zip(content["nodes"], nodes, strict=True):
-        if shown.setdefault(raw["jsNodeId"], node) is not node:
-            shared.add(raw["jsNodeId"])
-    for number, group in enumerate(groups):
-        here = f"{place}.supernodes[{number}]"
-        _expect(group, list, here)
-        for i, part in enumerate(group):
-            _expect(part, str, f"{here}[{i}]")
-            if i and part not in known and part not in shown:
-                raise _wrong(part, "the id of a node", f"{here}[{i}]")
-            if i and part not in known and part in shared:
-                raise _wrong(part, "a node_id, since several nodes have this jsNodeId", f"{here}[{i}]")
+    for part, node in zip(parts.nodes, nodes, strict=True):
+        if by_viewer.setdefault(part.jsNodeId, node) is not node:
+            shared.add(part.jsNodeId)
+    for number, group in enumerate(parts.qParams.supernodes or ()):
+        here = f"{where}[{number}]"
         if not group:
             raise _wrong(group, "a name and the ids of its nodes", here)
-        members = tuple(known.get(part) or shown[part] for part in group[1:])
-        yield Supernode(group[0], members, concept_words(group[0]))
+        name, *ids = group
+        for i, identity in enumerate(ids, start=1):
+            if identity not in known and identity not in by_viewer:
+                raise _wrong(identity, "the id of a node", f"{here}[{i}]")
+            if identity not in known and identity in shared:
+                raise _wrong(identity, "a node_id, since several nodes have this jsNodeId", f"{here}[{i}]")
+        members = tuple(known.get(identity) or by_viewer[identity] for identity in ids)
+        yield Supernode(name, members, concept_words(name))
 
 
-def _at(content: dict[str, Any], name: str, place: str) -> Any:
-    if name not in content:
-        raise ParseError(f"{place} without {name!r}", f"the key {name!r}", _FIX)
-    return content[name]
+def _first_wrong(error: ValidationError, where: str) -> ParseError:
+    """The first of what is missing or of the wrong type."""
+    details = error.errors(include_url=False)[0]
+    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in details["loc"]).lstrip(".")
+    if details["type"] == "missing":
+        return ParseError(f"{visible(where)} without {visible(path)}", "a value there", _FIX)
+    expected = details["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    return _wrong(details["input"], expected, f"{where}: {path}")
 
 
-def _expect(value: Any, kind: type, place: str) -> None:
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise _wrong(value, _NAMES[kind], place)
-    if kind is str:
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise _wrong(value, "whole characters", place) from error
-
-
-def _number(value: Any, place: str) -> float:
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        with contextlib.suppress(OverflowError):
-            if math.isfinite(number := float(value)):
-                return number
-    raise _wrong(value, "a finite number", place)
-
-
-def _wrong(value: Any, expected: str, place: str) -> ParseError:
-    shown = visible(repr(value)[:_SHOWN])
-    return ParseError(f"{shown} in {visible(place)}", expected, _FIX)
+def _wrong(value: Any, expected: str, where: str) -> ParseError:
+    return ParseError(f"{shown(value)} in {visible(where)}", expected, _FIX)
 
 
 def _refuse(name: str) -> Any:
@@ -302,8 +320,4 @@ def _refuse(name: str) -> Any:
 
 def _finite(digits: str) -> float:
     number = float(digits)
-    return number if math.isfinite(number) else _refuse(digits[:_SHOWN])
-
-
-_NAMES = {dict: "an object", list: "a list", str: "a text", int: "an integer"}
-_FIX = "correct this place, or write the graph again with the tool that made it (schema: docs/graphs.md)"
+    return number if math.isfinite(number) else _refuse(shown(digits))
