@@ -1,4 +1,7 @@
-"""How sure we are: intervals, tests, corrections for many tests, shuffles. Pure."""
+"""How sure we are: measured values in; intervals, tests, corrections for many tests and shuffles out. Pure.
+
+The textbook formulas are SciPy's. What it lacks is ours: resampling of whole documents, and exact sign flips of them.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from nla.errors import ArgumentError, NonFiniteError, ShapeError
@@ -80,8 +83,8 @@ def spearman(a: Float[Tensor, "*batch n"], b: Float[Tensor, "*batch n"]) -> Floa
 
 
 def bootstrap(
-    values: Tensor,
-    clusters: Tensor | Sequence[int] | None = None,
+    values: Float[Tensor, " n"] | Float[Tensor, "n m"],
+    clusters: Int[Tensor, " n"] | Sequence[int] | None = None,
     statistic: Callable[[Tensor], Tensor] | None = None,
     n_boot: int = 1000,
     confidence: float = 0.95,
@@ -93,7 +96,7 @@ def bootstrap(
     cluster says nothing of how clusters differ: its interval has NaN for ends.
 
     Args:
-        values: (n,) or (n, m): m quantities of each item, such as the errors of two readers.
+        values: one or m quantities of each item, such as the errors of two readers.
         clusters: document of each value, n integers; None: every value is its own cluster.
         statistic: from the means, (..., m) or (...) for one-dimensional values, to (...); None: the mean itself.
         n_boot: number of resamples.
@@ -132,14 +135,14 @@ def bootstrap(
 
 
 def paired_permutation(
-    a: Tensor,
-    b: Tensor,
-    clusters: Tensor | Sequence[int] | None = None,
+    a: Float[Tensor, " n"],
+    b: Float[Tensor, " n"],
+    clusters: Int[Tensor, " n"] | Sequence[int] | None = None,
     alternative: str = "two-sided",
     n_permutations: int = 10_000,
     seed: int = 0,
 ) -> float:
-    """p-value of "the mean of a equals the mean of b" for paired scores (n,), flipping signs of whole clusters.
+    """p-value of "the mean of a equals the mean of b" for paired scores, flipping signs of whole clusters.
 
     Args:
         alternative: "two-sided", or "greater": a is greater than b.
@@ -197,14 +200,14 @@ def holm(p_values: Sequence[float]) -> list[float]:
     """
     _check_p_values(p_values)
     adjusted, largest = [0.0] * len(p_values), 0.0
-    for rank, place in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[place]))
-        adjusted[place] = largest
+    for rank, row in enumerate(sorted(range(len(p_values)), key=lambda row: p_values[row])):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[row]))
+        adjusted[row] = largest
     return adjusted
 
 
-def derangement(n: int, seed: int, strata: Sequence[str] | None = None) -> Tensor:
-    """A random permutation of 0…n−1 (n,) that moves every index; with ``strata``, within each stratum.
+def derangement(n: int, seed: int, strata: Sequence[str] | None = None) -> Int[Tensor, " n"]:
+    """A random permutation of 0…n−1 that moves every index; with ``strata``, within each stratum.
 
     The baseline "shuffled": score each activation against another one's reconstruction.
 
@@ -235,7 +238,7 @@ def _rows_by_stratum(strata: Sequence[str], n: int) -> dict[str, Tensor]:
     rows: dict[str, list[int]] = {}
     for row, stratum in enumerate(strata):
         rows.setdefault(stratum, []).append(row)
-    return {stratum: torch.tensor(places) for stratum, places in rows.items()}
+    return {stratum: torch.tensor(members) for stratum, members in rows.items()}
 
 
 def _cluster_index(clusters: Tensor | Sequence[int] | None, n: int) -> Tensor:
