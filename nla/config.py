@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
-import types
-import typing
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from jaxtyping import Float
+from pydantic import Field
 from torch import Tensor
 
 from nla.errors import ConfigError, ShapeError, TokenizerMismatchError
 from nla.metrics import check_finite
 from nla.storage.files import read_json, write_json
 from nla.storage.hashes import digest
+from nla.storage.schema import Problem, check_fields, checked, shown
 from nla.text.fingerprint import hash_parts
 from nla.text.fingerprint import tokenizer_hash as tokenizer_hash
 
+CONFIG_FILE = "nla_config.json"
 FORMAT_VERSION = 1
 DTYPES = ("float32", "bfloat16", "float16")
 MODES = ("replace", "add")
@@ -28,55 +28,55 @@ QUANTIZATIONS = ("8bit", "4bit")
 
 _CHECKSUM = "checksum"
 _EXPLANATION_SLOT = "{explanation}"
-_LATER = {"layer", "quantization", "decoder", "encoder_weights", "decoder_weights", "end_ids"}
+_LATER = frozenset({"layer", "quantization", "decoder", "encoder_weights", "decoder_weights", "end_ids"})
 """Fields that files of this format may lack: they came later, and their defaults are what was always done."""
 
 
-@dataclass(frozen=True, kw_only=True)
+def _refuse(problem: Problem, fix: str = "correct this value where the config is made") -> ConfigError:
+    return ConfigError(problem.got, problem.expected, fix)
+
+
+Id = Annotated[int, Field(ge=0)]
+Length = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(gt=0)]
+Text = Annotated[str, Field(min_length=1)]
+
+
+@checked(_refuse, "injection")
 class InjectionConfig:
     """How an activation enters the encoder at the marker: in its embedding's place, or added to a block's output."""
 
-    marker: str
+    marker: Text
     """The single token in the encoder prompt where the activation enters."""
 
-    marker_id: int
+    marker_id: Id
     """Token id of the marker."""
 
-    left_id: int
+    left_id: Id
     """Token id just before the marker in the rendered prompt."""
 
-    right_id: int
+    right_id: Id
     """Token id just after the marker in the rendered prompt."""
 
-    norm: float | None
+    norm: Length | None
     """L2 norm that the activation is scaled to before it is injected; None for "add", where the stream gives it."""
 
-    mode: str = "replace"
+    mode: Literal["replace", "add"] = "replace"
     """With "replace" the embedding row is overwritten; with "add" the activation is added to a block's output, at the
     length that the output has there: h + |h| v/|v|."""
 
-    layer: int | None = None
+    layer: Id | None = None
     """For "add": the block whose output it is added to."""
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        _require(self.mode in MODES, "injection.mode", self.mode, f"one of {', '.join(MODES)}")
         adds = self.mode == "add"
         _require((self.norm is None) == adds, "injection.norm", self.norm, "a norm to replace with, and none to add")
         _require((self.layer is not None) == adds, "injection.layer", self.layer, "a block to add at, and none else")
-        _require(self.layer is None or self.layer >= 0, "injection.layer", self.layer, "a block's index, 0 or more")
-        _require(bool(self.marker), "injection.marker", self.marker, "a token's text")
-        for name in ("marker_id", "left_id", "right_id"):
-            _require(getattr(self, name) >= 0, f"injection.{name}", getattr(self, name), "a token id, 0 or more")
-        neighbours = (self.left_id, self.right_id)
-        _require(
-            self.marker_id not in neighbours, "injection.marker_id", self.marker_id, "another id than its neighbours"
-        )
-        if self.norm is not None:
-            _require_positive("injection.norm", self.norm)
+        beside = self.marker_id in (self.left_id, self.right_id)
+        _require(not beside, "injection.marker_id", self.marker_id, "another id than its neighbours")
 
 
-@dataclass(frozen=True, kw_only=True)
+@checked(_refuse, "decoder")
 class DecoderConfig:
     """What differs between decoders beside their weights and text."""
 
@@ -89,15 +89,12 @@ class DecoderConfig:
     special_tokens: bool = True
     """The tokenizer adds its special tokens, such as BOS, to the decoder's text."""
 
-    def __post_init__(self) -> None:
-        _check_types(self)
 
-
-@dataclass(frozen=True, kw_only=True)
+@checked(_refuse, "weights")
 class WeightsConfig:
     """Where the full weights of an encoder or decoder lie that is no adapter."""
 
-    source: str
+    source: Text
     """A hub id, a folder relative to the pair's folder, or an absolute folder."""
 
     revision: str | None = None
@@ -106,12 +103,8 @@ class WeightsConfig:
     sha256: str | None = None
     """SHA-256 of a folder's config.json and weights; None for the hub."""
 
-    def __post_init__(self) -> None:
-        _check_types(self)
-        _require(bool(self.source), "source of weights", self.source, "a folder or hub id")
 
-
-@dataclass(frozen=True, kw_only=True)
+@checked(_refuse)
 class NLAConfig:
     """Everything a trained pair depends on. No value that the weights were trained with is a constant in code.
 
@@ -119,16 +112,16 @@ class NLAConfig:
         ConfigError: a value has the wrong type, is out of range, or contradicts another.
     """
 
-    target: str
+    target: Text
     """The target: a hub id, a folder relative to the pair's folder, or an absolute folder."""
 
     target_revision: str | None = None
     """Commit of the target on the hub, if it came from there."""
 
-    tokenizer_hash: str
+    tokenizer_hash: Text
     """What :func:`tokenizer_hash` gives for the tokenizer used in training."""
 
-    d_model: int
+    d_model: Count
     """Width of the target's residual stream."""
 
     dtype: str
@@ -137,7 +130,7 @@ class NLAConfig:
     quantization: str | None = None
     """How the target's weights were quantised while the pair was trained: "8bit", "4bit" or not at all."""
 
-    point: str
+    point: Annotated[str, Field(pattern=r"^[a-z_]+\.\d+$")]
     """Where activations are read, such as "resid_post.3": the output of block 3."""
 
     injection: InjectionConfig
@@ -146,10 +139,10 @@ class NLAConfig:
     encoder_prompt: str
     """Content of the encoder's user message; it holds the marker once."""
 
-    explanation_open: str = "<explanation>"
+    explanation_open: Text = "<explanation>"
     """What opens an explanation in the encoder's answer."""
 
-    explanation_close: str = "</explanation>"
+    explanation_close: Text = "</explanation>"
     """What closes it."""
 
     decoder_template: str = "Summary of the following text: <text>{explanation}</text> <summary>"
@@ -164,13 +157,13 @@ class NLAConfig:
     decoder_weights: WeightsConfig | None = None
     """Of a decoder that is a whole model; None: an adapter on the target."""
 
-    max_new_tokens: int
+    max_new_tokens: Count
     """Longest answer of the encoder, in tokens."""
 
-    end_ids: list[int] | None = None
+    end_ids: Annotated[list[Id], Field(min_length=1)] | None = None
     """Token ids that end an answer; None: those of the tokenizer and the target's generation settings."""
 
-    activation_norm: float
+    activation_norm: Length
     """Mean L2 norm of the raw training activations: the length given to reconstructions. An imported pair has a
     stand-in until :meth:`nla.NLA.fit_baselines`."""
 
@@ -184,7 +177,6 @@ class NLAConfig:
     """Version of this file's format."""
 
     def __post_init__(self) -> None:
-        _check_types(self)
         _require(
             self.format_version == FORMAT_VERSION,
             "format_version",
@@ -192,8 +184,6 @@ class NLAConfig:
             f"format {FORMAT_VERSION}",
             fix="install the version of nla that wrote this file, or make the pair again with this one",
         )
-        for name in ("target", "tokenizer_hash", "explanation_open", "explanation_close"):
-            _require(bool(getattr(self, name)), name, getattr(self, name), "a text that is not empty")
         _require(self.dtype in DTYPES, "dtype", self.dtype, f"one of {', '.join(DTYPES)}")
         known = self.quantization in (None, *QUANTIZATIONS)
         _require(known, "quantization", self.quantization, f"none, or one of {', '.join(QUANTIZATIONS)}")
@@ -201,13 +191,6 @@ class NLAConfig:
         _require(alike, "decoder_weights", self.decoder_weights, "two adapters, or two whole models")
         kept = self.decoder.final_norm and self.separate
         _require(not kept, "decoder.final_norm", True, "none in a decoder that is a whole model: it is cut without it")
-        _require(
-            re.fullmatch(r"[a-z_]+\.\d+", self.point) is not None, "point", self.point, 'a point such as "resid_post.3"'
-        )
-        for name in ("d_model", "max_new_tokens", "activation_norm"):
-            _require_positive(name, getattr(self, name))
-        ends = self.end_ids is None or (bool(self.end_ids) and all(type(i) is int and i >= 0 for i in self.end_ids))
-        _require(ends, "end_ids", self.end_ids, "token ids, 0 or more, at least one")
         count = self.encoder_prompt.count(self.injection.marker)
         _require(
             count == 1, "encoder_prompt", self.encoder_prompt, f"the marker {self.injection.marker!r} exactly once"
@@ -356,39 +339,17 @@ def _content_checksum(content: dict[str, Any]) -> str:
     return f"sha256:{digest(content)}"
 
 
-def _known_fields(cls: Any, content: Any, source: str) -> dict[str, Any]:
+def _known_fields(cls: type, content: Any, source: str) -> dict[str, Any]:
     """The fields of a dataclass in a dict, refusing unknown and missing ones but those that came later."""
-    names = {field.name for field in dataclasses.fields(cls)}
-    found = set(content) if isinstance(content, dict) else set()
-    missing = names - found - _LATER
-    if missing or found - names:
-        raise ConfigError(
-            got=f"{source} lacking {sorted(missing)} and with unknown {sorted(found - names)}",
-            expected=f"exactly the fields of {cls.__name__}",
-            fix="install the version of nla that wrote this file, or make the pair again",
-        )
+    problem = check_fields(cls, content, _LATER)
+    if problem is not None:
+        fix = "install the version of nla that wrote this file, or make the pair again"
+        raise ConfigError(f"{source}: {problem.got}", problem.expected, fix)
     return dict(content)
-
-
-def _check_types(config: Any) -> None:
-    """Every field has its annotated type; an int passes for a float, a bool for neither."""
-    for name, expected in typing.get_type_hints(type(config)).items():
-        value = getattr(config, name)
-        kinds = typing.get_args(expected) if isinstance(expected, types.UnionType) else (expected,)
-        allowed = (*(typing.get_origin(kind) or kind for kind in kinds), *((int,) if float in kinds else ()))
-        good = isinstance(value, allowed) and (bool in kinds or not isinstance(value, bool))
-        _require(good, name, value, f"a {getattr(expected, '__name__', expected)}")
-
-
-def _require_positive(name: str, value: float) -> None:
-    _require(math.isfinite(value) and value > 0, name, value, "a finite number above 0")
 
 
 def _require(
     condition: bool, name: str, value: Any, expected: str, fix: str = "correct this value where the config is made"
 ) -> None:
     if not condition:
-        raise ConfigError(got=f"{name} = {value!r}", expected=expected, fix=fix)
-
-
-CONFIG_FILE = "nla_config.json"
+        raise ConfigError(got=f"{name} = {shown(value)}", expected=expected, fix=fix)

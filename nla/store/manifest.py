@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import types
 import typing
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from nla.errors import ConfigError, StoreError
 from nla.storage.files import read_json
+from nla.storage.schema import Problem, checked, shown
 from nla.store.shards import ShardEntry
 
 MANIFEST_FILE, SETTINGS_FILE = "manifest.json", "store.json"
 STORE_VERSION = 1
 
 
-@dataclass(frozen=True)
+def _refuse(problem: Problem) -> StoreError:
+    return StoreError(problem.got, problem.expected, "make the store again")
+
+
+@checked(_refuse)
 class Manifest:
     """What a finished store says of itself."""
 
@@ -80,30 +83,19 @@ class Manifest:
                 f"a store of version {STORE_VERSION}",
                 "install the version of nla that wrote it, or read the corpus again",
             )
+        fix = "restore the file from where the store came; or delete it and run the command that made it again"
         try:
-            _check_kinds(content, typing.get_type_hints(cls))
-            shards = {split: [ShardEntry(**entry) for entry in entries] for split, entries in content["shards"].items()}
-            for entry in (entry for entries in shards.values() for entry in entries):
-                _check_kinds(entry._asdict(), typing.get_type_hints(ShardEntry))
+            shards = {split: _entries(entries) for split, entries in content["shards"].items()}
+            return cls(**{**content, "shards": shards})
         except (TypeError, AttributeError) as error:
-            fix = "restore the file from where the store came; or delete it and run the command that made it again"
             raise StoreError(f"{path}, which is malformed ({error})", "a manifest as it was written", fix) from error
-        return cls(**{**content, "shards": shards})
+        except StoreError as error:
+            got = f"{path}, which is malformed ({error.got})"
+            raise StoreError(got, error.expected, fix) from error
 
 
-def _check_kinds(content: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
-    """Raise TypeError where a value, or one within a dict, is not of its annotated type; an int passes for a float."""
-    for name, hint in hints.items():
-        whole, parts = typing.get_origin(hint), typing.get_args(hint)
-        values = [content[name]]
-        if whole is dict:
-            if not isinstance(content[name], dict):
-                raise TypeError(f"{name}: {content[name]!r}")
-            hint, values = parts[1], list(content[name].values())
-        if hint is Any:
-            continue
-        allowed = (typing.get_origin(hint) or hint,) if not isinstance(hint, types.UnionType) else typing.get_args(hint)
-        allowed = (*allowed, int) if float in allowed else allowed
-        wrong = [value for value in values if not isinstance(value, allowed) or isinstance(value, bool)]
-        if wrong:
-            raise TypeError(f"{name}: {wrong[0]!r}")
+def _entries(content: Any) -> list[ShardEntry]:
+    """Shards from JSON; their values are checked with the manifest's."""
+    if not isinstance(content, list):
+        raise TypeError(f"shards: {shown(content)}")
+    return [ShardEntry(**entry) for entry in content]
