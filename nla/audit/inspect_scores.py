@@ -9,6 +9,7 @@ from typing import Any
 from nla.audit.findings import NOT_SAID, PositionScore
 from nla.audit.run import Audit
 from nla.errors import visible
+from nla.storage.files import replacing
 from nla.transcripts.inspect import EPOCH, SAMPLE, require_inspect
 from nla.transcripts.messages import bad
 
@@ -42,10 +43,8 @@ def write_scores(audit: Audit, path: Path, out: Path) -> None:
                 ids = [message.id for message in sample.messages]
                 sample.scores = {**(sample.scores or {}), **_scores(audit, audited[sample.id, sample.epoch], ids)}
         _add_results(log, audit, set(audited.values()))
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = out.with_name(f".{out.stem}.tmp{out.suffix}")
-        log_module.write_eval_log(log, str(temporary))
-        temporary.replace(out)
+        with replacing(out) as temporary:
+            log_module.write_eval_log(log, str(temporary))
     except Exception as error:
         shown = visible(f"{type(error).__name__}: {error}")[:160]
         raise bad(str(path), f"a log whose scored copy cannot be made ({shown})", "a whole log", "check it") from error

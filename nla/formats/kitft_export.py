@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import os
-import shutil
-import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,17 +10,23 @@ import torch
 from torch import Tensor, nn
 
 from nla.autoencoder import NLA
-from nla.errors import ArgumentError, ExportError, StorageError
+from nla.errors import ArgumentError, ExportError
 from nla.formats.kitft import VALUE_HEAD
 from nla.formats.kitft_sidecar import EXPLANATION_TAGS, SIDECAR
 from nla.metrics import cosine
 from nla.models.points import backbone, blocks, cut_config, layout
 from nla.models.read import Activations
 from nla.pair.roles import DECODER_ADAPTER, ENCODER_ADAPTER
-from nla.storage.files import write_atomic
+from nla.storage.files import replacing_files, write_atomic
 from nla.storage.tensors import save_tensors
 
 AV_FOLDER, AR_FOLDER = "av", "ar"
+_OUTDATED = [
+    f"{folder}/{pattern}"
+    for pattern in (SIDECAR, "*.safetensors", "*.safetensors.index.json")
+    for folder in (AV_FOLDER, AR_FOLDER)
+]
+"""Of an earlier export: no sidecar ever stands beside weights of another pair, and no shard is left over."""
 
 
 class DroppedBias(NamedTuple):
@@ -74,7 +75,7 @@ def export_pair(
         if acts is None:
             raise ArgumentError("drop_bias without activations", "some to measure the change on", "pass acts=...")
         dropped = _without_bias(nla, acts)
-    with _aside(Path(out)) as new:
+    with replacing_files(Path(out), last=SIDECAR, outdated=_OUTDATED) as new:
         _save(_merged(shared.model, ENCODER_ADAPTER, nla.config.dtype), new / AV_FOLDER, nla)
         _save(_cut(_merged(shared.model, DECODER_ADAPTER, nla.config.dtype), nla), new / AR_FOLDER, nla)
         save_tensors(new / AR_FOLDER / VALUE_HEAD, {"weight": nla.head.weight})
@@ -196,36 +197,3 @@ def _yaml(content: dict[str, Any]) -> str:
     import yaml
 
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
-
-
-@contextlib.contextmanager
-def _aside(folder: Path) -> Iterator[Path]:
-    """Give an empty folder beside ``folder``; on a clean exit its files are moved into ``folder``, the sidecars last.
-
-    Sidecars and weights of an earlier export go first: no sidecar ever stands beside weights of another pair, and no
-    shard is left over.
-    """
-    from safetensors import SafetensorError
-
-    new = folder.resolve().with_name(f".{folder.resolve().name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        new.mkdir(parents=True)
-        yield new
-        for pattern in (SIDECAR, "*.safetensors", "*.safetensors.index.json"):
-            for old in [path for name in (AV_FOLDER, AR_FOLDER) for path in (folder / name).glob(pattern)]:
-                old.unlink()
-        files = [path for path in new.rglob("*") if path.is_file()]
-        for source in sorted(files, key=lambda path: (path.name == SIDECAR, path)):
-            place = folder / source.relative_to(new)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(source, place)
-    except StorageError:
-        raise
-    except (OSError, SafetensorError) as error:
-        raise StorageError(
-            f"{type(error).__name__} while writing {folder}: {error}",
-            "room and permission to write the whole pair",
-            "free space or choose another folder and export again",
-        ) from error
-    finally:
-        shutil.rmtree(new, ignore_errors=True)

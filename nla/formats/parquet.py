@@ -8,7 +8,6 @@ The text after the last token read is not there.
 from __future__ import annotations
 
 import os
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +27,7 @@ from nla.errors import (
     TokenizerMismatchError,
 )
 from nla.models.points import Point
-from nla.storage.files import write_atomic
+from nla.storage.files import replacing, write_atomic
 from nla.store.reader import SPLITS, Manifest, Store
 from nla.store.shards import Document, is_held_out
 from nla.store.writer import StoreWriter
@@ -320,29 +319,19 @@ def export_parquet(store: Store, path: str | Path) -> None:
     kinds = (pa.int64(), pa.string(), pa.list_(pa.float32(), width), pa.int64(), pa.string())
     schema = pa.schema(list(zip(COLUMNS, kinds, strict=True)))
     source, split = _source(manifest), manifest.settings.get("split", store.split)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with pq.ParquetWriter(temporary, schema) as out:
-            for start in range(0, len(store), ROWS_PER_CHUNK):
-                rows = torch.arange(start, min(start + ROWS_PER_CHUNK, len(store)))
-                flat = pa.array(store.vectors[rows].reshape(-1).numpy())
-                lengths = store.token_indexes(rows) + 1
-                columns = [
-                    pa.array(lengths.numpy()),
-                    pa.array(store.prefixes(rows), pa.string()),
-                    pa.FixedSizeListArray.from_arrays(flat, width),
-                    pa.array([layer] * len(rows), pa.int64()),
-                    pa.array([f"{source}:{split}:{number}" for number in store.documents(rows).tolist()]),
-                ]
-                out.write_table(pa.Table.from_arrays(columns, schema=schema))
-        os.replace(temporary, path)
-    except (OSError, pa.ArrowException) as error:
-        raise StorageError(
-            f"{type(error).__name__} while writing {path}: {error}", "room for the whole file", "free space"
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary, pq.ParquetWriter(temporary, schema) as out:
+        for start in range(0, len(store), ROWS_PER_CHUNK):
+            rows = torch.arange(start, min(start + ROWS_PER_CHUNK, len(store)))
+            flat = pa.array(store.vectors[rows].reshape(-1).numpy())
+            lengths = store.token_indexes(rows) + 1
+            columns = [
+                pa.array(lengths.numpy()),
+                pa.array(store.prefixes(rows), pa.string()),
+                pa.FixedSizeListArray.from_arrays(flat, width),
+                pa.array([layer] * len(rows), pa.int64()),
+                pa.array([f"{source}:{split}:{number}" for number in store.documents(rows).tolist()]),
+            ]
+            out.write_table(pa.Table.from_arrays(columns, schema=schema))
     write_atomic(sidecar_path(path), _sidecar(store, source))
 
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
-import shutil
-import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +13,7 @@ import torch
 
 from nla.baselines import load_baselines, save_baselines
 from nla.config import CONFIG_FILE, NLAConfig, WeightsConfig
-from nla.errors import ArgumentError, ConfigError, StorageError, WeightsError
+from nla.errors import ArgumentError, ConfigError, WeightsError
 from nla.models.adapter import ADAPTER_CONFIG, load_adapter, read_adapter_config, save_adapter
 from nla.models.forward import device_of
 from nla.models.generate import ends_of
@@ -38,7 +35,7 @@ from nla.pair.layout import (
 from nla.pair.parts import Parts
 from nla.pair.roles import DECODER_ADAPTER, ENCODER_ADAPTER, SharedBase
 from nla.pair.separate import Devices, Sources, assemble, check_weights, is_local, refuse_outside, source_of
-from nla.storage.files import read_json, write_atomic, write_json
+from nla.storage.files import read_json, replacing_files, write_atomic, write_json
 from nla.storage.hashes import hash_weights, sha256
 from nla.storage.hub import download, place_of
 from nla.storage.tensors import load_tensors, save_tensors
@@ -212,7 +209,7 @@ def save(parts: Parts, folder: Path) -> None:
     if not config.separate:  # a pair of whole models would load its encoder for it
         ends = config.end_ids or ends_of(unwrapped(parts.roles.model_of("encoder")), parts.tokenizer)
         config = replace(config, end_ids=ends or None)
-    with _aside(folder) as new:
+    with replacing_files(folder, last=CONFIG_FILE) as new:
         if not config.separate:
             for part, adapter in ((ENCODER_FOLDER, ENCODER_ADAPTER), (DECODER_FOLDER, DECODER_ADAPTER)):
                 save_adapter(new / part, parts.roles.model, adapter)
@@ -244,30 +241,3 @@ def _moved(parts: Parts, folder: Path) -> NLAConfig:
         weights = replace(weights, source=relative(place), sha256=weights.sha256 or hash_weights(place))
         config = replace(config, **{name: weights})
     return config
-
-
-@contextlib.contextmanager
-def _aside(folder: Path) -> Iterator[Path]:
-    """Give an empty folder beside ``folder``; on a clean exit its files are moved into ``folder``, the config last.
-
-    Until then the old config vouches for the old files: a mixture of old and new is refused when it is loaded.
-    """
-    new = folder.resolve().with_name(f".{folder.resolve().name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        new.mkdir(parents=True)
-        yield new
-        files = sorted(path for path in new.rglob("*") if path.is_file())
-        for source in sorted(files, key=lambda path: path.name == CONFIG_FILE):
-            place = folder / source.relative_to(new)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(source, place)
-    except StorageError:
-        raise
-    except OSError as error:
-        raise StorageError(
-            f"{type(error).__name__} while writing {folder}: {error}",
-            "room and permission to write the whole pair",
-            "free space or choose another folder and save again",
-        ) from error
-    finally:
-        shutil.rmtree(new, ignore_errors=True)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,12 @@ _TEXT, _MERGE = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside ``path``; on a clean exit it takes ``path``'s place, otherwise it is removed."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    """Give a temporary path beside ``path``, of its ending; on a clean exit it takes ``path``'s place, or else it goes.
+
+    Raises:
+        StorageError: the disk is full or the folder cannot be written; an earlier file is as it was.
+    """
+    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.tmp{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -44,6 +49,42 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replacing_files(folder: Path, last: str, outdated: Sequence[str] = ()) -> Iterator[Path]:
+    """Give an empty folder beside ``folder``; on a clean exit its files take their places in ``folder``.
+
+    A file that vouches for the others comes last, so that a mixture of old and new files is never vouched for.
+
+    Args:
+        last: name of the files that are moved last.
+        outdated: patterns of earlier files, relative to ``folder``, that are removed before any is moved.
+
+    Raises:
+        StorageError: the disk is full or the folder cannot be written.
+    """
+    new = folder.resolve().with_name(f".{folder.resolve().name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        new.mkdir(parents=True)
+        yield new
+        for old in [path for pattern in outdated for path in folder.glob(pattern)]:
+            old.unlink()
+        files = sorted(path for path in new.rglob("*") if path.is_file())
+        for source in sorted(files, key=lambda path: path.name == last):
+            destination = folder / source.relative_to(new)
+            destination.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(source, destination)
+    except StorageError:
+        raise
+    except (OSError, SafetensorError) as error:
+        raise StorageError(
+            f"{type(error).__name__} while writing {folder}: {error}",
+            "room and permission to write the whole folder",
+            "free space or choose another folder and run again",
+        ) from error
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
 
 
 def write_atomic(path: str | Path, data: bytes | str) -> None:
