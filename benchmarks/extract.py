@@ -73,9 +73,10 @@ def ours(work: Path, corpus: str = "corpus.jsonl", store: str = "store", **setti
     point = f"resid_post.{settings.pop('block', BLOCK)}"
     chosen = CorpusSettings(str(work / corpus), n_positions=POSITIONS, **settings)
     started = time.perf_counter(), time.process_time()
-    manifest = extract.extract_corpus(
-        chosen, work / "target", point, work / store, device="cpu", max_tokens_per_batch=BATCH_SIZE * LONGEST
+    reading = extract.ExtractionSettings(
+        chosen, str(work / "target"), point, device="cpu", max_tokens_per_batch=BATCH_SIZE * LONGEST
     )
+    manifest = extract.extract_corpus(reading, work / store)
     seconds, cpu = time.perf_counter() - started[0] - loading[0], time.process_time() - started[1] - loading[1]
     assert manifest is not None
     return {"tokens": manifest.counts["tokens"], "seconds": seconds, "cpu": cpu}

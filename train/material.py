@@ -45,7 +45,7 @@ class Material:
     watched: EvalSet
     """Held-out activations that training is watched on."""
 
-    def told(self) -> tuple[Vectors, list[str]]:
+    def described(self) -> tuple[Vectors, list[str]]:
         """The activations that have a text, and these texts."""
         rows = [row for row, text in enumerate(self.texts) if text is not None]
         return Chosen(self.vectors, torch.tensor(rows)), [self.texts[row] or "" for row in rows]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,13 +23,14 @@ from nla.store.reader import Store, open_splits
 from nla.text.tokens import load_tokenizer, render_prompt
 from nla.train.contract import SLOT, contract, place_marker
 from nla.train.data import world
-from nla.train.data.extract import extract_corpus
+from nla.train.data.extract import ExtractionSettings, extract_corpus
 from nla.train.describe.lesson import describe, save_texts
 from nla.train.describe.prompt import pair_marks
 from nla.train.describe.quote import quote_all
 from nla.train.describe.texts import Summary, describe_texts, open_describer
 from nla.train.fit import processes
 from nla.train.fit.joint import share_step, train_joint
+from nla.train.fit.settings import FitSettings
 from nla.train.fit.warmstart import warmstart_decoder, warmstart_encoder
 from nla.train.material import (
     CORPUS_SPLITS,
@@ -139,20 +141,20 @@ def run_extract(recipe: Recipe, out: Path) -> dict[str, Any]:
 def extract_store(recipe: Recipe, out: Path) -> dict[str, Any]:
     """Read the corpus; each process does its share of the chunks."""
     assert recipe.corpus is not None
-    extract_corpus(
+    device = processes.place()
+    settings = ExtractionSettings(
         recipe.corpus,
         target_folder(recipe.target),
         recipe.point,
-        out / "extract",
         revision=recipe.revision,
         dtype=recipe.dtype,
-        device=processes.place(),
+        device=None if device is None else str(device),
         quantization=recipe.quantization,
         seed=recipe.seed,
         process=processes.rank(),
         processes=processes.count(),
-        progress=processes.is_main(),
     )
+    extract_corpus(settings, out / "extract", progress=processes.is_main())
     processes.wait()  # the last process writes the manifest
     manifest = Store.open(out / "extract").manifest
     return {**manifest.counts, **{f"n_{split}": n for split, n in manifest.n.items()}}
@@ -249,38 +251,30 @@ def new_pair(recipe: Recipe, out: Path) -> NLA:
 
 def fit_apart(nla: NLA, recipe: Recipe, material: Material, folder: Path, scale: float, seed: int) -> dict[str, Any]:
     """Supervised training of both halves on the described texts, for ``scale`` times the recipe's steps."""
-    settings, (vectors, texts) = recipe.warmstart, material.told()
-    held_texts = list(material.watched.warm_texts or ())
-    shared: dict[str, Any] = {
-        "batch_size": settings.batch_size,
-        "seed": seed,
-        "held_out": (material.watched.vectors, held_texts),
-        "eval_every": settings.eval_every,
-        "save_every": settings.save_every,
-        "rows_per_backward": settings.rows_per_backward,
-        "gradient_checkpointing": settings.gradient_checkpointing,
+    w, (vectors, texts) = recipe.warmstart, material.described()
+    held_out = (material.watched.vectors, list(material.watched.warm_texts or ()))
+    encoder = FitSettings(
+        steps=math.ceil(w.encoder_steps * scale),
+        batch_size=w.batch_size,
+        learning_rate=w.encoder_learning_rate,
+        seed=seed,
+        eval_every=w.eval_every,
+        save_every=w.save_every,
+        rows_per_backward=w.rows_per_backward,
+        gradient_checkpointing=w.gradient_checkpointing,
+    )
+    decoder = dataclasses.replace(
+        encoder,
+        steps=math.ceil(w.decoder_steps * scale),
+        learning_rate=w.decoder_learning_rate,
+        head_learning_rate=w.head_learning_rate,
+    )
+    figures = {
+        "encoder": warmstart_encoder(nla, vectors, texts, folder / "encoder", encoder, held_out),
+        "decoder": warmstart_decoder(nla, vectors, texts, folder / "decoder", decoder, held_out),
     }
-    encoder = warmstart_encoder(
-        nla,
-        vectors,
-        texts,
-        folder / "encoder",
-        steps=math.ceil(settings.encoder_steps * scale),
-        learning_rate=settings.encoder_learning_rate,
-        **shared,
-    )
-    decoder = warmstart_decoder(
-        nla,
-        vectors,
-        texts,
-        folder / "decoder",
-        steps=math.ceil(settings.decoder_steps * scale),
-        learning_rate=settings.decoder_learning_rate,
-        head_learning_rate=settings.head_learning_rate,
-        **shared,
-    )
     save(nla, folder / PAIR)
-    return {"encoder": encoder, "decoder": decoder}
+    return figures
 
 
 def save(nla: NLA, folder: Path) -> None:

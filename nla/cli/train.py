@@ -117,17 +117,16 @@ def extract(
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     from nla.organisms import adapter_folder, target_folder
     from nla.train.data.corpus import CorpusSettings
-    from nla.train.data.extract import extract_corpus
+    from nla.train.data.extract import ExtractionSettings, extract_corpus
     from nla.train.schema import build, override
 
     corpus: dict = {}
     for setting in settings or []:
         override(corpus, setting)
-    manifest = extract_corpus(
+    reading = ExtractionSettings(
         build(CorpusSettings, {**corpus, "source": source}, "--set"),
         target_folder(target),
         point,
-        out,
         revision=revision,
         dtype=dtype,
         device=where,
@@ -136,8 +135,8 @@ def extract(
         seed=random_seed,
         process=number,
         processes=processes,
-        progress=True,
     )
+    manifest = extract_corpus(reading, out, progress=True)
     content = {"store": str(out), "finished": manifest is not None}
     if manifest is not None:
         about = ("target", "point", "dtype", "d_model", "counts", "n", "n_documents", "norms", "variance")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import signal
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from nla.train.fit import processes
 from nla.train.fit.checkpoints import decoder_parameters, encoder_parameters, snapshot
 from nla.train.fit.joint import EvalSet, draw_weights, train_joint
 from nla.train.fit.reward import DecoderReward
-from nla.train.fit.settings import JointSettings
+from nla.train.fit.settings import FitSettings, JointSettings
 from nla.train.fit.warmstart import warmstart_decoder, warmstart_encoder
 from tests.helpers import writer
 from tests.helpers.tiny import D_MODEL, make_pair
@@ -23,7 +24,8 @@ from tests.helpers.writer import SETTINGS, STRATA, TEXTS, make_writer
 WRITER = "writer.safetensors"
 """Weights of the writing encoder, made before the processes begin."""
 VECTORS = torch.randn(24, D_MODEL, generator=torch.Generator().manual_seed(1))
-WARM = dict(steps=6, batch_size=8, learning_rate=1e-2, seed=0, save_every=2, held_out=(VECTORS[:4], TEXTS[:4]))
+WARM = FitSettings(steps=6, batch_size=8, learning_rate=1e-2, save_every=2)
+HELD_OUT = VECTORS[:4], TEXTS[:4]
 
 
 def trained(pair) -> dict[str, torch.Tensor]:
@@ -34,8 +36,9 @@ def trained(pair) -> dict[str, torch.Tensor]:
 def warm_start(out: Path) -> dict[str, torch.Tensor]:
     """A pair after both warm starts."""
     pair = make_pair()
-    warmstart_encoder(pair, VECTORS, TEXTS, out / "encoder", **WARM)
-    warmstart_decoder(pair, VECTORS, TEXTS, out / "decoder", head_learning_rate=1e-2, rows_per_backward=4, **WARM)
+    warmstart_encoder(pair, VECTORS, TEXTS, out / "encoder", WARM, HELD_OUT)
+    settings = dataclasses.replace(WARM, head_learning_rate=1e-2, rows_per_backward=4)
+    warmstart_decoder(pair, VECTORS, TEXTS, out / "decoder", settings, HELD_OUT)
     return trained(pair)
 
 

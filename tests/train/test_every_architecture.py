@@ -12,6 +12,7 @@ import torch
 from nla.pair.encoder import MarkerMask
 from nla.train.fit import loop
 from nla.train.fit.joint import JointSettings, build_trainer, marker_forbidden, train_joint
+from nla.train.fit.settings import FitSettings
 from nla.train.fit.warmstart import warmstart_decoder, warmstart_encoder
 from tests.helpers.tiny import D_MODEL, MARKER, MODELS, make_pair
 
@@ -79,7 +80,7 @@ def test_a_step_of_each_training_moves_its_own_weights_alone(
     monkeypatch.setattr(gc, "collect", lambda *_: 0)
     pair = make_pair(architecture)
     pair.baselines |= dict.fromkeys(("newline", "line 1"), pair.baselines["global"])
-    vectors, shared = vectors_of(8), dict(steps=1, batch_size=4, learning_rate=1e-2, seed=0)
+    vectors, settings = vectors_of(8), FitSettings(steps=1, batch_size=4, learning_rate=1e-2, head_learning_rate=1e-2)
 
     def moved(train) -> set[str]:
         before = {name: parameter.detach().clone() for name, parameter in pair.model.named_parameters()}
@@ -87,9 +88,8 @@ def test_a_step_of_each_training_moves_its_own_weights_alone(
         changed = [n for n, parameter in pair.model.named_parameters() if not torch.equal(parameter, before[n])]
         return {"encoder" if ".default." in name else "decoder" if ".decoder." in name else name for name in changed}
 
-    assert moved(lambda: warmstart_encoder(pair, vectors, WARM_TEXTS, tmp_path / "e", **shared)) == {"encoder"}
-    shared["head_learning_rate"] = 1e-2
-    assert moved(lambda: warmstart_decoder(pair, vectors, WARM_TEXTS, tmp_path / "d", **shared)) == {"decoder"}
+    assert moved(lambda: warmstart_encoder(pair, vectors, WARM_TEXTS, tmp_path / "e", settings)) == {"encoder"}
+    assert moved(lambda: warmstart_decoder(pair, vectors, WARM_TEXTS, tmp_path / "d", settings)) == {"decoder"}
     train = lambda: train_joint(pair, vectors, STRATA, WARM_TEXTS, tmp_path / "j", settings=SETTINGS)  # noqa: E731
     assert moved(train) <= {"encoder", "decoder"}
     assert (pair.encoder.generate(vectors, samples=1).ids != pair.tokenizer.convert_tokens_to_ids(MARKER)).all()

@@ -12,12 +12,14 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
-from nla.config import tokenizer_hash
+from nla.config import DTYPES, QUANTIZATIONS, tokenizer_hash
 from nla.errors import ArgumentError, ContextLengthError
 from nla.models.forward import vectors_at
 from nla.models.load import load_truncated
@@ -28,27 +30,55 @@ from nla.store.writer import StoreWriter
 from nla.text.tokens import load_tokenizer
 from nla.train.data.corpus import Corpus, CorpusSettings, describe_files, open_corpus
 from nla.train.data.documents import Prepared, Reader
+from nla.train.schema import Count, Seed, one_of, section
 
 log = logging.getLogger(__name__)
 
 
-def extract_corpus(
-    settings: CorpusSettings,
-    target: str | Path,
-    point: str,
-    out_dir: str | Path,
-    *,
-    revision: str | None = None,
-    dtype: str | None = "float32",
-    device: str | torch.device | None = None,
-    quantization: str | None = None,
-    adapter: str | Path | None = None,
-    max_tokens_per_batch: int = 16_384,
-    seed: int = 0,
-    process: int = 0,
-    processes: int = 1,
-    progress: bool = False,
-) -> Manifest | None:
+@section("extraction")
+class ExtractionSettings:
+    """What is read, of which target, at which point.
+
+    Raises:
+        ArgumentError: a value is out of range, or there is no such process.
+    """
+
+    corpus: CorpusSettings
+    target: str
+    """A folder or hub id; blocks above the point are never loaded."""
+    point: str
+    revision: str | None = None
+    """Commit, tag or branch of a target on the hub."""
+    dtype: Annotated[str, one_of(*DTYPES)] | None = "float32"
+    """Of the target's weights; None: the checkpoint's own. The manifest holds the type that they were read in."""
+    device: str | None = None
+    """Where to read; None: the first GPU if there is one, else the CPU."""
+    quantization: Annotated[str, one_of(*QUANTIZATIONS)] | None = None
+    """8bit or 4bit, by bitsandbytes; None: the weights as they are."""
+    adapter: str | None = None
+    """Folder of an adapter on the target."""
+    max_tokens_per_batch: Count = 16_384
+    """Tokens with padding in one forward pass. It may change between a kill and the call that continues; activations
+    then differ at rounding error."""
+    seed: Seed = 0
+    """Decides the positions, with each document's text."""
+    process: Annotated[int, Field(ge=0)] = 0
+    """Which of the processes that share the work this is, from 0."""
+    processes: Count = 1
+
+    def __post_init__(self) -> None:
+        if self.process >= self.processes:
+            got = f"process {self.process} of {self.processes}"
+            raise ArgumentError(got, "0 ≤ process < processes", "count them from 0")
+
+    @property
+    def source(self) -> str:
+        """The target's folder, or else its hub id."""
+        folder = Path(self.target).expanduser()
+        return str(folder) if folder.is_dir() else self.target
+
+
+def extract_corpus(settings: ExtractionSettings, out_dir: str | Path, progress: bool = False) -> Manifest | None:
     """Read a corpus into the store ``out_dir``; after a kill, the same call continues to the same bytes.
 
     A ``datasets`` name is read at one commit, also by a call that continues when its main branch has moved on.
@@ -57,12 +87,6 @@ def extract_corpus(
     the store is, row for row and bit for bit, the one that a single process of as many threads makes.
 
     Args:
-        target: folder or hub id; blocks above the point are never loaded.
-        revision, dtype, device, quantization, adapter: see :func:`nla.target.load_truncated`. The manifest holds the
-            type that they were read in, also where ``dtype`` is None: the checkpoint's own.
-        max_tokens_per_batch: tokens with padding in one forward pass. It may change between a kill and the call that
-            continues; activations then differ at rounding error.
-        seed: decides the positions, with each document's text.
         progress: show a bar.
 
     Returns:
@@ -71,23 +95,23 @@ def extract_corpus(
     Raises:
         CorpusError, StoreError, NonFiniteError, StorageError, PointError: see the functions used.
         ContextLengthError: documents may be longer than the target's context.
-        TargetError, AccessError: see :func:`nla.target.load_truncated`.
-        ArgumentError: no such process.
+        TargetError, AccessError: see :func:`nla.models.load.load_truncated`.
     """
-    if not 0 <= process < processes:
-        raise ArgumentError(f"process {process} of {processes}", "0 ≤ process < processes", "count them from 0")
-    corpus = open_corpus(settings, _begun_at(out_dir, settings))
-    loading = {"revision": revision, "dtype": dtype, "quantization": quantization, "adapter": adapter}
-    folder = Path(target).expanduser()
-    source = str(folder) if folder.is_dir() else str(target)
-    view = load_truncated(source, point, device=device, **loading)
-    tokenizer = load_tokenizer(source, getattr(view.config, "_commit_hash", None) or revision)
-    _check_context(view, settings)
-    about = _about(settings, corpus, view, tokenizer, source, point, loading, seed)
-    writer = StoreWriter(out_dir, about)
-    reader = Reader(tokenizer, settings, seed)
-    share = Share(process, processes)
-    n_chunks = _run(corpus, settings, view, reader, writer, share, max_tokens_per_batch, progress)
+    s = settings
+    corpus = open_corpus(s.corpus, _begun_at(out_dir, s.corpus))
+    view = load_truncated(
+        s.source,
+        s.point,
+        revision=s.revision,
+        dtype=s.dtype,
+        device=s.device,
+        quantization=s.quantization,
+        adapter=s.adapter,
+    )
+    tokenizer = load_tokenizer(s.source, getattr(view.config, "_commit_hash", None) or s.revision)
+    _check_context(view, s.corpus)
+    writer = StoreWriter(out_dir, _about(s, corpus, view, tokenizer))
+    n_chunks = _run(s, corpus, view, Reader(tokenizer, s.corpus, s.seed), writer, progress)
     manifest = writer.finish(n_chunks)
     if manifest is not None:
         shown = ", ".join(f"{count} {name}" for name, count in manifest.counts.items())
@@ -102,41 +126,27 @@ def _begun_at(out_dir: str | Path, settings: CorpusSettings) -> str | None:
     return about.get("commit") if isinstance(about, dict) and about.get("dataset") == settings.source else None
 
 
-class Share(NamedTuple):
-    """Which chunks are this process's."""
-
-    process: int
-    processes: int
-
-
 def _run(
-    corpus: Corpus,
-    settings: CorpusSettings,
-    view: Any,
-    reader: Reader,
-    writer: StoreWriter,
-    share: Share,
-    max_tokens: int,
-    progress: bool,
+    settings: ExtractionSettings, corpus: Corpus, view: Any, reader: Reader, writer: StoreWriter, progress: bool
 ) -> int:
     """Read the chunks that are this process's and not done; the number of chunks in the corpus."""
     started, n_seen, n_tokens, n_chunks = time.monotonic(), 0, 0, 0
 
     def wanted(chunk: int) -> bool:
-        return chunk % share.processes == share.process and not writer.is_done(chunk)
+        return chunk % settings.processes == settings.process and not writer.is_done(chunk)
 
     def prepared() -> Iterator[Prepared | None]:
-        for chunk, entries in corpus.chunks(settings, wanted):
+        for chunk, entries in corpus.chunks(settings.corpus, wanted):
             yield None if entries is None else reader.prepare(chunk, entries)
 
-    with ThreadPoolExecutor(2) as pool, _bar(settings, progress) as bar:
+    with ThreadPoolExecutor(2) as pool, _bar(settings.corpus, progress) as bar:
         writing: Future[None] | None = None
         for work in _ahead(pool, prepared()):
             n_chunks += 1
             if work is None:
                 continue
             columns = [[span.index for span in document.spans] for document in work.documents]
-            vectors = vectors_at(view, work.ids, columns, max_tokens)
+            vectors = vectors_at(view, work.ids, columns, settings.max_tokens_per_batch)
             if writing is not None:
                 writing.result()
             writing = pool.submit(_write, writer, work, vectors)
@@ -152,35 +162,28 @@ def _run(
 
 
 def _about(
-    settings: CorpusSettings,
-    corpus: Corpus,
-    view: Any,
-    tokenizer: Any,
-    target: str,
-    point: str,
-    loading: dict[str, Any],
-    seed: int,
+    settings: ExtractionSettings, corpus: Corpus, view: Any, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Any]:
     """All that the store's content follows from."""
-    folder = Path(target)
+    folder = Path(settings.source)
     files = [*sorted(folder.glob("*.safetensors")), folder / "config.json"] if folder.is_dir() else []
-    adapter = None if loading["adapter"] is None else Path(loading["adapter"])
+    adapter_files = [] if settings.adapter is None else sorted(Path(settings.adapter).glob("adapter*"))
     return {
-        "target": target,
-        "revision": getattr(view.config, "_commit_hash", None) or loading["revision"],
+        "target": settings.source,
+        "revision": getattr(view.config, "_commit_hash", None) or settings.revision,
         "tokenizer_hash": tokenizer_hash(tokenizer),
-        "point": str(point),
+        "point": settings.point,
         "dtype": str(view.dtype).removeprefix("torch."),
         "d_model": view.config.hidden_size,
         "settings": {
-            **asdict(settings),
-            "seed": seed,
-            "quantization": loading["quantization"],
-            "adapter": None if adapter is None else str(adapter),
+            **asdict(settings.corpus),
+            "seed": settings.seed,
+            "quantization": settings.quantization,
+            "adapter": None if settings.adapter is None else str(Path(settings.adapter)),
         },
         "corpus_files": corpus.about,
         "target_files": describe_files(files),
-        "adapter_files": describe_files(sorted(adapter.glob("adapter*"))) if adapter is not None else [],
+        "adapter_files": describe_files(adapter_files),
     }
 
 
@@ -205,14 +208,12 @@ def _ahead(pool: ThreadPoolExecutor, items: Iterator[Any]) -> Iterator[Any]:
 
 def _write(writer: StoreWriter, work: Prepared, vectors: Tensor) -> None:
     """Write a chunk, each document's rows to its split."""
-    owner = torch.repeat_interleave(
-        torch.tensor([len(document.spans) for document in work.documents], dtype=torch.int64)
-    )
+    sizes = torch.tensor([len(document.spans) for document in work.documents], dtype=torch.int64)
     splits = {}
     for split in ("train", "eval"):
-        inside = torch.tensor([each == split for each in work.splits], dtype=torch.bool)
-        documents = [document for document, each in zip(work.documents, work.splits, strict=True) if each == split]
-        splits[split] = documents, vectors[inside[owner]]
+        inside = torch.tensor([name == split for name in work.splits], dtype=torch.bool)
+        documents = [document for document, name in zip(work.documents, work.splits, strict=True) if name == split]
+        splits[split] = documents, vectors[inside.repeat_interleave(sizes)]
     writer.write(work.chunk, splits, work.counts)
 
 

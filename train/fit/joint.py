@@ -30,7 +30,7 @@ from nla.train.fit.metrics_log import MetricsLog
 from nla.train.fit.monitor import EvalSet, Monitor
 from nla.train.fit.reward import DecoderReward
 from nla.train.fit.settings import FRUGAL, JointSettings
-from nla.train.fit.vectors import Chosen, Vectors, check_directions
+from nla.train.fit.vectors import Chosen, Vectors, check_directions, draw_by_weight
 from nla.train.fit.warmstart import check_memory, check_pairs
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def draw_prompts(weights: Tensor, steps: int, per_step: int, seed: int) -> Tenso
     """
     replacement = int((weights > 0).sum()) < per_step
     drawn = [
-        torch.multinomial(weights, per_step, replacement, generator=torch.Generator().manual_seed(seed * 1_000_003 + i))
+        draw_by_weight(weights, per_step, replacement, torch.Generator().manual_seed(seed * 1_000_003 + i))
         for i in range(steps)
     ]
     return torch.stack(drawn)

@@ -17,7 +17,7 @@ from nla.text.tokens import plain_ids
 from nla.train.fit import processes
 from nla.train.fit.checkpoints import decoder_parameters
 from nla.train.fit.settings import JointSettings
-from nla.train.fit.vectors import Vectors
+from nla.train.fit.vectors import Vectors, draw_by_weight
 
 if TYPE_CHECKING:
     from nla.autoencoder import NLA
@@ -143,7 +143,7 @@ class DecoderReward:
         """
         n_replayed = round(self.settings.replay_fraction * n_rollouts)
         if n_replayed:
-            replayed = torch.multinomial(self.draw, n_replayed, replacement=True, generator=self.generator)
+            replayed = draw_by_weight(self.draw, n_replayed, True, self.generator)
             rows, texts = torch.cat([rows, replayed]), texts + [self.warm_texts[int(i)] or "" for i in replayed]
         n_scored, n_texts = len(texts) - n_replayed, processes.total(len(texts))
         if not n_texts:

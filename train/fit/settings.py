@@ -14,6 +14,36 @@ FRUGAL = ("rows_per_backward", "gradient_checkpointing", "eval_every", "save_eve
 REWARDS = ("neg_log_mse", "neg_mse")
 
 
+@section("warmstart")
+class FitSettings:
+    """How an encoder or a decoder is trained on pairs of activations and texts.
+
+    Raises:
+        ArgumentError: a value is out of range.
+    """
+
+    steps: Count
+    batch_size: Count
+    learning_rate: Positive
+    seed: Seed = 0
+    head_learning_rate: Positive | None = None
+    """Of the decoder's head; None: as of the rest."""
+    eval_every: Count = 100
+    """Steps between evaluations."""
+    save_every: Count = 200
+    """Steps between checkpoints."""
+    rows_per_backward: int | None = None
+    """Rows of a process in one backward pass, for memory; None: all of its share of the batch."""
+    gradient_checkpointing: bool = False
+    """Whether to compute activations again in the backward pass, for memory."""
+
+    def deciding(self) -> dict[str, float]:
+        """What decides the result, and not only its memory and its reports."""
+        head = {} if self.head_learning_rate is None else {"head_learning_rate": self.head_learning_rate}
+        shared = {"batch_size": self.batch_size, "learning_rate": self.learning_rate, "seed": self.seed}
+        return {"steps": self.steps, **shared, **head}
+
+
 @section("joint", decides="joint")
 class JointSettings:
     """How encoder and decoder are trained together.

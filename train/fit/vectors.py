@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Protocol
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from nla.errors import ShapeError
@@ -13,6 +14,8 @@ from nla.models.hooks import rescale
 
 CHUNK = 16_384
 """Rows held at a time by what passes over all of them."""
+MOST_ROWS = 1 << 24
+"""``torch.multinomial`` refuses more."""
 
 
 class Vectors(Protocol):
@@ -90,3 +93,21 @@ def check_directions(vectors: Vectors) -> None:
     if getattr(inner, "identity", None) is None:
         for chunk in chunks(vectors):
             rescale(chunk, 1.0)
+
+
+def draw_by_weight(
+    weights: Float[Tensor, " n"], wanted: int, replacement: bool, generator: torch.Generator
+) -> Int[Tensor, " wanted"]:
+    """``wanted`` rows, each drawn with a probability that is proportional to its weight.
+
+    ``torch.multinomial`` draws them, up to the number of rows that it takes. Above, each draw is looked up in the sums
+    of the weights; without replacement, the rows with the earliest of exponential waiting times are drawn.
+    """
+    if len(weights) <= MOST_ROWS:
+        return torch.multinomial(weights, wanted, replacement, generator=generator)
+    if replacement:
+        sums = weights.double().cumsum(0)
+        drawn = torch.rand(wanted, dtype=torch.float64, generator=generator) * sums[-1]
+        return torch.searchsorted(sums, drawn, right=True).clamp(max=len(weights) - 1)
+    waits = torch.empty(len(weights), dtype=torch.float64).exponential_(generator=generator) / weights
+    return waits.topk(wanted, largest=False).indices

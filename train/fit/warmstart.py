@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-from nla.errors import ArgumentError, ShapeError
+from nla.errors import ArgumentError, ConfigError, ShapeError
 from nla.metrics import mse
 from nla.models.hooks import inject, rescale
 from nla.text.tokens import plain_ids
@@ -26,12 +26,15 @@ from nla.train.fit.checkpoints import (
     keep_float32,
 )
 from nla.train.fit.loop import PLAIN, checkpointed, fit, on_cpu, own_forward
+from nla.train.fit.settings import FitSettings
 from nla.train.fit.vectors import Joined, Vectors, check_directions
 
 if TYPE_CHECKING:
     from nla.autoencoder import NLA
 
 IGNORED = -100
+Pairs = tuple[Vectors, list[str]]
+"""Activations (n, d) with a text for each."""
 
 
 def epoch_rows(n: int, total: int, seed: int) -> Tensor:
@@ -42,10 +45,20 @@ def epoch_rows(n: int, total: int, seed: int) -> Tensor:
     return torch.cat(passes)[:total]
 
 
-def write_ids(nla: NLA, texts: list[str]) -> list[list[int]]:
-    """Token ids of whole answers: the opening tag, the explanation, the closing tag, the end of turn."""
-    config, tokenizer = nla.config, nla.tokenizer
-    end: Any = tokenizer.eos_token_id
+def write_ids(nla: NLA, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of whole answers: the opening tag, the explanation, the closing tag, the end of turn.
+
+    Raises:
+        ConfigError: neither tokenizer nor target has a token that ends a turn.
+    """
+    config, tokenizer, ends = nla.config, nla.tokenizer, nla.encoder.end_ids
+    if not ends:
+        raise ConfigError(
+            "a tokenizer and a target without an end token",
+            "a token that ends an answer: training writes it, and sampling stops at it",
+            "set the tokenizer's eos_token, or eos_token_id in the target's generation_config.json",
+        )
+    end = tokenizer.eos_token_id if tokenizer.eos_token_id in ends else ends[0]
     whole = [f"{config.explanation_open}{text}{config.explanation_close}" for text in texts]
     return [[*ids, end] for ids in plain_ids(tokenizer, whole)]
 
@@ -175,64 +188,48 @@ class _Prepared(NamedTuple):
     """Training rows, then held-out ones."""
 
     texts: list[str]
-    train: Dataset
-    held: Dataset | None
+    datasets: dict[str, Any]
+    """Rows of every step, and held-out rows."""
     arguments: dict[str, Any]
 
 
 def _prepare(
-    nla: NLA,
-    vectors: Vectors,
-    texts: list[str],
-    folder: Path,
-    held_out: tuple[Vectors, list[str]] | None,
-    settings: dict[str, Any],
-    eval_every: int,
-    save_every: int,
-    rows_per_backward: int | None,
-    gradient_checkpointing: bool,
+    nla: NLA, vectors: Vectors, texts: list[str], folder: Path, settings: FitSettings, held_out: Pairs | None
 ) -> _Prepared:
-    """Check the sizes and the pairs, and lay out the rows of every step.
-
-    Raises:
-        ArgumentError: a size or a rate is not above 0, or a batch does not divide evenly; also what
-            :func:`check_pairs` raises.
-    """
-    for name, value in settings.items():
-        if name not in ("stage", "seed") and not (value > 0 and math.isfinite(value)):
-            raise ArgumentError(f"{name}={value}", "a positive number", f"give {name} a value above 0")
+    """Check the pairs, and lay out the rows of every step."""
     nla.require_adapters("a warm start")
-    check_memory(nla, gradient_checkpointing)
+    check_memory(nla, settings.gradient_checkpointing)
     check_pairs(nla, vectors, texts)
     if held_out is not None:
         check_pairs(nla, *held_out)
     held_texts = held_out[1] if held_out else []
-    n, steps, batch_size = len(texts), settings["steps"], settings["batch_size"]
-    per_backward, passes = processes.share(batch_size, "batch_size", rows_per_backward)
-    train = Dataset.from_dict({"row": epoch_rows(n, steps * batch_size, settings["seed"]).tolist()})
+    n, n_drawn = len(texts), settings.steps * settings.batch_size
+    per_backward, passes = processes.share(settings.batch_size, "batch_size", settings.rows_per_backward)
+    train = Dataset.from_dict({"row": epoch_rows(n, n_drawn, settings.seed).tolist()})
     held = Dataset.from_dict({"row": list(range(n, n + len(held_texts)))}) if held_texts else None
     arguments = dict(
         output_dir=str(folder),
-        max_steps=steps,
+        max_steps=settings.steps,
         per_device_train_batch_size=per_backward,
         per_device_eval_batch_size=per_backward,
         gradient_accumulation_steps=passes,
-        learning_rate=settings["learning_rate"],
-        warmup_steps=min(20, steps // 10),
-        seed=settings["seed"],
-        save_steps=save_every,
+        learning_rate=settings.learning_rate,
+        warmup_steps=min(20, settings.steps // 10),
+        seed=settings.seed,
+        save_steps=settings.save_every,
         save_strategy="steps",
         eval_strategy="steps" if held else "no",
-        eval_steps=eval_every,
+        eval_steps=settings.eval_every,
         logging_steps=10,
         lr_scheduler_type="cosine",
-        gradient_checkpointing=gradient_checkpointing,
+        gradient_checkpointing=settings.gradient_checkpointing,
         train_sampling_strategy="sequential",
         use_cpu=on_cpu(nla),
         **PLAIN,
     )
     joined = Joined(vectors, held_out[0]) if held_out else vectors
-    return _Prepared(joined, [*texts, *held_texts], train, held, arguments)
+    datasets = {"train_dataset": train, "eval_dataset": held}
+    return _Prepared(joined, [*texts, *held_texts], datasets, arguments)
 
 
 def warmstart_encoder(
@@ -240,56 +237,33 @@ def warmstart_encoder(
     vectors: Vectors,
     texts: list[str],
     out_dir: str | Path,
-    *,
-    steps: int,
-    batch_size: int,
-    learning_rate: float,
-    seed: int,
-    held_out: tuple[Vectors, list[str]] | None = None,
-    eval_every: int = 100,
-    save_every: int = 200,
-    rows_per_backward: int | None = None,
-    gradient_checkpointing: bool = False,
+    settings: FitSettings,
+    held_out: Pairs | None = None,
 ) -> dict[str, float]:
     """Teach the encoder to write ``texts`` (n) for ``vectors`` (n, d), in place; the last figures it logged.
 
-    Cross-entropy over the answer only, AdamW, a cosine to zero. Held-out pairs give ``eval_loss`` (nats a token) every
-    ``eval_every`` steps. Calling it again with the same inputs resumes in ``out_dir``, or returns at once when done.
-    ``rows_per_backward`` (of each process; None: all) and ``gradient_checkpointing`` trade time for memory.
+    Cross-entropy over the answer only, AdamW, a cosine to zero. Held-out pairs give ``eval_loss`` (nats a token).
+    Calling it again with the same inputs resumes in ``out_dir``, or returns at once when done.
 
     Raises:
-        ArgumentError: a size or a rate is not above 0, or the rows do not divide evenly; also what
-            :func:`check_pairs` raises.
+        ArgumentError: the rows do not divide evenly; also what :func:`check_pairs` and :func:`write_ids` raise.
         RecipeError: ``out_dir`` holds another run.
         WeightsError: its checkpoint is damaged.
         InterruptedTraining, StorageError: stopped; the last checkpoint is intact and ``nla`` is as before the call.
     """
     folder, parameters = Path(out_dir), encoder_parameters(nla)
-    settings = dict(stage="encoder", steps=steps, batch_size=batch_size, learning_rate=learning_rate, seed=seed)
-    rows = _prepare(
-        nla,
-        vectors,
-        texts,
-        folder,
-        held_out,
-        settings,
-        eval_every,
-        save_every,
-        rows_per_backward,
-        gradient_checkpointing,
-    )
+    rows = _prepare(nla, vectors, texts, folder, settings, held_out)
     args = SFTConfig(dataset_kwargs={"skip_prepare_dataset": True}, max_length=None, **rows.arguments)
-    with nla.role("encoder"), own_forward(nla), checkpointed(nla, gradient_checkpointing):
+    with nla.role("encoder"), own_forward(nla), checkpointed(nla, settings.gradient_checkpointing):
         trainer = EncoderTrainer(
             nla,
             args=args,
-            train_dataset=rows.train,
-            eval_dataset=rows.held,
+            **rows.datasets,
             data_collator=EncoderCollator(nla, rows.vectors, rows.texts),
-            optimizers=(torch.optim.AdamW(parameters.values(), lr=learning_rate, weight_decay=0.0), None),
+            optimizers=(torch.optim.AdamW(parameters.values(), lr=settings.learning_rate, weight_decay=0.0), None),
         )
-        claim_run(folder, nla, settings, vectors, parameters, texts)
-        return fit(trainer, folder, steps, "encoder warm start", ("loss", "eval_loss", "mean_token_accuracy"))
+        claim_run(folder, nla, {"stage": "encoder"} | settings.deciding(), vectors, parameters, texts)
+        return fit(trainer, folder, settings.steps, "encoder warm start", ("loss", "eval_loss", "mean_token_accuracy"))
 
 
 def warmstart_decoder(
@@ -297,57 +271,29 @@ def warmstart_decoder(
     vectors: Vectors,
     texts: list[str],
     out_dir: str | Path,
-    *,
-    steps: int,
-    batch_size: int,
-    learning_rate: float,
-    head_learning_rate: float,
-    seed: int,
-    held_out: tuple[Vectors, list[str]] | None = None,
-    eval_every: int = 100,
-    save_every: int = 200,
-    rows_per_backward: int | None = None,
-    gradient_checkpointing: bool = False,
+    settings: FitSettings,
+    held_out: Pairs | None = None,
 ) -> dict[str, float]:
     """Teach the decoder and its head to give ``vectors`` (n, d) for ``texts`` (n), in place; its last figures.
 
     Mean squared error of the directions, AdamW with a rate for the head, a cosine to zero. Held-out pairs give
-    ``eval_loss`` (that error) and ``eval_fve`` over the global baseline every ``eval_every`` steps. It resumes as
-    :func:`warmstart_encoder` does, and raises the same.
+    ``eval_loss`` (that error) and ``eval_fve`` over the global baseline. It resumes as :func:`warmstart_encoder` does,
+    and raises the same.
     """
     folder, parameters, head = Path(out_dir), decoder_parameters(nla), head_parameters(nla)
-    settings = dict(
-        stage="decoder",
-        steps=steps,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        head_learning_rate=head_learning_rate,
-        seed=seed,
-    )
-    rows = _prepare(
-        nla,
-        vectors,
-        texts,
-        folder,
-        held_out,
-        settings,
-        eval_every,
-        save_every,
-        rows_per_backward,
-        gradient_checkpointing,
-    )
+    rows = _prepare(nla, vectors, texts, folder, settings, held_out)
+    head_rate = settings.learning_rate if settings.head_learning_rate is None else settings.head_learning_rate
     adapter = [p for name, p in parameters.items() if name not in head]
-    groups = [{"params": adapter, "lr": learning_rate}, {"params": list(head.values()), "lr": head_learning_rate}]
+    groups = [{"params": adapter, "lr": settings.learning_rate}, {"params": list(head.values()), "lr": head_rate}]
     # The Trainer would ask its module to compute activations again, which this one cannot.
     arguments: dict[str, Any] = {**rows.arguments, "gradient_checkpointing": False}
-    with nla.role("decoder"), checkpointed(nla, gradient_checkpointing):
+    with nla.role("decoder"), checkpointed(nla, settings.gradient_checkpointing):
         trainer = DecoderTrainer(
             nla,
             args=TrainingArguments(**arguments),
-            train_dataset=rows.train,
-            eval_dataset=rows.held,
+            **rows.datasets,
             data_collator=DecoderCollator(nla, rows.vectors, rows.texts),
             optimizers=(torch.optim.AdamW(groups, weight_decay=0.0), None),
         )
-        claim_run(folder, nla, settings, vectors, parameters, texts)
-        return fit(trainer, folder, steps, "decoder warm start", ("loss", "eval_loss", "eval_fve"))
+        claim_run(folder, nla, {"stage": "decoder"} | settings.deciding(), vectors, parameters, texts)
+        return fit(trainer, folder, settings.steps, "decoder warm start", ("loss", "eval_loss", "eval_fve"))

@@ -23,7 +23,7 @@ from nla.stats import Interval
 from nla.store.reader import Store
 from nla.text.tokens import Span
 from nla.train.data.corpus import CorpusSettings
-from nla.train.data.extract import extract_corpus
+from nla.train.data.extract import ExtractionSettings, extract_corpus
 from tests.helpers.planted import planted_pair
 from tests.helpers.shell import Shell
 from tests.helpers.tiny import TEXTS, make_model, make_pair, make_tokenizer
@@ -267,7 +267,7 @@ def on_disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = CorpusSettings(
         str(folder / "corpus.jsonl"), n_positions=3, first_position=2, max_tokens=64, eval_fraction=0.25
     )
-    extract_corpus(settings, str(folder / "target"), "resid_post.1", folder / "store")
+    extract_corpus(ExtractionSettings(settings, str(folder / "target"), "resid_post.1"), folder / "store")
     return folder
 
 

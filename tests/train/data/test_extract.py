@@ -22,7 +22,7 @@ from nla.store.reader import Store, open_splits
 from nla.train.data import corpus as corpora
 from nla.train.data import extract as extraction
 from nla.train.data.corpus import CorpusSettings
-from nla.train.data.extract import extract_corpus
+from nla.train.data.extract import ExtractionSettings, extract_corpus
 from tests.helpers.tiny import make_model, make_tokenizer
 
 WORDS = ["the", "a", "cat", "dog", "red", "blue", "sat", "ran", "on", "under", "mat", "tree"]
@@ -35,6 +35,11 @@ def target(tmp_path_factory):
     make_model().save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder
+
+
+def extract(settings, target, point, folder, **changes):
+    """A corpus into the store ``folder``."""
+    return extract_corpus(ExtractionSettings(settings, str(target), point, **changes), folder)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +65,7 @@ def whole(target, corpus, tmp_path_factory):
     """The store that one uninterrupted run makes."""
     folder = tmp_path_factory.mktemp("whole") / "store"
     arguments = {"n_positions": 3, "first_position": 5, "max_tokens": 64, "eval_fraction": 0.25}
-    extract_corpus(CorpusSettings(str(corpus), **arguments, documents_per_chunk=5), target, POINT, folder)
+    extract(CorpusSettings(str(corpus), **arguments, documents_per_chunk=5), target, POINT, folder)
     return folder
 
 
@@ -90,7 +95,7 @@ def limited_file_size():
 
 def start(*arguments, **keywords):
     """Extraction in a real process of its own, forked so that nothing is imported again."""
-    process = multiprocessing.get_context("fork").Process(target=extract_corpus, args=arguments, kwargs=keywords)
+    process = multiprocessing.get_context("fork").Process(target=extract, args=arguments, kwargs=keywords)
     process.start()
     return process
 
@@ -132,13 +137,13 @@ def test_two_processes_make_row_for_row_the_store_of_one(whole, target, settings
 
 
 def test_the_last_of_several_processes_writes_the_manifest(whole, target, settings, tmp_path):
-    assert extract_corpus(settings, target, POINT, tmp_path, process=1, processes=2) is None
+    assert extract(settings, target, POINT, tmp_path, process=1, processes=2) is None
     with pytest.raises(StoreError, match="not finished"):
         Store.open(tmp_path)
-    assert extract_corpus(settings, target, POINT, tmp_path, process=0, processes=2) is not None
+    assert extract(settings, target, POINT, tmp_path, process=0, processes=2) is not None
     assert different(tmp_path, whole) == []
     with pytest.raises(ArgumentError, match="process 2 of 2"):
-        extract_corpus(settings, target, POINT, tmp_path, process=2, processes=2)
+        extract(settings, target, POINT, tmp_path, process=2, processes=2)
 
 
 def test_killed_at_random_moments_it_ends_with_the_same_bytes(whole, target, settings, tmp_path):
@@ -154,7 +159,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(whole, target, set
         os.kill(process.pid, signal.SIGKILL)
         process.join()
         n_records.append(n_done())
-    extract_corpus(settings, target, POINT, tmp_path)
+    extract(settings, target, POINT, tmp_path)
     assert n_records[1] < 12
     assert different(tmp_path, whole) == []
 
@@ -179,21 +184,21 @@ def test_killed_in_the_middle_of_a_write_it_ends_with_the_same_bytes(
         process.join()
     assert process.exitcode == -signal.SIGKILL and any(".tmp" in name for name in content(tmp_path))
     (tmp_path / "train" / ".tmpX1y2Z3").write_bytes(b"safetensors' own")
-    extract_corpus(settings, target, POINT, tmp_path)
+    extract(settings, target, POINT, tmp_path)
     assert different(tmp_path, whole) == []
 
 
 def test_only_what_is_missing_is_read_again(whole, target, settings, tmp_path, monkeypatch):
-    extract_corpus(settings, target, POINT, tmp_path)
+    extract(settings, target, POINT, tmp_path)
     run, rows, write, chunks = extraction.vectors_at, [], extraction._write, []
     monkeypatch.setattr(extraction, "vectors_at", lambda view, ids, *rest: rows.extend(ids) or run(view, ids, *rest))
     monkeypatch.setattr(extraction, "_write", lambda to, work, new: chunks.append(work) or write(to, work, new))
-    extract_corpus(settings, target, POINT, tmp_path)
+    extract(settings, target, POINT, tmp_path)
     assert rows == chunks == []
     shard = tmp_path / "train" / "000003.safetensors"
     shard.write_bytes(shard.read_bytes()[:-10])
     (tmp_path / "chunks" / "000007.json").unlink()
-    extract_corpus(settings, target, POINT, tmp_path)
+    extract(settings, target, POINT, tmp_path)
     assert [work.chunk for work in chunks] == [3, 7] and rows == [ids for work in chunks for ids in work.ids]
     assert different(tmp_path, whole) == []
 
@@ -201,18 +206,18 @@ def test_only_what_is_missing_is_read_again(whole, target, settings, tmp_path, m
 def test_a_full_disk_ends_the_run_and_the_next_one_goes_on(whole, target, settings, tmp_path):
     (tmp_path / "store.json").write_bytes((whole / "store.json").read_bytes())
     with limited_file_size(), pytest.raises(StorageError, match="free space"):
-        extract_corpus(settings, target, POINT, tmp_path)
-    extract_corpus(settings, target, POINT, tmp_path)
+        extract(settings, target, POINT, tmp_path)
+    extract(settings, target, POINT, tmp_path)
     assert different(tmp_path, whole) == []
 
 
 def test_another_batch_size_gives_the_same_vectors_to_rounding_error(whole, target, settings, tmp_path):
-    extract_corpus(settings, target, POINT, tmp_path, max_tokens_per_batch=50)
+    extract(settings, target, POINT, tmp_path, max_tokens_per_batch=50)
     torch.testing.assert_close(Store.open(tmp_path).vectors[:], Store.open(whole).vectors[:], atol=2e-5, rtol=1e-5)
 
 
 def test_vectors_are_stored_in_the_targets_dtype(target, settings, tmp_path):
-    manifest = extract_corpus(settings, target, POINT, tmp_path, dtype="bfloat16")
+    manifest = extract(settings, target, POINT, tmp_path, dtype="bfloat16")
     assert manifest is not None and manifest.dtype == "bfloat16"
     store = Store.open(tmp_path)
     assert next(store.by_shard(torch.tensor([0])))[0].vectors.dtype == torch.bfloat16
@@ -221,27 +226,27 @@ def test_vectors_are_stored_in_the_targets_dtype(target, settings, tmp_path):
 
 def test_what_does_not_fit_is_refused_before_anything_is_written(target, settings, tmp_path, whole):
     with pytest.raises(PointError, match=r"resid_post.9"):
-        extract_corpus(settings, target, "resid_post.9", tmp_path)
+        extract(settings, target, "resid_post.9", tmp_path)
     with pytest.raises(ContextLengthError, match=r"corpus.max_tokens = 64"):
-        extract_corpus(replace(settings, max_tokens=65), target, POINT, tmp_path)
+        extract(replace(settings, max_tokens=65), target, POINT, tmp_path)
     with pytest.raises(NLAError, match="no/such"):
-        extract_corpus(settings, tmp_path / "no" / "such", POINT, tmp_path)
+        extract(settings, tmp_path / "no" / "such", POINT, tmp_path)
     assert not list(tmp_path.iterdir())
     for other in ({"seed": 1}, {"dtype": "bfloat16"}):
         with pytest.raises(StoreError, match="other settings"):
-            extract_corpus(settings, target, POINT, whole, **other)
+            extract(settings, target, POINT, whole, **other)
     with pytest.raises(StoreError, match=r"settings.n_positions: 3 there, 4 now"):
-        extract_corpus(replace(settings, n_positions=4), target, POINT, whole)
+        extract(replace(settings, n_positions=4), target, POINT, whole)
 
 
 def test_a_corpus_that_changed_after_the_kill_is_refused(target, settings, tmp_path, corpus):
     copy = tmp_path / "c.jsonl"
     copy.write_bytes(corpus.read_bytes())
     settings = replace(settings, source=str(copy))
-    extract_corpus(settings, target, POINT, tmp_path / "store", process=0, processes=2)
+    extract(settings, target, POINT, tmp_path / "store", process=0, processes=2)
     copy.write_text(copy.read_text().replace("cat", "dog"))
     with pytest.raises(StoreError, match="corpus_files"):
-        extract_corpus(settings, target, POINT, tmp_path / "store")
+        extract(settings, target, POINT, tmp_path / "store")
 
 
 @pytest.fixture
@@ -261,29 +266,29 @@ def hub(corpus, monkeypatch):
 
 def test_a_dataset_whose_main_branch_moves_after_the_kill_is_not_mixed(hub, target, settings, tmp_path):
     settings = replace(settings, source="some/data")
-    extract_corpus(settings, target, POINT, tmp_path / "whole")
-    extract_corpus(settings, target, POINT, tmp_path / "store", process=0, processes=2)
+    extract(settings, target, POINT, tmp_path / "whole")
+    extract(settings, target, POINT, tmp_path / "store", process=0, processes=2)
     hub.main = "bbb"
-    extract_corpus(settings, target, POINT, tmp_path / "store")
+    extract(settings, target, POINT, tmp_path / "store")
     assert hub.loaded == ["aaa"] * 3 and different(tmp_path / "store", tmp_path / "whole") == []
     with pytest.raises(StoreError, match="revision"):
-        extract_corpus(replace(settings, revision="bbb"), target, POINT, tmp_path / "store")
+        extract(replace(settings, revision="bbb"), target, POINT, tmp_path / "store")
     (tmp_path / "new").mkdir()
-    extract_corpus(settings, target, POINT, tmp_path / "new")
+    extract(settings, target, POINT, tmp_path / "new")
     assert hub.loaded[-1] == "bbb"
 
 
 def test_a_dataset_that_was_begun_without_the_hub_is_not_continued_at_another_commit(hub, target, settings, tmp_path):
     settings, hub.main = replace(settings, source="some/data"), None
-    extract_corpus(settings, target, POINT, tmp_path, process=0, processes=2)
+    extract(settings, target, POINT, tmp_path, process=0, processes=2)
     hub.main = "bbb"
     with pytest.raises(StoreError, match=r"corpus_files\.commit: None there, 'bbb' now"):
-        extract_corpus(settings, target, POINT, tmp_path)
+        extract(settings, target, POINT, tmp_path)
 
 
 def test_several_documents_are_needed(target, tmp_path):
     (tmp_path / "one.txt").write_text("the cat sat on a mat and a dog ran")
     with pytest.raises(StoreError, match="kind = lines"):
-        extract_corpus(
+        extract(
             CorpusSettings(str(tmp_path / "one.txt"), first_position=2, max_tokens=64), target, POINT, tmp_path / "s"
         )

@@ -7,7 +7,7 @@ import torch
 
 from nla.errors import NonFiniteError, ShapeError
 from nla.train.fit import vectors as module
-from nla.train.fit.vectors import Chosen, Joined, check_directions, chunks, identity
+from nla.train.fit.vectors import MOST_ROWS, Chosen, Joined, check_directions, chunks, draw_by_weight, identity
 
 FIRST, SECOND = torch.randn(7, 3), torch.randn(5, 3)
 
@@ -54,3 +54,33 @@ def test_vectors_without_a_direction_are_refused_wherever_they_are():
     with pytest.raises(NonFiniteError):
         check_directions(Joined(FIRST, bad))
     check_directions(Chosen(bad, torch.tensor([0, 1])))
+
+
+def test_more_rows_than_multinomial_takes_are_drawn_by_their_weights():
+    weights = torch.zeros(MOST_ROWS + 9, dtype=torch.float64)
+    weights[[3, 70, -1]] = torch.tensor([1.0, 2.0, 1.0], dtype=torch.float64)
+    for replacement in (False, True):
+        drawn = draw_by_weight(weights, 3, replacement, torch.Generator().manual_seed(0))
+        assert set(drawn.tolist()) <= {3, 70, MOST_ROWS + 8}
+        assert replacement or len(set(drawn.tolist())) == 3
+
+
+@pytest.mark.parametrize("replacement", [False, True])
+def test_draws_of_many_rows_have_the_distribution_of_multinomial(replacement, monkeypatch):
+    weights = torch.tensor([0.0, 1.0, 2.0, 4.0, 0.0, 1.0])
+
+    def shares():
+        generator, counts = torch.Generator().manual_seed(0), torch.zeros(2, 6)
+        for _ in range(4000):
+            first, second = draw_by_weight(weights, 2, replacement, generator).tolist()
+            assert replacement or first != second
+            counts[0, first] += 1
+            counts[1, second] += 1
+        return counts / 4000
+
+    expected = shares()
+    monkeypatch.setattr(module, "MOST_ROWS", 3)
+    assert (shares() - expected).abs().max() < 0.03
+    assert shares()[:, weights == 0].sum() == 0
+    generators = [torch.Generator().manual_seed(5) for _ in range(2)]
+    assert torch.equal(*(draw_by_weight(weights, 2, replacement, generator) for generator in generators))

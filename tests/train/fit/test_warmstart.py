@@ -6,6 +6,7 @@ import contextlib
 import json
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ import torch
 
 from nla.errors import (
     ArgumentError,
+    ConfigError,
     InterruptedTraining,
     NLAError,
     NonFiniteError,
@@ -32,6 +34,7 @@ from nla.train.fit.checkpoints import (
     snapshot,
 )
 from nla.train.fit.metrics_log import MetricsLog, plot
+from nla.train.fit.settings import FitSettings
 from nla.train.fit.warmstart import (
     IGNORED,
     EncoderCollator,
@@ -39,6 +42,7 @@ from nla.train.fit.warmstart import (
     epoch_rows,
     warmstart_decoder,
     warmstart_encoder,
+    write_ids,
 )
 from tests.helpers.tiny import D_MODEL, make_pair
 from tests.helpers.training import assert_same, at_step, base_weights, largest_file
@@ -66,7 +70,7 @@ each_stage = pytest.mark.parametrize("stage", list(STAGES))
 def test_encoder_learns_to_tell_activations_apart(vectors, tmp_path):
     pair = make_pair()
     settings = ENCODER | dict(steps=60, learning_rate=3e-2, save_every=100)
-    figures = warmstart_encoder(pair, vectors, TEXTS, tmp_path, held_out=(vectors[:4], TEXTS[:4]), **settings)
+    figures = warmstart_encoder(pair, vectors, TEXTS, tmp_path, FitSettings(**settings), (vectors[:4], TEXTS[:4]))
     assert figures["eval_loss"] < 0.3
     pair.config = pair.config.__class__(**(vars(pair.config) | {"max_new_tokens": 12}))
     told = pair.encoder.generate(vectors[:4], samples=1, greedy=True).texts
@@ -76,7 +80,7 @@ def test_encoder_learns_to_tell_activations_apart(vectors, tmp_path):
 def test_decoder_learns_to_reconstruct(vectors, tmp_path):
     pair = make_pair()
     settings = DECODER | dict(steps=60, save_every=100)
-    figures = warmstart_decoder(pair, vectors, TEXTS, tmp_path, held_out=(vectors[:4], TEXTS[:4]), **settings)
+    figures = warmstart_decoder(pair, vectors, TEXTS, tmp_path, FitSettings(**settings), (vectors[:4], TEXTS[:4]))
     cosine = torch.cosine_similarity(pair.reconstruct(TEXTS[:4]), vectors[:4])
     assert cosine.min() > 0.8
     expected = 1 - float((2 - 2 * cosine).mean()) / pair.baselines["global"].variance
@@ -89,7 +93,7 @@ def test_only_its_own_half_is_trained(stage, vectors, tmp_path):
     pair = make_pair()
     base, before_own, before_other = base_weights(pair), snapshot(own(pair)), snapshot(other(pair))
     forward = pair.model.get_base_model().forward
-    train(pair, vectors, TEXTS, tmp_path, **settings)
+    train(pair, vectors, TEXTS, tmp_path, FitSettings(**settings))
     assert_same(base_weights(pair), base)
     assert_same(snapshot(other(pair)), before_other)
     assert all(not torch.equal(p, before_own[name]) for name, p in own(pair).items())
@@ -100,18 +104,18 @@ def test_only_its_own_half_is_trained(stage, vectors, tmp_path):
 def test_ctrl_c_saves_and_a_resumed_run_equals_an_uninterrupted_one(stage, vectors, tmp_path, monkeypatch):
     train, settings, own, _ = STAGES[stage]
     whole, stopped = make_pair(), make_pair()
-    train(whole, vectors, TEXTS, tmp_path / "whole", **settings)
+    train(whole, vectors, TEXTS, tmp_path / "whole", FitSettings(**settings))
     before = snapshot(own(stopped))
     with monkeypatch.context() as patched:
         at_step(patched, 3, lambda: signal.raise_signal(signal.SIGINT))
         with pytest.raises(InterruptedTraining):
-            train(stopped, vectors, TEXTS, tmp_path / "stopped", **settings)
+            train(stopped, vectors, TEXTS, tmp_path / "stopped", FitSettings(**settings))
     assert_same(snapshot(own(stopped)), before)
     assert latest_checkpoint(tmp_path / "stopped") == tmp_path / "stopped" / "checkpoint-3"
-    train(stopped, vectors, TEXTS, tmp_path / "stopped", **settings)
+    train(stopped, vectors, TEXTS, tmp_path / "stopped", FitSettings(**settings))
     assert_same(snapshot(own(stopped)), snapshot(own(whole)))
     again = make_pair()
-    train(again, vectors, TEXTS, tmp_path / "stopped", **settings)
+    train(again, vectors, TEXTS, tmp_path / "stopped", FitSettings(**settings))
     assert_same(snapshot(own(again)), snapshot(own(whole)))
 
 
@@ -119,13 +123,13 @@ def test_ctrl_c_saves_and_a_resumed_run_equals_an_uninterrupted_one(stage, vecto
 def test_full_disk_keeps_the_checkpoint_before_it(stage, vectors, tmp_path, monkeypatch):
     train, settings, own, _ = STAGES[stage]
     whole, stopped = make_pair(), make_pair()
-    train(whole, vectors, TEXTS, tmp_path / "whole", **settings)
+    train(whole, vectors, TEXTS, tmp_path / "whole", FitSettings(**settings))
     with monkeypatch.context() as patched, contextlib.ExitStack() as disk:
         at_step(patched, 4, lambda: disk.enter_context(largest_file(8_000)))
         with pytest.raises(StorageError):
-            train(stopped, vectors, TEXTS, tmp_path / "stopped", **settings)
+            train(stopped, vectors, TEXTS, tmp_path / "stopped", FitSettings(**settings))
     assert sorted(p.name for p in (tmp_path / "stopped").iterdir()) == ["checkpoint-2", "metrics.jsonl", "run.json"]
-    train(stopped, vectors, TEXTS, tmp_path / "stopped", **settings)
+    train(stopped, vectors, TEXTS, tmp_path / "stopped", FitSettings(**settings))
     assert_same(snapshot(own(stopped)), snapshot(own(whole)))
 
 
@@ -137,10 +141,10 @@ def test_ctrl_c_in_the_last_step_is_an_interrupt_too(stage, vectors, tmp_path, m
     with monkeypatch.context() as patched:
         at_step(patched, settings["steps"], lambda: signal.raise_signal(signal.SIGINT))
         with pytest.raises(InterruptedTraining):
-            train(pair, vectors, TEXTS, tmp_path, **settings)
+            train(pair, vectors, TEXTS, tmp_path, FitSettings(**settings))
     assert_same(snapshot(own(pair)), before)
     assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint-6"
-    train(pair, vectors, TEXTS, tmp_path, **settings)
+    train(pair, vectors, TEXTS, tmp_path, FitSettings(**settings))
     assert all(not torch.equal(p, before[name]) for name, p in own(pair).items())
 
 
@@ -154,8 +158,8 @@ def test_skipped_steps_before_a_resume_are_counted(vectors, tmp_path, monkeypatc
     with monkeypatch.context() as patched:
         at_step(patched, 3, lambda: signal.raise_signal(signal.SIGINT))
         with pytest.raises(InterruptedTraining):
-            warmstart_encoder(make_pair(), vectors, TEXTS, tmp_path, **ENCODER)
-    figures = warmstart_encoder(make_pair(), vectors, TEXTS, tmp_path, **ENCODER)
+            warmstart_encoder(make_pair(), vectors, TEXTS, tmp_path, FitSettings(**ENCODER))
+    figures = warmstart_encoder(make_pair(), vectors, TEXTS, tmp_path, FitSettings(**ENCODER))
     assert figures["skipped_steps"] == 1
     assert figures["steps"] == 6
 
@@ -167,7 +171,7 @@ def interrupted(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patched:
         at_step(patched, 3, lambda: signal.raise_signal(signal.SIGINT))
         with pytest.raises(InterruptedTraining):
-            warmstart_encoder(make_pair(), vectors, TEXTS, folder, **ENCODER)
+            warmstart_encoder(make_pair(), vectors, TEXTS, folder, FitSettings(**ENCODER))
     return folder, vectors
 
 
@@ -182,7 +186,7 @@ def test_damaged_checkpoint_is_refused(name, interrupted, tmp_path):
     for damage in (lambda: file.write_bytes(file.read_bytes()[:-20]), file.unlink):
         damage()
         with pytest.raises(WeightsError, match="begins anew"):
-            warmstart_encoder(make_pair(), vectors, TEXTS, tmp_path / "run", **ENCODER)
+            warmstart_encoder(make_pair(), vectors, TEXTS, tmp_path / "run", FitSettings(**ENCODER))
 
 
 def test_a_fault_while_saving_is_not_taken_for_a_full_disk(vectors, tmp_path, monkeypatch):
@@ -191,7 +195,7 @@ def test_a_fault_while_saving_is_not_taken_for_a_full_disk(vectors, tmp_path, mo
 
     monkeypatch.setattr(EncoderTrainer, "extra_state", fault)
     with pytest.raises(RuntimeError, match="shapes differ"):
-        warmstart_encoder(make_pair(), vectors, TEXTS, tmp_path, **ENCODER)
+        warmstart_encoder(make_pair(), vectors, TEXTS, tmp_path, FitSettings(**ENCODER))
 
 
 def test_a_checkpoint_is_on_the_disk_before_the_one_before_it_is_deleted(vectors, tmp_path, monkeypatch):
@@ -201,7 +205,7 @@ def test_a_checkpoint_is_on_the_disk_before_the_one_before_it_is_deleted(vectors
         seen.append((path.name, sorted(p.name for p in tmp_path.glob("checkpoint-*"))))
 
     monkeypatch.setattr(checkpoints, "sync", sync)
-    warmstart_encoder(make_pair(), vectors, TEXTS, tmp_path, **ENCODER)
+    warmstart_encoder(make_pair(), vectors, TEXTS, tmp_path, FitSettings(**ENCODER))
     second = seen[len(seen) // 3 : 2 * len(seen) // 3]
     names = {"weights.safetensors", "optimizer.pt", "extra.pt", "rng_state.pth", "manifest.json", ".checkpoint-partial"}
     assert names <= {name for name, found in second if found == ["checkpoint-2"]}
@@ -223,7 +227,7 @@ def test_full_disk_under_the_metrics_is_a_storage_error_and_leaves_them_as_they_
 
 
 def test_folder_of_another_run_is_refused(vectors, tmp_path):
-    warmstart_encoder(make_pair(), vectors, TEXTS, tmp_path, **ENCODER)
+    warmstart_encoder(make_pair(), vectors, TEXTS, tmp_path, FitSettings(**ENCODER))
     other_base = make_pair()
     base_parameters(other_base)["base_model.model.lm_head.weight"].data += 1
     others = [
@@ -236,7 +240,7 @@ def test_folder_of_another_run_is_refused(vectors, tmp_path):
     ]
     for pair, other_vectors, texts, settings in others:
         with pytest.raises(RecipeError):
-            warmstart_encoder(pair, other_vectors, texts, tmp_path, **settings)
+            warmstart_encoder(pair, other_vectors, texts, tmp_path, FitSettings(**settings))
 
 
 def test_loss_is_over_the_answer_alone(vectors):
@@ -266,9 +270,10 @@ def test_loss_is_over_the_answer_alone(vectors):
 )
 def test_bad_input_is_a_typed_error(stage, change, error, vectors, tmp_path):
     train, settings, _, _ = STAGES[stage]
-    arguments = dict(vectors=vectors, texts=TEXTS, out_dir=tmp_path / "run") | settings | change
+    given = dict(vectors=vectors, texts=TEXTS, held_out=None) | settings | change
     with pytest.raises(error) as caught:
-        train(make_pair(), **arguments)
+        vectors, texts, held_out = (given.pop(name) for name in ("vectors", "texts", "held_out"))
+        train(make_pair(), vectors, texts, tmp_path / "run", FitSettings(**given), held_out)
     assert isinstance(caught.value, NLAError) and caught.value.fix
     assert not (tmp_path / "run").exists()
 
@@ -278,6 +283,21 @@ def test_answers_are_padded_where_the_tokenizer_names_no_padding(vectors):
     pair.tokenizer.pad_token = None
     batch = EncoderCollator(pair, vectors, TEXTS)([{"row": 0}, {"row": 3}])
     assert batch["input_ids"][0, -1] == pair.pad_id
+
+
+def test_answers_end_with_a_token_that_sampling_stops_at_or_are_refused():
+    pair = make_pair()
+    end = pair.tokenizer.eos_token_id
+    assert [ids[-1] for ids in write_ids(pair, TEXTS[:2])] == [end, end]
+    pair.tokenizer.eos_token = None
+    assert [ids[-1] for ids in write_ids(pair, TEXTS[:2])] == [end, end]  # the pair names it itself
+    pair.config = replace(pair.config, end_ids=None)
+    base = pair.base_of("encoder")
+    base.generation_config.eos_token_id = [end + 1, end + 2]  # the target's own settings name it
+    assert [ids[-1] for ids in write_ids(pair, TEXTS[:2])] == [end + 1] * 2
+    base.generation_config.eos_token_id = None
+    with pytest.raises(ConfigError, match="without an end token"):
+        write_ids(pair, TEXTS[:2])
 
 
 def test_a_base_that_calls_its_blocks_decoder_is_left_alone():
@@ -312,8 +332,14 @@ def test_metrics_survive_a_line_cut_short(tmp_path):
 def test_less_memory_gives_the_same_weights(stage, vectors, tmp_path):
     train, settings, trained, _ = STAGES[stage]
     plain, frugal = make_pair(), make_pair()
-    train(plain, vectors, TEXTS, tmp_path / "plain", **settings)
-    train(frugal, vectors, TEXTS, tmp_path / "frugal", **settings, rows_per_backward=2, gradient_checkpointing=True)
+    train(plain, vectors, TEXTS, tmp_path / "plain", FitSettings(**settings))
+    train(
+        frugal,
+        vectors,
+        TEXTS,
+        tmp_path / "frugal",
+        FitSettings(**settings, rows_per_backward=2, gradient_checkpointing=True),
+    )
     blocks = [module for module in frugal.model.modules() if hasattr(module, "gradient_checkpointing")]
     assert blocks and not any(module.gradient_checkpointing for module in blocks)
     for name, parameter in trained(frugal).items():
