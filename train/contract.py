@@ -55,12 +55,12 @@ def place_marker(tokenizer: Any, prompts: Prompts) -> tuple[str, int, int, int]:
     """
     choices = [prompts.marker] if prompts.marker is not None else list(candidates(tokenizer))
     for marker in choices:
-        found = plain_ids(tokenizer, [marker])[0]
-        if len(found) != 1 or found[0] == unknown_id(tokenizer):
+        marker_ids = plain_ids(tokenizer, [marker])[0]
+        if len(marker_ids) != 1 or marker_ids[0] == unknown_id(tokenizer):
             continue
         ids = render_prompt(tokenizer, prompts.encoder.replace(SLOT, marker))
-        if ids.count(found[0]) == 1 and 0 < (at := ids.index(found[0])) < len(ids) - 1:
-            return marker, found[0], ids[at - 1], ids[at + 1]
+        if ids.count(marker_ids[0]) == 1 and 0 < (at := ids.index(marker_ids[0])) < len(ids) - 1:
+            return marker, marker_ids[0], ids[at - 1], ids[at + 1]
     raise ConfigError(
         f"the marker {prompts.marker!r}" if prompts.marker is not None else "no token that can serve as the marker",
         "one token of the tokenizer's that stands once in the rendered encoder prompt, and in texts hardly ever",
@@ -110,3 +110,12 @@ def contract(
         max_new_tokens=max_new_tokens,
         activation_norm=activation_norm,
     )
+
+
+def template_marks(template: str) -> set[str]:
+    """What an explanation may not hold: the tags of the decoder's template, and all that follows its slot.
+
+    >>> sorted(template_marks("Summary:<text>{explanation}</text> <summary>"))
+    ['</text>', '</text> <summary>', '<summary>', '<text>']
+    """
+    return {*re.findall(r"<[^<>]*>", template), template.partition("{explanation}")[2].strip()} - {""}

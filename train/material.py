@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from nla.errors import DescriberError, ParseError, RecipeError
@@ -104,20 +105,20 @@ def of_world(recipe: Recipe, out: Path) -> Material:
     texts = {split: load_texts(out / "describe" / f"{split}.jsonl") for split in ("train", "eval")}
     n = min(N_WATCHED, len(stores["eval"]))
     rows = stores["eval"][torch.arange(n)]
-    owners = [drawn["eval"][number] for number in rows.document.tolist()]
-    truth = truth_of(lesson.load(str(recipe.world)), rows, owners)
+    documents_of_rows = [drawn["eval"][number] for number in rows.document.tolist()]
+    truth = truth_of(lesson.load(str(recipe.world)), rows, documents_of_rows)
     described, truthful = texts["eval"].described[:n], texts["eval"].truthful[:n]
     watched = EvalSet(rows.vectors, rows.strata, described, truthful, truth)
     return Material(stores["train"].vectors, stores["train"].strata, texts["train"].described, watched)
 
 
-def truth_of(world: Lesson, rows: Activations, owners: list[Any]) -> Callable[[list[str]], dict[str, float]]:
+def truth_of(world: Lesson, rows: Activations, documents_of_rows: list[Any]) -> Callable[[list[str]], dict[str, float]]:
     """Figures of sampled explanations, one a row: ``named``, the share that names the latent where there is one, and
     ``visible``, the share of the other claims that are true, both as the suite counts them."""
 
     def truth(texts: list[str]) -> dict[str, float]:
         named, visible = [], []
-        for text, span, document in zip(texts, rows.spans, owners, strict=True):
+        for text, span, document in zip(texts, rows.spans, documents_of_rows, strict=True):
             visible += world.visible_claims(document, span, text)
             named.append(world.named(document, span, text))
         judged = [hit for hit in named if hit is not None]
@@ -129,48 +130,49 @@ def truth_of(world: Lesson, rows: Activations, owners: list[Any]) -> Callable[[l
 # Corpora
 
 
-class Told(NamedTuple):
+class DescribedRows(NamedTuple):
     """Rows of a split that have a text."""
 
-    rows: Tensor
-    """(m,) int64, rising."""
+    rows: Int[Tensor, " m"]
+    """Rising."""
     texts: list[str]
 
 
 def of_corpus(recipe: Recipe, out: Path) -> Material:
     """Activations of a store, of which some have a text."""
     stores = open_splits(out / "extract", CORPUS_SPLITS)
-    told = {split: load_told(out / "describe" / f"{split}.jsonl", len(store)) for split, store in stores.items()}
+    folder = out / "describe"
+    described = {split: load_described(folder / f"{split}.jsonl", len(store)) for split, store in stores.items()}
     texts: list[str | None] = [None] * len(stores["train"])
-    for row, text in zip(told["train"].rows.tolist(), told["train"].texts, strict=True):
+    for row, text in zip(described["train"].rows.tolist(), described["train"].texts, strict=True):
         texts[row] = text
-    rows = told["eval"].rows[:N_WATCHED]
-    watched = EvalSet(stores["eval"].vectors[rows], stores["eval"].strata(rows), told["eval"].texts[: len(rows)])
+    rows = described["eval"].rows[:N_WATCHED]
+    watched = EvalSet(stores["eval"].vectors[rows], stores["eval"].strata(rows), described["eval"].texts[: len(rows)])
     return Material(stores["train"].vectors, stores["train"].strata(), texts, watched)
 
 
-def draw_rows(n: int, wanted: int, key: str) -> Tensor:
-    """``wanted`` of ``n`` rows (or all), drawn by ``key``, (m,) rising: each document has its share of them."""
+def draw_rows(n: int, wanted: int, key: str) -> Int[Tensor, " m"]:
+    """``wanted`` of ``n`` rows (or all), drawn by ``key``, rising: each document has its share of them."""
     return torch.tensor(sorted(random.Random(key).sample(range(n), min(wanted, n))), dtype=torch.int64)
 
 
-def save_told(path: Path, rows: Tensor, texts: Sequence[str | None]) -> int:
+def save_described(path: Path, rows: Int[Tensor, " m"], texts: Sequence[str | None]) -> int:
     """Write what was described, one JSON object a line, and return how many texts there are.
 
     Raises:
         DescriberError: there is no text at all.
     """
-    found = [(row, text) for row, text in zip(rows.tolist(), texts, strict=True) if text is not None]
-    if not found:
+    described = [(row, text) for row, text in zip(rows.tolist(), texts, strict=True) if text is not None]
+    if not described:
         raise DescriberError(
             f"no text for any of {len(texts)} activations of {path.stem}", "some", "see why above, then run again"
         )
-    write_atomic(path, "".join(json.dumps({"row": row, "text": text}) + "\n" for row, text in found))
-    return len(found)
+    write_atomic(path, "".join(json.dumps({"row": row, "text": text}) + "\n" for row, text in described))
+    return len(described)
 
 
-def load_told(path: Path, n: int) -> Told:
-    """What :func:`save_told` wrote of a split of ``n`` rows.
+def load_described(path: Path, n: int) -> DescribedRows:
+    """What :func:`save_described` wrote of a split of ``n`` rows.
 
     Raises:
         ParseError: a line is not such an object.
@@ -182,4 +184,4 @@ def load_told(path: Path, n: int) -> Told:
         raise ParseError(f"{path} ({error})", "a row and a text a line", f"delete {path.parent}") from error
     if not len(rows) or int(rows.max()) >= n or bool((rows.diff() <= 0).any()):
         raise ParseError(f"{path} with rows that are none of the store's", f"rising rows below {n}", f"delete {path}")
-    return Told(rows, texts)
+    return DescribedRows(rows, texts)

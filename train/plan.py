@@ -245,14 +245,14 @@ def _describe(recipe: Recipe, shape: Shape, device: Device) -> dict[str, Any]:
         return {"questions": 0, "hours": 0.0, "memory_gb": 0.0}
     shown = min(d.max_chars // CHARS_PER_TOKEN, corpus.max_tokens)
     length = QUESTION_TOKENS + min(shown, DOCUMENT_TOKENS // 2)
-    found: dict[str, Any] = {"questions": n, "tokens": n * (length + ANSWER_TOKENS)}
-    found["usd"] = d.cost(n * length, n * ANSWER_TOKENS)
+    asked: dict[str, Any] = {"questions": n, "tokens": n * (length + ANSWER_TOKENS)}
+    asked["usd"] = d.cost(n * length, n * ANSWER_TOKENS)
     if d.describer != "local":
-        return found | {"hours": n / d.concurrency * 3 / 3600, "memory_gb": 0.0}
+        return asked | {"hours": n / d.concurrency * 3 / 3600, "memory_gb": 0.0}
     weights = weights_as(recipe.dtype, recipe.quantization)
     if d.model is not None:
         if d.parameters_b is None:
-            return found | {"hours": None, "memory_gb": None, "not_known": "describer.parameters_b"}
+            return asked | {"hours": None, "memory_gb": None, "not_known": "describer.parameters_b"}
         shape, weights = usual_shape(d.parameters_b * 1e9), weights_as(d.dtype or recipe.dtype, d.quantization)
     batches = math.ceil(n / device.n / d.concurrency)
     hours = batches * _sampling(shape, weights, device, d.concurrency, length, ANSWER_TOKENS) / 3600
@@ -262,7 +262,7 @@ def _describe(recipe: Recipe, shape: Shape, device: Device) -> dict[str, Any]:
         _cache(shape, weights, d.concurrency, longest + ANSWER_TOKENS),
         d.concurrency * longest * PREFILL_COPIES * shape.widest * weights.rest,
     )
-    return found | {"hours": hours, "memory_gb": memory}
+    return asked | {"hours": hours, "memory_gb": memory}
 
 
 def _held(recipe: Recipe, shape: Shape) -> float:
@@ -301,19 +301,19 @@ def _warmstart(recipe: Recipe, shape: Shape, device: Device, below: int) -> dict
 def _joint(recipe: Recipe, shape: Shape, device: Device, below: int) -> dict[str, Any]:
     j, longest, weights = recipe.joint, recipe.pair.max_new_tokens, weights_as(recipe.dtype, recipe.quantization)
     passes = (6 if j.gradient_checkpointing else 4) + (2 if j.beta else 0)
-    own = j.rows / device.n
-    rows = j.rows_per_backward or own
+    rows_a_device = j.rows / device.n
+    rows = j.rows_per_backward or rows_a_device
     read = round(j.rows * (1 + j.replay_fraction)) * (longest + 15)
-    sampled = _sampling(shape, weights, device, own, PROMPT_TOKENS, longest)
+    sampled = _sampling(shape, weights, device, rows_a_device, PROMPT_TOKENS, longest)
     work = passes * shape.parameters * j.rows * (PROMPT_TOKENS + longest) + 4 * below * read
-    step = sampled + device.seconds(work, own / rows * passes / 2 * weights.read(shape))
+    step = sampled + device.seconds(work, rows_a_device / rows * passes / 2 * weights.read(shape))
     # Watched and scored rows are divided to be sampled, in batches as of rollouts; all processes read all, a few times.
     watched, scored = (j.steps // j.eval_every + 1) * WATCHED, recipe.texts.n_scored
     seconds = j.steps * step + (watched + scored) / j.rows * sampled
     seconds += device.seconds(2 * below * 4 * (watched + scored) * (longest + 15) * device.n)
     backward = _backward(recipe, shape, rows, PROMPT_TOKENS + longest, longest, j.gradient_checkpointing)
     reference = 4 * recipe.pair.rank * shape.lora * shape.n_blocks if j.beta else 0
-    most = max(backward, _cache(shape, weights, own, PROMPT_TOKENS + longest))
+    most = max(backward, _cache(shape, weights, rows_a_device, PROMPT_TOKENS + longest))
     return {
         "tokens": j.steps * (j.rows * longest + read),
         "steps": j.steps,

@@ -43,7 +43,7 @@ from nla.train.material import (
     load_documents,
     load_material,
     prompts_of,
-    save_told,
+    save_described,
 )
 from nla.train.recipe import Recipe
 
@@ -82,7 +82,7 @@ def load_target(recipe: Recipe, revision: str | None) -> tuple[Any, Any]:
             revision=revision,
             dtype=recipe.dtype,
             quantization=recipe.quantization,
-            device=processes.place(),
+            device=processes.own_device(),
         )
     except AccessError:
         raise
@@ -132,8 +132,8 @@ def run_extract(recipe: Recipe, out: Path) -> dict[str, Any]:
         return extract_store(recipe, out)
     if processes.is_main():
         model, tokenizer = load_target(recipe, recipe.revision)
-        told = lesson.load(str(recipe.world))
-        world.extract(told, model, tokenizer, recipe.point, recipe.extract, recipe.seed, out / "extract")
+        planted = lesson.load(str(recipe.world))
+        world.extract(planted, model, tokenizer, recipe.point, recipe.extract, recipe.seed, out / "extract")
     processes.wait()
     return {f"n_{split}": len(store) for split, store in world.load_stores(out / "extract").items()}
 
@@ -141,7 +141,7 @@ def run_extract(recipe: Recipe, out: Path) -> dict[str, Any]:
 def extract_store(recipe: Recipe, out: Path) -> dict[str, Any]:
     """Read the corpus; each process does its share of the chunks."""
     assert recipe.corpus is not None
-    device = processes.place()
+    device = processes.own_device()
     settings = ExtractionSettings(
         recipe.corpus,
         target_folder(recipe.target),
@@ -164,13 +164,13 @@ def run_describe(recipe: Recipe, out: Path) -> dict[str, Any]:
     """Warm-start texts."""
     if recipe.corpus is not None:
         return describe_store(recipe, out)
-    told = lesson.load(str(recipe.world))
+    planted = lesson.load(str(recipe.world))
     if processes.is_main():
         stores, drawn = load_documents(recipe, out)
         for split, store in stores.items():
-            texts = describe(told, store, drawn[split], recipe.describe, f"{recipe.seed}/{split}")
+            texts = describe(planted, store, drawn[split], recipe.describe, f"{recipe.seed}/{split}")
             save_texts(out / "describe" / f"{split}.jsonl", texts)
-    return {"hit_rate": told.hit_rate(recipe.describe.notice)}
+    return {"hit_rate": planted.hit_rate(recipe.describe.notice)}
 
 
 def describe_store(recipe: Recipe, out: Path) -> dict[str, Any]:
@@ -184,7 +184,7 @@ def describe_store(recipe: Recipe, out: Path) -> dict[str, Any]:
         return {}
     n_train = len(rows["train"])
     parts = {"train": texts[:n_train], "eval": texts[n_train:]}
-    counts = {split: save_told(out / "describe" / f"{split}.jsonl", rows[split], parts[split]) for split in parts}
+    counts = {split: save_described(out / "describe" / f"{split}.jsonl", rows[split], parts[split]) for split in parts}
     return {f"n_{split}": n for split, n in counts.items()} | summary
 
 
@@ -198,19 +198,19 @@ def ask(
     if recipe.describer.describer == "quote":
         return quote_all(prefixes, refused), {}
     local = recipe.describer.describer == "local"
-    own = local and recipe.describer.model is None
-    model, tokenizer = load_target(recipe, revision_of(recipe, out)) if own else (None, None)
+    is_target = local and recipe.describer.model is None
+    model, tokenizer = load_target(recipe, revision_of(recipe, out)) if is_target else (None, None)
     if not local and not processes.is_main():
         return [], {}
-    describer = open_describer(recipe.describer, model, tokenizer, dtype=recipe.dtype, device=processes.place())
+    describer = open_describer(recipe.describer, model, tokenizer, dtype=recipe.dtype, device=processes.own_device())
     if not local:
-        found = describe_texts(prefixes, describer, out / ANSWERS, refused=refused)
-        return found.texts, found.summary.to_json()
+        described = describe_texts(prefixes, describer, out / ANSWERS, refused=refused)
+        return described.texts, described.summary.to_json()
     mine = processes.share_of(prefixes)
-    found = describe_texts(mine, describer, out / ANSWERS, refused=refused, n_all=len(prefixes))
-    summary = Summary.merged(processes.gathered([found.summary]))
+    described = describe_texts(mine, describer, out / ANSWERS, refused=refused, n_all=len(prefixes))
+    summary = Summary.merged(processes.gathered([described.summary]))
     summary.check(recipe.describer.failing_share)
-    return processes.gathered(found.texts), summary.to_json()
+    return processes.gathered(described.texts), summary.to_json()
 
 
 def new_config(recipe: Recipe, out: Path, model: Any = None, tokenizer: Any = None) -> Any:
@@ -286,7 +286,7 @@ def save(nla: NLA, folder: Path) -> None:
 
 def load(folder: Path) -> NLA:
     """A pair, where this process works."""
-    return NLA.from_pretrained(folder, device=processes.place())
+    return NLA.from_pretrained(folder, device=processes.own_device())
 
 
 def run_warmstart(recipe: Recipe, out: Path) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from nla.text.tokens import load_tokenizer
 from nla.train import run
 from nla.train.contract import Prompts, place_marker
 from nla.train.describe.quote import quote
-from nla.train.material import draw_rows, load_told, save_told
+from nla.train.material import draw_rows, load_described, save_described
 from nla.train.recipe import load_recipe
 from tests.helpers.shell import in_two_processes
 from tests.helpers.tiny import load_benchmark
@@ -124,7 +124,7 @@ def test_another_corpus_under_the_same_name_is_read_anew(tiny, tmp_path):
 
 def test_only_described_rows_have_texts_and_they_are_the_visible_words(whole):
     store = Store.open(whole / "extract")
-    told = load_told(whole / "describe" / "train.jsonl", len(store))
+    told = load_described(whole / "describe" / "train.jsonl", len(store))
     assert len(told.rows) == 40 < len(store)
     assert told.texts == [quote(prefix) for prefix in store.prefixes(told.rows)]
 
@@ -213,12 +213,12 @@ def test_rows_are_drawn_by_their_key_and_rise():
 
 def test_texts_of_failed_rows_are_left_out_and_none_at_all_is_an_error(tmp_path):
     path = tmp_path / "train.jsonl"
-    assert save_told(path, torch.tensor([2, 5, 9]), ["a.", None, "b."]) == 2
-    assert load_told(path, 10).rows.tolist() == [2, 9]
+    assert save_described(path, torch.tensor([2, 5, 9]), ["a.", None, "b."]) == 2
+    assert load_described(path, 10).rows.tolist() == [2, 9]
     with pytest.raises(Exception, match="rising rows below 9"):
-        load_told(path, 9)
+        load_described(path, 9)
     with pytest.raises(Exception, match="no text"):
-        save_told(path, torch.tensor([2]), [None])
+        save_described(path, torch.tensor([2]), [None])
 
 
 @pytest.mark.parametrize("name", ["qwen2.5-0.5b", "qwen2.5-7b", "qwen3-8b", "gemma-3-12b", "llama-3.3-70b"])

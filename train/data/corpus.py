@@ -1,4 +1,4 @@
-"""Corpora: documents of a ``datasets`` name or of local files, one after another, with a place that stays the same."""
+"""Corpora: documents of a ``datasets`` name or of local files, under numbers that stay the same."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class Entry(NamedTuple):
     """A document that has not been parsed: going past it costs nothing."""
 
     number: int
-    """Its place in the corpus, from 0."""
+    """Which document of the corpus it is, from 0."""
 
     parse: Callable[[], Content]
     """Its text or chat. CorpusError: the corpus is no corpus. TranscriptError: this one document is no chat."""
@@ -143,7 +143,7 @@ def open_corpus(settings: CorpusSettings, commit: str | None = None) -> Corpus:
         for file in files:
             yield from _of_file(file, settings)
 
-    next(_of_file(files[0], settings), None)  # a wrong column is told before a target is loaded
+    next(_of_file(files[0], settings), None)  # a wrong column is refused before a target is loaded
     return Corpus(describe_files(files), entries)
 
 
@@ -174,8 +174,8 @@ def describe_files(files: list[Path]) -> list[list[Any]]:
 def _files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
-    found = path.iterdir() if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))
-    files = sorted(file for file in found if file.is_file() and file.suffix.lower() in SUFFIXES)
+    candidates = path.iterdir() if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))
+    files = sorted(file for file in candidates if file.is_file() and file.suffix.lower() in SUFFIXES)
     if not files:
         what = "no such file or folder" if not path.is_dir() else "a folder without such files"
         raise CorpusError(
@@ -194,8 +194,8 @@ def _of_file(file: Path, settings: CorpusSettings) -> Iterator[Callable[[], Cont
         elif suffix in TABLES and not _is_chat_file(file, settings):
             yield from _json_lines(file, settings)
         elif suffix in (*TABLES, *CHATS) or settings.kind == "chat":
-            for found in read_file(file, max_mb=1024):
-                yield _raiser(found) if isinstance(found, TranscriptError) else lambda found=found: found
+            for chat in read_file(file, max_mb=1024):
+                yield _raiser(chat) if isinstance(chat, TranscriptError) else lambda chat=chat: chat
         elif settings.kind == "lines":
             with file.open("rb") as lines:
                 for line in lines:
@@ -233,15 +233,15 @@ def column_of(settings: CorpusSettings, columns: list[str], example: Mapping[str
     """
     usual = {"text": ["text"], "lines": ["text"], "chat": ["messages"], None: ["text", "messages"]}[settings.kind]
     wanted = [settings.text_column] if settings.text_column else usual
-    found = next((name for name in wanted if name in columns), None)
-    if found is None:
+    column = next((name for name in wanted if name in columns), None)
+    if column is None:
         raise CorpusError(
             f"{where} with the columns {', '.join(map(repr, columns))}",
             f"the column {' or '.join(map(repr, wanted))}",
             f"name the column: text_column = {columns[0] if columns else '…'}",
         )
-    is_list = isinstance(example.get(found), list)
-    return found, settings.kind == "chat" or (settings.kind is None and (is_list or found == "messages"))
+    is_list = isinstance(example.get(column), list)
+    return column, settings.kind == "chat" or (settings.kind is None and (is_list or column == "messages"))
 
 
 def _content(value: Any, is_chat: bool, where: str) -> Content:

@@ -135,13 +135,13 @@ class Reader:
         return dict.fromkeys(sorted(draw.sample(late, min(settings.n_positions, len(late)))))
 
     def _tokenised(self, entries: Sequence[Entry], counts: Counter[str], errors: list[NLAError]) -> list[Tokens]:
-        found: dict[int, Tokens | None] = {}
+        by_number: dict[int, Tokens | None] = {}
         texts: dict[int, str] = {}
         for number, parse in entries:
             try:
                 content = parse()
                 if isinstance(content, Transcript):
-                    found[number] = self._of_chat(number, content)
+                    by_number[number] = self._of_chat(number, content)
                 elif content.strip():
                     content.encode()
                     texts[number] = content
@@ -150,8 +150,8 @@ class Reader:
             except (TranscriptError, TemplateError, VocabularyError, UnicodeEncodeError) as error:
                 self._refuse(number, error, counts, errors)
         for tokens in self._of_texts(texts, counts, errors):
-            found[tokens.number] = tokens
-        return [tokens for _, tokens in sorted(found.items()) if tokens is not None]
+            by_number[tokens.number] = tokens
+        return [tokens for _, tokens in sorted(by_number.items()) if tokens is not None]
 
     def _of_texts(self, texts: dict[int, str], counts: Counter[str], errors: list[NLAError]) -> list[Tokens]:
         if not texts:
@@ -199,6 +199,6 @@ def _stratum(chat: Chat | None, index: int, kind: str | None) -> str:
         return kind
     if chat is None:
         return UNKNOWN_STRATUM
-    place = chat.region_at(index)
-    role = chat.transcript.messages[place.message].role
-    return role if place.section == CONTENT else f"{role} {place.section}"
+    region = chat.region_at(index)
+    role = chat.transcript.messages[region.message].role
+    return role if region.section == CONTENT else f"{role} {region.section}"

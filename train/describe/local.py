@@ -23,7 +23,7 @@ from nla.train.describe.describer import Reply
 from nla.train.describe.prompt import CUT, Question
 from nla.train.describe.settings import DescriberSettings
 
-_PLACE = "\N{OBJECT REPLACEMENT CHARACTER}here\N{OBJECT REPLACEMENT CHARACTER}"
+_CONTENT = "\N{OBJECT REPLACEMENT CHARACTER}here\N{OBJECT REPLACEMENT CHARACTER}"
 _BATCHES = 16
 """Whose failed samples are drawn again together: fewer, and most of a later try would be spent on a few rows."""
 _TAIL_TOKENS = 16
@@ -111,14 +111,14 @@ class LocalDescriber:
     def _render(self) -> tuple[str, str]:
         """What the chat template writes before and after a message."""
         chat = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": _PLACE}],
+            [{"role": "user", "content": _CONTENT}],
             chat_template=undated(self.tokenizer),
             tokenize=False,
             add_generation_prompt=True,
             enable_thinking=False,
         )
-        before, place, after = chat.partition(_PLACE)
-        if not place:
+        before, content, after = chat.partition(_CONTENT)
+        if not content:
             raise TemplateError("a chat template that edits messages", "one that shows them", "use another describer")
         return before, after
 

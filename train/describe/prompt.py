@@ -6,14 +6,13 @@ import json
 import re
 import unicodedata
 from collections.abc import Collection
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
+from nla.config import NLAConfig
 from nla.errors import EmptyTextError
 from nla.text.claims import claims
 from nla.text.tokens import check_texts
-
-if TYPE_CHECKING:
-    from nla.config import NLAConfig
+from nla.train.contract import template_marks
 
 MIN_CLAIMS, MAX_CLAIMS = 2, 4
 MAX_WORDS = 90
@@ -118,14 +117,14 @@ def read_answer(answer: str, tag: str, refused: Collection[str] = ()) -> Descrip
         return Description(None, LONG)
     if any(unicodedata.category(c) in ("Cc", "Cs", "Cn") and not c.isspace() for c in inner):
         return Description(None, UNPLAIN)
-    found = [claim for line in inner.splitlines() for claim in _claims_of(line)]
-    text = " ".join(found)
+    read = [claim for line in inner.splitlines() for claim in _claims_of(line)]
+    text = " ".join(read)
     for problem, wrong in (
-        (FEW, len(found) < MIN_CLAIMS),
-        (MANY, len(found) > MAX_CLAIMS),
+        (FEW, len(read) < MIN_CLAIMS),
+        (MANY, len(read) > MAX_CLAIMS),
         (LONG, len(text.split()) > MAX_WORDS),
         (MARKS, any(mark and mark in text for mark in (*refused, opening, closing))),
-        (UNPLAIN, claims(text) != found),
+        (UNPLAIN, claims(text) != read),
     ):
         if wrong:
             return Description(None, problem)
@@ -134,10 +133,8 @@ def read_answer(answer: str, tag: str, refused: Collection[str] = ()) -> Descrip
 
 def pair_marks(config: NLAConfig) -> tuple[str, ...]:
     """What no explanation of a pair may hold: its tags, its marker and what its decoder's template is made of."""
-    from nla.train.fit.reward import template_marks
-
-    own = {config.explanation_open, config.explanation_close, config.injection.marker}
-    return tuple(sorted(own | template_marks(config.decoder_template)))
+    tags = {config.explanation_open, config.explanation_close, config.injection.marker}
+    return tuple(sorted(tags | template_marks(config.decoder_template)))
 
 
 def _claims_of(line: str) -> list[str]:

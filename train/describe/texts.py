@@ -305,9 +305,9 @@ class _Work:
     def _use_kept(self, question: Question, answer: str) -> None:
         if question.number not in self.open:
             return
-        found = question.read(answer)
-        self.summary.n_cached += found.text is not None
-        self._settle(question.number, found.text, found.problem)
+        text, problem = question.read(answer)
+        self.summary.n_cached += text is not None
+        self._settle(question.number, text, problem)
 
     def _settle(self, number: int, text: str | None, problem: str) -> None:
         self.summary.n_open -= 1

@@ -161,8 +161,8 @@ def claim_run(
 
 def latest_checkpoint(out_dir: Path) -> Path | None:
     """The checkpoint with the highest step, or None."""
-    found = [p for p in out_dir.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
-    return max(found, key=checkpoint_step, default=None)
+    checkpoints = [p for p in out_dir.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
+    return max(checkpoints, key=checkpoint_step, default=None)
 
 
 def checkpoint_step(checkpoint: Path) -> int:

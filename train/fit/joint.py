@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,11 +53,11 @@ def draw_weights(strata: Sequence[str], shares: dict[str, float]) -> Tensor:
     if unknown:
         known = ", ".join(sorted(set(strata)))
         raise ArgumentError(f"stratum_weights for {', '.join(unknown)}", f"among {known}", "rename or remove them")
-    sizes = {stratum: sum(s == stratum for s in strata) for stratum in set(strata)}
+    sizes = Counter(strata)
     n_rest = sum(size for stratum, size in sizes.items() if stratum not in shares)
     rest = (1 - sum(shares.values())) / max(n_rest, 1)
-    each = {stratum: shares[stratum] / size if stratum in shares else rest for stratum, size in sizes.items()}
-    return torch.tensor([each[stratum] for stratum in strata], dtype=torch.float64)
+    weight_of = {stratum: shares[stratum] / size if stratum in shares else rest for stratum, size in sizes.items()}
+    return torch.tensor([weight_of[stratum] for stratum in strata], dtype=torch.float64)
 
 
 def draw_prompts(weights: Tensor, steps: int, per_step: int, seed: int) -> Tensor:
@@ -105,7 +106,7 @@ class JointTrainer(AtomicCheckpoints, GRPOTrainer):
         self.marker_id, self.marker_position = nla.config.injection.marker_id, nla.marker_position
         self.layer = nla.config.injection.layer
         self.prompt: list[int] = nla.prompt_ids.reshape(-1).tolist()
-        self.vectors, self.norm, self.place = vectors, nla.config.injection.norm, nla.device
+        self.vectors, self.norm, self.at_device = vectors, nla.config.injection.norm, nla.device
         self.reward = reward
         self.rows_in_use: Tensor = torch.empty(0, nla.config.d_model)
         self.base = nla.base_of("encoder")
@@ -116,7 +117,7 @@ class JointTrainer(AtomicCheckpoints, GRPOTrainer):
 
     def injected(self, rows: Sequence[int]) -> Tensor:
         """The vectors of ``rows``, (b, d), at the injection norm, where the model is."""
-        return rescale(self.vectors[torch.tensor(rows)], self.norm).to(self.place)
+        return rescale(self.vectors[torch.tensor(rows)], self.norm).to(self.at_device)
 
     @contextlib.contextmanager
     def using(self, vectors: Tensor) -> Iterator[None]:
@@ -284,9 +285,9 @@ def train_joint(
     for name, values in (("strata", strata), ("warm_texts", warm_texts)):
         if len(values) != len(vectors):
             raise ShapeError(f"{len(values)} {name}", f"{len(vectors)}, one a vector", "pair them up")
-    told = [row for row, text in enumerate(warm_texts) if text is not None]
-    if told:
-        check_pairs(nla, Chosen(vectors, torch.tensor(told)), [warm_texts[row] or "" for row in told])
+    described = [row for row, text in enumerate(warm_texts) if text is not None]
+    if described:
+        check_pairs(nla, Chosen(vectors, torch.tensor(described)), [warm_texts[row] or "" for row in described])
     check_directions(vectors)
     folder, trained = Path(out_dir), encoder_parameters(nla) | decoder_parameters(nla)
     identity = {name: value for name, value in dataclasses.asdict(settings).items() if name not in ("steps", *FRUGAL)}

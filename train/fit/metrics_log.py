@@ -70,13 +70,13 @@ class MetricsLog:
 
     def rows(self) -> list[dict[str, Any]]:
         """Every whole row; a line cut short by a full disk is left out."""
-        found = []
+        rows = []
         for line in self.path.read_text().splitlines() if self.path.exists() else []:
             try:
-                found.append(json.loads(line))
+                rows.append(json.loads(line))
             except json.JSONDecodeError:
                 continue
-        return found
+        return rows
 
     def forget_after(self, step: int) -> None:
         """Drop the rows of steps after ``step``, which a resumed run is about to repeat.

@@ -7,16 +7,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from transformers import TrainerCallback
 
 from nla.errors import ShapeError
-from nla.metrics import fve_from_errors, mse
+from nla.metrics import fve_from_errors
 from nla.pair.encoder import strip_tags
+from nla.pair.fidelity import fve_by_stratum, fve_gain_by_stratum, reconstruction_errors, rows_by_stratum
 from nla.train.fit import processes
 from nla.train.fit.checkpoints import decoder_parameters, swapped
 from nla.train.fit.metrics_log import MetricsLog
-from nla.train.fit.reward import ORTHOGONAL, explanations
+from nla.train.fit.reward import explanations
 
 if TYPE_CHECKING:
     from nla.autoencoder import NLA
@@ -30,8 +32,8 @@ class EvalSet:
         ShapeError: the lengths differ.
     """
 
-    vectors: Tensor
-    """Activations (n, d)."""
+    vectors: Float[Tensor, "n d"]
+    """Activations."""
     strata: Sequence[str]
     """Kind of position of each."""
     warm_texts: Sequence[str] | None = None
@@ -65,48 +67,34 @@ def evaluate(
     joint = errors_of(nla, held_out.vectors, texts)
     with swapped(decoder_parameters(nla), warm_decoder):
         warm = errors_of(nla, held_out.vectors, texts)
-    found = {"share/eval_extracted": sum(text is not None for text in texts) / len(texts)}
-    found |= by_stratum(nla, joint, held_out.strata, "fve")
-    variance = nla.baselines["global"]
-    for stratum in dict.fromkeys(held_out.strata):
-        here = joint[torch.tensor([s == stratum for s in held_out.strata])]
-        found[f"fve_global_variance/{stratum}"] = fve_from_errors(here, variance)
-    found |= difference(nla, joint, warm, held_out.strata, "joint_minus_warm")
+    strata, baselines = held_out.strata, nla.baselines
+    figures = {"share/eval_extracted": sum(text is not None for text in texts) / len(texts)}
+    figures |= _under("fve", fve_by_stratum(joint, strata, baselines))
+    for stratum, rows in rows_by_stratum(strata).items():
+        figures[f"fve_global_variance/{stratum}"] = fve_from_errors(joint[rows], baselines["global"])
+    figures |= _under("difference/joint_minus_warm", fve_gain_by_stratum(joint, warm, strata, baselines))
     if held_out.warm_texts is not None:
         honest = errors_of(nla, held_out.vectors, held_out.warm_texts)
-        found |= by_stratum(nla, honest, held_out.strata, "honest")
+        figures |= _under("honest", fve_by_stratum(honest, strata, baselines))
     if held_out.truthful_texts is not None:
         truthful = errors_of(nla, held_out.vectors, held_out.truthful_texts)
-        found |= difference(nla, truthful, joint, held_out.strata, "truthful_minus_encoder")
+        gain = fve_gain_by_stratum(truthful, joint, strata, baselines)
+        figures |= _under("difference/truthful_minus_encoder", gain)
     if held_out.truth is not None:
         said = [strip_tags(answer, nla.config) for answer in answers]
-        found |= {f"truth/{name}": float(value) for name, value in held_out.truth(said).items()}
-    return found
+        figures |= {f"truth/{name}": float(value) for name, value in held_out.truth(said).items()}
+    return figures
 
 
-def errors_of(nla: NLA, vectors: Tensor, texts: Sequence[str | None]) -> Tensor:
-    """Error (n,) of the decoder's reconstructions from ``texts``, as it now is."""
-    errors = torch.full((len(texts),), ORTHOGONAL)
-    readable = [i for i, text in enumerate(texts) if text is not None]
-    if readable:
-        errors[readable] = mse(vectors[readable].float().cpu(), nla.decoder.decode([texts[i] or "" for i in readable]))
-    return errors
+def errors_of(nla: NLA, vectors: Float[Tensor, "n d"], texts: Sequence[str | None]) -> Float[Tensor, " n"]:
+    """Error of the decoder's reconstructions from ``texts``, as it now is."""
+    readable = [text for text in texts if text is not None]
+    predicted = nla.decoder.decode(readable) if readable else torch.empty(0, vectors.shape[1])
+    return reconstruction_errors(vectors, predicted, [text is not None for text in texts])
 
 
-def by_stratum(nla: NLA, errors: Tensor, strata: Sequence[str], name: str) -> dict[str, float]:
-    """FVE of ``errors`` (n,) over the global baseline, and within each stratum that has a baseline of its own."""
-    found = {f"{name}/global": fve_from_errors(errors, nla.baselines["global"])}
-    for stratum in dict.fromkeys(strata):
-        if stratum in nla.baselines and stratum != "global":
-            here = errors[torch.tensor([s == stratum for s in strata])]
-            found[f"{name}/{stratum}"] = fve_from_errors(here, nla.baselines[stratum])
-    return found
-
-
-def difference(nla: NLA, a: Tensor, b: Tensor, strata: Sequence[str], name: str) -> dict[str, float]:
-    """FVE of errors ``a`` minus FVE of errors ``b``, globally and by stratum: a ratio would pass through zero."""
-    first, second = by_stratum(nla, a, strata, "x"), by_stratum(nla, b, strata, "x")
-    return {f"difference/{name}/{key.removeprefix('x/')}": first[key] - second[key] for key in first}
+def _under(name: str, by_stratum: Mapping[str, float]) -> dict[str, float]:
+    return {f"{name}/{stratum}": value for stratum, value in by_stratum.items()}
 
 
 class Monitor(TrainerCallback):
@@ -134,5 +122,5 @@ class Monitor(TrainerCallback):
             self._evaluate(state.global_step)
 
     def _evaluate(self, step: int) -> None:
-        found = evaluate(self.nla, self.held_out, self.warm_decoder, self.seed, self.batch_size)
-        self.log.write(step, "eval", found)
+        figures = evaluate(self.nla, self.held_out, self.warm_decoder, self.seed, self.batch_size)
+        self.log.write(step, "eval", figures)

@@ -43,7 +43,7 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def place() -> torch.device | None:
+def own_device() -> torch.device | None:
     """Where this process's models go; None, the usual place, for a single process."""
     if count() == 1:
         return None
@@ -61,9 +61,9 @@ def share(rows: int, name: str, per_backward: int | None = None) -> tuple[int, i
     mine, rest = divmod(rows, count())
     size = mine if per_backward is None else per_backward
     if rest or not 0 < size <= mine or mine % size:
-        each = f" in passes of {per_backward}" if per_backward is not None else ""
+        passes = f" in passes of {per_backward}" if per_backward is not None else ""
         raise ArgumentError(
-            f"{name}={rows} over {count()} process(es){each}",
+            f"{name}={rows} over {count()} process(es){passes}",
             "rows that divide evenly",
             f"change {name}, rows_per_backward or the number of processes",
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,8 @@ from torch import Tensor
 from nla.errors import ArgumentError
 from nla.metrics import fve_from_errors, mse
 from nla.pair.encoder import parse
-from nla.text.tokens import plain_ids
+from nla.pair.fidelity import ORTHOGONAL, rows_by_stratum
+from nla.train.contract import template_marks
 from nla.train.fit import processes
 from nla.train.fit.checkpoints import decoder_parameters
 from nla.train.fit.settings import JointSettings
@@ -22,8 +22,6 @@ from nla.train.fit.vectors import Vectors, draw_by_weight
 if TYPE_CHECKING:
     from nla.autoencoder import NLA
 
-ORTHOGONAL = 2.0
-"""Mean squared error of a vector at right angles to its target: what an answer without an explanation is worth."""
 LEAST_ERROR = 1e-4
 """Errors below this count as this, so that the logarithm has a floor."""
 MAX_GRAD_NORM = 1.0
@@ -36,25 +34,17 @@ def explanations(nla: NLA, answers: Sequence[str]) -> list[str | None]:
     Words without a space between them, which a policy may write, read as an unknown word; control tokens are no words.
     Nor is what the decoder's template is made of: a code in its tags would be private.
     """
-    found = [parse(answer, nla.config) for answer in answers]
+    texts = [parse(answer, nla.config) for answer in answers]
     private = template_marks(nla.config.decoder_template)
-    kept = [i for i, text in enumerate(found) if text is not None]
-    if kept:
+    with_text = [i for i, text in enumerate(texts) if text is not None]
+    if with_text:
         added = nla.tokenizer.added_tokens_decoder.items()
         refused = {token_id for token_id, token in added if token.special} | set(nla.tokenizer.all_special_ids)
-        for i, ids in zip(kept, plain_ids(nla.tokenizer, [found[i] or "" for i in kept]), strict=True):
-            if not ids or not refused.isdisjoint(ids) or any(mark in (found[i] or "") for mark in private):
-                found[i] = None
-    return found
-
-
-def template_marks(template: str) -> set[str]:
-    """What an explanation may not hold: the tags of the decoder's template, and all that follows its slot.
-
-    >>> sorted(template_marks("Summary:<text>{explanation}</text> <summary>"))
-    ['</text>', '</text> <summary>', '<summary>', '<text>']
-    """
-    return {*re.findall(r"<[^<>]*>", template), template.partition("{explanation}")[2].strip()} - {""}
+        all_ids = nla.tokenizer([texts[i] for i in with_text], add_special_tokens=False)["input_ids"]
+        for i, ids in zip(with_text, all_ids, strict=True):
+            if not ids or not refused.isdisjoint(ids) or any(mark in (texts[i] or "") for mark in private):
+                texts[i] = None
+    return texts
 
 
 def reward_of(error: Tensor, kind: str) -> Tensor:
@@ -111,10 +101,10 @@ class DecoderReward:
             for part in groups.tensor_split(s.decoder_mini_batches):
                 members = (part[:, None] * s.group_size + torch.arange(s.group_size)).reshape(-1)
                 readable = torch.tensor([i for i in members.tolist() if texts[i] is not None], dtype=torch.int64)
-                found, loss, norm = self.update(
+                before, loss, norm = self.update(
                     rows[readable], [texts[i] or "" for i in readable.tolist()], len(members)
                 )
-                errors[readable] = found
+                errors[readable] = before
                 losses.append(loss)
                 norms.append(norm)
                 skipped += not math.isfinite(norm)
@@ -174,11 +164,9 @@ class DecoderReward:
         return mse(self.vectors[rows].float().to(predicted.device), predicted)
 
     def _log_fve(self, rows: Tensor, errors: Tensor, log_metric: Callable[[str, float], None]) -> None:
-        strata = [self.strata[int(i)] for i in rows]
-        for stratum in sorted(set(strata)):
+        for stratum, members in sorted(rows_by_stratum([self.strata[int(i)] for i in rows]).items()):
             if stratum in self.nla.baselines:
-                here = errors[torch.tensor([s == stratum for s in strata])]
-                log_metric(f"rollout_fve/{stratum}", fve_from_errors(here, self.nla.baselines[stratum]))
+                log_metric(f"rollout_fve/{stratum}", fve_from_errors(errors[members], self.nla.baselines[stratum]))
 
     def next_generator(self) -> torch.Generator:
         """The random numbers of one call: others in each process and call, so that a resumed run draws the same."""

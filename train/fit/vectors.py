@@ -75,8 +75,8 @@ def identity(vectors: Vectors) -> Iterator[Tensor | str]:
     elif isinstance(vectors, Joined):
         yield from identity(vectors.first)
         yield from identity(vectors.second)
-    elif isinstance(own := getattr(vectors, "identity", None), str):
-        yield own
+    elif isinstance(stored := getattr(vectors, "identity", None), str):
+        yield stored
     else:
         yield from chunks(vectors)
 
