@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from transformers import PreTrainedTokenizerBase
 
 from nla.config import DecoderConfig, InjectionConfig, NLAConfig, tokenizer_hash
 from nla.errors import ConfigError
@@ -37,17 +39,17 @@ class Prompts(NamedTuple):
     """The marker; None: the first token that will do."""
 
 
-def candidates(tokenizer: Any) -> Iterator[str]:
+def candidates(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
     """Tokens that may serve as the marker, best first: reserved ones, then rare characters."""
     special = {*tokenizer.all_special_tokens}
     added = [(index, token.content) for index, token in tokenizer.added_tokens_decoder.items()]
     reserved = [text for _, text in sorted(added) if _RESERVED.search(text) and text not in special]
     spare = [text for _, text in sorted(added) if _RESERVED.search(text) and text in special]
-    in_use = {tokenizer.pad_token, tokenizer.eos_token, tokenizer.bos_token, tokenizer.unk_token}
+    in_use = (tokenizer.pad_token, tokenizer.eos_token, tokenizer.bos_token, tokenizer.unk_token)
     yield from (text for text in (*reserved, *spare, *_RARE) if text not in in_use)
 
 
-def place_marker(tokenizer: Any, prompts: Prompts) -> tuple[str, int, int, int]:
+def place_marker(tokenizer: PreTrainedTokenizerBase, prompts: Prompts) -> tuple[str, int, int, int]:
     """The marker, its id, and the ids left and right of it in the rendered prompt.
 
     Raises:
@@ -71,7 +73,7 @@ def place_marker(tokenizer: Any, prompts: Prompts) -> tuple[str, int, int, int]:
 def contract(
     target: str,
     revision: str | None,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     point: str,
     prompts: Prompts,
     *,

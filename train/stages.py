@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nla.autoencoder import NLA
 from nla.baselines import load_baselines
+from nla.config import NLAConfig
 from nla.errors import AccessError, ContextLengthError, RecipeError, TargetError
 from nla.models import load as target
 from nla.models.points import Point, d_model
@@ -69,7 +71,7 @@ def revision_of(recipe: Recipe, out: Path) -> str | None:
     return recipe.revision
 
 
-def load_target(recipe: Recipe, revision: str | None) -> tuple[Any, Any]:
+def load_target(recipe: Recipe, revision: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The recipe's target and its tokenizer, where this process works.
 
     Raises:
@@ -213,7 +215,12 @@ def ask(
     return processes.gathered(described.texts), summary.to_json()
 
 
-def new_config(recipe: Recipe, out: Path, model: Any = None, tokenizer: Any = None) -> Any:
+def new_config(
+    recipe: Recipe,
+    out: Path,
+    model: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> NLAConfig:
     """The contract that the recipe's pair will be trained under; ``model`` and ``tokenizer`` where they are loaded.
 
     Raises:

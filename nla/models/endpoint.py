@@ -51,6 +51,8 @@ _PART = 6
 """A server's words that hold so many characters of the key in a row are not repeated."""
 _HEADERS = {"host", "accept", "accept-encoding", "connection", "content-type", "content-length", "user-agent"}
 _HEADERS |= {"anthropic-version", "x-stainless-raw-response"}  # the SDKs look the last up in the request they sent
+_ODD = (KeyError, IndexError, TypeError, AttributeError)
+"""What reading a body of another form raises."""
 _LOGGERS = ("httpx2", "httpx", "openai._base_client", "anthropic._base_client")
 
 
@@ -417,10 +419,9 @@ def _judge_response(made: Try, endpoint: Endpoint, status: int, headers: Mapping
         content = None
     content = content if isinstance(content, Mapping) else {}
     if 200 <= status < 300:
-        usage = content.get("usage")
-        usage = usage if isinstance(usage, Mapping) else {}
-        made.answer = (_read_openai if endpoint.form == "openai" else _read_anthropic)(content, usage)
-        if made.answer is None:
+        try:
+            made.answer = (_read_openai if endpoint.form == "openai" else _read_anthropic)(content)
+        except _ODD:
             made.cause, made.passing, made.charged = MALFORMED, True, True
         return
     inner = content.get("error", content)
@@ -447,41 +448,36 @@ def _said(message: object, endpoint: Endpoint, status: int) -> str:
     return "" if any(part in message for part in parts) else visible(message)[:160]
 
 
-def _read_openai(content: Mapping[str, Any], usage: Mapping[str, Any]) -> Answer | None:
-    """The answer in a body of this form; None: it is malformed."""
-    choices = content.get("choices")
-    choice = choices[0] if isinstance(choices, list) and choices else None
-    message = choice.get("message") if isinstance(choice, Mapping) else None
-    if not isinstance(choice, Mapping) or not isinstance(message, Mapping):
-        return None
-    spent = _count(usage, "prompt_tokens"), _count(usage, "completion_tokens")
-    reason = choice.get("finish_reason")
-    if reason == "content_filter" or (isinstance(message.get("refusal"), str) and message["refusal"]):
+def _read_openai(content: Mapping[str, Any]) -> Answer:
+    """The answer in a body of this form; what is not there, or of another type, is one of ``_ODD``."""
+    choice, spent = content["choices"][0], _spent(content, "prompt_tokens", "completion_tokens")
+    message, reason = choice["message"], choice.get("finish_reason")
+    if reason == "content_filter" or message.get("refusal"):
         return Answer("", False, True, *spent)
     text, cut = message.get("content"), reason == "length"
-    if not isinstance(text, str):
-        return Answer("", cut, False, *spent) if cut else None  # a model that thought until it was cut wrote nothing
-    return Answer(text, cut, False, *spent)
+    return Answer(_text("" if text is None and cut else text), cut, False, *spent)  # cut while thinking: no text
 
 
-def _read_anthropic(content: Mapping[str, Any], usage: Mapping[str, Any]) -> Answer | None:
-    """The answer in a body of this form; None: it is malformed."""
-    blocks, reason = content.get("content"), content.get("stop_reason")
-    spent = _count(usage, "input_tokens"), _count(usage, "output_tokens")
+def _read_anthropic(content: Mapping[str, Any]) -> Answer:
+    """As :func:`_read_openai`."""
+    spent, reason = _spent(content, "input_tokens", "output_tokens"), content.get("stop_reason")
     if reason == "refusal":
         return Answer("", False, True, *spent)
-    if not isinstance(blocks, list) or not all(isinstance(block, Mapping) for block in blocks):
-        return None
-    texts = [block.get("text") for block in blocks if block.get("type") == "text"]
+    texts = [_text(block.get("text")) for block in content["content"] if block.get("type") == "text"]
     cut = reason in ("max_tokens", "model_context_window_exceeded")
-    if not all(isinstance(text, str) for text in texts) or not (texts or cut):
-        return None
-    return Answer("".join(map(str, texts)), cut, False, *spent)
+    return Answer("".join(texts) if texts or cut else _text(None), cut, False, *spent)
 
 
-def _count(usage: Mapping[str, Any], name: str) -> int | None:
-    value = usage.get(name)
-    return value if type(value) is int and 0 <= value < 1 << 40 else None
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError("no text")
+    return value
+
+
+def _spent(content: Mapping[str, Any], *names: str) -> list[int | None]:
+    usage = content.get("usage")
+    counts = [usage.get(name) if isinstance(usage, Mapping) else None for name in names]
+    return [count if type(count) is int and 0 <= count < 1 << 40 else None for count in counts]
 
 
 @contextlib.contextmanager

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from transformers import PreTrainedTokenizerBase
+
 from nla.baselines import UNKNOWN_STRATUM
 from nla.errors import ArgumentError, CorpusError, NLAError, TemplateError, TranscriptError, VocabularyError
 from nla.store.shards import Document, is_held_out
@@ -64,14 +66,15 @@ class Reader:
         ArgumentError: the tokenizer cannot say which characters a token covers.
     """
 
-    def __init__(self, tokenizer: Any, settings: CorpusSettings, seed: int) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: CorpusSettings, seed: int) -> None:
         if not getattr(tokenizer, "is_fast", False):
             raise ArgumentError(
                 f"a {type(tokenizer).__name__} without character offsets",
                 "a fast tokenizer (tokenizer.json)",
                 "use a target whose folder holds tokenizer.json",
             )
-        self.tokenizer, self.settings, self.seed = tokenizer, settings, seed
+        self.tokenizer: Any = tokenizer
+        self.settings, self.seed = settings, seed
         named = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
         self.special = frozenset({*named, *tokenizer.all_special_ids})
         self._n_warned = 0

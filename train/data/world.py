@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nla.baselines import save_baselines
 from nla.metrics import Baseline
@@ -48,7 +49,13 @@ def choose_positions(lesson: Lesson, document: Any, spans: Sequence[Span], n_oth
 
 
 def extract(
-    lesson: Lesson, target: Any, tokenizer: Any, point: str, settings: ExtractSettings, seed: int, out_dir: Path
+    lesson: Lesson,
+    target: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    point: str,
+    settings: ExtractSettings,
+    seed: int,
+    out_dir: Path,
 ) -> dict[str, Activations]:
     """Read every split and save it under ``out_dir/<split>``, with baselines of the training vectors and a manifest."""
     stores: dict[str, Activations] = {}

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, StoppingCriteria
+from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 
 from nla.errors import ConfigError, ContextLengthError, TemplateError
 from nla.models.forward import device_of
@@ -177,7 +177,7 @@ class KeyedSampling(LogitsProcessor):
 class Closed(StoppingCriteria):
     """Ends a row once it has written its closing tag."""
 
-    def __init__(self, tokenizer: Any, closings: Sequence[str], prompt_length: int) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, closings: Sequence[str], prompt_length: int) -> None:
         self.tokenizer, self.closings, self.prompt_length = tokenizer, closings, prompt_length
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:  # type: ignore[override]
@@ -187,7 +187,7 @@ class Closed(StoppingCriteria):
         return torch.tensor(closed, device=input_ids.device)
 
 
-def weights_print(model: Any) -> str:
+def weights_print(model: PreTrainedModel) -> str:
     """A fingerprint of a model: its configuration, and of each tensor the name, type, shape and first values."""
     first = {
         name: (str(tensor.dtype), tuple(tensor.shape), tensor.detach().reshape(-1)[:8].float().tolist())

@@ -12,6 +12,9 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, NamedTuple
 
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 from nla.errors import DescriberError, InterruptedTraining
 from nla.train.describe.cache import TextCache, cache_key
 from nla.train.describe.describer import Describer, Reply
@@ -90,26 +93,18 @@ class Summary:
 
         A text that stands in two shares counts in both.
         """
-        counts = ("n_rows", "n_texts", "n_cached", "n_answered", "n_open", "n_requests")
-        counts += ("tokens_in", "tokens_out", "n_estimated", "n_unknown")
-        sums: dict[str, Any] = {name: sum(getattr(share, name) for share in shares) for name in counts}
-        for name in ("failed", "retried"):
-            sums[name] = sum((getattr(share, name) for share in shares), Counter[str]())
-        estimates = [share.estimate for share in shares if share.estimate is not None]
-        return cls(
-            **sums,
-            cost=_added([share.cost for share in shares]),
-            estimate=Estimate(
-                sum(one.n_texts for one in estimates),
-                sum(one.tokens_in for one in estimates),
-                sum(one.tokens_out_most for one in estimates),
-                _added([one.cost_most for one in estimates]),
-                estimates[0].counted_by,
-            )
-            if estimates
-            else None,
-            describer=dict(shares[0].describer) if shares else {},
+        merged = cls(
+            cost=_added([share.cost for share in shares]), describer=dict(shares[0].describer) if shares else {}
         )
+        for name, start in vars(cls()).items():
+            if isinstance(start, int | Counter):
+                setattr(merged, name, sum((getattr(share, name) for share in shares), start))
+        estimates = [share.estimate for share in shares if share.estimate is not None]
+        if estimates:
+            n_texts, tokens_in, tokens_out, costs, counted_by = zip(*estimates, strict=True)
+            cost = _added(costs)
+            merged.estimate = Estimate(sum(n_texts), sum(tokens_in), sum(tokens_out), cost, counted_by[0])
+        return merged
 
     def check(self, failing_share: float, n: int | None = None) -> None:
         """Refuse too many failures.
@@ -328,11 +323,11 @@ class _Work:
 
 def open_describer(
     settings: DescriberSettings,
-    model: Any = None,
-    tokenizer: Any = None,
+    model: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     dtype: str = "float32",
-    device: Any = None,
+    device: str | torch.device | None = None,
 ) -> Describer:
     """The describer that the settings name.
 

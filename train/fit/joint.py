@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset
+from jaxtyping import Float, Int
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from trl import GRPOConfig, GRPOTrainer
 
 from nla.errors import ArgumentError, ShapeError
@@ -43,8 +45,8 @@ REFERENCE = "ref"
 """The adapter that TRL copies the encoder to, for the KL."""
 
 
-def draw_weights(strata: Sequence[str], shares: dict[str, float]) -> Tensor:
-    """Weight of each row in a draw, (n,): named strata get their shares, the other rows divide the rest evenly.
+def draw_weights(strata: Sequence[str], shares: dict[str, float]) -> Float[Tensor, " n"]:
+    """Weight of each row in a draw: named strata get their shares, the other rows divide the rest evenly.
 
     Raises:
         ArgumentError: a share names a stratum that no row has.
@@ -60,8 +62,8 @@ def draw_weights(strata: Sequence[str], shares: dict[str, float]) -> Tensor:
     return torch.tensor([weight_of[stratum] for stratum in strata], dtype=torch.float64)
 
 
-def draw_prompts(weights: Tensor, steps: int, per_step: int, seed: int) -> Tensor:
-    """Rows of each step, (steps, per_step), distinct within a step where there are enough; steps draw independently.
+def draw_prompts(weights: Float[Tensor, " n"], steps: int, per_step: int, seed: int) -> Int[Tensor, "steps per_step"]:
+    """Rows of each step, distinct within a step where there are enough; steps draw independently.
 
     A longer run begins with the draws of a shorter one.
     """
@@ -74,14 +76,14 @@ def draw_prompts(weights: Tensor, steps: int, per_step: int, seed: int) -> Tenso
 
 
 @contextlib.contextmanager
-def marker_forbidden(model: Any, marker_id: int) -> Iterator[None]:
+def marker_forbidden(model: PreTrainedModel, marker_id: int) -> Iterator[None]:
     """While active, the language-model head gives the marker no probability.
 
     It acts through the head's bias, so that sampling and the log-probabilities of policy and reference, which TRL takes
     from the head's weight and bias directly, all see the same distribution. Where logits are soft-capped at ±c, as in
     Gemma 2 (c = 30), the marker gets −c: at most e^(−2c) of what the likeliest token has when that is at the cap.
     """
-    head = model.get_output_embeddings()
+    head: Any = model.get_output_embeddings()
     before = head.bias
     lowest = torch.finfo(head.weight.dtype).min / 16
     bias = torch.zeros(head.weight.shape[0], dtype=head.weight.dtype, device=head.weight.device)
@@ -115,27 +117,28 @@ class JointTrainer(AtomicCheckpoints, GRPOTrainer):
         self.eos_token_ids = nla.encoder.end_ids  # the pair's; TRL takes the model's
         self.generation_config.eos_token_id = self.eos_token_ids
 
-    def injected(self, rows: Sequence[int]) -> Tensor:
-        """The vectors of ``rows``, (b, d), at the injection norm, where the model is."""
+    def injected(self, rows: Sequence[int]) -> Float[Tensor, "b d"]:
+        """The vectors of ``rows`` at the injection norm, where the model is."""
         return rescale(self.vectors[torch.tensor(rows)], self.norm).to(self.at_device)
 
     @contextlib.contextmanager
-    def using(self, vectors: Tensor) -> Iterator[None]:
-        """Forward passes in the block are over batches whose rows belong to ``vectors`` (b, d)."""
+    def using(self, vectors: Float[Tensor, "b d"]) -> Iterator[None]:
+        """Forward passes in the block are over batches whose rows belong to ``vectors``."""
         before, self.rows_in_use = self.rows_in_use, vectors
         try:
             yield
         finally:
             self.rows_in_use = before
 
-    def injecting(self, vectors: Tensor) -> contextlib.AbstractContextManager[None]:
+    def injecting(self, vectors: Float[Tensor, "b d"]) -> contextlib.AbstractContextManager[None]:
         """Inject ``vectors`` (b, d) at the prompt's marker."""
         positions = torch.full((len(vectors),), self.marker_position, device=vectors.device)
         model: Any = self.model
         return inject(model, vectors, positions, self.layer)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        with marker_forbidden(self.model, self.marker_id):
+        policy: Any = self.model
+        with marker_forbidden(policy, self.marker_id):
             return super().training_step(*args, **kwargs)
 
     def _tokenize_prompts(self, prompts: list) -> tuple[list[list[int]], None, dict]:

@@ -7,12 +7,14 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from nla.errors import ArgumentError
 from nla.metrics import fve_from_errors, mse
 from nla.pair.encoder import parse
 from nla.pair.fidelity import ORTHOGONAL, rows_by_stratum
+from nla.text.tokens import plain_ids
 from nla.train.contract import template_marks
 from nla.train.fit import processes
 from nla.train.fit.checkpoints import decoder_parameters
@@ -40,15 +42,15 @@ def explanations(nla: NLA, answers: Sequence[str]) -> list[str | None]:
     if with_text:
         added = nla.tokenizer.added_tokens_decoder.items()
         refused = {token_id for token_id, token in added if token.special} | set(nla.tokenizer.all_special_ids)
-        all_ids = nla.tokenizer([texts[i] for i in with_text], add_special_tokens=False)["input_ids"]
+        all_ids = plain_ids(nla.tokenizer, [texts[i] or "" for i in with_text])
         for i, ids in zip(with_text, all_ids, strict=True):
             if not ids or not refused.isdisjoint(ids) or any(mark in (texts[i] or "") for mark in private):
                 texts[i] = None
     return texts
 
 
-def reward_of(error: Tensor, kind: str) -> Tensor:
-    """Reward (n,) of mean squared errors (n,) in [0, 4]: −log or −, higher is better."""
+def reward_of(error: Float[Tensor, " n"], kind: str) -> Float[Tensor, " n"]:
+    """Reward of mean squared errors in [0, 4]: −log or −, higher is better."""
     return -error.clamp(min=LEAST_ERROR).log() if kind == "neg_log_mse" else -error
 
 
@@ -68,7 +70,7 @@ class DecoderReward:
         vectors: Vectors,
         strata: Sequence[str],
         warm_texts: Sequence[str | None],
-        draw: Tensor,
+        draw: Float[Tensor, " n"],
         s: JointSettings,
     ) -> None:
         """``vectors`` (n, d) with their ``strata`` and ``warm_texts``; ``draw`` (n,) weighs the rows for replay.
@@ -122,8 +124,10 @@ class DecoderReward:
         texts = self.nla.tokenizer.batch_decode(answers, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return explanations(self.nla, texts)
 
-    def update(self, rows: Tensor, texts: list[str], n_rollouts: int) -> tuple[Tensor, float, float]:
-        """One step of the decoder on readable rollouts ``texts`` of activations ``rows`` (m,) and on replayed pairs.
+    def update(
+        self, rows: Int[Tensor, " m"], texts: list[str], n_rollouts: int
+    ) -> tuple[Float[Tensor, " m"], float, float]:
+        """One step of the decoder on readable rollouts ``texts`` of activations ``rows`` and on replayed pairs.
 
         To be called in the role "decoder".
 
@@ -153,8 +157,8 @@ class DecoderReward:
         self.optimizer.zero_grad(set_to_none=True)
         return errors[:n_scored].detach().cpu(), processes.total(float(loss.detach())), norm
 
-    def errors_of(self, rows: Tensor, texts: list[str]) -> Tensor:
-        """Errors (m,) of the live decoder on ``texts`` of activations ``rows`` (m,); NaN where it gives no vector."""
+    def errors_of(self, rows: Int[Tensor, " m"], texts: list[str]) -> Float[Tensor, " m"]:
+        """Errors of the live decoder on ``texts`` of activations ``rows``; NaN where it gives no vector."""
         if not texts:
             return torch.empty(0)
         ids, mask = self.nla.encode_explanations(texts)

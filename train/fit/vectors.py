@@ -24,7 +24,7 @@ class Vectors(Protocol):
     @property
     def shape(self) -> tuple[int, ...]: ...
     def __len__(self) -> int: ...
-    def __getitem__(self, index: Tensor, /) -> Tensor: ...
+    def __getitem__(self, index: Int[Tensor, " m"], /) -> Float[Tensor, "m d"]: ...
 
 
 class Joined:
@@ -39,7 +39,7 @@ class Joined:
     def __len__(self) -> int:
         return self.shape[0]
 
-    def __getitem__(self, index: Tensor, /) -> Tensor:
+    def __getitem__(self, index: Int[Tensor, " m"], /) -> Float[Tensor, "m d"]:
         out = torch.empty(len(index), self.shape[1])
         late = index >= len(self.first)
         out[~late] = self.first[index[~late]].float().cpu()
@@ -50,18 +50,18 @@ class Joined:
 class Chosen:
     """Some ``rows`` (m,) of ``vectors`` (n, d), in their order, without a copy."""
 
-    def __init__(self, vectors: Vectors, rows: Tensor) -> None:
+    def __init__(self, vectors: Vectors, rows: Int[Tensor, " m"]) -> None:
         self.vectors, self.rows = vectors, rows
         self.shape = (len(rows), vectors.shape[1])
 
     def __len__(self) -> int:
         return self.shape[0]
 
-    def __getitem__(self, index: Tensor, /) -> Tensor:
+    def __getitem__(self, index: Int[Tensor, " m"], /) -> Float[Tensor, "m d"]:
         return self.vectors[self.rows[index]]
 
 
-def chunks(vectors: Vectors) -> Iterator[Tensor]:
+def chunks(vectors: Vectors) -> Iterator[Float[Tensor, "chunk d"]]:
     """All rows in order, float32, at most ``CHUNK`` at a time."""
     for start in range(0, len(vectors), CHUNK):
         yield vectors[torch.arange(start, min(start + CHUNK, len(vectors)))].float()

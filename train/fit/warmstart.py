@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from datasets import Dataset
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
@@ -37,8 +38,8 @@ Pairs = tuple[Vectors, list[str]]
 """Activations (n, d) with a text for each."""
 
 
-def epoch_rows(n: int, total: int, seed: int) -> Tensor:
-    """``total`` row numbers below ``n``, (total,): whole shuffled passes; a longer draw begins with a shorter one."""
+def epoch_rows(n: int, total: int, seed: int) -> Int[Tensor, " total"]:
+    """``total`` row numbers below ``n``: whole shuffled passes; a longer draw begins with a shorter one."""
     passes = [
         torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + i)) for i in range(-(-total // n))
     ]
@@ -147,7 +148,9 @@ class DecoderModule(nn.Module):
         super().__init__()
         self.model, self.head, self._decode = nla.model, nla.head, nla.decode_ids
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, vectors: Tensor) -> dict[str, Tensor]:
+    def forward(
+        self, input_ids: Int[Tensor, "b t"], attention_mask: Int[Tensor, "b t"], vectors: Float[Tensor, "b d"]
+    ) -> dict[str, Tensor]:
         """``loss``: mean squared error of the directions, 2(1 − cosine)."""
         return {"loss": mse(vectors, self._decode(input_ids, attention_mask)).mean()}
 
