@@ -82,7 +82,7 @@ DOCUMENTS: dict[str, dict[str, Run | NotRun]] = {
         "make demo": NotRun(INSTALLS + " (tests/nla/organisms/test_shipped.py runs `nla demo`)"),
         "make test": NotRun(INSTALLS),
         "nla recipe": Run(leaves="my.yaml", instead=("Qwen/Qwen2.5-0.5B-Instruct", "my/model")),
-        "nla train my.yaml --dry-run": Run(says="would_run.*rollouts", append=CORPUS),
+        "nla train my.yaml --dry-run": Run(says="joint +would run", append=CORPUS),
         "nla train my.yaml  ": Run(leaves="runs/model/joint/pair/nla_config.json", append=CORPUS + SMALL),
         "nla explain 'The capital": Run(says="France", instead=("runs/qwen2.5-0.5b-instruct", "runs/model")),
         "from nla import NLA": Run(says=r"cosine.*fve +-?\d"),
@@ -133,9 +133,7 @@ DOCUMENTS: dict[str, dict[str, Run | NotRun]] = {
         "nla eval readers couplets": NotRun(
             "minutes even where it is small; tests/eval/readers/test_readers.py runs it"
         ),
-        "nla eval readers switchboard": Run(
-            says="(?i)secret word", leaves="runs/report/readers.png", append="--items 48 --train 64", code=1
-        ),
+        "nla eval readers switchboard": NotRun("a minute where it is small; tests/eval/readers/test_readers.py runs it"),
         "nla probe poems.jsonl --text line --label season --out": Run(says="AUROC", leaves="runs/probe/probe.json"),
         "nla probe poems.jsonl --text line --label season --positions": Run(says="AUROC"),
         "from nla import NLA": Run(says="season"),
@@ -143,7 +141,7 @@ DOCUMENTS: dict[str, dict[str, Run | NotRun]] = {
     "docs/real-models.md": {
         "nla train qwen2.5-7b --dry-run": NotRun(HUB),
         "nla recipe my/model": Run(leaves="mine.yaml"),
-        "nla train mine.yaml --dry-run": Run(says="would_run.*rollouts", append=CORPUS),
+        "nla train mine.yaml --dry-run": Run(says="joint +would run", append=CORPUS),
         "nla train qwen2.5-7b  ": NotRun("needs a GPU and the hub"),
         "accelerate launch": NotRun("needs four GPUs and the hub"),
         "nla extract couplets/planner": Run(leaves="runs/acts/manifest.json"),
