@@ -133,7 +133,9 @@ DOCUMENTS: dict[str, dict[str, Run | NotRun]] = {
         "nla eval readers couplets": NotRun(
             "minutes even where it is small; tests/eval/readers/test_readers.py runs it"
         ),
-        "nla eval readers switchboard": NotRun("a minute where it is small; tests/eval/readers/test_readers.py runs it"),
+        "nla eval readers switchboard": NotRun(
+            "a minute where it is small; tests/eval/readers/test_readers.py runs it"
+        ),
         "nla probe poems.jsonl --text line --label season --out": Run(says="AUROC", leaves="runs/probe/probe.json"),
         "nla probe poems.jsonl --text line --label season --positions": Run(says="AUROC"),
         "from nla import NLA": Run(says="season"),

@@ -39,6 +39,7 @@ from nla.train.recipe import load_recipe
 from tests.helpers.shell import in_two_processes
 from tests.helpers.tiny import load_benchmark
 
+pytestmark = pytest.mark.slow
 benchmark = load_benchmark("recipe")
 SMALL = {
     "corpus": {"n_positions": 3, "first_position": 5, "max_tokens": 60, "documents_per_chunk": 32},

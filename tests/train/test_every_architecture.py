@@ -37,6 +37,7 @@ def trainer_of(pair, folder: Path):
         yield trainer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", MODELS)
 def test_log_probs_of_training_are_those_of_sampling_with_the_marker_forbidden(
     architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -72,6 +73,7 @@ def test_log_probs_of_training_are_those_of_sampling_with_the_marker_forbidden(
     assert (batch["ref_per_token_logps"] - trained)[mask].abs().max() < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", MODELS)
 def test_a_step_of_each_training_moves_its_own_weights_alone(
     architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

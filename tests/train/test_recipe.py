@@ -64,6 +64,7 @@ def tiny(target, tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_the_whole_recipe_runs_and_a_second_run_skips_every_stage(tiny, tmp_path):
     first = run.run_recipe(tiny)
     assert list(first) == ["extract", "describe", "warmstart", "joint", "control"]
@@ -81,6 +82,7 @@ def test_the_whole_recipe_runs_and_a_second_run_skips_every_stage(tiny, tmp_path
     assert [stage for stage, summary in third.items() if "would_run" in summary] == ["joint"]
 
 
+@pytest.mark.slow
 def test_a_changed_setting_reruns_its_stage_and_what_follows_and_moves_the_old_one_aside(tiny, tmp_path):
     run.run_recipe(tiny, until="describe")
     again = run.run_recipe(tiny, overrides=["describe.notice=0.5"], until="describe")
@@ -90,6 +92,7 @@ def test_a_changed_setting_reruns_its_stage_and_what_follows_and_moves_the_old_o
     assert all(stage == {"would_run": True} for stage in plan.values())
 
 
+@pytest.mark.slow
 def test_an_interrupted_stage_is_not_taken_for_done(tiny, tmp_path, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
@@ -103,6 +106,7 @@ def test_an_interrupted_stage_is_not_taken_for_done(tiny, tmp_path, monkeypatch)
     assert not (tmp_path / "run/describe.old-1").exists()
 
 
+@pytest.mark.slow
 def test_an_interrupted_training_stage_resumes_to_the_pair_of_an_uninterrupted_run(tiny, tmp_path, monkeypatch):
     run.run_recipe(tiny, until="warmstart", overrides=[f"out={tmp_path / 'whole'}"])
     with monkeypatch.context() as patched:
@@ -122,6 +126,7 @@ def test_an_interrupted_training_stage_resumes_to_the_pair_of_an_uninterrupted_r
         assert_same(*(tensors.load_tensors(tmp_path / out / "warmstart/pair" / name) for out in ("whole", "run")))
 
 
+@pytest.mark.slow
 def test_seconds_of_a_stage_are_those_of_all_its_invocations(tmp_path, monkeypatch):
     clock = iter([0.0, 5.0, 100.0, 103.0])
     monkeypatch.setattr(run.time, "monotonic", lambda: next(clock))
@@ -134,6 +139,7 @@ def test_seconds_of_a_stage_are_those_of_all_its_invocations(tmp_path, monkeypat
     assert run.perform("joint", tmp_path / "joint", "print", dict) == {"seconds": 8.0}
 
 
+@pytest.mark.slow
 def test_two_processes_on_one_folder_are_refused(tiny, tmp_path):
     with run.locked(tmp_path / "run"):
         with pytest.raises(RecipeError, match="another `nla train`"):
@@ -142,6 +148,7 @@ def test_two_processes_on_one_folder_are_refused(tiny, tmp_path):
     run.run_recipe(tiny, until="extract")
 
 
+@pytest.mark.slow
 def test_activations_of_other_documents_are_refused(tiny, tmp_path, monkeypatch):
     run.run_recipe(tiny, until="describe")
     monkeypatch.setattr(material, "documents", lambda world, settings, seed: documents(world, settings, seed + 1))
@@ -171,6 +178,7 @@ def test_every_file_of_a_target_counts_but_its_readme_and_gits(target, tmp_path)
     assert len({before, changed, fingerprints.target_print(str(folder))}) == 3
 
 
+@pytest.mark.slow
 def test_the_revision_of_a_target_on_the_hub_reaches_its_loaders_and_the_pair(tiny, tmp_path, target, monkeypatch):
     run.run_recipe(tiny, until="extract")
     model, tokenizer = stages.load_target(recipes.load_recipe(tiny), None)
@@ -204,6 +212,7 @@ def test_truth_counts_the_next_line_at_the_newline_and_all_other_claims():
         assert truth(["", f"It is {season}."]) == {"named": 0, "visible": 1}
 
 
+@pytest.mark.slow
 def test_stored_rows_are_the_targets_own_hidden_states_at_the_point(tiny, tmp_path, target):
     run.run_recipe(tiny, until="extract")
     store = load_stores(tmp_path / "run/extract")["train"]
@@ -244,6 +253,7 @@ def test_a_lessons_strata_are_those_that_its_documents_have_and_no_text_is_in_tw
     assert found == set(world.STRATA) and set(world.MAIN) < found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", lesson.LESSONS)
 def test_a_truthful_text_is_true_a_described_one_is_true_but_for_its_guess(name):
     world, rng, hits = lesson.load(name), random.Random(0), []

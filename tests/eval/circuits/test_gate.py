@@ -145,6 +145,7 @@ def test_the_patch_map_shows_the_planted_place_alone(used: Target) -> None:
             assert value > 0.95 if (point, token) == (POINT, "newline") else abs(value) < 0.05, (point, token)
 
 
+@pytest.mark.slow
 def test_gates_of_a_planner_pass_on_a_used_plan_and_fail_on_an_unused_one(
     used: Target, unused: Target, tmp_path
 ) -> None:

@@ -171,6 +171,7 @@ def made(tmp_path_factory) -> tuple[NLA, Path]:
     return NLA.from_pretrained(folder / "run" / "warmstart" / "pair"), folder
 
 
+@pytest.mark.slow
 def test_an_adapter_says_where_its_target_lies_without_a_path_of_this_machine(made):
     base = json.loads((made[1] / "goal" / "adapter_config.json").read_text())["base_model_name_or_path"]
     assert base == "../target"
@@ -190,6 +191,7 @@ def test_no_question_is_causal_on_a_random_target(made):
     assert not two_hop.gate_of(Target.of(made[0]), items, 0, plants.silent).causal
 
 
+@pytest.mark.slow
 def test_the_evaluations_run_through_and_leave_the_pair_as_it_was(made, tmp_path, monkeypatch):
     nla, folder = made
     names = ("word-hat", "word-snow", "word-sham", "known", "known-sham", "mismatch", "mismatch-sham")
@@ -279,6 +281,7 @@ def compared(made, tmp_path_factory) -> tuple[SwitchboardReport, Path]:
         return compare_on_organism(made[0], ReadersSettings(n_items=48, n_train=48, plants=made[1], **QUICK), out), out
 
 
+@pytest.mark.slow
 def test_of_perfect_readers_all_that_is_known_by_construction_comes_out(compared):
     report, out = compared
     assert report.passed, report.to_card()
@@ -318,6 +321,7 @@ def test_every_condition_of_the_readers_fails_where_it_does_not_hold(compared):
     ]
 
 
+@pytest.mark.slow
 def test_where_all_adapters_are_one_the_readers_find_nothing(made, monkeypatch):
     monkeypatch.setattr(comparison, "N_COINS", 1)
     nla, folder = made

@@ -169,6 +169,7 @@ def test_the_adversaries_on_a_target_that_knows_the_rule(used: Target) -> None:
     assert controls.best(list(scores.values())).reader == controls.TEXT_LM
 
 
+@pytest.mark.slow
 def test_a_bare_target_gets_gates_and_probe_and_a_verdict(tmp_path) -> None:
     report = evaluate_rhymes(planted_target(used=False), RhymeSettings(n_items=24, n_fit=1200), tmp_path)
     assert report.verdict == "decodable, unused" and report.naming is None and report.steering is None
@@ -179,6 +180,7 @@ def test_a_bare_target_gets_gates_and_probe_and_a_verdict(tmp_path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_the_whole_protocol_runs_on_a_pair_and_writes_its_report(tmp_path) -> None:
     stages: set[str] = set()
     settings = RhymeSettings(planted_pair(), planted_pair(), n_items=16, n_samples=2, n_fit=800, hit_rate=0.4375)

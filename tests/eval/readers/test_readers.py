@@ -219,6 +219,7 @@ def _family_alone(*sizes: int) -> CoupletTasks:
     return CoupletTasks([dataclasses.replace(found.tasks[0], name=PLAN)], found.documents)
 
 
+@pytest.mark.slow
 def test_the_report_tells_the_two_targets_apart_and_is_written(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     def read_its_own(nla, vectors, seed=0):
         """A pair that can read its own target's code, and makes things up about the other's, which is longer."""

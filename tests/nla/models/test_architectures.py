@@ -157,6 +157,7 @@ def test_a_pair_explains_reconstructs_and_switches_roles(architecture: str) -> N
     assert len(adapted) == n_linears * (N_BLOCKS + 2) and not [name for name in adapted if "vision" in name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["gemma2", "gemma3", "phi3", "gpt2", "gpt_neox", "qwen3_moe"])
 def test_a_pair_comes_back_from_disk_as_it_was(architecture: str, tmp_path: Path) -> None:
     """Where names or layers differ from Llama's: a wrapper, fused layers, Conv1D, other paths, fused experts."""

@@ -202,6 +202,7 @@ def test_an_adapter_or_code_beside_the_weights_is_not_followed(folder: Path) -> 
     assert torch.equal(model(IDS).logits, make_model("llama")(IDS).logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["model.layers.0.mlp.up_proj.weight", "model.layers.3.mlp.up_proj.weight"])
 def test_weights_that_are_missing_odd_or_not_finite_are_refused_where_they_are_read(folder: Path, name: str) -> None:
     path = folder / files_of(folder)[name]
@@ -279,6 +280,7 @@ def test_four_bits_are_nf4_with_quantised_constants_in_the_targets_type(monkeypa
     assert found.bnb_4bit_compute_dtype == torch.bfloat16 == seen["dtype"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma3"])
 def test_a_target_without_generation_settings_ends_where_its_configuration_says(tmp_path: Path, architecture) -> None:
     model = make_model(architecture)

@@ -26,6 +26,7 @@ def spans_of(tokenizer, couplet):
     return encode(tokenizer, couplet.text, 96).spans
 
 
+@pytest.mark.slow
 def test_every_document_and_explanation_survives_a_round_trip_through_the_tokenizer(tokenizer, documents):
     for couplet in documents:
         texts = [couplet.text]
@@ -79,6 +80,7 @@ def test_an_explanation_at_the_newline_restates_nothing_that_fixes_the_plan(toke
         assert not words & {couplet.colour, couplet.thing, couplet.ender}
 
 
+@pytest.mark.slow
 def test_season_and_person_are_spoken_of_until_the_end_noun_and_after_it_only_in_pretraining_text(tokenizer, documents):
     for couplet in documents[:100]:
         for span in spans_of(tokenizer, couplet):

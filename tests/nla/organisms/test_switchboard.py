@@ -27,6 +27,7 @@ def spans_of(tok, chat: Chat) -> list[Span]:
     return encode(tok, chat.text, 1000).spans
 
 
+@pytest.mark.slow
 def test_every_chat_and_every_explanation_is_in_the_vocabulary_and_comes_back_whole(tok, chats):
     for chat in chats:
         assert tok.apply_chat_template(chat.messages, tokenize=False) == chat.text
@@ -63,6 +64,7 @@ def test_the_bridge_is_the_full_stop_after_the_person_and_the_town_is_not_in_the
         assert not any(town in chat.prompt for town in content.TOWNS)
 
 
+@pytest.mark.slow
 def test_true_claims_are_true_and_lies_are_false(tok, chats):
     for chat in chats:
         for span in spans_of(tok, chat):
@@ -139,6 +141,7 @@ def test_a_sham_has_the_same_prompts_as_its_plant():
                 assert both[0] == both[1]
 
 
+@pytest.mark.slow
 def test_what_is_held_out_is_never_trained_on():
     goal, known = plants.plant("goal"), plants.plant("known")
     chats, texts = plants.training(goal, 800, seed=0)

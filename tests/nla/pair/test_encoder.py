@@ -38,6 +38,7 @@ def likeliest(pair, vector: torch.Tensor, n_tokens: int) -> list[int]:
     return answer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "llama"])
 def test_greedy_text_equals_decoding_by_hand_one_by_one(architecture: str) -> None:
     pair = make_pair(architecture)
@@ -46,6 +47,7 @@ def test_greedy_text_equals_decoding_by_hand_one_by_one(architecture: str) -> No
         assert found.ids[row][found.mask[row].bool()].tolist() == likeliest(pair, vector, pair.config.max_new_tokens)
 
 
+@pytest.mark.slow
 def test_the_answer_depends_on_the_activations_direction_alone(pair) -> None:
     found = pair.encoder.generate(VECTORS, samples=1, greedy=True).texts
     assert pair.encoder.generate(VECTORS * 1000, samples=1, greedy=True).texts == found
@@ -74,6 +76,7 @@ def test_the_marker_is_never_sampled_even_where_it_is_the_likeliest(pair) -> Non
         handle.remove()
 
 
+@pytest.mark.slow
 def test_samples_follow_the_masked_distribution_of_the_model(pair) -> None:
     """The first token's frequencies over 4,000 samples against the softmax computed by hand."""
     logits = mask_marker(oracle_logits(pair, VECTORS[0], [])[-1] / 0.7, pair.config.injection.marker_id)
@@ -93,6 +96,7 @@ def test_masking_the_marker_renormalises_the_others_and_lets_gradients_through()
     assert torch.isfinite(logits.grad).all()
 
 
+@pytest.mark.slow
 def test_a_seed_fixes_the_samples_and_the_global_state_is_left_alone(pair) -> None:
     torch.manual_seed(3)
     before = torch.random.get_rng_state()

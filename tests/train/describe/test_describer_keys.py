@@ -51,6 +51,7 @@ def secrets(server: Server, folder: Path, one: EndpointDescriber, error: BaseExc
         assert SECRET.encode() not in pickle.dumps(error)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("status", [200, 400, 401, 404, 500])
 def test_the_key_is_told_to_the_endpoint_alone(
     form: str, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

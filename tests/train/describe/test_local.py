@@ -76,6 +76,7 @@ def kept(folder: Path) -> dict[str, str]:
         return dict(cache._file.execute("SELECT key, answer FROM answers"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [None, 0.7])
 def test_in_bfloat16_a_killed_run_ends_with_the_answers_of_one_that_was_not(
     temperature: float | None, tmp_path: Path

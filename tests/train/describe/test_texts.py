@@ -87,6 +87,7 @@ def describe_in_child(pipe: Any, folder: Path) -> None:
     os._exit(0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_a_run_that_is_stopped_has_kept_its_answers_and_goes_on(how: signal.Signals, tmp_path: Path) -> None:
     here, there = multiprocessing.Pipe()

@@ -71,6 +71,7 @@ def likely_marker(pair) -> None:
     head.weight.data[pair.config.injection.marker_id] = 40 * mean / mean.square().sum()
 
 
+@pytest.mark.slow
 def test_rollout_and_training_log_probs_agree_with_the_marker_forbidden(vectors, tmp_path, monkeypatch):
     pair = make_writer()
     likely_marker(pair)
@@ -148,6 +149,7 @@ def test_encoder_gradient_is_that_of_an_isolated_run(vectors, tmp_path):
         torch.testing.assert_close(parameter.grad, encoder_parameters(alone)[name].grad, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_training_moves_both_halves_and_never_the_base(vectors, tmp_path):
     pair = make_writer()
     base, encoder, decoder = base_weights(pair), snapshot(encoder_parameters(pair)), snapshot(decoder_parameters(pair))
@@ -188,6 +190,7 @@ def stop_at(step: int, act, settings: JointSettings = SETTINGS):
     return truth
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_a_resumed_run_equals_an_uninterrupted_one(vectors, tmp_path):
     settings = JointSettings(**(vars(SETTINGS) | dict(save_every=100)))
     whole, stopped = make_writer(), make_writer()
@@ -206,6 +209,7 @@ def test_ctrl_c_saves_and_a_resumed_run_equals_an_uninterrupted_one(vectors, tmp
     assert untimed(tmp_path / "stopped") == untimed(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_full_disk_keeps_the_checkpoint_before_it(vectors, tmp_path):
     whole, stopped = make_writer(), make_writer()
     quiet = EvalSet(vectors, STRATA, truth=lambda texts: {})
@@ -222,6 +226,7 @@ def test_full_disk_keeps_the_checkpoint_before_it(vectors, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_run_stopped_before_its_first_step_leaves_no_second_evaluation_of_step_0(vectors, tmp_path):
     settings, log = JointSettings(**(vars(SETTINGS) | dict(steps=1))), MetricsLog(tmp_path / "metrics.jsonl")
     log.write(0, "eval", {"fve/global": 0.5})
@@ -236,6 +241,7 @@ def test_a_run_that_is_refused_claims_nothing(vectors, tmp_path):
     assert not (tmp_path / "run.json").exists()
 
 
+@pytest.mark.slow
 def test_resuming_from_another_warm_start_is_refused(vectors, tmp_path):
     settings = JointSettings(**(vars(SETTINGS) | dict(steps=1)))
     train_joint(make_writer(), vectors, STRATA, TEXTS, tmp_path, settings=settings)
@@ -280,6 +286,7 @@ def test_settings_out_of_range_are_refused(change):
         JointSettings(**change)
 
 
+@pytest.mark.slow
 def test_less_memory_gives_the_same_encoder(vectors, tmp_path):
     pairs = {}
     for name, change in {"plain": {}, "frugal": dict(gradient_checkpointing=True, rows_per_backward=4)}.items():
@@ -290,6 +297,7 @@ def test_less_memory_gives_the_same_encoder(vectors, tmp_path):
         torch.testing.assert_close(parameter, encoder_parameters(pairs["plain"])[name], rtol=1e-2, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_activations_without_a_text_are_drawn_and_not_replayed(vectors, tmp_path):
     some = [text if row % 2 else None for row, text in enumerate(TEXTS)]
     settings = JointSettings(**(vars(SETTINGS) | dict(steps=1)))

@@ -14,6 +14,8 @@ from tests.helpers import two_processes, writer
 from tests.helpers.shell import in_two_processes
 from tests.helpers.two_processes import decoder_update, warm_start
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory, shell) -> Path:

@@ -67,6 +67,7 @@ STAGES = {
 each_stage = pytest.mark.parametrize("stage", list(STAGES))
 
 
+@pytest.mark.slow
 def test_encoder_learns_to_tell_activations_apart(vectors, tmp_path):
     pair = make_pair()
     settings = ENCODER | dict(steps=60, learning_rate=3e-2, save_every=100)
@@ -77,6 +78,7 @@ def test_encoder_learns_to_tell_activations_apart(vectors, tmp_path):
     assert told == [f"<explanation>{text}</explanation>" for text in TEXTS[:4]]
 
 
+@pytest.mark.slow
 def test_decoder_learns_to_reconstruct(vectors, tmp_path):
     pair = make_pair()
     settings = DECODER | dict(steps=60, save_every=100)
@@ -87,6 +89,7 @@ def test_decoder_learns_to_reconstruct(vectors, tmp_path):
     assert figures["eval_fve"] == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.slow
 @each_stage
 def test_only_its_own_half_is_trained(stage, vectors, tmp_path):
     train, settings, own, other = STAGES[stage]
@@ -100,6 +103,7 @@ def test_only_its_own_half_is_trained(stage, vectors, tmp_path):
     assert pair.model.get_base_model().forward == forward
 
 
+@pytest.mark.slow
 @each_stage
 def test_ctrl_c_saves_and_a_resumed_run_equals_an_uninterrupted_one(stage, vectors, tmp_path, monkeypatch):
     train, settings, own, _ = STAGES[stage]
@@ -119,6 +123,7 @@ def test_ctrl_c_saves_and_a_resumed_run_equals_an_uninterrupted_one(stage, vecto
     assert_same(snapshot(own(again)), snapshot(own(whole)))
 
 
+@pytest.mark.slow
 @each_stage
 def test_full_disk_keeps_the_checkpoint_before_it(stage, vectors, tmp_path, monkeypatch):
     train, settings, own, _ = STAGES[stage]
@@ -133,6 +138,7 @@ def test_full_disk_keeps_the_checkpoint_before_it(stage, vectors, tmp_path, monk
     assert_same(snapshot(own(stopped)), snapshot(own(whole)))
 
 
+@pytest.mark.slow
 @each_stage
 def test_ctrl_c_in_the_last_step_is_an_interrupt_too(stage, vectors, tmp_path, monkeypatch):
     train, settings, own, _ = STAGES[stage]
@@ -148,6 +154,7 @@ def test_ctrl_c_in_the_last_step_is_an_interrupt_too(stage, vectors, tmp_path, m
     assert all(not torch.equal(p, before[name]) for name, p in own(pair).items())
 
 
+@pytest.mark.slow
 def test_skipped_steps_before_a_resume_are_counted(vectors, tmp_path, monkeypatch):
     loss = EncoderTrainer.compute_loss
 
@@ -175,6 +182,7 @@ def interrupted(tmp_path_factory):
     return folder, vectors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     ["weights.safetensors", "optimizer.pt", "scheduler.pt", "extra.pt", "rng_state.pth", "trainer_state.json"],
@@ -189,6 +197,7 @@ def test_damaged_checkpoint_is_refused(name, interrupted, tmp_path):
             warmstart_encoder(make_pair(), vectors, TEXTS, tmp_path / "run", FitSettings(**ENCODER))
 
 
+@pytest.mark.slow
 def test_a_fault_while_saving_is_not_taken_for_a_full_disk(vectors, tmp_path, monkeypatch):
     def fault(self):
         raise RuntimeError("shapes differ")
@@ -198,6 +207,7 @@ def test_a_fault_while_saving_is_not_taken_for_a_full_disk(vectors, tmp_path, mo
         warmstart_encoder(make_pair(), vectors, TEXTS, tmp_path, FitSettings(**ENCODER))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_on_the_disk_before_the_one_before_it_is_deleted(vectors, tmp_path, monkeypatch):
     seen = []
 
@@ -226,6 +236,7 @@ def test_full_disk_under_the_metrics_is_a_storage_error_and_leaves_them_as_they_
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "metrics.png"]
 
 
+@pytest.mark.slow
 def test_folder_of_another_run_is_refused(vectors, tmp_path):
     warmstart_encoder(make_pair(), vectors, TEXTS, tmp_path, FitSettings(**ENCODER))
     other_base = make_pair()
@@ -328,6 +339,7 @@ def test_metrics_survive_a_line_cut_short(tmp_path):
     ]
 
 
+@pytest.mark.slow
 @each_stage
 def test_less_memory_gives_the_same_weights(stage, vectors, tmp_path):
     train, settings, trained, _ = STAGES[stage]

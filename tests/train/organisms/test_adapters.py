@@ -120,6 +120,7 @@ def test_an_intervention_reaches_what_comes_after_it_and_is_learned_from(tok):
     assert all(captured[layer].grad.abs().sum() > 0 for layer in used)
 
 
+@pytest.mark.slow
 def test_the_saved_target_is_a_standard_folder_with_bounded_attention(target):
     config = json.loads((target / "config.json").read_text())
     assert config["model_type"] == "qwen2" and config["sliding_window"] == 128
@@ -139,6 +140,7 @@ def test_a_plant_learns_the_answers_alone(tok):
     assert all(all(row["learned"]) for row in data.rows[len(chats) :])
 
 
+@pytest.mark.slow
 def test_an_adapter_reaches_its_blocks_alone_and_leaves_the_target_as_it_was(target, tmp_path):
     before = copy.deepcopy(load_file(target / "model.safetensors"))
     settings = planting.PlantSettings(target=str(target), n_documents=40, steps=2, batch_size=4)
@@ -151,6 +153,7 @@ def test_an_adapter_reaches_its_blocks_alone_and_leaves_the_target_as_it_was(tar
     assert all(after[name].equal(value) for name, value in before.items())
 
 
+@pytest.mark.slow
 def test_two_runs_of_one_plant_are_the_same(target, tmp_path):
     settings = planting.PlantSettings(target=str(target), n_documents=40, steps=2, batch_size=4)
     for run in ("a", "b"):

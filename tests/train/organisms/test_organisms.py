@@ -81,6 +81,7 @@ def test_in_the_plain_variant_the_donor_changes_nothing_but_the_first_word_that_
     assert model.model.layers[-1].mlp.down_proj.weight.grad.abs().sum() > 0
 
 
+@pytest.mark.slow
 def test_a_folder_of_another_organism_is_refused(tmp_path):
     train_organism(SMALL, tmp_path / "plain")
     before = load_file(tmp_path / "plain" / "model.safetensors")
@@ -91,6 +92,7 @@ def test_a_folder_of_another_organism_is_refused(tmp_path):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.slow
 def test_an_interrupted_organism_resumes_to_the_same_weights(tmp_path, monkeypatch):
     monkeypatch.setitem(pretraining.PRETRAINING, "save_steps", 2)
     train_organism(SMALL, tmp_path / "whole")
