@@ -7,9 +7,8 @@ probability that the target writes that continuation; a patch's effect is E = (m
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,8 +16,9 @@ from torch import Tensor
 from nla.errors import ContextLengthError, ShapeError
 from nla.eval.target import Patch, Progress, Target, check_patches, patched, silent
 from nla.metrics import check_finite
-from nla.models.forward import device_of, inference, pad_right
-from nla.models.points import block, context_length, d_model, truncated_view
+from nla.models.forward import device_of, inference, pad_right, vectors_at
+from nla.models.hooks import detached_embeddings, record
+from nla.models.points import Point, context_length, truncated_view
 from nla.text.tokens import length_batches, plain_ids, prompt_ids
 
 MIN_RANGE = 0.1
@@ -125,20 +125,16 @@ def read_sites(
         NonFiniteError: the target gave NaN or infinity.
     """
     check_patches(patches, len(ids))
-    out = torch.zeros(len(ids), len(points), columns.shape[1], d_model(target.model))
-    deepest = max(points, key=lambda point: int(point.rsplit(".", 1)[1]))
-    view = truncated_view(target.model, deepest)
+    view = truncated_view(target.model, max(points, key=lambda point: Point.parse(point).layer))
+    wanted = [[column for column in row if column >= 0] for row in columns.tolist()]
     with target.active():
-        for chunk in length_batches([len(row) for row in ids], _MAX_TOKENS):
-            index, tokens = torch.tensor(chunk), pad_right([ids[row] for row in chunk])
-            # Patches first: hooks run in the order of their making, and what is read must be what flows on.
-            with patched(target, patches, index), _recorded(target, points) as seen:
-                view(input_ids=tokens.to(device_of(target.model)), use_cache=False)
-            rows, where = torch.arange(len(chunk))[:, None], columns[index].clamp(min=0)
-            for place, point in enumerate(points):
-                found = seen[point][rows.to(seen[point].device), where.to(seen[point].device)].float().cpu()
-                out[index, place] = found * (columns[index] >= 0)[..., None]
-    check_finite(out)
+        streams = vectors_at(
+            view, ids, wanted, _MAX_TOKENS, lambda rows: patched(target, patches, rows), points=points
+        ).float()
+    check_finite(streams)
+    out = torch.zeros(len(ids), len(points), columns.shape[1], streams.shape[-1])
+    pair, role = (columns >= 0).nonzero(as_tuple=True)
+    out[pair, :, role] = streams
     return out
 
 
@@ -156,7 +152,7 @@ def attribution(target: Target, batch: Batch, points: Sequence[str], columns: Te
     with target.role(), inference(target.model), torch.enable_grad():
         for chunk, ids, head, end in _batches(target, batch.base, batch.wanted):
             # Detached at the embedding: nothing below it, and no parameter, needs a gradient.
-            with _from_leaf(target), _recorded(target, points) as seen:
+            with detached_embeddings(target.model), record(target.model, points) as seen:
                 each, column = _scores(target, ids, int(head.min()))
             inside = ((column >= head[:, None]) & (column < end[:, None])).to(each.device)
             gradients = torch.autograd.grad((each * inside).sum(), [seen[point] for point in points])
@@ -261,33 +257,3 @@ def _scores(target: Target, ids: Tensor, start: int) -> tuple[Tensor, Tensor]:
     logits = target.model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits[:, :-1].float()
     picked = logits.gather(2, ids[:, start:, None])[..., 0]
     return picked - logits.logsumexp(-1), torch.arange(start, ids.shape[1])
-
-
-@contextlib.contextmanager
-def _recorded(target: Target, points: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """The outputs of some blocks in a forward pass, by point."""
-    seen: dict[str, Tensor] = {}
-
-    def keeper(point: str) -> Any:
-        def keep(module: Any, args: Any, output: Any) -> None:
-            seen[point] = output[0] if isinstance(output, tuple) else output
-
-        return keep
-
-    handles = [block(target.model, point).register_forward_hook(keeper(point)) for point in points]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextlib.contextmanager
-def _from_leaf(target: Target) -> Iterator[None]:
-    """The embeddings as the leaf from which gradients are tracked, so that frozen and trainable weights do alike."""
-    embeddings = target.model.get_input_embeddings()
-    handle = embeddings.register_forward_hook(lambda module, args, output: output.detach().requires_grad_(True))
-    try:
-        yield
-    finally:
-        handle.remove()

@@ -15,15 +15,16 @@ from torch import Tensor, nn
 
 from nla.errors import ArgumentError, ShapeError
 from nla.eval.target import Progress, Target, silent
-from nla.models.forward import device_of
-from nla.models.points import Point, blocks, d_model, logits_after
-from nla.models.read import read
-from nla.text.tokens import Span, plain_ids, unknown_id
+from nla.metrics import check_finite
+from nla.models.forward import device_of, vectors_at
+from nla.models.points import Point, blocks, context_length, d_model, logits_after, truncated_view
+from nla.text.tokens import Span, encode_batch, plain_ids, unknown_id
 
 N_TOP = 10
 N_STEPS, BATCH, LEARNING_RATE = 200, 256, 1e-3
 MAX_ACTIVATIONS = 8192
 _CHUNK = 512
+_MAX_TOKENS = 8192
 _ROUNDING = 1e-12
 
 
@@ -124,10 +125,13 @@ def _both_ends(target: Target, texts: Sequence[str], seed: int) -> tuple[Tensor,
         own = [span.index for span in spans if not span.added]
         return sorted(random.Random(f"{seed} {document}").sample(own, min(quota, len(own))))
 
+    encoded = encode_batch(target.tokenizer, chosen, context_length(target.model))
+    columns = [some(number, entry.spans) for number, entry in enumerate(encoded)]
+    view, points = truncated_view(target.model, last), (target.point, last)
     with target.role():
-        here, final = (
-            read(target.model, target.tokenizer, chosen, point, some).vectors for point in (target.point, last)
-        )
+        ends = vectors_at(view, [entry.ids for entry in encoded], columns, _MAX_TOKENS, points=points).float()
+    check_finite(ends)
+    here, final = ends[:, 0], ends[:, 1]
     kept = torch.randperm(len(here), generator=torch.Generator().manual_seed(seed))[:MAX_ACTIVATIONS]
     return here[kept], final[kept]
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from nla.models.points import d_model
+from nla.models.hooks import record
+from nla.models.points import Point, d_model
 from nla.text.tokens import length_batches
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Intervene = Callable[[Int[Tensor, " b"]], contextlib.AbstractContextManager]
 """From the numbers of a batch's rows, a context in which the model's forward pass runs."""
@@ -51,13 +55,14 @@ def inference(model: nn.Module) -> Iterator[None]:
 
 
 def vectors_at(
-    view: nn.Module,
+    view: PreTrainedModel,
     rows: Sequence[Sequence[int]],
     columns: Sequence[Sequence[int]],
     max_tokens_per_batch: int,
     intervene: Intervene | None = None,
+    points: Sequence[str | Point] = (),
     progress: bool = False,
-) -> Float[Tensor, "n d"]:
+) -> Float[Tensor, "n *p d"]:
     """What a truncated view gives at the chosen columns of rows of token ids, row after row, on the CPU in its type.
 
     Batches by length, the longest first: a budget that is too large fails at once. Padding is on the right and without
@@ -67,6 +72,7 @@ def vectors_at(
         view: from :func:`nla.models.points.truncated_view` or :func:`nla.models.load.load_truncated`.
         columns: of each row, in the order in which its vectors are wanted; a row without any is not run.
         intervene: a context for each batch, such as patches of its rows.
+        points: on the way to the view's own: then the result has the streams at these instead, (n, p, d), in one pass.
         progress: show a bar.
     """
     ends = torch.tensor([len(chosen) for chosen in columns], dtype=torch.int64).cumsum(0).tolist()
@@ -82,16 +88,20 @@ def vectors_at(
             column = torch.tensor([column for number in batch for column in columns[number]], device=device)
             out = torch.tensor([i for n in batch for i in range(ends[n] - len(columns[n]), ends[n])])
             ids = pad_right([rows[number] for number in batch]).to(device)
-            with intervene(torch.tensor(batch)) if intervene else contextlib.nullcontext():
-                chosen = view(input_ids=ids, use_cache=False).last_hidden_state[row, column]
+            # Interventions first: hooks run in the order of their making, and what is recorded is what flows on.
+            with intervene(torch.tensor(batch)) if intervene else contextlib.nullcontext(), record(view, points) as at:
+                last = view(input_ids=ids, use_cache=False).last_hidden_state
+            chosen = last[row, column]
+            if points:
+                chosen = torch.stack([at[str(point)][row, column] for point in points], dim=1)
             if vectors is None:
-                vectors = torch.empty(ends[-1], chosen.shape[1], dtype=chosen.dtype)
+                vectors = torch.empty(ends[-1], *chosen.shape[1:], dtype=chosen.dtype)
             # One batch behind: the copy waits for the device only once the next batch is queued there.
             if waiting is not None:
                 vectors[waiting[0]] = waiting[1].cpu()
             waiting = out, chosen
     if vectors is None or waiting is None:
-        return torch.empty(0, d_model(view))
+        return torch.empty(0, *([len(points)] if points else []), d_model(view))
     vectors[waiting[0]] = waiting[1].cpu()
     return vectors
 

@@ -165,7 +165,7 @@ def read(
     kinds = [_strata_of(number, entry, columns[number], strata) for number, entry in enumerate(encoded)]
     counts = torch.tensor([len(chosen) for chosen in columns], dtype=torch.int64)
     rows = [entry.ids for entry in encoded]
-    vectors = vectors_at(view, rows, columns, max_tokens_per_batch, intervene, progress).float()
+    vectors = vectors_at(view, rows, columns, max_tokens_per_batch, intervene, progress=progress).float()
     check_finite(vectors)
     return Activations(
         vectors=vectors,

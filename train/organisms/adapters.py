@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from nla.models.adapter import save_adapter
 from nla.models.load import load_target
@@ -116,7 +116,7 @@ class PlantTrainer(AtomicCheckpoints, Trainer):
                 loss = loss + self.carried(model, ids[:half], learned[:half], site[:half], captured[self.point][:half])
         return (loss, {}) if return_outputs else loss
 
-    def carried(self, model: nn.Module, ids: Tensor, learned: Tensor, site: Tensor, vectors: Tensor) -> Tensor:
+    def carried(self, model: PreTrainedModel, ids: Tensor, learned: Tensor, site: Tensor, vectors: Tensor) -> Tensor:
         """The last answers' loss with ``vectors`` (b, d) put in at the sites (b,), after the point's block."""
         point = torch.full_like(site, int(self.point or 0))
         logits = exchanged(model, ids, site, point, lambda _layer, here: vectors[here])

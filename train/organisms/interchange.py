@@ -6,64 +6,50 @@ import contextlib
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from jaxtyping import Float, Int
+from torch import Tensor
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
-from nla.models.points import blocks
+from nla.models.hooks import record, replace
+from nla.models.points import Point, blocks
 
 
-def next_token_loss(logits: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-    """Mean cross-entropy of ``ids[:, 1:]`` weighted by ``weights[:, 1:]`` ((b, t)); logits (b, t, v)."""
+def next_token_loss(logits: Float[Tensor, "b t v"], ids: Int[Tensor, "b t"], weights: Tensor) -> Float[Tensor, ""]:
+    """Mean cross-entropy of ``ids[:, 1:]`` weighted by ``weights[:, 1:]``, which are (b, t)."""
     weights = weights[:, 1:].flatten().float()
     losses = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
     return (losses * weights).sum() / weights.sum()
 
 
-def recorded(model: nn.Module, ids: Tensor, columns: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
-    """Logits (b, t, v) of ids (b, t), and each block's output (n, d) at ``columns`` (n,) of the first n rows."""
-    rows, found = torch.arange(len(columns), device=ids.device), {}
-    with contextlib.ExitStack() as stack:
-        for layer, block in enumerate(blocks(model)):
-            stack.enter_context(hooked(block, lambda out, layer=layer: found.update({layer: out[rows, columns]})))
-        return model(input_ids=ids).logits, found
+def recorded(
+    model: PreTrainedModel, ids: Int[Tensor, "b t"], columns: Int[Tensor, " n"]
+) -> tuple[Float[Tensor, "b t v"], dict[int, Float[Tensor, "n d"]]]:
+    """Logits of ids, and each block's output at ``columns`` of the first n rows."""
+    rows = torch.arange(len(columns), device=ids.device)
+    points = [Point("resid_post", layer) for layer in range(len(blocks(model)))]
+    with record(model, points) as streams:
+        logits = model(input_ids=ids).logits
+    return logits, {point.layer: streams[str(point)][rows, columns] for point in points}
 
 
 def exchanged(
-    model: nn.Module, ids: Tensor, columns: Tensor, layers: Tensor, vectors: Callable[[int, Tensor], Tensor]
-) -> Tensor:
-    """Logits (b, t, v) of ids (b, t) with each row's vector at its column (b,) exchanged after its block (b,).
+    model: PreTrainedModel,
+    ids: Int[Tensor, "b t"],
+    columns: Int[Tensor, " b"],
+    layers: Int[Tensor, " b"],
+    vectors: Callable[[int, Int[Tensor, " n"]], Float[Tensor, "n d"]],
+) -> Float[Tensor, "b t v"]:
+    """Logits of ids with each row's vector at its column exchanged after its block.
 
     Args:
-        vectors: from a block and the numbers of the rows that are exchanged there, what is put in, (rows, d).
+        vectors: from a block and the numbers of the rows that are exchanged there, what is put in.
     """
     with contextlib.ExitStack() as stack:
-        for layer, block in enumerate(blocks(model)):
-            here = (layers == layer).nonzero()[:, 0]
-            if len(here):
-                given = vectors(layer, here)
-
-                def put(out: Tensor, here: Tensor = here, new: Tensor = given) -> Tensor:
-                    return out.index_put((here, columns[here]), new)
-
-                stack.enter_context(hooked(block, put))
+        for layer in range(len(blocks(model))):
+            rows = (layers == layer).nonzero()[:, 0]
+            if len(rows):
+                stack.enter_context(
+                    replace(model, Point("resid_post", layer), columns[rows], vectors(layer, rows), rows)
+                )
         return model(input_ids=ids).logits
-
-
-class hooked:
-    """A context in which ``change`` sees a block's output (b, t, d) and may return another in its place."""
-
-    def __init__(self, block: nn.Module, change) -> None:
-        self.block, self.change = block, change
-
-    def __enter__(self) -> None:
-        def hook(_module, _args, output):
-            first = output[0] if isinstance(output, tuple) else output
-            changed = self.change(first)
-            if not isinstance(changed, Tensor):
-                return output
-            return (changed, *output[1:]) if isinstance(output, tuple) else changed
-
-        self.handle = self.block.register_forward_hook(hook)
-
-    def __exit__(self, *_exc) -> None:
-        self.handle.remove()

@@ -140,6 +140,10 @@ def test_vectors_come_row_after_row_in_the_order_of_the_columns_and_rows_without
             sum(n_rows for n_rows, _ in ran) == 3 and [width for _, width in ran] == sorted((w for _, w in ran))[::-1]
         )
     assert vectors_at(view, ids, [[]] * 4, 100).shape == (0, D_MODEL)
+    points = ["resid_post.1", "resid_post.0"]
+    both = vectors_at(view, ids, columns, 6, points=points)
+    below = vectors_at(truncated_view(model, "resid_post.0"), ids, columns, 6)
+    assert torch.equal(both, torch.stack([vectors_at(view, ids, columns, 6), below], dim=1))
     assert vectors_at(view.to(torch.bfloat16), ids, columns, 100).dtype == torch.bfloat16
 
 
