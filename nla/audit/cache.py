@@ -97,14 +97,13 @@ class ReadingCache:
 def reading_key(prepared: Prepared, settings: AuditSettings, models: str) -> str:
     """A hash of all that a reading depends on, by content.
 
-    Of the settings only what changes the tokens, the positions, the pass or the samples counts: the first two are in
-    ``prepared``.
+    Of the settings only what changes the tokens, the positions, the passes or the samples counts; all but the last are
+    in ``prepared``.
 
     Args:
         models: what :func:`models_key` gives.
     """
-    chat, positions = prepared
-    windowed = settings.window is not None and len(chat) > settings.window
+    chat, positions, windows = prepared
     content = {
         "format": FORMAT,
         "models": models,
@@ -112,7 +111,7 @@ def reading_key(prepared: Prepared, settings: AuditSettings, models: str) -> str
         "text": chat.text,
         "ids": chat.ids.tolist(),
         "positions": positions,
-        "window": settings.window if windowed else None,
+        "windows": windows,
         "samples": settings.samples,
         "seed": settings.seed,
     }

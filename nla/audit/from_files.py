@@ -11,12 +11,12 @@ from nla.audit.inspect_scores import write_scores
 from nla.audit.page import page
 from nla.audit.reading import Progress, silent
 from nla.audit.report import FINDINGS, PAGE, POSITIONS, SUMMARY, AuditReport, parquet
-from nla.audit.run import audit_prepared, matcher_for, prepare_for, target_name
+from nla.audit.run import audit_prepared, matcher_for, preparer_for, target_name
 from nla.audit.settings import AuditSettings
-from nla.errors import NLAError, TranscriptError
+from nla.errors import TranscriptError
 from nla.storage.files import write_atomic, write_json
-from nla.transcripts.files import MAX_MB, distinct, read_file, transcript_files
-from nla.transcripts.prepared import Prepared
+from nla.transcripts.files import MAX_MB
+from nla.transcripts.prepared import Loaded
 
 if TYPE_CHECKING:
     from nla.autoencoder import NLA
@@ -57,21 +57,14 @@ def audit_files(
     settings = settings or AuditSettings()
     matcher = matcher_for(settings)  # refuses rubrics, and a missing judge, before anything is loaded or read
     nla = pair if isinstance(pair, NLA) else NLA.from_pretrained(pair)
-    refused: list[str] = []
-
-    def load(some: Sequence[str | Path], what: str) -> list[Prepared]:
-        n_before = len(refused)
-        prepared = _load(nla, some, settings, max_mb, skip_bad, refused)
-        # Without its controls an audit would test nothing, unasked.
-        if not prepared and refused[n_before:]:
-            got = f"{len(refused) - n_before} {what}, none of which can be read; the first: {refused[n_before]}"
-            raise TranscriptError(got, f"one {what[:-1]} or more", "correct them")
-        return prepared
-
-    ours = load(paths, "transcripts")
-    theirs = None if controls is None else load(controls, "control transcripts")
+    preparer = preparer_for(nla, settings)
+    ours = preparer.prepare_files(paths, max_mb, skip_bad)
+    theirs = None if controls is None else preparer.prepare_files(controls, max_mb, skip_bad)
+    _check_some("transcripts", ours)
+    _check_some("control transcripts", theirs)
     cache = ReadingCache(out_dir)
-    audit = audit_prepared(nla, ours, theirs, matcher, settings, cache, progress)
+    control_chats = None if theirs is None else theirs.prepared
+    audit = audit_prepared(nla, ours.prepared, control_chats, matcher, settings, cache, progress)
     adapters = [None if name is None else str(name) for name in (settings.target_adapter, settings.control_target)]
     report = AuditReport(
         audit=audit,
@@ -82,18 +75,18 @@ def audit_files(
         samples=settings.samples,
         target_adapter=adapters[0],
         control_target=adapters[1],
-        refused=refused,
+        refused=ours.refused + (theirs.refused if theirs else []),
         n_reused=cache.n_reused,
         n_read=cache.n_read,
         n_changed=cache.n_changed,
     )
     if out_dir is not None:
-        save(report, paths, Path(out_dir))
+        save(report, ours.files, Path(out_dir))
     return report
 
 
-def save(report: AuditReport, paths: Sequence[str | Path], out_dir: Path) -> None:
-    """Write page, summary and tables, and of each Inspect log among ``paths`` a copy with scores.
+def save(report: AuditReport, files: Sequence[Path], out_dir: Path) -> None:
+    """Write page, summary and tables, and of each Inspect log among ``files`` a copy with scores.
 
     Raises:
         StorageError: one of them could not be written whole.
@@ -102,34 +95,13 @@ def save(report: AuditReport, paths: Sequence[str | Path], out_dir: Path) -> Non
     write_atomic(out_dir / FINDINGS, parquet(report.audit.findings))
     write_atomic(out_dir / POSITIONS, parquet(report.audit.rows))
     write_atomic(out_dir / PAGE, page(report))
-    for path in transcript_files(paths):
+    for path in files:
         if path.suffix.lower() == ".eval":
             write_scores(report.audit, path, out_dir / path.name)
 
 
-def _load(
-    nla: NLA,
-    paths: Sequence[str | Path],
-    settings: AuditSettings,
-    max_mb: float,
-    skip_bad: bool,
-    refused: list[str],
-) -> list[Prepared]:
-    """Transcripts of files, ready to read; with ``skip_bad`` the others are noted in ``refused``."""
-    ready: list[Prepared] = []
-    ids: set[str] = set()
-    for path in transcript_files(paths) if paths else ():
-        for loaded in read_file(path, max_mb):
-            try:
-                if isinstance(loaded, TranscriptError):
-                    raise loaded
-                # Before anything is read: the thousandth transcript does not stop an audit of hours.
-                prepared = prepare_for(nla, distinct(loaded, path, ids), settings)
-            except NLAError as error:
-                if not skip_bad:
-                    raise
-                refused.append(str(error))
-            else:
-                ids.add(prepared.transcript.id)
-                ready.append(prepared)
-    return ready
+def _check_some(what: str, loaded: Loaded | None) -> None:
+    """Refuse to go on when all were left out: without its controls an audit would test nothing, unasked."""
+    if loaded is not None and loaded.refused and not loaded.prepared:
+        got = f"{len(loaded.refused)} {what}, none of which can be read; the first: {loaded.refused[0]}"
+        raise TranscriptError(got, f"one {what[:-1]} or more", "correct them")

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nla.audit.settings import AuditSettings
 from nla.errors import ParseError
+from nla.models.long_text import read_windows
 from nla.pair.confidence import LEVELS, Trust
 from nla.transcripts.prepared import Prepared
 from nla.transcripts.rendering import CONTENT
-from nla.transcripts.stream import read_chat
 
 if TYPE_CHECKING:
     from nla.autoencoder import NLA
@@ -115,13 +115,19 @@ def read_transcript(
     Raises:
         NonFiniteError: the target gives NaN or infinity.
     """
-    chat, positions = prepared
+    chat, positions, windows = prepared
     with nla.role("target"):
-        acts = read_chat(
-            nla.model, chat, nla.point, positions, settings.window, progress=lambda part: progress("read", part)
+        vectors = read_windows(
+            nla.model,
+            chat.ids,
+            nla.point,
+            prepared.columns,
+            windows,
+            prepared.n_opening,
+            progress=lambda part: progress("read", part),
         )
     seed = int.from_bytes(hashlib.sha256(f"{settings.seed}:{chat.transcript.digest}".encode()).digest()[:4])
-    explanations = nla.explain(acts, samples=settings.samples, seed=seed)
+    explanations = nla.explain(vectors, samples=settings.samples, seed=seed)
     entries = []
     for (index, kind), explanation in zip(positions, explanations, strict=True):
         region = chat.region_at(index)

@@ -14,7 +14,7 @@ from nla.audit.run import Audit
 from nla.errors import visible
 from nla.stats import Interval
 from nla.text import markdown
-from nla.text.markdown import number
+from nla.text.markdown import interval, p_value
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -162,9 +162,14 @@ class AuditReport:
         rows = []
         for result in self.audit.results:
             cells = [result.title, str(result.n_not_said), str(result.n_findings - result.n_not_said)]
-            cells.append(_interval(result.rate))
+            cells.append(interval(result.rate))
             if self.controlled:
-                cells += [_interval(result.control), str(result.n_significant), _p(result.p), _p(result.p_holm)]
+                cells += [
+                    interval(result.control),
+                    str(result.n_significant),
+                    p_value(result.p),
+                    p_value(result.p_holm),
+                ]
             rows.append(cells)
         return rows
 
@@ -196,7 +201,7 @@ class AuditReport:
             row.said,
             f"{sum(row.judged.shown)}/{len(row.judged.shown)}",
             row.trust.level,
-            _p(row.q),
+            p_value(row.q),
             row.evidence,
         ]
 
@@ -280,14 +285,3 @@ def _plain(content: dict[str, Any]) -> dict[str, Any]:
         value = value.to_json() if isinstance(value, Interval) else value
         plain[name] = None if isinstance(value, float) and not math.isfinite(value) else value
     return plain
-
-
-def _interval(value: Interval | None) -> str:
-    # Where all are alike, resampling finds no spread; that is no certainty, and is not shown as one.
-    if value is None or math.isnan(value.low) or value.low == value.high:
-        return number(None if value is None else value.value)
-    return f"{value.value:.2f} [{value.low:.2f}, {value.high:.2f}]"
-
-
-def _p(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}" if value >= 0.001 else f"{value:.0e}"

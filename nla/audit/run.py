@@ -14,10 +14,10 @@ from nla.audit.reading import Progress, Reading, read_transcript, silent
 from nla.audit.rubric import Rubric, load_rubrics
 from nla.audit.settings import BASE, AuditSettings
 from nla.errors import ArgumentError
+from nla.models.points import context_length
 from nla.organisms import adapter_folder
-from nla.transcripts.files import refuse_other_models
 from nla.transcripts.messages import Transcript
-from nla.transcripts.prepared import Prepared, prepare
+from nla.transcripts.prepared import Prepared, Preparer
 
 if TYPE_CHECKING:
     from nla.autoencoder import NLA
@@ -70,12 +70,13 @@ def audit(
         ArgumentError: no transcripts, two of one id, or a target held against itself.
         TranscriptError: a transcript names another model than the target.
         RubricError, JudgeError: see :func:`nla.audit.rubric.load_rubrics` and :class:`nla.audit.judge.Judge`.
-        NLAError: see :func:`prepare_for` and :func:`nla.audit.reading.read_transcript`.
+        NLAError: see :class:`nla.transcripts.prepared.Preparer` and :func:`nla.audit.reading.read_transcript`.
     """
     settings = settings or AuditSettings()
     matcher = matcher_for(settings)
-    ours = [prepare_for(nla, transcript, settings) for transcript in transcripts]
-    theirs = None if controls is None else [prepare_for(nla, transcript, settings) for transcript in controls]
+    preparer = preparer_for(nla, settings)
+    ours = [preparer.prepare(transcript) for transcript in transcripts]
+    theirs = None if controls is None else [preparer.prepare(transcript) for transcript in controls]
     return audit_prepared(nla, ours, theirs, matcher, settings, cache, progress)
 
 
@@ -85,23 +86,18 @@ def matcher_for(settings: AuditSettings) -> Matcher:
     return Matcher(load_rubrics(settings.rubrics), judge)
 
 
-def prepare_for(nla: NLA, transcript: Transcript, settings: AuditSettings) -> Prepared:
-    """One transcript made ready for the pair's target: all that can be refused before anything is read.
-
-    Raises:
-        TranscriptError: it names another model than the target.
-        NLAError: see :func:`nla.transcripts.prepared.prepare`.
-    """
-    refuse_other_models(transcript, target_name(nla), settings.model_of)
-    return prepare(
-        transcript,
-        nla.tokenizer,
-        nla.model,
-        settings.positions,
-        settings.budget,
-        settings.seed,
-        settings.window,
-        settings.trim,
+def preparer_for(nla: NLA, settings: AuditSettings) -> Preparer:
+    """What makes transcripts ready for the pair's target."""
+    return Preparer(
+        tokenizer=nla.tokenizer,
+        context=context_length(nla.model),
+        target=target_name(nla),
+        model_of=settings.model_of,
+        positions=settings.positions,
+        budget=settings.budget,
+        seed=settings.seed,
+        window=settings.window,
+        trim=settings.trim,
     )
 
 

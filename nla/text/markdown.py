@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from nla.errors import visible
+from nla.stats import Interval
 
 
 def number(value: float | None, sign: bool = False, n_decimals: int = 2) -> str:
@@ -19,6 +20,28 @@ def number(value: float | None, sign: bool = False, n_decimals: int = 2) -> str:
         return "–"
     rounded = round(value, n_decimals) + 0.0  # -0.0 + 0.0 is 0.0
     return f"{rounded:{'+' if sign else ''}.{n_decimals}f}"
+
+
+def interval(value: Interval | None) -> str:
+    """An estimate between the ends of its interval, with two decimals.
+
+    Where all values are alike, resampling finds no spread; that is no certainty, and is not shown as one.
+
+    >>> interval(Interval(0.5, 0.25, 0.75)), interval(Interval(0.5, 0.5, 0.5)), interval(None)
+    ('0.50 [0.25, 0.75]', '0.50', '–')
+    """
+    if value is None or math.isnan(value.low) or value.low == value.high:
+        return number(None if value is None else value.value)
+    return f"{value.value:.2f} [{value.low:.2f}, {value.high:.2f}]"
+
+
+def p_value(value: float | None) -> str:
+    """A p- or q-value; a dash where nothing was tested.
+
+    >>> p_value(0.0421), p_value(0.00002), p_value(None)
+    ('0.042', '2e-05', '–')
+    """
+    return "–" if value is None else f"{value:.3f}" if value >= 0.001 else f"{value:.0e}"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -1,53 +1,137 @@
-"""A transcript made ready to read: its tokens and the chosen positions, after all checks that need no forward pass."""
+"""Transcript files and a target's tokenizer in; tokens, positions and windows to read out, all checks made.
+
+Whatever can be refused is refused here, before the costly part: the thousandth transcript does not stop an audit of
+hours.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
-from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from nla.errors import ArgumentError, NLAError, TranscriptError
+from nla.models.long_text import Window, plan_windows, too_long
+from nla.transcripts.files import MAX_MB, distinct, read_file, refuse_other_models, transcript_files
 from nla.transcripts.messages import Transcript
 from nla.transcripts.positions import BUDGET, Position, select
-from nla.transcripts.rendering import Chat, render, trimmed
-from nla.transcripts.stream import check_length
+from nla.transcripts.rendering import Chat, message_starts, render, trimmed
 
 
 class Prepared(NamedTuple):
-    """A rendered transcript and the positions to read in it."""
+    """A rendered transcript, and what to read in it."""
 
     chat: Chat
     positions: list[Position]
+    windows: list[Window]
+    """The passes that it is read in: one, or overlapping ones."""
 
     @property
     def transcript(self) -> Transcript:
         """What was rendered."""
         return self.chat.transcript
 
+    @property
+    def columns(self) -> list[int]:
+        """The tokens to read."""
+        return [position.index for position in self.positions]
 
-def prepare(
-    transcript: Transcript,
-    tokenizer: PreTrainedTokenizerBase,
-    model: nn.Module,
-    positions: str = "structure",
-    budget: int | None = BUDGET,
-    seed: int = 0,
-    window: int | None = None,
-    trim: bool = False,
-) -> Prepared:
-    """Render a transcript for a target and choose its positions: whatever can be refused before the costly part.
+    @property
+    def n_opening(self) -> int:
+        """Tokens that every window begins with: BOS, where the transcript does."""
+        return int(self.chat.has_bos)
 
-    Args:
-        tokenizer, model: the target's; the model gives its context length.
-        positions, budget, seed: see :func:`nla.transcripts.positions.select`.
-        window: tokens of a window that it will be read in; None: one pass.
-        trim: take white space off the ends of messages, for templates that do.
 
-    Raises:
-        ConfigError, TemplateError, VocabularyError: see :func:`nla.transcripts.rendering.render`.
-        PositionError: no such position.
-        ContextLengthError, ArgumentError: too long for the context, or a window that is out of range.
-    """
-    chat = render(tokenizer, trimmed(transcript) if trim else transcript)
-    check_length(model, chat, window)
-    return Prepared(chat, select(chat, positions, budget, seed))
+class Loaded(NamedTuple):
+    """What came of files."""
+
+    prepared: list[Prepared]
+    refused: list[str]
+    """Why each transcript was left out that cannot be read."""
+    files: list[Path]
+    """All of them, those of folders one by one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preparer:
+    """Makes transcripts ready for one target."""
+
+    tokenizer: PreTrainedTokenizerBase
+    """The target's."""
+
+    context: int
+    """Tokens that the target can read in one pass."""
+
+    target: str
+    """The target's folder or hub id: transcripts that name another model are refused."""
+
+    model_of: str | None = None
+    """A model whose transcripts are accepted too, or "any"."""
+
+    positions: str = "structure"
+    """See :func:`nla.transcripts.positions.select`, as for ``budget`` and ``seed``."""
+
+    budget: int | None = BUDGET
+
+    seed: int = 0
+
+    window: int | None = None
+    """Tokens of a window; None: one pass. Tokens further back than the window are then not seen by the target."""
+
+    trim: bool = False
+    """Take white space off the ends of messages, for templates that do."""
+
+    def prepare(self, transcript: Transcript) -> Prepared:
+        """Render a transcript and choose what to read.
+
+        Raises:
+            TranscriptError: it names another model.
+            ConfigError, TemplateError, VocabularyError: see :func:`nla.transcripts.rendering.render`.
+            PositionError: no such position.
+            ContextLengthError, ArgumentError: too long for the context, or a window that is out of range.
+        """
+        refuse_other_models(transcript, self.target, self.model_of)
+        chat = render(self.tokenizer, trimmed(transcript) if self.trim else transcript)
+        windows = self._windows(chat)
+        return Prepared(chat, select(chat, self.positions, self.budget, self.seed), windows)
+
+    def prepare_files(self, paths: Sequence[str | Path], max_mb: float = MAX_MB, skip_bad: bool = False) -> Loaded:
+        """Prepare the transcripts of files and folders.
+
+        Args:
+            max_mb: see :func:`nla.transcripts.files.load_transcripts`.
+            skip_bad: leave out what cannot be read, and list why, instead of stopping at the first.
+
+        Raises:
+            NLAError: see :meth:`prepare`.
+            TranscriptError: a file cannot be read, or none of them.
+        """
+        loaded = Loaded([], [], transcript_files(paths))
+        ids: set[str] = set()
+        for path in loaded.files:
+            for transcript in read_file(path, max_mb):
+                try:
+                    if isinstance(transcript, TranscriptError):
+                        raise transcript
+                    prepared = self.prepare(distinct(transcript, path, ids))
+                except NLAError as error:
+                    if not skip_bad:
+                        raise
+                    loaded.refused.append(str(error))
+                else:
+                    ids.add(prepared.transcript.id)
+                    loaded.prepared.append(prepared)
+        return loaded
+
+    def _windows(self, chat: Chat) -> list[Window]:
+        if self.window is not None and not 2 <= self.window <= self.context:
+            expected = f"2 to {self.context}, the model's context"
+            raise ArgumentError(f"window={self.window}", expected, "choose a window in that range")
+        if self.window is None and len(chat) > self.context:
+            raise too_long(len(chat), self.context, chat.transcript.source or chat.transcript.id)
+        if self.window is None or len(chat) <= self.window:
+            return [Window(0, 0, len(chat))]
+        return plan_windows(len(chat), self.window - int(chat.has_bos), message_starts(chat))

@@ -13,7 +13,7 @@ import torch
 
 from nla.audit import cache
 from nla.audit.cache import models_key, reading_key
-from nla.audit.run import audit, prepare_for
+from nla.audit.run import audit, preparer_for
 from nla.audit.settings import AuditSettings
 from nla.autoencoder import NLA
 from nla.metrics import Baseline
@@ -42,7 +42,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def key(nla: NLA, talk: Transcript = TALK, adapter: Path | None = None, **settings: Any) -> str:
     chosen = AuditSettings(**settings)
-    return reading_key(prepare_for(nla, talk, chosen), chosen, models_key(nla, adapter))
+    return reading_key(preparer_for(nla, chosen).prepare(talk), chosen, models_key(nla, adapter))
 
 
 def configured(**changes: Any) -> Callable[[NLA], None]:

@@ -18,7 +18,7 @@ from rich.console import Console
 from nla.audit.from_files import audit_files
 from nla.audit.reading import Reading, read_transcript
 from nla.audit.report import AuditReport
-from nla.audit.run import audit, prepare_for
+from nla.audit.run import audit, preparer_for
 from nla.audit.settings import AuditSettings
 from nla.autoencoder import NLA
 from nla.errors import ArgumentError, NLAError, ParseError, RubricError, TranscriptError
@@ -104,7 +104,7 @@ def test_transcripts_of_the_same_words_share_a_reading_under_their_own_names(nla
 
 def test_readings_survive_their_file(nla: NLA) -> None:
     settings = AuditSettings(samples=2)
-    reading = read_transcript(nla, prepare_for(nla, transcript(4), settings), settings, "key")
+    reading = read_transcript(nla, preparer_for(nla, settings).prepare(transcript(4)), settings, "key")
     assert Reading.from_json(json.loads(json.dumps(reading.to_json()))) == reading
     for broken in ({}, {**reading.to_json(), "entries": [{}]}, {**reading.to_json(), "n_tokens": "many"}):
         with pytest.raises(ParseError):

@@ -1,30 +1,37 @@
-"""Long transcripts: one pass through a cache equals reading the whole, and windows equal their slices."""
+"""Long rows: one pass through a cache equals reading the whole, and windows equal their slices."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
-from peft import get_peft_model
-from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
+from transformers import DynamicCache, PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
-from nla.errors import ArgumentError, ConfigError, ContextLengthError, WeightsError
-from nla.models.adapter import load_adapter
+from nla.errors import ArgumentError, ContextLengthError
+from nla.models import long_text
+from nla.models.long_text import plan_windows, read_ids, read_windows
 from nla.models.points import truncated_view
 from nla.models.read import read
 from nla.organisms.switchboard import tokenizer as switchboard
-from nla.storage.tensors import load_tensors, save_tensors
 from nla.train.organisms.switchboard import SwitchboardSettings, build_model
-from nla.transcripts import stream
-from nla.transcripts.positions import Position, select
+from nla.transcripts.prepared import Prepared, Preparer
 from nla.transcripts.rendering import render
-from nla.transcripts.stream import plan_windows, read_chat, read_ids
-from tests.helpers.adapters import LORA, lora_folder
 from tests.helpers.talk import transcript
-from tests.helpers.tiny import ARCHITECTURES, CONTEXT, D_MODEL, MARKER, TEXTS, make_model, make_pair, make_tokenizer
+from tests.helpers.tiny import ARCHITECTURES, CONTEXT, D_MODEL, MARKER, make_model, make_tokenizer
 
 POINT = "resid_post.1"
+
+
+def prepared(n_messages: int, window: int | None, tokenizer: PreTrainedTokenizerBase | None = None) -> Prepared:
+    """A transcript with every token to be read."""
+    preparer = Preparer(
+        tokenizer=tokenizer or make_tokenizer(),
+        context=CONTEXT,
+        target="t",
+        positions="all",
+        budget=None,
+        window=window,
+    )
+    return preparer.prepare(transcript(n_messages))
 
 
 def long_model(context: int = 4096):
@@ -43,10 +50,8 @@ def test_chunks_through_a_cache_equal_reading_the_whole(architecture: str, chunk
     whole = read(model, tokenizer, chat.text, POINT).vectors
     found = read_ids(model, chat.ids, POINT, range(len(chat)), chunk)
     assert torch.allclose(found, whole, atol=1e-5)
-    chosen = [Position(11, "a"), Position(2, "b"), Position(30, "c")]
-    acts = read_chat(model, chat, POINT, chosen, chunk=chunk)
-    assert torch.allclose(acts.vectors, whole[[11, 2, 30]], atol=1e-5)
-    assert acts.strata == ["a", "b", "c"] and [span.index for span in acts.spans] == [11, 2, 30]
+    chosen = read_ids(model, chat.ids, POINT, [11, 2, 30], chunk)
+    assert torch.allclose(chosen, whole[[11, 2, 30]], atol=1e-5)
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 64])
@@ -91,7 +96,7 @@ def test_no_pass_is_longer_than_a_chunk_and_nothing_above_the_point_runs(monkeyp
     read_ids(model, chat.ids, POINT, [3, last], chunk=100)
     assert max(lengths) == 100 and sum(lengths) == len(chat)
     lengths.clear()
-    monkeypatch.setattr(stream, "MASK_ELEMENTS", 40_000)
+    monkeypatch.setattr(long_text, "MASK_ELEMENTS", 40_000)
     read_ids(model, chat.ids, POINT, [3, last], chunk=100)
     seen = 0
     for length in lengths:
@@ -108,16 +113,16 @@ def test_reading_stops_at_the_last_chosen_token() -> None:
 
 
 def test_beyond_the_context_windows_are_named() -> None:
-    model, chat = make_model(), render(make_tokenizer(), transcript(40))
     with pytest.raises(ContextLengthError, match=f"{CONTEXT}.*--window {CONTEXT}"):
-        read_chat(model, chat, POINT, [Position(0, "a")])
-    with pytest.raises(ContextLengthError):
-        read_ids(model, chat.ids, POINT, [0])
+        prepared(40, None)
     for window in (1, CONTEXT + 1):
         with pytest.raises(ArgumentError):
-            read_chat(model, chat, POINT, [Position(0, "a")], window=window)
+            prepared(40, window)
+    model, ids = make_model(), prepared(40, CONTEXT).chat.ids
+    with pytest.raises(ContextLengthError):
+        read_ids(model, ids, POINT, [0])
     with pytest.raises(ArgumentError):
-        read_ids(model, chat.ids[:5], POINT, [0], chunk=0)
+        read_ids(model, ids[:5], POINT, [0], chunk=0)
 
 
 def test_windows_cover_every_token_once_with_half_a_window_before_it() -> None:
@@ -132,65 +137,28 @@ def test_windows_cover_every_token_once_with_half_a_window_before_it() -> None:
 
 
 def test_a_window_reads_what_its_slice_alone_gives() -> None:
-    model, chat = make_model(), render(make_tokenizer(), transcript(40))
-    window, everything = 48, [Position(index, "a") for index in reversed(range(len(chat)))]
-    acts = read_chat(model, chat, POINT, everything, window=window)
-    vectors = acts.vectors.flip(0)
-    plan = plan_windows(len(chat), window, [s for s in range(len(chat)) if chat.region_at(s).section == "control"])
-    part = plan_windows(len(chat), window, _starts(chat))[2]
-    alone = read_ids(model, chat.ids[part.start : part.end], POINT, range(part.end - part.start))
+    model, ready = make_model(), prepared(40, 48)
+    ids, columns = ready.chat.ids, list(reversed(ready.columns))
+    vectors = read_windows(model, ids, POINT, columns, ready.windows).flip(0)
+    part = ready.windows[2]
+    alone = read_ids(model, ids[part.start : part.end], POINT, range(part.end - part.start))
     assert torch.allclose(vectors[part.fresh : part.end], alone[part.fresh - part.start :], atol=1e-5)
-    assert len(plan) > 3 and part.start in _starts(chat)
+    assert len(ready.windows) > 3 and part.start in _starts(ready.chat)
 
 
 def _starts(chat) -> list[int]:
     return [0] + [i for i in range(1, len(chat)) if chat.region_at(i).message != chat.region_at(i - 1).message]
 
 
-def test_bos_stands_at_the_start_of_every_window() -> None:
+def test_bos_is_at_the_start_of_every_window() -> None:
     tokenizer, model = make_tokenizer(), make_model()
     tokenizer.bos_token = MARKER
     tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
-    chat = render(tokenizer, transcript(40))
-    assert chat.has_bos and chat.region_at(0).message == 0
-    acts = read_chat(model, chat, POINT, [Position(len(chat) - 1, "a")], window=48)
-    part = plan_windows(len(chat), 47, _starts(chat))[-1]
-    ids = torch.cat([chat.ids[:1], chat.ids[part.start :]])
-    assert torch.allclose(acts.vectors[0], read_ids(model, ids, POINT, [len(ids) - 1])[0], atol=1e-5)
-    assert 0 not in [position.index for position in select(chat, "all", None)]
-
-
-def test_a_planted_adapter_changes_what_is_read_and_nothing_else(tmp_path: Path) -> None:
-    pair, folder = make_pair(), lora_folder(tmp_path / "plant")
-    before, notes = pair.read(TEXTS).vectors, pair.explain(pair.read(TEXTS[0]), seed=3).texts
-    vectors = pair.read(TEXTS[0]).vectors
-    flags = [parameter.requires_grad for parameter in pair.model.parameters()]
-    plain = get_peft_model(make_model(), LORA)
-    load_adapter(folder, plain, "default")
-    expected = read(plain, pair.tokenizer, TEXTS, POINT).vectors
-    with pair.planted(folder):
-        assert torch.allclose(pair.read(TEXTS).vectors, expected, atol=1e-6)
-        assert pair.explain(vectors, seed=3).texts == notes
-        with pytest.raises(ArgumentError), pair.planted(folder):
-            pass
-        assert torch.allclose(pair.read(TEXTS).vectors, expected, atol=1e-6)
-    assert not torch.allclose(before, expected, atol=1e-2)
-    assert torch.equal(pair.read(TEXTS).vectors, before)
-    assert [parameter.requires_grad for parameter in pair.model.parameters()] == flags
-
-
-def test_an_adapter_that_does_not_fit_is_refused_and_leaves_the_pair_as_it_was(tmp_path: Path) -> None:
-    pair = make_pair()
-    before = pair.read(TEXTS).vectors
-    with pytest.raises(ConfigError), pair.planted(tmp_path / "none"):
-        pass
-    folder = lora_folder(tmp_path / "cut")
-    (folder / "adapter_model.safetensors").write_bytes(b"cut")
-    with pytest.raises(WeightsError), pair.planted(folder):
-        pass
-    folder = lora_folder(tmp_path / "other")
-    weights = folder / "adapter_model.safetensors"
-    save_tensors(weights, {name.replace("q_proj", "no_such"): tensor for name, tensor in load_tensors(weights).items()})
-    with pytest.raises(ConfigError, match="does not fit"), pair.planted(folder):
-        pass
-    assert torch.equal(pair.read(TEXTS).vectors, before) and pair.roles.target_adapter is None
+    ready = prepared(40, 48, tokenizer)
+    ids, last = ready.chat.ids, len(ready.chat) - 1
+    assert ready.chat.has_bos and ready.chat.region_at(0).message == 0 and ready.n_opening == 1
+    (vector,) = read_windows(model, ids, POINT, [last], ready.windows, ready.n_opening)
+    part = plan_windows(len(ids), 47, _starts(ready.chat))[-1]
+    alone = torch.cat([ids[:1], ids[part.start :]])
+    assert torch.allclose(vector, read_ids(model, alone, POINT, [len(alone) - 1])[0], atol=1e-5)
+    assert 0 not in ready.columns
