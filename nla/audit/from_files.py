@@ -14,6 +14,7 @@ from nla.audit.report import FINDINGS, PAGE, POSITIONS, SUMMARY, AuditReport, pa
 from nla.audit.run import audit_prepared, matcher_for, preparer_for, target_name
 from nla.audit.settings import AuditSettings
 from nla.errors import TranscriptError
+from nla.pair.separate import Devices
 from nla.storage.files import write_atomic, write_json
 from nla.transcripts.files import MAX_MB
 from nla.transcripts.prepared import Loaded
@@ -30,6 +31,7 @@ def audit_files(
     max_mb: float = MAX_MB,
     skip_bad: bool = False,
     out_dir: str | Path | None = None,
+    device: Devices = None,
     progress: Progress = silent,
 ) -> AuditReport:
     """Audit transcript files, and write what was measured into a folder.
@@ -46,6 +48,7 @@ def audit_files(
         skip_bad: leave out transcripts that cannot be read, and list them, instead of stopping at the first.
         out_dir: gets ``audit.html``, ``audit.json``, ``findings.parquet``, ``positions.parquet``, and a scored copy
             of every Inspect log among ``paths``; None: nothing is written.
+        device: where a pair that is not loaded yet is put; see :meth:`nla.NLA.from_pretrained`.
 
     Raises:
         TranscriptError: a transcript that cannot be read, or is of another model.
@@ -56,7 +59,7 @@ def audit_files(
 
     settings = settings or AuditSettings()
     matcher = matcher_for(settings)  # refuses rubrics, and a missing judge, before anything is loaded or read
-    nla = pair if isinstance(pair, NLA) else NLA.from_pretrained(pair)
+    nla = pair if isinstance(pair, NLA) else NLA.from_pretrained(pair, device=device)
     preparer = preparer_for(nla, settings)
     ours = preparer.prepare_files(paths, max_mb, skip_bad)
     theirs = None if controls is None else preparer.prepare_files(controls, max_mb, skip_bad)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -9,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from nla.audit.rubric import Rubric
-from nla.errors import EndpointError, JudgeError
+from nla.errors import EndpointError, JudgeError, MissingExtraError
 from nla.models.endpoint import MALFORMED, Endpoint
 
 KEY_VARIABLE = "NLA_JUDGE_KEY"
@@ -34,6 +35,7 @@ class Judge:
 
     Raises:
         EndpointError: the address is not one, or would carry the key in NLA_JUDGE_KEY over plain http.
+        MissingExtraError: the package openai is not installed.
     """
 
     url: str
@@ -47,6 +49,10 @@ class Judge:
     known: dict[tuple[str, str], bool] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if importlib.util.find_spec("openai") is None:  # said before an audit of hours, not at its first question
+            raise MissingExtraError(
+                "a judge without the package openai", "the extra 'audit'", "pip install 'nla[audit]'"
+            )
         key = KEY_VARIABLE if os.environ.get(KEY_VARIABLE) else None
         self.endpoint = Endpoint(
             self.model, url=self.url, key_variable=key, timeout_s=self.timeout_s, tries=self.tries, temperature=0.0

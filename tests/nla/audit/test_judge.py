@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 
 import pytest
 
 from nla.audit.judge import KEY_VARIABLE, Judge, parse_verdict
 from nla.audit.rubric import parse_rubric
-from nla.errors import EndpointError, JudgeError
+from nla.errors import EndpointError, JudgeError, MissingExtraError
 from tests.helpers.endpoint_server import Act, Server, openai_body
 
 RUBRIC = parse_rubric({"name": "test", "looks_for": "It is a test.", "match": {"judge": True}})
@@ -121,3 +122,9 @@ def test_the_key_goes_to_the_judge_alone(monkeypatch: pytest.MonkeyPatch) -> Non
     for url in ("file:///etc/passwd", "example.com", "ftp://x/y", "http://", "https://me:secret@example.com/v1"):
         with pytest.raises(EndpointError):
             Judge(url)
+
+
+def test_without_the_extra_a_judge_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(MissingExtraError, match=r"nla\[audit\]"):
+        Judge("http://127.0.0.1:9/v1")

@@ -189,6 +189,15 @@ def test_bad_transcripts_stop_the_audit_before_anything_is_read_or_are_listed(
     assert len(go(nla, files, skip_bad=True, model_of="gpt").audit.transcripts) == N_TALKS + 1
 
 
+def test_a_pair_that_is_named_is_loaded_onto_the_device_that_is_asked_for(
+    nla: NLA, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr(NLA, "from_pretrained", lambda name, device: asked.append((name, device)) or nla)
+    audit_files("some/pair", [files["talks"]], AuditSettings(samples=1), device="cuda:1")
+    assert asked == [("some/pair", "cuda:1")]
+
+
 def test_nothing_to_audit_is_refused(nla: NLA, files: dict[str, Path]) -> None:
     with pytest.raises(ArgumentError, match="no transcripts"):
         audit(nla, [])
