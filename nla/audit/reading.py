@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
+
+from pydantic import TypeAdapter, ValidationError
 
 from nla.audit.settings import AuditSettings
 from nla.errors import ParseError
@@ -24,7 +26,8 @@ def silent(stage: str, fraction: float) -> None:
     """Progress that nobody watches."""
 
 
-class Entry(NamedTuple):
+@dataclass(frozen=True)
+class Entry:
     """One position of a transcript, and what was read there."""
 
     index: int
@@ -59,11 +62,7 @@ class Reading:
 
     def to_json(self) -> dict[str, Any]:
         """What :meth:`from_json` reads."""
-        entries = [{**entry._asdict(), "trust": entry.trust._asdict()} for entry in self.entries]
-        return {
-            **{name: getattr(self, name) for name in ("transcript", "key", "n_tokens", "n_forged")},
-            "entries": entries,
-        }
+        return TypeAdapter(Reading).dump_python(self, mode="json")
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Reading:
@@ -73,36 +72,14 @@ class Reading:
             ParseError: something else.
         """
         try:
-            return cls(
-                *(_is(content[name], kind) for name, kind in _HEAD.items()),
-                entries=tuple(_entry(entry) for entry in content["entries"]),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise ParseError(
-                f"a reading with {error!r}", "what an audit saved", "delete it; it is read again"
-            ) from error
-
-
-_HEAD = {"transcript": str, "key": str, "n_tokens": int, "n_forged": int}
-
-
-def _is(value: Any, kind: type) -> Any:
-    if not isinstance(value, kind):
-        raise TypeError(f"{value!r} is no {kind.__name__}")
-    return value
-
-
-def _entry(content: Mapping[str, Any]) -> Entry:
-    trust = content["trust"]
-    if trust["level"] not in LEVELS:
-        raise ValueError(f"trust {trust['level']!r}")
-    numbers = ("index", "message", "start", "offset")
-    return Entry(
-        **{name: _is(content[name], int if name in numbers else str) for name in Entry._fields[:8]},
-        texts=tuple(_is(text, str) for text in content["texts"]),
-        complete=tuple(bool(flag) for flag in content["complete"]),
-        trust=Trust(trust["level"], float(trust["cosine"]), trust["agreement"], float(trust["margin"])),
-    )
+            reading = TypeAdapter(Reading).validate_python(content)
+        except ValidationError as error:
+            where = ".".join(map(str, error.errors(include_url=False)[0]["loc"]))
+            raise ParseError(f"a reading with another {where}", "what an audit saved", "delete it") from error
+        levels = {entry.trust.level for entry in reading.entries} - set(LEVELS)
+        if levels:
+            raise ParseError(f"a reading of the trust {min(levels)!r}", "what an audit saved", "delete it")
+        return reading
 
 
 def read_transcript(

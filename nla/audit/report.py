@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -223,46 +223,38 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]], right: bool = F
     return table
 
 
+_COLUMNS: dict[str, tuple[str, Callable[[PositionScore], Any]]] = {
+    "rubric": ("string", lambda row: row.rubric),
+    "transcript": ("string", lambda row: row.transcript),
+    "message": ("int64", lambda row: row.entry.message),
+    "role": ("string", lambda row: row.entry.role),
+    "section": ("string", lambda row: row.entry.section),
+    "index": ("int64", lambda row: row.entry.index),
+    "token": ("string", lambda row: row.entry.token),
+    "kind": ("string", lambda row: row.entry.kind),
+    "said": ("string", lambda row: row.said),
+    "thought_not_said": ("bool", lambda row: row.said == NOT_SAID),
+    "share": ("double", lambda row: row.share),
+    "shown": ("list<bool>", lambda row: list(row.judged.shown)),
+    "explanations": ("list<string>", lambda row: list(row.entry.texts)),
+    "value": ("string", lambda row: row.judged.value),
+    "written": ("string", lambda row: row.judged.written),
+    "trust": ("string", lambda row: row.trust.level),
+    "cosine": ("double", lambda row: row.trust.cosine),
+    "agreement": ("double", lambda row: row.trust.agreement),
+    "margin": ("double", lambda row: row.trust.margin),
+    "control_rate": ("double", lambda row: row.control_rate),
+    "n_controls": ("int64", lambda row: row.n_controls),
+    "p": ("double", lambda row: row.p),
+    "q": ("double", lambda row: row.q),
+    "significant": ("bool", lambda row: row.significant),
+}
+"""Of one position under one rubric: the columns of the tables, their types, and what they hold."""
+
+
 def row_json(row: PositionScore) -> dict[str, Any]:
     """One position under one rubric, with short names for its columns."""
-    entry = row.entry
-    return _plain(
-        {
-            "rubric": row.rubric,
-            "transcript": row.transcript,
-            "message": entry.message,
-            "role": entry.role,
-            "section": entry.section,
-            "index": entry.index,
-            "token": entry.token,
-            "kind": entry.kind,
-            "said": row.said,
-            "thought_not_said": row.said == NOT_SAID,
-            "share": row.share,
-            "shown": list(row.judged.shown),
-            "explanations": list(entry.texts),
-            "value": row.judged.value,
-            "written": row.judged.written,
-            "trust": row.trust.level,
-            "cosine": row.trust.cosine,
-            "agreement": row.trust.agreement,
-            "margin": row.trust.margin,
-            "control_rate": row.control_rate,
-            "n_controls": row.n_controls,
-            "p": row.p,
-            "q": row.q,
-            "significant": row.significant,
-        }
-    )
-
-
-_COLUMNS = {
-    "rubric": "string", "transcript": "string", "message": "int64", "role": "string", "section": "string",
-    "index": "int64", "token": "string", "kind": "string", "said": "string", "thought_not_said": "bool",
-    "share": "double", "shown": "list<bool>", "explanations": "list<string>", "value": "string", "written": "string",
-    "trust": "string", "cosine": "double", "agreement": "double", "margin": "double", "control_rate": "double",
-    "n_controls": "int64", "p": "double", "q": "double", "significant": "bool",
-}  # fmt: skip
+    return _plain({name: value(row) for name, (_, value) in _COLUMNS.items()})
 
 
 def parquet(rows: Sequence[PositionScore]) -> bytes:
@@ -272,7 +264,7 @@ def parquet(rows: Sequence[PositionScore]) -> bytes:
 
     kinds = {"string": pyarrow.string(), "int64": pyarrow.int64(), "double": pyarrow.float64(), "bool": pyarrow.bool_()}
     kinds |= {f"list<{name}>": pyarrow.list_(kind) for name, kind in list(kinds.items())}
-    schema = pyarrow.schema([(name, kinds[kind]) for name, kind in _COLUMNS.items()])
+    schema = pyarrow.schema([(name, kinds[kind]) for name, (kind, _) in _COLUMNS.items()])
     buffer = io.BytesIO()
     write_table(pyarrow.Table.from_pylist([row_json(row) for row in rows], schema=schema), buffer)
     return buffer.getvalue()
