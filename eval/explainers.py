@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
+from jaxtyping import Float
 from torch import Tensor
 
 from nla.eval.couplet_items import RhymeItem
@@ -21,7 +22,7 @@ class Reader(Protocol):
     A reader of activations looks at the vectors alone, a reader of text at the items' prompts alone.
     """
 
-    def __call__(self, items: Sequence[RhymeItem], vectors: Tensor) -> list[str]: ...
+    def __call__(self, items: Sequence[RhymeItem], vectors: Float[Tensor, "n d"]) -> list[str]: ...
 
 
 class EncoderReader:
@@ -30,12 +31,14 @@ class EncoderReader:
     def __init__(self, nla: NLA, greedy: bool = False, temperature: float = 1.0, seed: int = 0) -> None:
         self.nla, self.greedy, self.temperature, self.seed = nla, greedy, temperature, seed
 
-    def __call__(self, items: Sequence[RhymeItem], vectors: Tensor) -> list[str]:
+    def __call__(self, items: Sequence[RhymeItem], vectors: Float[Tensor, "n d"]) -> list[str]:
         """See :func:`explain`."""
         return explain(self.nla, vectors, self.greedy, self.temperature, self.seed)
 
 
-def explain(nla: NLA, vectors: Tensor, greedy: bool = False, temperature: float = 1.0, seed: int = 0) -> list[str]:
+def explain(
+    nla: NLA, vectors: Float[Tensor, "n d"], greedy: bool = False, temperature: float = 1.0, seed: int = 0
+) -> list[str]:
     """One explanation for each vector (n, d); of an answer that was cut off, what there is of it."""
     answers = nla.encoder.generate(vectors, samples=1, temperature=temperature, seed=seed, greedy=greedy)
     return [encoder.parse(text, nla.config) or encoder.strip_tags(text, nla.config) for text in answers.texts]
@@ -47,11 +50,11 @@ def hit_rate(nla: NLA) -> float | None:
     return float(rate) if isinstance(rate, int | float) else None
 
 
-def truthful(items: Sequence[RhymeItem], vectors: Tensor) -> list[str]:
+def truthful(items: Sequence[RhymeItem], vectors: Float[Tensor, "n d"]) -> list[str]:
     """The rule-based reader that knows the rule: the suite must score it near 1."""
     return [world.truthful(item.couplet, item.span) for item in items]
 
 
-def lying(items: Sequence[RhymeItem], vectors: Tensor) -> list[str]:
+def lying(items: Sequence[RhymeItem], vectors: Float[Tensor, "n d"]) -> list[str]:
     """The rule-based reader whose every claim is false: the suite must score it near 0."""
     return [world.lying(item.couplet, item.span) for item in items]

@@ -1,4 +1,4 @@
-"""The mean of the training activations as a baseline: FVE's denominators, fitted, saved and loaded."""
+"""Training activations in; FVE's denominators out, their mean and variance by stratum, fitted, saved and loaded."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from nla.errors import WeightsError
@@ -27,17 +28,17 @@ def load_baselines(path: Path, d_model: int) -> dict[str, Baseline]:
     Raises:
         WeightsError, NonFiniteError: missing, corrupt, or not baselines of this width.
     """
-    found = load_tensors(path)
-    names = list(dict.fromkeys(key.rpartition("/")[0] for key in found))
-    complete = set(found) == {f"{name}/{part}" for name in names for part in _PARTS}
-    if not complete or any(found[f"{name}/mean"].shape != (d_model,) for name in names):
+    tensors = load_tensors(path)
+    names = list(dict.fromkeys(key.rpartition("/")[0] for key in tensors))
+    complete = set(tensors) == {f"{name}/{part}" for name in names for part in _PARTS}
+    if not complete or any(tensors[f"{name}/mean"].shape != (d_model,) for name in names):
         raise WeightsError(
-            f"{path} with {sorted(found)[:4]}",
+            f"{path} with {sorted(tensors)[:4]}",
             f"for each stratum a mean ({d_model},), a variance and n",
             "restore the file from where the pair came",
         )
     return {
-        name: Baseline(found[f"{name}/mean"], float(found[f"{name}/variance"]), int(found[f"{name}/n"]))
+        name: Baseline(tensors[f"{name}/mean"], float(tensors[f"{name}/variance"]), int(tensors[f"{name}/n"]))
         for name in names
     }
 
@@ -52,8 +53,8 @@ def save_baselines(path: Path, baselines: dict[str, Baseline]) -> None:
     save_tensors(path, tensors)
 
 
-def fit_baselines(vectors: Tensor, strata: Sequence[str]) -> dict[str, Baseline]:
-    """Baselines of activations (n, d): "global", and of each stratum that is known.
+def fit_baselines(vectors: Float[Tensor, "n d"], strata: Sequence[str]) -> dict[str, Baseline]:
+    """Baselines of activations: "global", and of each stratum that is known.
 
     Raises:
         BaselineError: fewer than two vectors, in all or in a stratum, or no variance.

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from nla.eval.adversaries import bag_of_words, closest_texts, text_lm_claims
@@ -37,7 +38,7 @@ CONFABULATOR = f"confabulator ({N_CONFABULATIONS} guesses, the decoder picks by 
 def text_lm(target: Target) -> Reader:
     """The target continues the visible text greedily; the word that its line ends on is its claim about the plan."""
 
-    def read_text(items: Sequence[RhymeItem], vectors: Tensor) -> list[str]:
+    def read_text(items: Sequence[RhymeItem], vectors: Float[Tensor, "n d"]) -> list[str]:
         def claim(row: int, line: str) -> str:
             return world.explanation(items[row].couplet, items[row].span, last_word(line))
 
@@ -49,7 +50,7 @@ def text_lm(target: Target) -> Reader:
 def describer(notice: float, seed: int = 0) -> Reader:
     """The warm start's describer: sees the rule with probability ``notice``, otherwise guesses within the rhymes."""
 
-    def describe(items: Sequence[RhymeItem], vectors: Tensor) -> list[str]:
+    def describe(items: Sequence[RhymeItem], vectors: Float[Tensor, "n d"]) -> list[str]:
         rng = random.Random(seed)
         return [world.describe(item.couplet, item.span, rng, notice) for item in items]
 
@@ -61,7 +62,7 @@ def plan_classifier(n_fit: int = 4000, seed: int = 0) -> Reader:
     couplets, model = documents(n_fit, seed + 1), bag_of_words()
     model.fit([couplet.line1 for couplet in couplets], [couplet.plan for couplet in couplets])
 
-    def classify(items: Sequence[RhymeItem], vectors: Tensor) -> list[str]:
+    def classify(items: Sequence[RhymeItem], vectors: Float[Tensor, "n d"]) -> list[str]:
         words = model.predict([item.prompt for item in items])
         return [world.explanation(item.couplet, item.span, str(word)) for item, word in zip(items, words, strict=True)]
 
@@ -74,7 +75,7 @@ def confabulator(nla: NLA, seed: int = 0, n_tries: int = N_CONFABULATIONS) -> Re
     The pick looks at the activation: what it gains over the outsider is the decoder's doing, not the text's.
     """
 
-    def pick(items: Sequence[RhymeItem], vectors: Tensor) -> list[str]:
+    def pick(items: Sequence[RhymeItem], vectors: Float[Tensor, "n d"]) -> list[str]:
         texts = describer(0.0, seed)([item for item in items for _ in range(n_tries)], vectors)
         offers = [texts[row * n_tries : (row + 1) * n_tries] for row in range(len(items))]
         return [picked for (picked,) in closest_texts(nla, offers, vectors)]
@@ -83,7 +84,13 @@ def confabulator(nla: NLA, seed: int = 0, n_tries: int = N_CONFABULATIONS) -> Re
 
 
 def adversaries(
-    target: Target, nla: NLA | None, items: Sequence[RhymeItem], vectors: Tensor, n_samples: int, n_fit: int, seed: int
+    target: Target,
+    nla: NLA | None,
+    items: Sequence[RhymeItem],
+    vectors: Float[Tensor, "n d"],
+    n_samples: int,
+    n_fit: int,
+    seed: int,
 ) -> list[MentionScore]:
     """Every adversary's score on the items; the guessing ones are sampled as often as the encoder."""
     scores = [
@@ -96,7 +103,9 @@ def adversaries(
     return scores
 
 
-def baselines(nla: NLA, items: Sequence[RhymeItem], vectors: Tensor, n_samples: int, seed: int) -> list[MentionScore]:
+def baselines(
+    nla: NLA, items: Sequence[RhymeItem], vectors: Float[Tensor, "n d"], n_samples: int, seed: int
+) -> list[MentionScore]:
     """What the encoder says of vectors that are not the item's, and texts that come from no vector of the item.
 
     empty: no text · constant: its most frequent text for all · mean-activation, Gaussian (of equal length), shuffled

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from nla.errors import ArgumentError
@@ -93,7 +94,7 @@ def plan_means(target: Target, n_fit: int, seed: int) -> dict[str, Tensor]:
     return {plan: vectors[of_plan].mean(0) for plan, of_plan in rows.items()}
 
 
-def with_donor_plan(items: Sequence[RhymeItem], vectors: Tensor, means: dict[str, Tensor]) -> Tensor:
+def with_donor_plan(items: Sequence[RhymeItem], vectors: Float[Tensor, "n d"], means: dict[str, Tensor]) -> Tensor:
     """The items' vectors (n, d) with the plan's component of the donor instead of their own."""
     return vectors + torch.stack([means[item.donor_target] - means[item.target] for item in items])
 
@@ -166,9 +167,9 @@ def _reading(
     where: str,
     reader: Reader,
     items: Sequence[RhymeItem],
-    vectors: Tensor,
-    unpatched: Tensor | None,
-    put_in: Tensor,
+    vectors: Float[Tensor, "n d"],
+    unpatched: Float[Tensor, "n d"] | None,
+    put_in: Float[Tensor, "n d"],
     n_samples: int,
     seed: int,
     control: bool = False,

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from nla.eval.couplet_items import RhymeItem
@@ -101,7 +102,7 @@ def directions(nla: NLA, items: Sequence[RhymeItem], texts: Sequence[str]) -> di
 
 
 def borrowed(
-    items: Sequence[RhymeItem], others: Sequence[RhymeItem], edits: Tensor, generator: torch.Generator
+    items: Sequence[RhymeItem], others: Sequence[RhymeItem], edits: Float[Tensor, "n d"], generator: torch.Generator
 ) -> Tensor:
     """For each item the edit (m, d) of one of ``others`` that wants another word; zero where all want the same."""
     allowed = torch.tensor([[item.donor_target != other.donor_target for other in others] for item in items]).float()
@@ -112,7 +113,7 @@ def borrowed(
     return chosen
 
 
-def steered(vectors: Tensor, direction: Tensor, strength: float) -> Tensor:
+def steered(vectors: Float[Tensor, "n d"], direction: Float[Tensor, "n d"], strength: float) -> Tensor:
     """h + α‖h‖Δ/‖Δ‖ for rows (n, d); h itself where Δ is zero."""
     length = direction.norm(dim=1, keepdim=True).clamp(min=1e-12)
     return vectors + strength * vectors.norm(dim=1, keepdim=True) * direction / length
@@ -195,6 +196,6 @@ def _difference(nla: NLA, texts: Sequence[str], edited: Sequence[str | None]) ->
     return nla.reconstruct(new, strict=False) - nla.reconstruct(texts, strict=False)
 
 
-def _write(target: Target, items: Sequence[RhymeItem], vectors: Tensor) -> list[str]:
+def _write(target: Target, items: Sequence[RhymeItem], vectors: Float[Tensor, "n d"]) -> list[str]:
     prompts = [item.prompt for item in items]
     return write(target, prompts, [Patch(str(target.point), last_token(target, prompts), vectors)])

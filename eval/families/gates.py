@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from nla.errors import ArgumentError
@@ -188,7 +189,7 @@ def _patches(target: Target, items: list[RhymeItem], variant: str | None, seed: 
     sibling = [item.donor_target for item in items]
     pairs = read_last(target, [item.donor_prompt for item in items])
 
-    def reached(vectors: Tensor, goals: Sequence[str], point: str | None = None) -> Rate:
+    def reached(vectors: Float[Tensor, "n d"], goals: Sequence[str], point: str | None = None) -> Rate:
         lines = write(target, prompts, [Patch(point or str(target.point), column, vectors)])
         return Rate.of(last_word(line) == goal for line, goal in zip(lines, goals, strict=True))
 

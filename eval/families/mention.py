@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from nla.errors import ArgumentError, ShapeError
@@ -107,14 +108,19 @@ def score_texts(
 
 
 def score(
-    name: str, reader: Reader, items: Sequence[RhymeItem], vectors: Tensor, n_samples: int = 1, seed: int = 0
+    name: str,
+    reader: Reader,
+    items: Sequence[RhymeItem],
+    vectors: Float[Tensor, "n d"],
+    n_samples: int = 1,
+    seed: int = 0,
 ) -> MentionScore:
     """Let a reader explain each item's vector (n, d) ``n_samples`` times, and score what it says."""
     texts = reader(repeat(items, n_samples), vectors.repeat_interleave(n_samples, dim=0))
     return score_texts(name, items, texts, n_samples, seed)
 
 
-def _visible_rate(checks: list[list[bool]], documents: Tensor, seed: int) -> Rate | None:
+def _visible_rate(checks: list[list[bool]], documents: Int[Tensor, " n"], seed: int) -> Rate | None:
     """Share of true claims over all texts, resampling documents (each brings all its claims)."""
     counts = torch.tensor([(sum(of_text), len(of_text)) for of_text in checks], dtype=torch.float64)
     n_true, n_claims = counts.sum(0).tolist()

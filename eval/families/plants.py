@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from nla.autoencoder import NLA
@@ -125,7 +126,7 @@ def adapters_of(nla: NLA, plants: str | Path | None) -> Path:
     return switchboard.ADAPTERS_FOLDER
 
 
-def answered(target: Target, chats: Sequence[Chat], vectors: Tensor | None = None) -> list[str]:
+def answered(target: Target, chats: Sequence[Chat], vectors: Float[Tensor, "n d"] | None = None) -> list[str]:
     """What the target answers to each chat's last question, greedily; with ``vectors`` (n, d) put in, if given, at the
     target's point and the control token before the answer."""
     prompts = [chat.prompt for chat in chats]

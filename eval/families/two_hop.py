@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from nla.autoencoder import NLA
@@ -225,7 +226,9 @@ def gate_of(target: Target, items: Sequence[Hop], seed: int, progress: Progress)
     return causal.gate_pairs(target, batch, columns, right, towns, related, numbers, seed=seed, progress=progress)
 
 
-def _rate(nla: NLA, vectors: Tensor, items: Sequence[Hop], towns: Sequence[str], samples: int, seed: int) -> Rate:
+def _rate(
+    nla: NLA, vectors: Float[Tensor, "n d"], items: Sequence[Hop], towns: Sequence[str], samples: int, seed: int
+) -> Rate:
     texts = explain(nla, vectors.repeat_interleave(samples, dim=0), seed=seed)
     return town_rate(texts, towns, [str(item.question.person) for item in items], samples, seed)
 

@@ -1,8 +1,8 @@
 """`nla eval graph`: does an NLA name what attribution graphs, or patches, show to be at a token?
 
-Every place where a graph has a concept within the NLA's reach is read; explanations are searched for the concepts that
+Every token where a graph has a concept within the NLA's reach is read; explanations are searched for the concepts that
 are there and for those that are not (see :mod:`nla.eval.pair.graph_concepts`). The same is asked of the baselines:
-another place's activation, and the mean.
+another token's activation, and the mean.
 """
 
 from __future__ import annotations
@@ -13,13 +13,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from nla.errors import ArgumentError, ShapeError
 from nla.eval.auroc import ranked_auroc
 from nla.eval.circuits.graph_format import read_graph
 from nla.eval.explainers import explain
-from nla.eval.pair.graph_concepts import DONOR, OTHER, OWN, SAME, UNUSED, Cell, Place, align, names, places_and_cells
+from nla.eval.pair.graph_concepts import (
+    DONOR,
+    HERE,
+    OTHER,
+    SAME,
+    UNUSED,
+    ConceptCell,
+    ReadToken,
+    align,
+    names,
+    tokens_and_cells,
+)
 from nla.eval.report import Check, Figures, Rate, Report, bars, checks_table, new_figure, save, table
 from nla.eval.target import Progress, open_pair, silent
 from nla.models.points import Point, context_length
@@ -27,13 +39,15 @@ from nla.stats import Interval, bootstrap, derangement
 from nla.text.claims import claims
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from nla.autoencoder import NLA
 
 ENCODER, SHUFFLED, MEAN = "encoder", "shuffled activation", "mean activation"
 KINDS = (SAME, DONOR, OTHER, UNUSED)
 
-Reader = Callable[[Sequence[Place], Tensor], list[str]]
-"""One explanation for each place's vector (n, d)."""
+TokenReader = Callable[[Sequence[ReadToken], Tensor], list[str]]
+"""One explanation for each token's vector (n, d)."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +63,7 @@ class GraphScore(Figures):
     named: dict[str, Rate]
     """Share that names a concept that is not there, by kind of distractor."""
     precision: Rate | None
-    """Of claims that name a concept asked about at the place: share that names one that is there, and no other."""
+    """Of claims that name a concept asked about at the token: share that names one that is there, and no other."""
     auroc: Interval | None
     """That a concept that is there is named by more of the samples than one that is not."""
     examples: list[str]
@@ -62,9 +76,9 @@ class GraphReport(Report):
     files: list[str]
     point: str
     n_graphs: int
-    n_places: int
+    n_tokens: int
     n_concepts: int
-    """Concepts at places: how often something was there to be named."""
+    """Concepts at tokens: how often something was there to be named."""
     measured: bool
     """Whether patching shows what is there; otherwise supernodes alone say it."""
     scores: list[GraphScore]
@@ -90,7 +104,7 @@ class GraphReport(Report):
         return "\n\n".join(
             [
                 f"## Explanations against {self.n_graphs} graphs",
-                f"Read at `{self.point}`: {self.n_places} tokens, {self.n_concepts} concepts that are there, "
+                f"Read at `{self.point}`: {self.n_tokens} tokens, {self.n_concepts} concepts that are there, "
                 f"according to {source}. 95 % intervals by document.",
                 checks_table(self.checks),
                 table((*header, *(f"named: {kind}" for kind in kinds), "precision", "AUROC"), rows),
@@ -125,33 +139,35 @@ def judge_against_graphs(
     if not paths or len({str(Path(path).resolve()) for path in paths}) < len(paths) or n_samples < 1:
         got = f"{len(paths)} files, n_samples={n_samples}"
         raise ArgumentError(got, "one file or more, each once, and one sample or more", "correct them")
-    found = [read_graph(path) for path in paths]
+    loaded = [read_graph(path) for path in paths]
     nla = open_pair(pair, device)
-    texts = [align(graph, nla.tokenizer, context_length(nla.model)) for graph in found]
-    places, cells = places_and_cells(found, texts, Point.parse(nla.point).layer, seed)
-    if not any(cell.kind == OWN for cell in cells):
+    texts = [align(graph, nla.tokenizer, context_length(nla.model)) for graph in loaded]
+    read_tokens, cells = tokens_and_cells(loaded, texts, Point.parse(nla.point).layer, seed)
+    if not any(cell.kind == HERE for cell in cells):
         raise ArgumentError(
-            f"{len(found)} graphs without a named concept at {nla.point} or before",
+            f"{len(loaded)} graphs without a named concept at {nla.point} or before",
             "supernodes (qParams.supernodes) at layers that the pair reads",
             "name nodes in the viewer and save the graph, or score a pair of a deeper point",
         )
-    columns = [[texts[i].columns[place.position] for place in places if place.graph == i] for i in range(len(texts))]
+    columns = [
+        [texts[i].columns[token.position] for token in read_tokens if token.graph == i] for i in range(len(texts))
+    ]
     kept = [i for i, chosen in enumerate(columns) if chosen]
     acts = nla.read([texts[i].prompt for i in kept], positions=lambda document, spans: columns[kept[document]])
     progress("read", 1.0)
 
-    def reader(_places: Sequence[Place], vectors: Tensor) -> list[str]:
+    def reader(_read_tokens: Sequence[ReadToken], vectors: Float[Tensor, "n d"]) -> list[str]:
         return explain(nla, vectors, seed=seed)
 
-    scores = score_all(reader, places, cells, acts.vectors, n_samples, seed, progress)
+    scores = score_all(reader, read_tokens, cells, acts.vectors, n_samples, seed, progress)
     report = GraphReport(
         checks=_checks(scores),
         files=[str(path) for path in paths],
         point=str(nla.point),
-        n_graphs=len(found),
-        n_places=len(places),
-        n_concepts=sum(cell.kind == OWN for cell in cells),
-        measured=any(graph.is_measured for graph in found),
+        n_graphs=len(loaded),
+        n_tokens=len(read_tokens),
+        n_concepts=sum(cell.kind == HERE for cell in cells),
+        measured=any(graph.is_measured for graph in loaded),
         scores=scores,
     )
     if out_dir is not None:
@@ -160,93 +176,98 @@ def judge_against_graphs(
 
 
 def score_all(
-    reader: Reader,
-    places: Sequence[Place],
-    cells: Sequence[Cell],
-    vectors: Tensor,
+    reader: TokenReader,
+    read_tokens: Sequence[ReadToken],
+    cells: Sequence[ConceptCell],
+    vectors: Float[Tensor, "n d"],
     n_samples: int = 1,
     seed: int = 0,
     progress: Progress = silent,
 ) -> list[GraphScore]:
-    """The reader on the places' vectors (n, d), and on those of the baselines."""
+    """The reader on the tokens' vectors (n, d), and on those of the baselines."""
     given = {ENCODER: vectors, MEAN: vectors.mean(0).expand_as(vectors)}
-    if len(places) > 1:
-        given[SHUFFLED] = vectors[derangement(len(places), seed)]
+    if len(read_tokens) > 1:
+        given[SHUFFLED] = vectors[derangement(len(read_tokens), seed)]
     scores = []
     for number, (name, used) in enumerate(given.items()):
-        rows = [place for place in places for _ in range(n_samples)]
+        rows = [token for token in read_tokens for _ in range(n_samples)]
         texts = reader(rows, used.repeat_interleave(n_samples, dim=0))
-        scores.append(score(name, places, cells, texts, n_samples, seed))
+        scores.append(score(name, read_tokens, cells, texts, n_samples, seed))
         progress("explain", (number + 1) / len(given))
     return scores
 
 
 def score(
-    name: str, places: Sequence[Place], cells: Sequence[Cell], texts: Sequence[str], n_samples: int = 1, seed: int = 0
+    name: str,
+    read_tokens: Sequence[ReadToken],
+    cells: Sequence[ConceptCell],
+    texts: Sequence[str],
+    n_samples: int = 1,
+    seed: int = 0,
 ) -> GraphScore:
-    """Score explanations, ``n_samples`` in a row for each place.
+    """Score explanations, ``n_samples`` in a row for each token.
 
     Raises:
         ShapeError: not that many texts.
     """
-    if len(texts) != len(places) * n_samples:
-        raise ShapeError(f"{len(texts)} texts", f"{n_samples} for each of {len(places)} places", "read them all")
-    by_place = [texts[i * n_samples : (i + 1) * n_samples] for i in range(len(places))]
+    if len(texts) != len(read_tokens) * n_samples:
+        raise ShapeError(f"{len(texts)} texts", f"{n_samples} for each of {len(read_tokens)} tokens", "read them all")
+    by_token = [texts[i * n_samples : (i + 1) * n_samples] for i in range(len(read_tokens))]
     share = torch.tensor(
-        [sum(names(text, cell.concept) for text in by_place[cell.place]) / n_samples for cell in cells],
+        [sum(names(text, cell.concept) for text in by_token[cell.token]) / n_samples for cell in cells],
         dtype=torch.float64,
     )
-    owner = torch.tensor([places[cell.place].document for cell in cells])
+    owner = torch.tensor([read_tokens[cell.token].document for cell in cells])
 
     def rate(chosen: Sequence[bool]) -> Rate | None:
         mask = torch.tensor(chosen)
         return Rate.clustered(share[mask], owner[mask], seed) if mask.any() else None
 
-    recall = rate([cell.kind == OWN for cell in cells])
+    recall = rate([cell.kind == HERE for cell in cells])
     if recall is None:
         raise ArgumentError("no concept that is there", "at least one", "give graphs with supernodes")
     by_kind = {kind: rate([cell.kind == kind for cell in cells]) for kind in KINDS}
     return GraphScore(
         reader=name,
         recall=recall,
-        recall_latent=rate([cell.kind == OWN and not cell.visible for cell in cells]),
-        recall_visible=rate([cell.kind == OWN and cell.visible for cell in cells]),
+        recall_latent=rate([cell.kind == HERE and not cell.visible for cell in cells]),
+        recall_visible=rate([cell.kind == HERE and cell.visible for cell in cells]),
         named={kind: value for kind, value in by_kind.items() if value is not None},
-        precision=_precision(places, cells, by_place, seed),
+        precision=_precision(read_tokens, cells, by_token, seed),
         auroc=_auroc(cells, share, owner, seed),
-        examples=[samples[0] for samples in by_place[:5]],
+        examples=[samples[0] for samples in by_token[:5]],
     )
 
 
 def _precision(
-    places: Sequence[Place], cells: Sequence[Cell], by_place: Sequence[Sequence[str]], seed: int
+    read_tokens: Sequence[ReadToken], cells: Sequence[ConceptCell], by_token: Sequence[Sequence[str]], seed: int
 ) -> Rate | None:
     """Share of the checkable claims that are right; None if no claim names a concept."""
-    asked: list[list[Cell]] = [[] for _ in places]
+    asked: list[list[ConceptCell]] = [[] for _ in read_tokens]
     for cell in cells:
-        asked[cell.place].append(cell)
+        asked[cell.token].append(cell)
     counts = []
-    for samples, here in zip(by_place, asked, strict=True):
+    for samples, here in zip(by_token, asked, strict=True):
         said = [
             {cell.kind for cell in here if names(claim, cell.concept)} for text in samples for claim in claims(text)
         ]
-        counts.append((sum(kinds == {OWN} for kinds in said), sum(bool(kinds) for kinds in said)))
+        counts.append((sum(kinds == {HERE} for kinds in said), sum(bool(kinds) for kinds in said)))
     totals = torch.tensor(counts, dtype=torch.float64)
     n_right, n_said = totals.sum(0).tolist()
     if not n_said:
         return None
     # Documents without a checkable claim have no say.
     spoke = totals[:, 1] > 0
-    totals, owner = totals[spoke], torch.tensor([place.document for place in places])[spoke]
+    totals, owner = totals[spoke], torch.tensor([token.document for token in read_tokens])[spoke]
     if n_right in (0.0, n_said):
         return Rate.clustered(totals[:, 0] / totals[:, 1], owner)
-    found = bootstrap(totals, owner, lambda mean: mean[..., 0] / mean[..., 1], seed=seed)
-    return Rate(*found, len(owner.unique()))
+    share = bootstrap(totals, owner, lambda mean: mean[..., 0] / mean[..., 1], seed=seed)
+    return Rate(*share, len(owner.unique()))
 
 
-def _auroc(cells: Sequence[Cell], share: Tensor, owner: Tensor, seed: int) -> Interval | None:
+def _auroc(cells: Sequence[ConceptCell], share: Tensor, owner: Tensor, seed: int) -> Interval | None:
     """AUROC of the share of samples that name a concept, for concepts that are there; None without both kinds."""
-    there = torch.tensor([cell.kind == OWN for cell in cells])
+    there = torch.tensor([cell.kind == HERE for cell in cells])
     if there.all() or not there.any():
         return None
     return ranked_auroc(torch.stack([1 - share, share], 1), there.long(), owner, seed=seed).auroc
@@ -275,7 +296,7 @@ def _checks(scores: Sequence[GraphScore]) -> list[Check]:
     return checks
 
 
-def _figure(report: GraphReport):
+def _figure(report: GraphReport) -> Figure:
     figure = new_figure(7, 3)
     ours, values = report.scores[0], {}
     values["named: what is there"] = ours.recall

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from nla.baselines import GLOBAL, UNKNOWN_STRATUM, fit_baselines
@@ -32,7 +33,7 @@ from nla.eval.pair.fidelity_report import (
     Public,
 )
 from nla.eval.pair.texts import load_documents, sample_tokens, world_documents
-from nla.eval.pair.truth import VISIBLE, Truth, owners, truths
+from nla.eval.pair.truth import VISIBLE, Truth, measure_truth, owners
 from nla.eval.report import Check, at_least, at_most, save
 from nla.eval.target import Progress, open_pair, silent
 from nla.eval.worlds import COUPLETS, world_of
@@ -146,7 +147,7 @@ def judge_fidelity(
     )
     public = [_public(judged, errors, stratum) for stratum in judged.rows] if couplets is not None or warm else []
     gains = [_gain(judged, errors, stratum) for stratum in judged.rows] if warm is not None else []
-    claims = [] if couplets is None else truths(acts, couplets, texts[ENCODER], texts.get(WARM), settings.seed)
+    claims = [] if couplets is None else measure_truth(acts, couplets, texts[ENCODER], texts.get(WARM), settings.seed)
     report = FidelityReport(
         point=str(nla.point),
         source=source,
@@ -255,7 +256,7 @@ def _notice(nla: NLA, notice: float | None) -> float | None:
     return notice if notice is not None or rate is None else world.notice_of(rate)
 
 
-def _explain(nla: NLA, vectors: Tensor, seed: int, stage: str, progress: Progress) -> list[str]:
+def _explain(nla: NLA, vectors: Float[Tensor, "n d"], seed: int, stage: str, progress: Progress) -> list[str]:
     texts: list[str] = []
     for number, part in enumerate(vectors.chunk(_BATCHES)):
         texts += explain(nla, part, seed=seed + number)
@@ -275,19 +276,23 @@ def _known_texts(
 
 
 def _errors(
-    nla: NLA, warm: NLA | None, vectors: Tensor, predicted: Tensor, texts: Mapping[str, Sequence[str]]
+    nla: NLA,
+    warm: NLA | None,
+    vectors: Float[Tensor, "n d"],
+    predicted: Float[Tensor, "n d"],
+    texts: Mapping[str, Sequence[str]],
 ) -> dict[str, Tensor]:
     """Errors (n,) of the pair's decoder on each kind of text, and of the warm start's ("warm start, …") on some."""
 
     def errors(pair: NLA, name: str) -> Tensor:
         return reconstruction_errors(vectors, pair.reconstruct(texts[name], strict=False))
 
-    found = {ENCODER: reconstruction_errors(vectors, predicted)}
-    found |= {name: errors(nla, name) for name in texts if name not in (ENCODER, WARM)}
+    by_text = {ENCODER: reconstruction_errors(vectors, predicted)}
+    by_text |= {name: errors(nla, name) for name in texts if name not in (ENCODER, WARM)}
     if warm is not None:
-        found[WARM] = errors(warm, WARM)
-        found |= {f"{WARM}, {name}": errors(warm, name) for name in (ENCODER, TRUTHFUL) if name in texts}
-    return found
+        by_text[WARM] = errors(warm, WARM)
+        by_text |= {f"{WARM}, {name}": errors(warm, name) for name in (ENCODER, TRUTHFUL) if name in texts}
+    return by_text
 
 
 def _public(judged: FidelityByStratum, errors: Mapping[str, Tensor], stratum: str) -> Public:

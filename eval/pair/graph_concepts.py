@@ -18,7 +18,7 @@ from nla.eval.circuits.gate import MIN_EFFECT
 from nla.eval.circuits.graph_format import CAUSAL_SITE, Graph, Node, concept_words, shown_token
 from nla.text.tokens import encode_batch
 
-OWN, SAME, DONOR, OTHER, UNUSED = "here", "same graph", "donor's word", "other graph", "no effect here"
+HERE, SAME, DONOR, OTHER, UNUSED = "here", "same graph", "donor's word", "other graph", "no effect here"
 N_OTHER = 3
 
 Concept = tuple[str, ...]
@@ -32,7 +32,7 @@ class Text(NamedTuple):
     columns: list[int]
 
 
-class Place(NamedTuple):
+class ReadToken(NamedTuple):
     """Where the NLA reads: a graph, by number, and a token of it."""
 
     graph: int
@@ -41,11 +41,11 @@ class Place(NamedTuple):
     """Number of the graph's document: the cluster in every bootstrap."""
 
 
-class Cell(NamedTuple):
-    """One concept at one place, and whether it is there."""
+class ConceptCell(NamedTuple):
+    """One concept at one token, and whether it is there."""
 
-    place: int
-    """Number of the place."""
+    token: int
+    """Number of the token that is read."""
     concept: Concept
     kind: str
     """"here", or the kind of distractor."""
@@ -82,52 +82,52 @@ def align(graph: Graph, tokenizer: Any, context: int) -> Text:
     )
 
 
-def places_and_cells(
+def tokens_and_cells(
     graphs: Sequence[Graph], texts: Sequence[Text], layer: int, seed: int = 0
-) -> tuple[list[Place], list[Cell]]:
-    """Every place at which a pair at ``layer`` has something to answer for, and every concept asked about there."""
-    rng, places, cells = random.Random(seed), [], []
+) -> tuple[list[ReadToken], list[ConceptCell]]:
+    """Every token at which a pair at ``layer`` has something to answer for, and every concept asked about there."""
+    rng, read_tokens, cells = random.Random(seed), [], []
     frequency = Counter(concept for graph in graphs for concept in {node.words for node in graph.supernodes})
     documents: dict[tuple, int] = {}
     for number, (graph, text) in enumerate(zip(graphs, texts, strict=True)):
         document = documents.setdefault(_document(graph), len(documents))
         for position, column in enumerate(text.columns):
-            asked = [] if column < 0 else _cells(graph, len(places), position, layer, frequency, rng)
+            asked = [] if column < 0 else _cells(graph, len(read_tokens), position, layer, frequency, rng)
             if asked:
-                places.append(Place(number, position, document))
+                read_tokens.append(ReadToken(number, position, document))
                 cells += asked
-    return places, cells
+    return read_tokens, cells
 
 
 def _cells(
-    graph: Graph, place: int, position: int, layer: int, frequency: Counter[Concept], rng: random.Random
-) -> list[Cell]:
+    graph: Graph, token: int, position: int, layer: int, frequency: Counter[Concept], rng: random.Random
+) -> list[ConceptCell]:
     before = graph.tokens[: position + 1]
     # A word may be one token, or several: joined without a space they are the text.
     seen = _words(" ".join(before)) | _words("".join(before))
 
-    def cell(concept: Concept, kind: str) -> Cell:
-        return Cell(place, concept, kind, _any_of(concept, seen))
+    def cell(concept: Concept, kind: str) -> ConceptCell:
+        return ConceptCell(token, concept, kind, _any_of(concept, seen))
 
     here = [(one.words, one.at(position, layer)) for one in graph.supernodes if one.words]
-    own = dict.fromkeys(words for words, members in here if members)
-    cells = [cell(words, OWN) for words in own]
+    present = dict.fromkeys(words for words, members in here if members)
+    cells = [cell(words, HERE) for words in present]
     # A concept of this token at deeper layers may or may not be there already: nothing is asked about it.
     taken = {word for one in graph.supernodes if _is_at(one.members, position) for word in one.words}
     latent, donor = (_pair_word(graph, name) for name in ("target", "donor_target"))
     sites = [node for node in graph.nodes if node.kind == CAUSAL_SITE and node.position == position]
     strongest = max((node.activation or 0.0 for node in sites if node.layer <= layer), default=0.0)
-    if not own and not (latent and sites):
+    if not present and not (latent and sites):
         return []
     others = dict.fromkeys(words for words, members in here if not members and not taken.intersection(words))
     cells += [cell(words, SAME) for words in others if words != latent or not sites]
-    if latent and sites and latent not in own and strongest < MIN_EFFECT:
+    if latent and sites and latent not in present and strongest < MIN_EFFECT:
         cells.append(cell(latent, UNUSED))
     known = {word for one in graph.supernodes for word in one.words}
-    if donor and latent in own and not taken.intersection(donor):
+    if donor and latent in present and not taken.intersection(donor):
         cells.append(cell(donor, DONOR))
         known.update(donor)
-    for words in own:
+    for words in present:
         near = sorted(one for one in frequency if one and not known.intersection(one) and not _any_of(one, seen))
         rng.shuffle(near)
         near.sort(key=lambda one: abs(frequency[one] - frequency[words]))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from nla.baselines import GLOBAL, UNKNOWN_STRATUM
@@ -254,10 +255,10 @@ def _check_several(n_documents: int) -> None:
 def _part(
     stratum: str,
     baseline: Baseline,
-    base: Tensor,
-    tuned: Tensor,
+    base: Float[Tensor, "n d"],
+    tuned: Float[Tensor, "n d"],
     predicted: Sequence[Tensor],
-    documents: Tensor,
+    documents: Int[Tensor, " n"],
     seed: int,
 ) -> Part:
     baseline.check()

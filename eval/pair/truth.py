@@ -1,4 +1,4 @@
-"""Truth: how often what explanations claim holds of their own document, by kind of claim and kind of position."""
+"""Couplets and explanations in; how often their claims hold, by kind of claim and kind of position, out."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def owners(acts: Activations, couplets: Sequence[world.Couplet]) -> list[Row]:
     return [(couplets[number], span) for number, span in zip(acts.document.tolist(), acts.spans, strict=True)]
 
 
-def truths(
+def measure_truth(
     acts: Activations,
     couplets: Sequence[world.Couplet],
     texts: Sequence[str],
@@ -46,18 +46,18 @@ def truths(
     seed: int = 0,
 ) -> list[Truth]:
     """Every kind of claim in every stratum; ``texts`` and ``warm_texts`` are one explanation an activation."""
-    rows, documents, found = owners(acts, couplets), acts.document.tolist(), []
+    rows, documents, truths = owners(acts, couplets), acts.document.tolist(), []
     for stratum in dict.fromkeys(acts.strata):
         here = [row for row, kind in enumerate(acts.strata) if kind == stratum]
-        own = _claims(texts, rows, here, here)
-        others = [own, {} if warm_texts is None else _claims(warm_texts, rows, here, here), {}]
+        claimed = _claims(texts, rows, here, here)
+        readers = [claimed, {} if warm_texts is None else _claims(warm_texts, rows, here, here), {}]
         if len(here) > 1:
-            others[2] = _claims(texts, rows, here, [here[other] for other in derangement(len(here), seed).tolist()])
-        for kind, said in own.items():
-            true, warm, shuffled = (_rate(each.get(kind, []), documents, seed) for each in others)
+            readers[2] = _claims(texts, rows, here, [here[other] for other in derangement(len(here), seed).tolist()])
+        for kind, of_kind in claimed.items():
+            true, warm, shuffled = (_rate(by_kind.get(kind, []), documents, seed) for by_kind in readers)
             if true is not None:
-                found.append(Truth(stratum, kind, len(said), true, warm, shuffled))
-    return found
+                truths.append(Truth(stratum, kind, len(of_kind), true, warm, shuffled))
+    return truths
 
 
 def _rate(held: Sequence[tuple[int, bool]], documents: Sequence[int], seed: int) -> Rate | None:
@@ -68,16 +68,16 @@ def _rate(held: Sequence[tuple[int, bool]], documents: Sequence[int], seed: int)
 
 
 def _claims(
-    texts: Sequence[str], rows: Sequence[Row], said: Sequence[int], held: Sequence[int]
+    texts: Sequence[str], rows: Sequence[Row], speakers: Sequence[int], judged: Sequence[int]
 ) -> dict[str, list[tuple[int, bool]]]:
     """Claims by kind, each with the row that it is held against and whether it is true there.
 
     Args:
-        said: rows whose texts make the claims.
-        held: for each of them the row that they are held against.
+        speakers: rows whose texts make the claims.
+        judged: for each of them the row that they are held against.
     """
     kinds: dict[str, list[tuple[int, bool]]] = {PLAN: [], VISIBLE: [], LAST: []}
-    for speaker, row in zip(said, held, strict=True):
+    for speaker, row in zip(speakers, judged, strict=True):
         (couplet, span), text = rows[row], texts[speaker]
         if any(world.is_plan_claim(claim) for claim in claims(text)):
             kind = world.stratum(couplet, span)

@@ -18,7 +18,7 @@ from nla.eval.circuits.trace import TraceSettings, trace
 from nla.eval.circuits.trace_graphs import TraceResult, graph_of
 from nla.eval.couplet_items import rhyme_items
 from nla.eval.pair import against_graphs as scorer
-from nla.eval.pair.graph_concepts import DONOR, OTHER, OWN, SAME, UNUSED, Text, align, names, places_and_cells
+from nla.eval.pair.graph_concepts import DONOR, HERE, OTHER, SAME, UNUSED, Text, align, names, tokens_and_cells
 from nla.eval.target import Target
 from tests.helpers.graph_schema import FIXTURES
 from tests.helpers.planted import planted_target
@@ -41,36 +41,36 @@ def traced() -> list[Graph]:
     return [graph_of(f"g-{row}", result, row) for row in range(8)]
 
 
-def answers(places, cells, kinds) -> list[str]:
+def answers(read_tokens, cells, kinds) -> list[str]:
     """What a reader says that names the concepts of some kinds and nothing else, one sentence each."""
     return [
-        " ".join(f"It is about {cell.concept[0]}." for cell in cells if cell.place == number and cell.kind in kinds)
-        for number in range(len(places))
+        " ".join(f"It is about {cell.concept[0]}." for cell in cells if cell.token == number and cell.kind in kinds)
+        for number in range(len(read_tokens))
     ]
 
 
 def test_a_truthful_reader_scores_1_and_a_lying_one_0(traced: list[Graph]) -> None:
-    places, cells = places_and_cells(traced, [reads_all(graph) for graph in traced], layer=1)
-    assert {cell.kind for cell in cells} == {OWN, SAME, DONOR, OTHER, UNUSED}
-    true = scorer.score("truthful", places, cells, answers(places, cells, {OWN}))
-    false = scorer.score("lying", places, cells, answers(places, cells, {SAME, DONOR, OTHER, UNUSED}))
+    read_tokens, cells = tokens_and_cells(traced, [reads_all(graph) for graph in traced], layer=1)
+    assert {cell.kind for cell in cells} == {HERE, SAME, DONOR, OTHER, UNUSED}
+    true = scorer.score("truthful", read_tokens, cells, answers(read_tokens, cells, {HERE}))
+    false = scorer.score("lying", read_tokens, cells, answers(read_tokens, cells, {SAME, DONOR, OTHER, UNUSED}))
     assert true.recall.value == true.recall_latent.value == true.recall_visible.value == true.precision.value == 1.0
     assert true.auroc.value == 1.0 and max(rate.value for rate in true.named.values()) == 0.0
     assert false.recall.value == false.precision.value == false.auroc.value == 0.0
     assert min(rate.value for rate in false.named.values()) == 1.0
-    silent = scorer.score("silent", places, cells, [""] * len(places))
+    silent = scorer.score("silent", read_tokens, cells, [""] * len(read_tokens))
     assert silent.recall.value == 0.0 and silent.precision is None and silent.auroc.value == 0.5
 
 
 def test_a_reader_of_activations_loses_all_with_shuffled_and_mean_activations(traced: list[Graph]) -> None:
-    places, cells = places_and_cells(traced, [reads_all(graph) for graph in traced], layer=1)
-    right = answers(places, cells, {OWN})
+    read_tokens, cells = tokens_and_cells(traced, [reads_all(graph) for graph in traced], layer=1)
+    right = answers(read_tokens, cells, {HERE})
 
-    def reader(_places, vectors) -> list[str]:
+    def reader(_read_tokens, vectors) -> list[str]:
         return [right[int(value)] if value == value.round() else "" for value in vectors[:, 0]]
 
-    vectors = torch.arange(len(places))[:, None].double()
-    found = {one.reader: one for one in scorer.score_all(reader, places, cells, vectors, n_samples=2)}
+    vectors = torch.arange(len(read_tokens))[:, None].double()
+    found = {one.reader: one for one in scorer.score_all(reader, read_tokens, cells, vectors, n_samples=2)}
     assert found[scorer.ENCODER].recall.value == 1.0
     assert found[scorer.SHUFFLED].recall_latent.value < 0.3 and found[scorer.MEAN].recall.value < 0.3
     checks = scorer._checks(list(found.values()))
@@ -79,31 +79,31 @@ def test_a_reader_of_activations_loses_all_with_shuffled_and_mean_activations(tr
 
 def test_the_latent_is_asked_about_where_patching_shows_no_effect_and_its_rival_where_it_does(traced) -> None:
     graph = traced[0]
-    places, cells = places_and_cells([graph], [reads_all(graph)], layer=1)
+    read_tokens, cells = tokens_and_cells([graph], [reads_all(graph)], layer=1)
     pair = graph.content["metadata"]["minimal_pair"]
     where = {
-        kind: {(places[c.place].position, c.concept[0]) for c in cells if c.kind == kind}
-        for kind in (OWN, DONOR, UNUSED)
+        kind: {(read_tokens[c.token].position, c.concept[0]) for c in cells if c.kind == kind}
+        for kind in (HERE, DONOR, UNUSED)
     }
     newline = len(graph.tokens) - 1
-    assert (newline, pair["target"]) in where[OWN]
+    assert (newline, pair["target"]) in where[HERE]
     assert where[DONOR] == {(newline, pair["donor_target"])}
-    assert where[UNUSED] and all(place != newline and word == pair["target"] for place, word in where[UNUSED])
+    assert where[UNUSED] and all(position != newline and word == pair["target"] for position, word in where[UNUSED])
     assert {cell.visible for cell in cells if cell.concept == (pair["target"],)} == {False}
     # Before the planted block the newline does not hold the plan: the latent is not there to be named.
-    _, earlier = places_and_cells([graph], [reads_all(graph)], layer=0)
-    assert not any(cell.kind == OWN and cell.concept == (pair["target"],) for cell in earlier)
+    _, earlier = tokens_and_cells([graph], [reads_all(graph)], layer=0)
+    assert not any(cell.kind == HERE and cell.concept == (pair["target"],) for cell in earlier)
 
 
 def test_supernodes_count_from_their_layer_on_at_their_token() -> None:
     graph = Graph.parse(TWO_HOP)
 
     def asked(layer: int, position: int, kind: str) -> set[str]:
-        places, cells = places_and_cells([graph], [reads_all(graph)], layer)
-        return {c.concept[0] for c in cells if c.kind == kind and places[c.place].position == position}
+        read_tokens, cells = tokens_and_cells([graph], [reads_all(graph)], layer)
+        return {c.concept[0] for c in cells if c.kind == kind and read_tokens[c.token].position == position}
 
-    assert asked(10, 9, OWN) == {"dallas"} and asked(20, 9, OWN) == {"dallas", "texas"}
-    assert asked(20, 10, OWN) == {"texas", "capital", "austin"} and asked(17, 10, OWN) == {"texas"}
+    assert asked(10, 9, HERE) == {"dallas"} and asked(20, 9, HERE) == {"dallas", "texas"}
+    assert asked(20, 10, HERE) == {"texas", "capital", "austin"} and asked(17, 10, HERE) == {"texas"}
     # At a token, what is there at deeper layers only is not asked about; what is at other tokens must not be named.
     assert asked(10, 9, SAME) == {"capital", "austin"} and asked(17, 10, SAME) == {"dallas"}
 
@@ -118,10 +118,10 @@ def test_distractors_of_other_graphs_are_as_frequent_and_not_of_this_graph_or_te
         Graph.parse(TWO_HOP),
         *map(other, [*["often"] * 3, *["oft"] * 3, "rare", "seldom", "scarce"]),
     ]
-    places, cells = places_and_cells(group, [reads_all(graph) for graph in group], layer=20)
-    first = [cell for cell in cells if places[cell.place].graph == 0 and cell.kind == OTHER]
+    read_tokens, cells = tokens_and_cells(group, [reads_all(graph) for graph in group], layer=20)
+    first = [cell for cell in cells if read_tokens[cell.token].graph == 0 and cell.kind == OTHER]
     assert {cell.concept for cell in first} == {("rare",), ("seldom",), ("scarce",)}
-    of_often = [cell.concept for cell in cells if places[cell.place].graph == 1 and cell.kind == OTHER]
+    of_often = [cell.concept for cell in cells if read_tokens[cell.token].graph == 1 and cell.kind == OTHER]
     assert ("oft",) in of_often and len(of_often) == 3 and not {("often",), ("capital",), ("dallas",)} & {*of_often}
 
 
@@ -130,7 +130,7 @@ def test_a_word_that_the_text_holds_in_several_tokens_or_as_a_plural_is_visible(
     content["metadata"]["prompt_tokens"][8:10] = [" Dal", "las"]
     content["qParams"]["supernodes"] = [["Dallas", "14_2268_9"], ["facts", "6_4012_9"], ["Texas", "0_7_9"]]
     graph = Graph.parse(content)
-    _, cells = places_and_cells([graph], [reads_all(graph)], 20)
+    _, cells = tokens_and_cells([graph], [reads_all(graph)], 20)
     assert [(c.concept[0], c.visible) for c in cells] == [("dallas", True), ("facts", True), ("texas", False)]
 
 
@@ -141,23 +141,26 @@ def test_intervals_resample_documents_and_graphs_of_one_are_one(traced: list[Gra
         return Graph.parse(content)
 
     def scored(group: list[Graph]) -> scorer.GraphScore:
-        places, cells = places_and_cells(group, [reads_all(graph) for graph in group], layer=1)
-        texts = answers(places, cells, {OWN})
-        return scorer.score("half", places, cells, [text if i % 3 else "" for i, text in enumerate(texts)])
+        read_tokens, cells = tokens_and_cells(group, [reads_all(graph) for graph in group], layer=1)
+        texts = answers(read_tokens, cells, {HERE})
+        return scorer.score("half", read_tokens, cells, [text if i % 3 else "" for i, text in enumerate(texts)])
 
     apart, together = scored(traced), scored([same(graph) for graph in traced])
     assert apart.recall.n == 8 and apart.recall.low < apart.recall.value < apart.recall.high
     assert together.recall.n == 1 and together.recall.low != together.recall.low
     assert together.auroc.low != together.auroc.low
     twice = [Graph.parse(TWO_HOP)] * 2
-    places, _ = places_and_cells(twice, [reads_all(graph) for graph in twice], layer=20)
-    assert {place.graph for place in places} == {0, 1} and {place.document for place in places} == {0}
+    read_tokens, _ = tokens_and_cells(twice, [reads_all(graph) for graph in twice], layer=20)
+    assert {token.graph for token in read_tokens} == {0, 1} and {token.document for token in read_tokens} == {0}
 
 
 def test_documents_without_a_checkable_claim_do_not_narrow_the_precision(traced: list[Graph]) -> None:
-    places, cells = places_and_cells(traced, [reads_all(graph) for graph in traced], layer=1)
-    texts = [text if place.graph < 2 else "" for text, place in zip(answers(places, cells, {OWN}), places, strict=True)]
-    found = scorer.score("of two", places, cells, texts).precision
+    read_tokens, cells = tokens_and_cells(traced, [reads_all(graph) for graph in traced], layer=1)
+    texts = [
+        text if token.graph < 2 else ""
+        for text, token in zip(answers(read_tokens, cells, {HERE}), read_tokens, strict=True)
+    ]
+    found = scorer.score("of two", read_tokens, cells, texts).precision
     assert (found.value, found.n) == (1.0, 2) and found.low < 0.5
 
 
@@ -192,7 +195,7 @@ def test_a_pair_is_scored_on_files_and_other_models_graphs_are_refused(tmp_path)
         write_graph(small_graph(tokens, prompt), tmp_path / f"{number}.json")
     files, pair = sorted(tmp_path.glob("*.json")), make_pair()
     report = scorer.judge_against_graphs(files, pair, n_samples=2, out_dir=tmp_path / "out")
-    assert (report.n_graphs, report.n_places, report.n_concepts, report.measured) == (2, 2, 2, False)
+    assert (report.n_graphs, report.n_tokens, report.n_concepts, report.measured) == (2, 2, 2, False)
     assert json.loads((tmp_path / "out" / "graph.json").read_text())["scores"][0]["reader"] == scorer.ENCODER
     assert (tmp_path / "out" / "graph.png").exists() and "according to supernodes" in report.to_markdown()
     with pytest.raises(TokenizerMismatchError):
@@ -217,9 +220,9 @@ def test_graphs_without_a_concept_in_reach_and_wrong_numbers_of_texts_are_refuse
     write_graph(Graph.parse(content), tmp_path / "bare.json")
     with pytest.raises(ArgumentError, match="without a named concept"):
         scorer.judge_against_graphs(tmp_path / "bare.json", make_pair())
-    places, cells = places_and_cells(traced, [reads_all(graph) for graph in traced], layer=1)
+    read_tokens, cells = tokens_and_cells(traced, [reads_all(graph) for graph in traced], layer=1)
     with pytest.raises(ShapeError):
-        scorer.score("x", places, cells, [])
+        scorer.score("x", read_tokens, cells, [])
 
 
 def test_a_trace_of_any_model_is_scored_end_to_end(tmp_path) -> None:

@@ -103,7 +103,7 @@ def test_claims_are_held_against_their_own_token_and_against_another() -> None:
     rows = list(zip(couplets, acts.spans, strict=True))
     right = [world.truthful(couplet, span) for couplet, span in rows]
     wrong = [world.lying(couplet, span) for couplet, span in rows]
-    found = {one.claim: one for one in truth.truths(acts, couplets, right, wrong)}
+    found = {one.claim: one for one in truth.measure_truth(acts, couplets, right, wrong)}
     plan, visible = found[truth.PLAN], found[truth.VISIBLE]
     assert plan.n == 40 and plan.true.value == 1.0 and plan.warm_start is not None and plan.warm_start.value == 0.0
     assert plan.shuffled is not None and plan.shuffled.value < 0.2
