@@ -90,48 +90,48 @@ def verdict_of(
     return ELSEWHERE if effect_all_points >= MIN_EFFECT and effect_all_points > control_all_points else UNUSED
 
 
+@dataclass(frozen=True)
+class GatedPairs:
+    """Minimal pairs of any family whose latent is known: one entry for each pair."""
+
+    batch: patching.Batch
+    columns: Int[Tensor, " n"]
+    """The token that carries the latent."""
+    behaviour: Sequence[bool]
+    """Whether the target's own continuation is right."""
+    words: Sequence[str]
+    """The latent."""
+    related: Sequence[Sequence[str]]
+    """Words that an unrelated pair must not have."""
+    documents: Sequence[int]
+    """Number of the pair."""
+
+
 def gate_items(
     target: Target, items: Sequence[Item], n_controls: int = 20, seed: int = 0, progress: Progress = silent
 ) -> Gate:
     """The three rungs for every rhyme item, at its prompt's last token."""
     batch = encode_pairs(target, items)
     lines = write(target, [item.prompt for item in items])
-    return gate_pairs(
-        target,
-        batch,
+    pairs = GatedPairs(
+        batch=batch,
         columns=torch.tensor([len(ids) - 1 for ids in batch.base]),
         behaviour=[text == item.continuation for text, item in zip(lines, items, strict=True)],
         words=[item.target for item in items],
         related=[(item.target, *item.distractors) for item in items],
         documents=[item.document for item in items],
-        n_controls=n_controls,
-        seed=seed,
-        progress=progress,
     )
+    return gate_pairs(target, pairs, n_controls, seed, progress)
 
 
 def gate_pairs(
-    target: Target,
-    batch: patching.Batch,
-    columns: Int[Tensor, " n"],
-    behaviour: Sequence[bool],
-    words: Sequence[str],
-    related: Sequence[Sequence[str]],
-    documents: Sequence[int],
-    n_controls: int = 20,
-    seed: int = 0,
-    progress: Progress = silent,
+    target: Target, pairs: GatedPairs, n_controls: int = 20, seed: int = 0, progress: Progress = silent
 ) -> Gate:
-    """The three rungs for minimal pairs of any family, each patch with ``n_controls`` to compare with, at the same
-    points (half random, half of an unrelated pair).
+    """The three rungs for minimal pairs of any family.
 
-    Args:
-        columns: the token that carries the latent.
-        behaviour: whether the target's own continuation is right.
-        words: the latent of each pair.
-        related: words that an unrelated pair must not have.
-        documents: number of each pair.
+    Each patch has ``n_controls`` to compare with, at the same points: half random, half of an unrelated pair.
     """
+    batch, columns = pairs.batch, pairs.columns
     point = str(target.point)
     base, donor = (
         patching.read_sites(target, ids, target.points, columns[:, None])[:, :, 0] for ids in (batch.base, batch.donor)
@@ -148,7 +148,7 @@ def gate_pairs(
         generator, effects = torch.Generator().manual_seed(seed), []
         for number in range(n_controls):
             if number % 2:
-                vectors = base[unrelated(words, related, generator)][:, layers]
+                vectors = base[unrelated(pairs.words, pairs.related, generator)][:, layers]
             else:
                 vectors = random_difference(base[:, layers], donor[:, layers], generator)
             effects.append(effect_of(vectors, layers))
@@ -164,8 +164,9 @@ def gate_pairs(
     )
     items, usable = [], bounds.usable.tolist()
     for row, (effect_all, effect, bar, bar_all) in enumerate(torch.stack(rungs, dim=1).tolist()):
-        verdict = verdict_of(behaviour[row] and usable[row], effect_all, effect, bar, bar_all)
-        items.append(ItemGate(documents[row], behaviour[row], effect_all, effect, bar, bar_all, verdict))
+        behaviour = pairs.behaviour[row]
+        verdict = verdict_of(behaviour and usable[row], effect_all, effect, bar, bar_all)
+        items.append(ItemGate(pairs.documents[row], behaviour, effect_all, effect, bar, bar_all, verdict))
     return Gate(point, n_controls, items)
 
 

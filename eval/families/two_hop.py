@@ -223,7 +223,8 @@ def gate_of(target: Target, items: Sequence[Hop], seed: int, progress: Progress)
     towns = [str(item.question.bridge) for item in items]
     related = [(town, str(item.donor.bridge)) for town, item in zip(towns, items, strict=True)]
     numbers = range(len(items))
-    return causal.gate_pairs(target, batch, columns, right, towns, related, numbers, seed=seed, progress=progress)
+    pairs = causal.GatedPairs(batch, columns, right, towns, related, numbers)
+    return causal.gate_pairs(target, pairs, seed=seed, progress=progress)
 
 
 def _rate(
