@@ -76,7 +76,7 @@ def load_target(recipe: Recipe, revision: str | None) -> tuple[PreTrainedModel, 
 
     Raises:
         RecipeError: there is no such target.
-        The rest is as for :func:`nla.target.load_target`.
+        The rest is as for :func:`nla.models.load.load_target`.
     """
     try:
         return target.load_target(

@@ -104,7 +104,7 @@ def ask_about(number: int, prefix: str, max_chars: int, refused: Collection[str]
 def read_answer(answer: str, tag: str, refused: Collection[str] = ()) -> Description:
     """The claims of an answer as one text: single spaces between them, each with a full stop at its end.
 
-    Anything around the tags is left out, such as a preamble or thoughts. :func:`nla.encoder.claims` splits the text
+    Anything around the tags is left out, such as a preamble or thoughts. :func:`nla.text.claims.claims` splits the text
     into the same claims, two to four of them.
     """
     _, thought, rest = answer.rpartition("</think>")

@@ -165,7 +165,7 @@ def describe_texts(
     answer is missing is asked as a whole: an interrupted call ends with the answers of one that was not.
 
     Args:
-        refused: what no explanation may hold, see :func:`nla.train.description.pair_marks`.
+        refused: what no explanation may hold, see :func:`nla.train.describe.prompt.pair_marks`.
         n_all: of how many texts ``prefixes`` are one process's share. Only failures that are too many for all of them
             are then an error; the sum is for the caller to look at: :meth:`Summary.merged`, :meth:`Summary.check`.
         progress: called with the running totals after each text; they change afterwards.

@@ -278,7 +278,7 @@ def train_joint(
         held_out: what to evaluate on every ``settings.eval_every`` steps.
 
     Raises:
-        ArgumentError, ShapeError: bad inputs; also what :func:`nla.train.warmstart.check_pairs` raises.
+        ArgumentError, ShapeError: bad inputs; also what :func:`nla.train.fit.warmstart.check_pairs` raises.
         RecipeError: ``out_dir`` holds a run that started from something else.
         WeightsError: its checkpoint is damaged.
         InterruptedTraining, StorageError: stopped; the last checkpoint is intact and ``nla`` is as before the call.
