@@ -30,8 +30,7 @@ from nla.pair.encoder import Encoder, parse, strip_tags
 from nla.pair.explanations import Explanation, Explanations
 from nla.pair.head import Head
 from nla.pair.parts import Parts
-from nla.pair.planted import planted
-from nla.pair.roles import Role, Roles, SharedBase, check_role, require_shared
+from nla.pair.roles import Role, Roles, SharedBase, check_role, planted, require_shared
 from nla.pair.score import Score, score
 from nla.pair.separate import Devices
 from nla.storage.hashes import hash_weights
@@ -259,21 +258,21 @@ class NLA:
             yield self
 
     @property
-    def model(self) -> Any:
+    def model(self) -> PreTrainedModel:
         """What plays the role in force; outside of any role the shared base with its adapters, or else the target."""
         return self.roles.model
 
     @property
-    def base(self) -> Any:
+    def base(self) -> PreTrainedModel:
         """The causal LM of :attr:`model`, without the wrapper that PEFT puts around a shared base."""
         return unwrapped(self.model)
 
-    def base_of(self, name: Role) -> Any:
+    def base_of(self, name: Role) -> PreTrainedModel:
         """The causal LM that plays a role, in force or not; of a separate decoder its backbone."""
         return unwrapped(self.roles.model_of(name))
 
     @property
-    def decoder_view(self) -> Any:
+    def decoder_view(self) -> PreTrainedModel:
         """The decoder's backbone up to the point; of a shared base it shares parameters and adapters."""
         return self.roles.view
 
@@ -290,7 +289,7 @@ class NLA:
             adapter: a PEFT folder or a hub id; None: the target itself.
 
         Raises:
-            ConfigError, WeightsError, ArgumentError, TargetError, AccessError: see :func:`nla.pair.planted.planted`.
+            ConfigError, WeightsError, ArgumentError, TargetError, AccessError: see :func:`nla.pair.roles.planted`.
         """
         with planted(self.roles, adapter):
             yield self

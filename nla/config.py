@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from nla.errors import ConfigError, ShapeError, TokenizerMismatchError
 from nla.metrics import check_finite
@@ -274,7 +275,7 @@ class NLAConfig:
         check_finite(vectors)
         return vectors
 
-    def check(self, tokenizer: Any, model: Any) -> None:
+    def check(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
         """Refuse a tokenizer or target that the pair was not trained with.
 
         Args:
@@ -288,7 +289,7 @@ class NLAConfig:
         self.check_tokenizer(tokenizer)
         self.check_model(model.config)
 
-    def check_tokenizer(self, tokenizer: Any) -> None:
+    def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """The half of :meth:`check` that needs no model."""
         found = tokenizer_hash(tokenizer)
         if found == self.tokenizer_hash:
@@ -303,7 +304,7 @@ class NLAConfig:
             + " and do not add tokens or change its chat template",
         )
 
-    def check_model(self, model_config: Any) -> None:
+    def check_model(self, model_config: PretrainedConfig) -> None:
         """The half of :meth:`check` that needs a model's config alone."""
         text_config = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
         fix = f"load the target {self.target} that this pair was trained on"

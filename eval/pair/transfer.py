@@ -170,7 +170,7 @@ def judge_transfer(
 
     Raises:
         ArgumentError: fewer than two documents with a chosen position, or no texts for a target that is not embedded.
-        ConfigError, WeightsError, NonFiniteError: the adapter does not fit; see :func:`nla.pair.planted.planted`.
+        ConfigError, WeightsError, NonFiniteError: the adapter does not fit; see :func:`nla.pair.roles.planted`.
         BaselineError: the pair has no baseline for all positions.
     """
     folder, seed = adapter_folder(settings.target_adapter), settings.seed

@@ -85,7 +85,7 @@ class Reading:
 def read_transcript(
     nla: NLA, prepared: Prepared, settings: AuditSettings, key: str = "", progress: Progress = silent
 ) -> Reading:
-    """Read and explain one transcript. The target is what ``nla`` has at the moment (see :mod:`nla.pair.planted`).
+    """Read and explain one transcript. The target is what ``nla`` has at the moment (see :mod:`nla.pair.roles`).
 
     Explanations depend on the transcript and the settings only, not on what else is audited.
 

@@ -7,9 +7,10 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from transformers import PreTrainedModel
 
 from nla.baselines import load_baselines, save_baselines
 from nla.config import CONFIG_FILE, NLAConfig, WeightsConfig
@@ -39,6 +40,9 @@ from nla.storage.files import read_json, replacing_files, write_atomic, write_js
 from nla.storage.hashes import hash_weights, sha256
 from nla.storage.hub import download, place_of
 from nla.storage.tensors import load_tensors, save_tensors
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 def load(
@@ -95,7 +99,7 @@ def load(
     )
 
 
-def load_shared(model: Any, config: NLAConfig, folder: Path, head: Head) -> SharedBase:
+def load_shared(model: PreTrainedModel, config: NLAConfig, folder: Path, head: Head) -> SharedBase:
     """A target with the two adapters of the pair in ``folder``, in evaluation mode on the target's device.
 
     Raises:
@@ -212,7 +216,7 @@ def save(parts: Parts, folder: Path) -> None:
     with replacing_files(folder, last=CONFIG_FILE) as new:
         if not config.separate:
             for part, adapter in ((ENCODER_FOLDER, ENCODER_ADAPTER), (DECODER_FOLDER, DECODER_ADAPTER)):
-                save_adapter(new / part, parts.roles.model, adapter)
+                save_adapter(new / part, cast("PeftModel", parts.roles.model), adapter)
                 # PEFT notes where the base was loaded from: a path of this machine, of no use on another.
                 content = read_json(new / part / ADAPTER_CONFIG)
                 write_json(new / part / ADAPTER_CONFIG, {**content, "base_model_name_or_path": config.target})

@@ -8,12 +8,15 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar, cast, get_args
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from nla.config import NLAConfig
 from nla.errors import ArgumentError, SeparateModelsError
+from nla.models.adapter import TARGET_ADAPTER, attach, fill, fitted, located
 from nla.models.forward import device_of
 from nla.models.points import final_norm, layout, linear_names, truncated_view
 from nla.pair.head import Head
@@ -48,12 +51,12 @@ class Roles(Protocol):
         ...
 
     @property
-    def model(self) -> Any:
+    def model(self) -> PreTrainedModel:
         """What plays the role in force; outside of any role the shared base with its adapters, or else the target."""
         ...
 
     @property
-    def view(self) -> Any:
+    def view(self) -> PreTrainedModel:
         """The decoder's backbone: its ``last_hidden_state`` is what the head reads."""
         ...
 
@@ -75,11 +78,11 @@ class Roles(Protocol):
         """While active, ``model`` plays this role. Roles nest; another thread waits until this one's have ended."""
         ...
 
-    def alone(self) -> contextlib.AbstractContextManager[Any]:
+    def alone(self) -> contextlib.AbstractContextManager[object]:
         """While active, no other thread plays a role."""
         ...
 
-    def model_of(self, name: Role) -> Any:
+    def model_of(self, name: Role) -> PreTrainedModel:
         """What plays a role, in force or not."""
         ...
 
@@ -98,7 +101,8 @@ class SharedBase:
 
     def __init__(self, model: PeftModel, head: Head, config: NLAConfig) -> None:
         """Raises PointError, ArchitectureError: the model has no such point."""
-        self.model, self.head = model, head
+        self.model = cast(PreTrainedModel, model)  # PEFT's wrapper has what the model has
+        self.head = head
         self.view = truncated_view(model, config.point)
         if config.decoder.final_norm:
             setattr(self.view, layout(self.view.config.model_type).norm, final_norm(model))
@@ -107,7 +111,7 @@ class SharedBase:
         self._lock = threading.RLock()
 
     @classmethod
-    def create(cls, target: Any, config: NLAConfig, rank: int, alpha: float | None) -> SharedBase:
+    def create(cls, target: PreTrainedModel, config: NLAConfig, rank: int, alpha: float | None) -> SharedBase:
         """Untrained adapters on a target, and an identity head. See :meth:`nla.NLA.create`."""
         from peft import get_peft_model
 
@@ -121,7 +125,7 @@ class SharedBase:
         """The role in force."""
         return self._playing[-1] if self._playing else None
 
-    def model_of(self, name: Role) -> Any:
+    def model_of(self, name: Role) -> PreTrainedModel:
         """The base, whatever the role."""
         return self.model
 
@@ -148,7 +152,7 @@ class SharedBase:
                 for parameter, flag in requires_grad:
                     parameter.requires_grad_(flag)
 
-    def alone(self) -> contextlib.AbstractContextManager[Any]:
+    def alone(self) -> contextlib.AbstractContextManager[object]:
         """While active, no other thread plays a role."""
         return self._lock
 
@@ -197,7 +201,11 @@ class SeparateModels:
     target_adapter = None
 
     def __init__(
-        self, target: Callable[[], Any], encoder: Callable[[], Any], view: Callable[[], Any], head: Callable[[], Head]
+        self,
+        target: Callable[[], PreTrainedModel],
+        encoder: Callable[[], PreTrainedModel],
+        view: Callable[[], PreTrainedModel],
+        head: Callable[[], Head],
     ) -> None:
         """Each argument loads a part; ``view`` the decoder's backbone, already cut, ``head`` to the CPU."""
         self._models = {"target": Lazy(target), "encoder": Lazy(encoder), "decoder": Lazy(view)}
@@ -211,12 +219,12 @@ class SeparateModels:
         return self._playing[-1] if self._playing else None
 
     @property
-    def model(self) -> Any:
+    def model(self) -> PreTrainedModel:
         """The model of the role in force; outside of any role the target, so that what only reads still works."""
         return self.model_of(self.playing or "target")
 
     @property
-    def view(self) -> Any:
+    def view(self) -> PreTrainedModel:
         """The decoder's backbone."""
         return self.model_of("decoder")
 
@@ -234,7 +242,7 @@ class SeparateModels:
         """The roles whose models are in memory."""
         return [name for name, model in self._models.items() if model.loaded]
 
-    def model_of(self, name: Role) -> Any:
+    def model_of(self, name: Role) -> PreTrainedModel:
         """The model of a role, loaded if it is not yet."""
         fresh = not self._models[name].loaded
         model = self._models[name].value
@@ -251,7 +259,7 @@ class SeparateModels:
             finally:
                 self._playing[:] = outer
 
-    def alone(self) -> contextlib.AbstractContextManager[Any]:
+    def alone(self) -> contextlib.AbstractContextManager[object]:
         """While active, no other thread plays a role."""
         return self._lock
 
@@ -262,6 +270,62 @@ class SeparateModels:
             for name, model in self._models.items()
             if model.loaded
         }
+
+
+@contextlib.contextmanager
+def planted(roles: Roles, folder: str | Path | None) -> Iterator[None]:
+    """While active, the role "target" is the base with this adapter; encoder and decoder stay as they are.
+
+    Other threads wait for the pair meanwhile: they would read the target with the adapter on.
+
+    Args:
+        folder: a PEFT folder, or a hub id, with a plain LoRA adapter; None: the base itself.
+
+    Raises:
+        ConfigError: no such adapter, not plain LoRA, or modules that the target does not have.
+        WeightsError, NonFiniteError: weights that are missing, corrupt or of other shapes.
+        ArgumentError: an adapter is planted already.
+        TargetError, AccessError: the hub does not give it.
+    """
+    if folder is None:
+        yield
+        return
+    folder, target = located(folder), roles.model_of("target")
+    if any(f".{TARGET_ADAPTER}." in name for name, _ in target.named_parameters()):
+        raise ArgumentError("a second adapter on the target", "one at a time", "leave the other context first")
+    flags = [(parameter, parameter.requires_grad) for parameter in target.parameters()]
+    try:
+        with roles.alone(), _shared(cast(SharedBase, roles), folder) if roles.shared else _alone(target, folder):
+            yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+@contextlib.contextmanager
+def _shared(roles: SharedBase, folder: Path) -> Iterator[None]:
+    """The adapter beside the pair's own on the shared base, which the role "target" switches on."""
+    model: Any = roles.model
+    config, state = fitted(folder, model)
+    try:
+        model.add_adapter(TARGET_ADAPTER, config)
+        fill(folder, model, state)
+        roles.target_adapter = TARGET_ADAPTER
+        yield
+    finally:
+        roles.target_adapter = None
+        if TARGET_ADAPTER in model.peft_config:
+            model.delete_adapter(TARGET_ADAPTER)
+
+
+@contextlib.contextmanager
+def _alone(target: Any, folder: Path) -> Iterator[None]:
+    """The adapter on a target that is a model of its own."""
+    tuned = attach(target, folder)
+    try:
+        yield
+    finally:
+        tuned.unload()
 
 
 def check_role(name: str) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from nla.config import CONFIG_FILE, NLAConfig, WeightsConfig, resolve
 from nla.errors import ArgumentError, ConfigError, TokenizerMismatchError, WeightsError
@@ -176,7 +177,7 @@ def check_weights(source: str, expected: str | None, what: str) -> None:
         )
 
 
-def check_width(model_config: Any, config: NLAConfig, source: str) -> None:
+def check_width(model_config: PretrainedConfig, config: NLAConfig, source: str) -> None:
     """Refuse a model of another width than the pair's.
 
     Raises:
@@ -191,7 +192,7 @@ def check_width(model_config: Any, config: NLAConfig, source: str) -> None:
         )
 
 
-def check_same_ids(first: Any, second: Any, where: str, other: str) -> None:
+def check_same_ids(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase, where: str, other: str) -> None:
     """Refuse two tokenizers that do not give the same ids, special tokens included.
 
     Raises:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from nla.config import tokenizer_hash
 from nla.errors import ArgumentError, ShapeError, StoreError, TokenizerMismatchError
@@ -249,7 +250,7 @@ class Store:
                     "restore the file from where the store came; or delete it and run the command that made it again",
                 )
 
-    def check_tokenizer(self, tokenizer: Any) -> None:
+    def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Refuse another tokenizer than the one that the corpus was read with.
 
         Raises:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from nla.storage.hashes import digest
 
 
-def tokenizer_hash(tokenizer: Any) -> str:
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     """A fingerprint of all that decides a tokenizer's ids: "vocabulary:… special-tokens:… chat-template:… pipeline:…".
 
     Four hashes, so that a mismatch can say which part differs. Padding and truncation are left out: calls change them.
