@@ -30,7 +30,7 @@ def silent(stage: str, fraction: float) -> None:
 class Entry:
     """One position of a transcript, and what was read there."""
 
-    index: int
+    index: int  # pyright: ignore[reportIncompatibleMethodOverride] (the tuple's method is not used)
     """Token in the rendered transcript."""
     kind: str
     token: str

@@ -35,7 +35,7 @@ class Span(NamedTuple):
     text: str
     start: int
     end: int
-    index: int
+    index: int  # pyright: ignore[reportIncompatibleMethodOverride] (the tuple's method is not used)
     added: bool = False
 
 

@@ -22,7 +22,7 @@ CHOICES = ("structure", "all", "random")
 class Position(NamedTuple):
     """A token to read, and its kind: what it is compared with in controls."""
 
-    index: int
+    index: int  # pyright: ignore[reportIncompatibleMethodOverride] (the tuple's method is not used)
     kind: str
 
 

@@ -106,7 +106,9 @@ class PlantTrainer(AtomicCheckpoints, Trainer):
         self.point = point
         super().__init__(model, **kwargs)
 
-    def compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any):
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ):
         ids, learned, site = inputs["input_ids"], inputs["learned"], inputs["site"]
         logits, captured = recorded(model, ids, site)
         loss = next_token_loss(logits, ids, learned)

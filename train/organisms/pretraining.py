@@ -64,7 +64,9 @@ class PretrainingTrainer(AtomicCheckpoints, Trainer):
         super().__init__(model, **kwargs)
         self.loss, self.trained = loss, dict(model.named_parameters())
 
-    def compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any):
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ):
         loss = self.loss(model, inputs, self.state.global_step)
         return (loss, {}) if return_outputs else loss
 
