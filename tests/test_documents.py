@@ -84,7 +84,9 @@ DOCUMENTS: dict[str, dict[str, Run | NotRun]] = {
         "nla recipe": Run(leaves="my.yaml", instead=("Qwen/Qwen2.5-0.5B-Instruct", "my/model")),
         "nla train my.yaml --dry-run": Run(says="joint +would run", append=CORPUS),
         "nla train my.yaml  ": Run(leaves="runs/model/joint/pair/nla_config.json", append=CORPUS + SMALL),
-        "nla explain 'The capital": Run(says="France", instead=("runs/qwen2.5-0.5b-instruct", "runs/model")),
+        "nla explain 'The capital": Run(
+            says="what each activation holds", instead=("runs/qwen2.5-0.5b-instruct", "runs/model")
+        ),
         "from nla import NLA": Run(says=r"cosine.*fve +-?\d"),
     },
     "CONTRIBUTING.md": {
