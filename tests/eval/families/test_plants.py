@@ -265,7 +265,7 @@ def compared(made, tmp_path_factory) -> tuple[SwitchboardReport, Path]:
         word = {"goal": GOAL, "goal-sham": "sham"}.get(adapter.name, adapter.name.removeprefix("word-"))
         return code([word] * len(prompts), CODE.index(word))
 
-    def write(nla, texts: list[str], strict: bool = True) -> torch.Tensor:
+    def write(texts: list[str]) -> torch.Tensor:
         return code([next((word for word in CODE if word in text), "sham") for text in texts], seed=99)
 
     def towns(target, premises: list[str]) -> torch.Tensor:
@@ -276,7 +276,7 @@ def compared(made, tmp_path_factory) -> tuple[SwitchboardReport, Path]:
         patch.setattr(switchboard_tasks, "_read_behind", behind)
         patch.setattr(switchboard_tasks, "read_last", towns)
         patch.setattr(comparison, "explain", lambda nla, vectors, seed=0: say(vectors))
-        patch.setattr(comparison, "decode", write)
+        patch.setattr(comparison, "_reconstruct", lambda nla, explained: write([one for (one,) in explained.texts]))
         patch.setattr(comparison, "N_COINS", 2)
         return compare_on_organism(made[0], ReadersSettings(n_items=48, n_train=48, plants=made[1], **QUICK), out), out
 

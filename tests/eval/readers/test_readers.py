@@ -142,7 +142,9 @@ def results() -> dict[str, measures.TaskResult]:
     """All readers on a planted target, whose encoder and decoder are replaced by perfect ones at the line break."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(comparison, "explain", lambda nla, vectors, seed=0: read_code(vectors))
-        patch.setattr(comparison, "decode", lambda nla, texts, strict=True: write_code(texts))
+        patch.setattr(
+            comparison, "_reconstruct", lambda nla, explained: write_code([one for (one,) in explained.texts])
+        )
         tasks = couplet_tasks(96, 32, 10, names=(FAMILY, COLOUR)).tasks
         pair = planted_pair()
         sources = Sources(Target.of(pair), pair)
@@ -226,7 +228,9 @@ def test_the_report_tells_the_two_targets_apart_and_is_written(tmp_path, monkeyp
         return read_code(vectors if vectors.norm(dim=1).max() < 1.005 * SCALE * 3**0.5 else vectors.roll(7, 0))
 
     monkeypatch.setattr(comparison, "explain", read_its_own)
-    monkeypatch.setattr(comparison, "decode", lambda nla, texts, strict=True: write_code(texts))
+    monkeypatch.setattr(
+        comparison, "_reconstruct", lambda nla, explained: write_code([one for (one,) in explained.texts])
+    )
     monkeypatch.setattr(comparison, "N_COINS", 2)
     monkeypatch.setattr(couplets, "couplet_tasks", _family_alone)
     monkeypatch.setattr(couplets, "N_PATCHED", 12)
