@@ -46,9 +46,9 @@ def audit(
     against rubrics: what the target thought and said, and what it thought and did not say, beside control transcripts.
 
     examples:
-      nla audit chats.jsonl --pair PAIR --controls plain.jsonl --out runs/audit
-      nla audit logs/run.eval --pair PAIR --rubric evaluation-awareness --rubric my_rubric.yaml
-      nla audit chats.jsonl --pair PAIR --target-adapter adapter/ --control-target base --out runs/audit
+      nla audit chats.jsonl --pair switchboard --controls ordinary.jsonl --out runs/audit
+      nla audit chats.jsonl --pair switchboard --rubric evaluation-awareness --rubric my_rubric.yaml
+      nla audit chats.jsonl --pair switchboard --target-adapter switchboard/goal --control-target base --out runs/goal
     """
     quiet()
     from nla.audit.from_files import audit_files

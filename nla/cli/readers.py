@@ -40,7 +40,7 @@ def trace(
     examples:
       nla trace couplets --out runs/trace
       nla trace couplets/plain --check
-      nla trace MODEL --pairs pairs.jsonl --out runs/trace
+      nla trace couplets/planner --pairs pairs.jsonl --out runs/mine
     """
     quiet()
     from nla.eval.circuits.trace import TraceSettings

@@ -81,7 +81,7 @@ class Point(NamedTuple):
         Raises:
             PointError: another form or kind.
         """
-        match = re.fullmatch(r"([a-z_]+)\.(\d+)", str(text))
+        match = re.fullmatch(r"([a-z_]+)\.(\d{1,9})", str(text))
         if match is None or match[1] not in KINDS:
             raise PointError(
                 f"the point {str(text)!r}",

@@ -152,7 +152,7 @@ def parse_yaml(text: str, source: str) -> Any:
             return None
         _check_nodes(node, {})
         return loader.construct_document(node)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, KeyError, AttributeError, RecursionError) as error:  # of tags such as !!bool x
         mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
         where = source if mark is None else f"{source}, line {mark.line + 1}"
         problem = getattr(error, "problem", None) or ("nested too deep" if isinstance(error, RecursionError) else error)

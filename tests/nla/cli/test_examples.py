@@ -1,0 +1,231 @@
+"""Every example that the help shows is executed, through the installed `nla`, with its stated outcome.
+
+The examples of a command run in order, in a folder that holds the files they name: texts, tables and chats made here,
+and links to the embedded pairs under the names that the examples give to a user's own. ``append`` makes an example
+smaller, ``instead`` replaces the name of a model on the hub. What does not run is in the table, with the reason.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from nla.organisms import couplets, switchboard
+from tests.helpers.command_line import commands, examples, helps
+from tests.helpers.shell import Shell
+from tests.helpers.tiny import load_benchmark
+from tests.test_documents import NotRun, Run, run_shell
+
+ROOT = Path(__file__).parents[3]
+HUB = "needs the hub"
+SMALL = (
+    "--set extract.n_documents=40 --set extract.n_eval_documents=8 --set extract.n_other_positions=2 "
+    "--set pair.rank=2 --set pair.max_new_tokens=24 --set warmstart.encoder_steps=2 --set warmstart.decoder_steps=2 "
+    "--set warmstart.batch_size=4"
+)
+TINY_CORPUS = "--set max_tokens=60 --set n_positions=2 --set first_position=5 --set n_documents=20"
+ON_TARGET = ("resid_post.12", "resid_post.2")
+CORPUS = (
+    "--set corpus.source=corpus.jsonl --set corpus.config=null --set corpus.streaming=false "
+    "--set describer.describer=quote"
+)
+
+EXAMPLES: dict[str, Run | NotRun] = {
+    "nla demo": NotRun("a minute and more: tests/nla/organisms/test_shipped.py runs it through the installed nla"),
+    "nla explain 'In spring": Run(says="trust.*spring.*The last word is"),
+    "printf 'In spring Anna left a red ribbon near the rat,\\n' | nla explain -": Run(says="The next line ends with"),
+    "nla explain --file poem.txt --positions": Run(says="The next line ends with"),
+    "nla explain --file chat.txt": Run(says="trust"),
+    "nla explain --file poem.txt --pair pairs/27b": NotRun("needs three GPUs and a pair of 27 billion parameters"),
+    "nla explain --file poem.txt --json": Run(
+        says=r'\["In", ', instead=("jq .*", "python jq.py")
+    ),  # jq is no part of Python: a script that prints the same
+    "printf 'In spring Anna left a red ribbon near the rat,\\n' | nla steer -": Run(says="steered.*bat"),
+    "nla steer --file line1.txt": Run(says='"strength": 1.5'),
+    "nla info": Run(says="parameters.encoder"),
+    "nla info runs/couplets": Run(says='"d_model": '),
+    "nla eval fidelity": Run(says="(?i)newline", append="--items 6"),
+    "nla eval fidelity someone": Run(says="(?i)fve", leaves="runs/report/fidelity.json", append="--activations 60"),
+    "nla eval fidelity runs/mine": Run(says="(?i)fve", append="--activations 60"),
+    "nla eval fidelity runs/couplets": Run(says="(?i)warm", append="--items 6", code=1),
+    "nla eval rhymes --items 60": Run(says="(?i)causal", append="--items 6"),
+    "nla eval rhymes couplets/plain": Run(says="(?i)unused", append="--items 6"),
+    "nla eval rhymes runs/couplets": Run(
+        says="(?i)warm start", leaves="runs/report/rhymes.png", append="--items 6", code=1
+    ),
+    "nla eval gates couplets/planner": Run(says="planned and used", append="--items 60"),
+    "nla eval gates couplets/plain": Run(
+        says="decodable, unused", leaves="runs/report/gates.json", append="--items 60"
+    ),
+    "nla eval two-hop --items 60": Run(says="(?i)causal", append="--items 4"),
+    "nla eval two-hop runs/switchboard": Run(says="(?i)warm start", append="--items 4", code=1),
+    "nla eval auditing": NotRun("six minutes; tests/nla/audit/test_switchboard_audits.py audits such chats"),
+    "nla eval plants --out": Run(says="word-hat", leaves="runs/report/plants.json", append="--items 4", code=1),
+    "nla eval plants my/pair": Run(says="word-hat", append="--items 4"),
+    "nla eval transfer switchboard": Run(says="(?i)fve", append="--activations 60"),
+    "nla eval transfer my/pair": Run(leaves="runs/transfer/transfer.json", append="--activations 60", code=1),
+    "nla eval readers": NotRun("minutes even where it is small; tests/test_documents.py runs it on Switchboard"),
+    "nla eval graph": Run(says="(?i)auroc", append="--samples 1"),
+    "nla audit chats.jsonl --pair switchboard --controls": Run(
+        says="24 transcripts", leaves="runs/audit/audit.html", append="--samples 1 --budget 2"
+    ),
+    "nla audit chats.jsonl --pair switchboard --rubric": Run(says="no controls", append="--samples 1 --budget 2"),
+    "nla audit chats.jsonl --pair switchboard --target-adapter": Run(
+        says="24 control transcripts", leaves="runs/goal/audit.json", append="--samples 1 --budget 2"
+    ),
+    "nla trace couplets --out": Run(says="causal", leaves="runs/trace/report/trace.json", append="--items 8"),
+    "nla trace couplets/plain": Run(append="--items 8"),
+    "nla trace couplets/planner --pairs": Run(says="resid_post", leaves="runs/mine/report/trace.json"),
+    "nla probe poems.csv": Run(says="AUROC"),
+    "nla probe poems.jsonl": Run(says="AUROC", leaves="runs/probe/probe.json"),
+    "nla train qwen2.5-7b --dry-run": NotRun(HUB + "; the plan of a recipe that `nla recipe` wrote is made here"),
+    "nla train couplets": NotRun("an hour; tests/test_documents.py runs the same stages in small"),
+    "accelerate launch": NotRun("needs four GPUs and the hub"),
+    "nla train couplets --until warmstart": Run(leaves="runs/try/warmstart/pair/nla_config.json", append=SMALL),
+    "nla train my_recipe.yaml": Run(leaves="runs/mine/extract/manifest.json", append="--until extract"),
+    "nla recipe": Run(leaves="my.yaml", instead=("Qwen/Qwen2.5-0.5B-Instruct", "my/model")),
+    "nla train my.yaml --dry-run": Run(says="joint +would run", append=CORPUS),
+    "nla extract Qwen": NotRun(HUB),
+    "nla extract my/model 'texts": Run(leaves="runs/acts/manifest.json", instead=ON_TARGET, append=TINY_CORPUS),
+    "nla extract my/model chats.jsonl": Run(
+        leaves="runs/chats/manifest.json",
+        instead=("resid_post.12(.*)runs/acts", r"resid_post.2\1runs/chats"),
+        append="--set max_tokens=500",
+    ),
+    "nla import kitft": Run(leaves="pairs/qwen7b/nla_config.json"),
+    "nla import easynla": Run(leaves="pairs/qwen8b/nla_config.json", append="--target ckpts/target --dtype float32"),
+    "nla import parquet": Run(
+        leaves="runs/back/manifest.json",
+        instead=("Qwen/Qwen2.5-7B-Instruct --out runs/acts", f"{couplets.PLANNER} --out runs/back"),
+    ),
+    "nla export kitft runs": Run(says="bias", leaves="exported/ar/config.json", append="--drop-bias"),
+    "nla export kitft my/pair": Run(says="without the bias", instead=("my/pair", "couplets")),
+    "nla export parquet": Run(leaves="data/acts.parquet"),
+    "nla push": NotRun("needs the hub: test_entry_point.py pushes to one of its own"),
+}
+"""Every example by its first words."""
+
+STORE = (
+    f"nla extract {couplets.PLANNER} lines.txt --point resid_post.3 --out runs/acts "
+    "--set kind=lines --set positions=last --set max_tokens=60"
+)
+PREPARE = {
+    "eval fidelity": f"{STORE} --set eval_fraction=0.3; mkdir -p runs/mine; mv runs/acts runs/mine/extract",
+    "export kitft": STORE,
+    "export parquet": STORE,
+    "import kitft": f"{STORE}; nla export kitft couplets --drop-bias --out kitft; "
+    "mv kitft/av kitft/nla-qwen2.5-7b-L20-av; mv kitft/ar kitft/nla-qwen2.5-7b-L20-ar",
+    "import parquet": f"{STORE}; mkdir data; nla export parquet runs/acts --out data/rl_shuf.parquet",
+}
+"""What runs before the examples of a command: what they say was made elsewhere."""
+
+
+def entry(example: str) -> Run | NotRun:
+    """What the table says of an example."""
+    matching = [key for key in EXAMPLES if example.startswith(key)]
+    assert matching, f"add this to the table of {Path(__file__).name}: {example}"
+    return EXAMPLES[max(matching, key=len)]
+
+
+def shown() -> dict[str, list[str]]:
+    """The examples of each command and group, in order."""
+    return {name: found for name, text in helps().items() if (found := examples(text))}
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Path:
+    """A folder with what the examples name."""
+    line = "In spring Anna left a red ribbon near the rat,\n"
+    for name in ("poem.txt", "line1.txt", "lines.txt", "held_out.txt"):
+        (tmp_path / name).write_text(line)
+    names = [
+        f"In {season} Anna left a {colour} {word} near the rat,"
+        for season in ("spring", "winter")
+        for colour in ("red", "blue")
+        for word in ("ribbon", "candle", "letter", "basket")
+    ]
+    (tmp_path / "lines.txt").write_text("\n".join(names) + "\n")
+    (tmp_path / "held_out.txt").write_text("\n".join(names) + "\n")
+    rows = [{"line": name, "season": name.split()[1]} for name in names]
+    (tmp_path / "poems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "poems.csv").write_text("line,season\n" + "".join(f'"{row["line"]}",{row["season"]}\n' for row in rows))
+    for name, source in (("chats", "goal"), ("ordinary", "goal-sham")):
+        (tmp_path / f"{name}.jsonl").write_text((ROOT / f"docs/examples/{source}.jsonl").read_text())
+    chat = json.loads((tmp_path / "chats.jsonl").read_text().splitlines()[0])
+    (tmp_path / "chat.txt").write_text(chat["messages"][1]["content"])
+    rubric = (ROOT / "nla/audit/rubrics/evaluation-awareness.yaml").read_text()
+    (tmp_path / "my_rubric.yaml").write_text(rubric.replace("name: evaluation-awareness", "name: mine"))
+    found = re.search(r"^cat > pairs.jsonl <<'EOF'\n(.*?)^EOF", (ROOT / "docs/graphs.md").read_text(), re.M | re.S)
+    assert found is not None
+    (tmp_path / "pairs.jsonl").write_text(found[1])
+    (tmp_path / "jq.py").write_text(
+        "import json, sys\n"
+        "for one in json.load(sys.stdin)['explanations']:\n"
+        "    print(json.dumps([one['token'], one['texts'][0], one['trust']]))\n"
+    )
+    for name, organism in (("couplets", couplets.PAIR.parent), ("switchboard", switchboard.PAIR.parent)):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        for stage in ("joint", "warmstart", "control"):
+            (tmp_path / "runs" / name / stage).symlink_to(organism)
+    (tmp_path / "runs/qwen2.5-7b").mkdir()
+    (tmp_path / "runs/qwen2.5-7b/joint").symlink_to(couplets.PAIR.parent)
+    (tmp_path / "someone").mkdir()
+    (tmp_path / "someone/nla-qwen2.5-7b").symlink_to(couplets.PAIR)
+    (tmp_path / "my").mkdir()
+    links = {"pair": switchboard.PAIR, "plants": switchboard.ADAPTERS_FOLDER, "target": switchboard.TARGET}
+    for name, folder in {**links, "adapter": switchboard.ADAPTERS_FOLDER / "goal"}.items():
+        (tmp_path / "my" / name).symlink_to(folder)
+    return tmp_path
+
+
+def prepare(name: str, shell: Shell, folder: Path) -> None:
+    """Make what the examples of this command need besides."""
+    if name in ("train", "recipe", "extract"):
+        recipe = load_benchmark("recipe")
+        texts = recipe.make_corpus(folder / "corpus.jsonl", 60)
+        recipe.make_target(folder / "my/model", texts)
+        (folder / "texts").mkdir()
+        import pandas
+        import yaml
+
+        pandas.DataFrame({"text": texts}).to_parquet(folder / "texts/0.parquet")
+        content = {**recipe.recipe(Path(), "runs/mine"), "target": "my/model"}
+        (folder / "my_recipe.yaml").write_text(yaml.safe_dump(content))
+    if name == "import easynla":
+        load_benchmark("parity_pairs").lora_pair(folder / "ckpts", "llama")
+        (folder / "ckpts/ar").symlink_to(folder / "ckpts/av/critic")
+    if name == "eval fidelity":
+        for stage in ("joint", "warmstart"):
+            (folder / "runs/mine").mkdir(exist_ok=True)
+            (folder / "runs/mine" / stage).symlink_to(couplets.PAIR.parent)
+    if PREPARE.get(name):
+        done = shell.run(PREPARE[name], folder)
+        assert done.code == 0, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", [name for name, found in shown().items() if any(isinstance(entry(e), Run) for e in found)]
+)
+def test_the_examples_of_a_command_run(name: str, shell: Shell, workspace: Path) -> None:
+    prepare(name, shell, workspace)
+    for example in shown()[name]:
+        run = entry(example)
+        if isinstance(run, Run):
+            run_shell(shell, workspace, example, run)
+
+
+def test_every_example_is_in_the_table_and_every_entry_is_an_example() -> None:
+    everything = [example for found in shown().values() for example in found]
+    for example in everything:
+        entry(example)
+    gone = [key for key in EXAMPLES if not any(example.startswith(key) for example in everything)]
+    assert not gone, f"the help no longer shows {gone}"
+
+
+def test_every_command_runs_in_an_example_or_has_a_reason() -> None:
+    without = {name for name in commands() if not any(isinstance(entry(e), Run) for e in shown()[name])}
+    assert without == {"demo", "push", "eval auditing", "eval readers"}
