@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import typer
 
 from nla.cli.console import FAILED, OK, emit, progress_bar, quiet, show_lines
-from nla.cli.options import Card, Check, Device, Json, Out, add, count, given, group, places, text
+from nla.cli.options import Card, Check, Device, Json, Out, add, count, given, group, one_place, places, text
 from nla.errors import ArgumentError
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Name, folder or hub id.")]
@@ -175,7 +175,7 @@ def gates(
     quiet()
     from nla.eval.families.gates import GateSettings, evaluate_gates
 
-    settings = GateSettings(**given(n_documents=items, variant=bounds, device=places(device)))
+    settings = GateSettings(**given(n_documents=items, variant=bounds, device=one_place(device)))
     return Answer(context, out, card, check, json).judge("gates", evaluate_gates, model, settings=settings)
 
 

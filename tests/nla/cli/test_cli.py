@@ -36,21 +36,21 @@ from tests.helpers.tiny import make_model, make_pair, make_tokenizer
 HEAVY = ["torch", "transformers", "peft", "trl", "rich", "matplotlib", "scipy"]
 COMMANDS = commands()
 RUNS = {
-    "eval auditing": "nla.eval.families.auditing",
+    "eval auditing": "nla.eval.families.auditing:evaluate_auditing",
     "eval fidelity": "nla.eval.pair.fidelity:judge_fidelity",
-    "eval gates": "nla.eval.families.gates",
-    "eval graph": "nla.eval.pair.against_graphs",
-    "eval plants": "nla.eval.families.plants",
+    "eval gates": "nla.eval.families.gates:evaluate_gates",
+    "eval graph": "nla.eval.pair.against_graphs:judge_against_graphs",
+    "eval plants": "nla.eval.families.plants:evaluate_plants",
     "eval readers": "nla.eval.readers.organisms:compare_on_organism",
-    "eval rhymes": "nla.eval.families.rhymes",
+    "eval rhymes": "nla.eval.families.rhymes:evaluate_rhymes",
     "eval transfer": "nla.eval.pair.transfer:judge_transfer",
-    "eval two-hop": "nla.eval.families.two_hop",
+    "eval two-hop": "nla.eval.families.two_hop:evaluate_two_hop",
     "trace": "nla.eval.circuits.trace:trace",
     "probe": "nla.eval.readers.labelled_texts:compare_on_labelled_texts",
     "audit": "nla.audit.from_files:audit_files",
 }
 """Where the function that does a command's work is; its name, if it is not ``run``."""
-NOT_OF_RUN = {"--help", "--json", "--card", "--check", "--device"}
+NOT_OF_RUN = {"--help", "--json", "--card", "--check"}
 """Options whose values are not texts that ``run`` takes as they are."""
 WORDS = {"--variant": "plain", "--positions": "/cat/"}
 """Texts that are checked before they arrive."""

@@ -167,6 +167,10 @@ EXPLAIN = ["explain", "the cat", "--pair", "FOLDER/pair", "--samples", "1"]
 STEER = ["steer", "the cat", "--pair", "FOLDER/pair"]
 PROBE = ["probe", "FOLDER/poems.csv", "--text", "line", "--label", "season", "--pair", "FOLDER/pair"]
 AUDIT = ["audit", "FOLDER/chats.jsonl", "--pair", "FOLDER/pair"]
+DEVICE_COMMANDS = [EXPLAIN, ["info", "FOLDER/pair"], EXTRACT, PROBE, AUDIT, ["trace", "FOLDER/target"]]
+DEVICE_COMMANDS += [
+    ["eval", name] for name in ("fidelity", "rhymes", "gates", "two-hop", "plants", "auditing", "readers")
+]
 CASES = [
     *[(EXTRACT, ["--set", value]) for value in YAMLS],
     *[(["train", "couplets", "--dry-run"], ["--set", value]) for value in YAMLS],
@@ -185,7 +189,7 @@ CASES = [
     *[(AUDIT, ["--max-mb", value]) for value in FLOATS if value != "inf"],
     *[
         (command, [part for value in values for part in ("--device", value)])
-        for command in (EXPLAIN, ["info", "FOLDER/pair"], EXTRACT, PROBE, AUDIT, ["trace", "FOLDER/target"])
+        for command in DEVICE_COMMANDS
         for values in DEVICES
     ],
     *[
@@ -242,3 +246,24 @@ def test_a_malformed_value_is_refused_in_a_sentence(
     assert re.match(r"nla[\w -]*: ", said) and "Next: " in said
     assert "Traceback" not in captured.err and "\x1b" not in captured.err
     assert not captured.out
+
+
+OTHERS = [
+    ("rhymes", "switchboard", "couplets"),
+    ("rhymes", "FOLDER/pair", "couplets"),
+    ("gates", "switchboard", "couplets"),
+    ("gates", "FOLDER/small", "couplets"),
+    ("two-hop", "couplets", "switchboard"),
+    ("plants", "couplets", "switchboard"),
+    ("auditing", "couplets", "switchboard"),
+]
+"""Evaluations of a family, and a pair or target of another; of which world the family is."""
+
+
+@pytest.mark.parametrize(("family", "model", "world"), OTHERS)
+def test_a_family_says_whose_it_is(
+    family: str, model: str, world: str, folder: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert main.main(["eval", family, model.replace("FOLDER", str(folder)), "--items", "20"]) == USAGE
+    captured = capsys.readouterr()
+    assert world in captured.err.lower() and "Next: " in captured.err and not captured.out
