@@ -110,10 +110,10 @@ EXAMPLES: dict[str, Run | NotRun] = {
 
 STORE = (
     f"nla extract {couplets.PLANNER} lines.txt --point resid_post.3 --out runs/acts "
-    "--set kind=lines --set positions=last --set max_tokens=60"
+    "--set kind=lines --set positions=last --set max_tokens=60 --set eval_fraction=0.3"
 )
 PREPARE = {
-    "eval fidelity": f"{STORE} --set eval_fraction=0.3; mkdir -p runs/mine; mv runs/acts runs/mine/extract",
+    "eval fidelity": f"{STORE}; mkdir -p runs/mine; mv runs/acts runs/mine/extract",
     "export kitft": STORE,
     "export parquet": STORE,
     "import kitft": f"{STORE}; nla export kitft couplets --drop-bias --out kitft; "
