@@ -101,7 +101,7 @@ EXAMPLES: dict[str, Run | NotRun] = {
         leaves="runs/back/manifest.json",
         instead=("Qwen/Qwen2.5-7B-Instruct --out runs/acts", f"{couplets.PLANNER} --out runs/back"),
     ),
-    "nla export kitft runs": Run(says="bias", leaves="exported/ar/config.json", append="--drop-bias"),
+    "nla export kitft runs": Run(says="bias", leaves="exported/ar/config.json", append="--drop-bias --store runs/acts"),
     "nla export kitft my/pair": Run(says="without the bias", instead=("my/pair", "couplets")),
     "nla export parquet": Run(leaves="data/acts.parquet"),
     "nla push": NotRun("needs the hub: test_entry_point.py pushes to one of its own"),
@@ -116,7 +116,7 @@ PREPARE = {
     "eval fidelity": f"{STORE}; mkdir -p runs/mine; mv runs/acts runs/mine/extract",
     "export kitft": STORE,
     "export parquet": STORE,
-    "import kitft": f"{STORE}; nla export kitft couplets --drop-bias --out kitft; "
+    "import kitft": f"{STORE}; nla export kitft couplets --drop-bias --store runs/acts --out kitft; "
     "mv kitft/av kitft/nla-qwen2.5-7b-L20-av; mv kitft/ar kitft/nla-qwen2.5-7b-L20-ar",
     "import parquet": f"{STORE}; mkdir data; nla export parquet runs/acts --out data/rl_shuf.parquet",
 }
@@ -142,8 +142,9 @@ def workspace(tmp_path: Path) -> Path:
     for name in ("poem.txt", "line1.txt", "lines.txt", "held_out.txt"):
         (tmp_path / name).write_text(line)
     names = [
-        f"In {season} Anna left a {colour} {word} near the rat,"
+        f"In {season} {name} left a {colour} {word} near the rat,"
         for season in ("spring", "winter")
+        for name in ("Anna", "Emma", "Kate", "Henry")
         for colour in ("red", "blue")
         for word in ("ribbon", "candle", "letter", "basket")
     ]
