@@ -93,9 +93,9 @@ EXAMPLES: dict[str, Run | NotRun] = {
     "nla extract my/model chats.jsonl": Run(
         leaves="runs/chats/manifest.json",
         instead=("resid_post.12(.*)runs/acts", r"resid_post.2\1runs/chats"),
-        append="--set max_tokens=500",
+        append="--set max_tokens=500 --set eval_fraction=0.3",
     ),
-    "nla import kitft": Run(leaves="pairs/qwen7b/nla_config.json"),
+    "nla import kitft": Run(leaves="pairs/qwen7b/nla_config.json", append=f"--target {couplets.PLANNER}"),
     "nla import easynla": Run(leaves="pairs/qwen8b/nla_config.json", append="--target ckpts/target --dtype float32"),
     "nla import parquet": Run(
         leaves="runs/back/manifest.json",
@@ -144,13 +144,13 @@ def workspace(tmp_path: Path) -> Path:
     names = [
         f"In {season} {name} left a {colour} {word} near the rat,"
         for season in ("spring", "winter")
-        for name in ("Anna", "Emma", "Kate", "Henry")
-        for colour in ("red", "blue")
+        for name in ("Anna", "Emma", "Kate", "Henry", "Frank", "Ivy")
+        for colour in ("red", "blue", "green", "white")
         for word in ("ribbon", "candle", "letter", "basket")
     ]
     (tmp_path / "lines.txt").write_text("\n".join(names) + "\n")
     (tmp_path / "held_out.txt").write_text("\n".join(names) + "\n")
-    rows = [{"line": name, "season": name.split()[1]} for name in names]
+    rows = [{"line": name, "season": name.split()[1]} for name in names[::3]]
     (tmp_path / "poems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "poems.csv").write_text("line,season\n" + "".join(f'"{row["line"]}",{row["season"]}\n' for row in rows))
     for name, source in (("chats", "goal"), ("ordinary", "goal-sham")):
