@@ -118,7 +118,7 @@ PREPARE = {
     "export parquet": STORE,
     "import kitft": f"{STORE}; nla export kitft couplets --drop-bias --store runs/acts --out kitft; "
     "mv kitft/av kitft/nla-qwen2.5-7b-L20-av; mv kitft/ar kitft/nla-qwen2.5-7b-L20-ar",
-    "import parquet": f"{STORE}; mkdir data; nla export parquet runs/acts --out data/rl_shuf.parquet",
+    "import parquet": f"{STORE}; mkdir data; nla export parquet runs/acts --split eval --out data/rl_shuf.parquet",
 }
 """What runs before the examples of a command: what they say was made elsewhere."""
 
