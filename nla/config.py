@@ -291,10 +291,10 @@ class NLAConfig:
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """The half of :meth:`check` that needs no model."""
-        found = tokenizer_hash(tokenizer)
-        if found == self.tokenizer_hash:
+        hash_now = tokenizer_hash(tokenizer)
+        if hash_now == self.tokenizer_hash:
             return
-        ours, theirs = hash_parts(self.tokenizer_hash), hash_parts(found)
+        ours, theirs = hash_parts(self.tokenizer_hash), hash_parts(hash_now)
         parts = [part for part in theirs if ours.get(part) != theirs[part]] or ["format of the hash"]
         raise TokenizerMismatchError(
             got=f"a tokenizer that differs in its {', '.join(parts)}",

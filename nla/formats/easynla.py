@@ -154,11 +154,11 @@ def _convert(model: Any, meta: dict[str, Any], av: Path, weights: Path, folder: 
         write_atomic(folder / ENCODER_FOLDER / name, (av / name).read_bytes())
     tensors, n_blocks = load_tensors(weights), meta["ar_num_layers"]
     head = Head(config.d_model, bias=False)
-    found = tensors.pop(_HEAD_NAME, None)
-    if found is None or found.shape != head.weight.shape:
-        got = f"{weights} with {_HEAD_NAME} of {None if found is None else tuple(found.shape)}"
+    weight = tensors.pop(_HEAD_NAME, None)
+    if weight is None or weight.shape != head.weight.shape:
+        got = f"{weights} with {_HEAD_NAME} of {None if weight is None else tuple(weight.shape)}"
         raise WeightsError(got, f"{tuple(head.weight.shape)}, the base's width", _FIX)
-    head.load_state_dict({"weight": found.float()})
+    head.load_state_dict({"weight": weight.float()})
     adapter, leaves = _renamed(tensors, model, n_blocks, weights)
     settings = {
         "peft_type": "LORA",
@@ -205,14 +205,14 @@ def _read_meta(path: Path) -> dict[str, Any]:
 def _find_sidecar(given: str | Path | None, av: Path, ar: Path) -> Path:
     if given is not None:
         return Path(given) / SIDECAR if Path(given).is_dir() else Path(given)
-    found = [folder / SIDECAR for folder in (av, ar) if (folder / SIDECAR).is_file()]
-    if not found:
+    sidecars = [folder / SIDECAR for folder in (av, ar) if (folder / SIDECAR).is_file()]
+    if not sidecars:
         raise SidecarError(
             f"no {SIDECAR} in {av} or {ar}",
             "the description of the data that the pair was trained on",
             "pass sidecar=..., the .nla_meta.yaml beside its parquet file",
         )
-    return found[0]
+    return sidecars[0]
 
 
 def _base(av: Path, about: Sidecar) -> str:
@@ -221,11 +221,11 @@ def _base(av: Path, about: Sidecar) -> str:
     They differ where an adapter was trained on merged weights: those are not the target.
     """
     names = [read_json(av / ADAPTER_CONFIG).get("base_model_name_or_path"), about.base]
-    found = list(dict.fromkeys(str(name) for name in names if name))
-    if len(found) != 1:
+    bases = list(dict.fromkeys(str(name) for name in names if name))
+    if len(bases) != 1:
         raise SidecarError(
             f"{av / ADAPTER_CONFIG} of an adapter on {names[0]!r}, and {about.path} of activations of {names[1]!r}",
             "one model under one name",
             "if they are the same model give target=...; a pair on a merged checkpoint cannot be imported",
         )
-    return found[0]
+    return bases[0]

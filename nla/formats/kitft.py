@@ -215,9 +215,9 @@ def _check_bos(config: NLAConfig, tokenizer: Any) -> None:
 def _head(config: NLAConfig, path: Path) -> Head:
     from nla.errors import WeightsError
 
-    head, found = Head(config.d_model, bias=False), load_tensors(path, expected_keys=["weight"])["weight"]
-    if found.shape != head.weight.shape:
+    head, weight = Head(config.d_model, bias=False), load_tensors(path, expected_keys=["weight"])["weight"]
+    if weight.shape != head.weight.shape:
         fix = "use the head that was published with the AR"
-        raise WeightsError(f"{path} of {tuple(found.shape)}", f"{tuple(head.weight.shape)}, the width of the AR", fix)
-    head.load_state_dict({"weight": found.float()})
+        raise WeightsError(f"{path} of {tuple(weight.shape)}", f"{tuple(head.weight.shape)}, the width of the AR", fix)
+    head.load_state_dict({"weight": weight.float()})
     return head

@@ -129,8 +129,8 @@ def _check_fits(nla: NLA, drop_bias: bool) -> None:
         f"a target that is quantised to {config.quantization}": config.quantization is not None,
         f"explanations between {tags[0]} and {tags[1]}": tags != EXPLANATION_TAGS,
     }
-    for what, found in problems.items():
-        if found:
+    for what, applies in problems.items():
+        if applies:
             raise ExportError(
                 what, "what the reference's format has a place for", "keep the native folder for this pair"
             )
@@ -149,14 +149,14 @@ def _has_bias(nla: NLA) -> bool:
 def _without_bias(nla: NLA, acts: Activations | Tensor) -> DroppedBias:
     vectors = nla.config.check_vectors(acts.vectors if isinstance(acts, Activations) else acts.float().cpu())
     texts = [texts[0] for texts in nla.explain(vectors, greedy=True).texts]
-    found = [cosine(vectors, nla.decoder.decode(texts, strict=False))]
+    cosines_of = [cosine(vectors, nla.decoder.decode(texts, strict=False))]
     bias = nla.head.bias
     nla.head.bias = None
     try:
-        found.append(cosine(vectors, nla.decoder.decode(texts, strict=False)))
+        cosines_of.append(cosine(vectors, nla.decoder.decode(texts, strict=False)))
     finally:
         nla.head.bias = bias
-    return DroppedBias(len(vectors), *(float(cosines.mean()) for cosines in found))
+    return DroppedBias(len(vectors), *(float(cosines.mean()) for cosines in cosines_of))
 
 
 def _merged(model: Any, adapter: str, dtype: str) -> Any:

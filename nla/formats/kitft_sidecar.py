@@ -88,10 +88,10 @@ def read_sidecar(path: Path) -> Sidecar:
     extraction = _maybe(meta, path, dict, "extraction") or {}
     d_model = _get(meta, path, int, *(("d_model",) if kind == "nla_model" else ("extraction", "d_model")))
     ids = ("injection_token_id", "injection_left_neighbor_id", "injection_right_neighbor_id")
-    own = next((name for name in ("critic", "ar") if _maybe(meta, path, dict, name)), "critic")
+    critic = next((name for name in ("critic", "ar") if _maybe(meta, path, dict, name)), "critic")
     # Schema 1 wrote the layer under the name that config.json has for the number of blocks.
-    places = (("extraction_layer_index",), ("extraction", "layer_index"), (own, "extraction_layer_index"))
-    layers = [_maybe(meta, path, int, *keys) for keys in (*places, (own, "num_hidden_layers"))]
+    paths = (("extraction_layer_index",), ("extraction", "layer_index"), (critic, "extraction_layer_index"))
+    layers = [_maybe(meta, path, int, *keys) for keys in (*paths, (critic, "num_hidden_layers"))]
     bases = [_maybe(meta, path, str, *keys) for keys in (("base_checkpoint",), ("extraction", "base_model"))]
     return Sidecar(
         path=str(path),
@@ -115,10 +115,10 @@ def injection_of(sidecar: Sidecar, tokenizer: Any, layer: int | None = None) -> 
         TokenizerMismatchError: the marker is not the one token that the sidecar says.
         SidecarError: no norm for the first of the two.
     """
-    found = tokenizer.encode(sidecar.marker, add_special_tokens=False)
-    if found != [sidecar.ids[0]]:
+    ids = tokenizer.encode(sidecar.marker, add_special_tokens=False)
+    if ids != [sidecar.ids[0]]:
         raise TokenizerMismatchError(
-            f"a tokenizer that makes {found} of the marker {sidecar.marker!r}",
+            f"a tokenizer that makes {ids} of the marker {sidecar.marker!r}",
             f"[{sidecar.ids[0]}], as {sidecar.path} says",
             "use the tokenizer that was published with the weights",
         )
@@ -191,8 +191,8 @@ def _maybe(meta: dict, path: Path, kind: type, *keys: str) -> Any:
 
 def _template(meta: dict, path: Path, *names: str) -> str | None:
     """A template under either of its names."""
-    found = (_maybe(meta, path, str, "prompt_templates", name) for name in names)
-    return next(filter(None, found), None)
+    templates = (_maybe(meta, path, str, "prompt_templates", name) for name in names)
+    return next(filter(None, templates), None)
 
 
 def _norm(value: Any, d_model: int, path: Path) -> float | None:

@@ -70,26 +70,26 @@ def read_sidecar(path: str | Path) -> dict[str, Any]:
     """
     import yaml
 
-    place, fix = sidecar_path(path), "take the sidecar that was made with this very file"
+    sidecar, fix = sidecar_path(path), "take the sidecar that was made with this very file"
     try:
-        content = yaml.safe_load(place.read_text(encoding="utf-8"))
+        content = yaml.safe_load(sidecar.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise SidecarError(f"no readable {place} ({error})", "the parquet's sidecar", fix) from error
+        raise SidecarError(f"no readable {sidecar} ({error})", "the parquet's sidecar", fix) from error
     content = content if isinstance(content, dict) else {}
     if content.get("kind") != "nla_dataset" or content.get("schema_version") not in _SCHEMAS:
-        got = f"{place} of kind {content.get('kind')!r} and schema {content.get('schema_version')!r}"
+        got = f"{sidecar} of kind {content.get('kind')!r} and schema {content.get('schema_version')!r}"
         raise SidecarError(got, f"kind 'nla_dataset' and schema {' or '.join(map(str, _SCHEMAS))}", fix)
     extraction = content.get("extraction")
     extraction = extraction if isinstance(extraction, dict) else {}
     lacking = [f"extraction.{key}" for key in _EXTRACTION if key not in extraction]
     lacking += [] if "row_count" in content else ["row_count"]
     if lacking:
-        raise SidecarError(f"{place} without {', '.join(lacking)}", "all keys of a data set's sidecar", fix)
+        raise SidecarError(f"{sidecar} without {', '.join(lacking)}", "all keys of a data set's sidecar", fix)
     for key in ("d_model", "layer_index"):
         if not isinstance(extraction[key], int):
-            raise SidecarError(f"{place} with extraction.{key} = {extraction[key]!r}", "a whole number", fix)
+            raise SidecarError(f"{sidecar} with extraction.{key} = {extraction[key]!r}", "a whole number", fix)
     if extraction["norm"] != "none":
-        got = f"{place} with extraction.norm = {extraction['norm']!r}"
+        got = f"{sidecar} with extraction.norm = {extraction['norm']!r}"
         raise SidecarError(got, "raw vectors: norm 'none'", "extract them again: their norms are lost")
     return content
 
@@ -178,7 +178,7 @@ def _split(
     out = {}
     for split in SPLITS:
         inside = [held == (split == "eval") for held in held_out]
-        chosen = [document for document, each in zip(documents, inside, strict=True) if each]
+        chosen = [document for document, is_inside in zip(documents, inside, strict=True) if is_inside]
         out[split] = chosen, vectors[torch.tensor(inside)[owner]]
     return out
 
@@ -298,9 +298,9 @@ def _documents(
         # A text that ends within a character is no prefix of a longer one; it stands for itself.
         fits = [index for index in indexes if text.startswith(rows[index].text)]
         for shared in (fits, *([index] for index in indexes if index not in set(fits))):
-            own = text if shared is fits else rows[shared[0]].text
+            own_text = text if shared is fits else rows[shared[0]].text
             kinds = [UNKNOWN_STRATUM] * len(shared)
-            documents.append(Document(number, own, [spans[index] for index in shared], kinds, openings[name]))
+            documents.append(Document(number, own_text, [spans[index] for index in shared], kinds, openings[name]))
             order += shared
     return documents, torch.stack([rows[index].vector for index in order]), n_other
 

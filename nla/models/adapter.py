@@ -78,13 +78,13 @@ def read_adapter_config(folder: str | Path) -> PeftConfig:
             expected="an adapter configuration of the installed PEFT",
             fix="install the PEFT version that pyproject.toml pins, or restore the file from where the pair came",
         ) from error
-    found, plain = config.to_dict(), LoraConfig().to_dict()
+    settings, plain = config.to_dict(), LoraConfig().to_dict()
     free = _ADAPTER_SIZES | _ADAPTER_PLACES | _ADAPTER_NOTES
     # PEFT writes "none of them" as null or as an empty list, by the model's architecture.
-    other = sorted(key for key in {*found, *plain} - free if (found.get(key) or None) != (plain.get(key) or None))
+    other = sorted(key for key in {*settings, *plain} - free if (settings.get(key) or None) != (plain.get(key) or None))
     if other:
         raise ConfigError(
-            got=f"{path} with {', '.join(f'{key}={found.get(key)!r}' for key in other[:3])}",
+            got=f"{path} with {', '.join(f'{key}={settings.get(key)!r}' for key in other[:3])}",
             expected="a plain LoRA adapter, which leaves the base weights as they are",
             fix="use plain LoRA adapters, as `nla train` makes them: no DoRA, no biases, no modules_to_save",
         )
@@ -151,17 +151,17 @@ def fitted(folder: Path, model: Any) -> tuple[Any, dict[str, Tensor]]:
     stored = load_tensors(folder / ADAPTER_WEIGHTS)
     base = unwrapped(model)
     stack, n_blocks = backbone(base), len(blocks(base))
-    place = re.compile(rf"^(?!.*vision).*?\b({layout(stack.config.model_type).blocks}\.(\d+)\..+)$")
-    known = {found[1]: name for name, _ in base.named_modules() if (found := place.match(name))}
+    layer_path = re.compile(rf"^(?!.*vision).*?\b({layout(stack.config.model_type).blocks}\.(\d+)\..+)$")
+    known = {match[1]: name for name, _ in base.named_modules() if (match := layer_path.match(name))}
     layers: dict[str, str] = {}
     state, strange = {}, []
     for name, tensor in stored.items():
         path, _, part = name.rpartition(".lora_")
-        found = place.match(path)
-        if found is not None and found[1] in known:
-            layers[known[found[1]]] = path.removeprefix("base_model.model.")
-            state[f"base_model.model.{known[found[1]]}.lora_{part}"] = tensor
-        elif not _beyond(name, found, base is stack, n_blocks):
+        match = layer_path.match(path)
+        if match is not None and match[1] in known:
+            layers[known[match[1]]] = path.removeprefix("base_model.model.")
+            state[f"base_model.model.{known[match[1]]}.lora_{part}"] = tensor
+        elif not _beyond(name, match, base is stack, n_blocks):
             strange.append(name)
     if strange or not layers:
         raise ConfigError(
@@ -182,15 +182,15 @@ def _by_layer(patterns: dict[str, Any], layers: dict[str, str], default: Any) ->
     """
     from peft.utils.other import get_pattern_key
 
-    found = {now: patterns.get(get_pattern_key(list(patterns), before), default) for now, before in layers.items()}
-    return {f"^{re.escape(name)}": value for name, value in found.items() if value != default}
+    values = {now: patterns.get(get_pattern_key(list(patterns), before), default) for now, before in layers.items()}
+    return {f"^{re.escape(name)}": value for name, value in values.items() if value != default}
 
 
-def _beyond(name: str, place: re.Match[str] | None, is_cut: bool, n_blocks: int) -> bool:
+def _beyond(name: str, match: re.Match[str] | None, is_cut: bool, n_blocks: int) -> bool:
     """Whether a tensor is of a part that a backbone or a text side is rightly without."""
-    if place is None:
+    if match is None:
         return "vision" in name or (is_cut and ".lm_head." in name)
-    return is_cut and int(place[2]) >= n_blocks
+    return is_cut and int(match[2]) >= n_blocks
 
 
 def fill(folder: Path, model: Any, state: dict[str, Tensor]) -> None:

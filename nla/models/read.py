@@ -113,23 +113,23 @@ class Activations:
             NonFiniteError: a vector holds NaN or infinity.
         """
         path = Path(folder) / ACTIVATIONS_FILE
-        found = load_tensors(path, expected_keys=("vectors", "document", "span", "stratum", "words"))
+        tensors = load_tensors(path, expected_keys=("vectors", "document", "span", "stratum", "words"))
         try:
-            words = json.loads(found["words"].numpy().tobytes())
+            words = json.loads(tensors["words"].numpy().tobytes())
             texts, names = words["texts"], words["strata"]
-            document = found["document"]
+            document = tensors["document"]
             spans = [
                 Span(token, texts[number][start:end], start, end, index, bool(added))
                 for number, (token, start, end, index, added) in zip(
-                    document.tolist(), found["span"].tolist(), strict=True
+                    document.tolist(), tensors["span"].tolist(), strict=True
                 )
             ]
-            strata = [names[code] for code in found["stratum"].tolist()]
+            strata = [names[code] for code in tensors["stratum"].tolist()]
         except (ValueError, KeyError, IndexError) as error:
             raise WeightsError(
                 f"{path}, whose tokens do not fit its texts ({error})", "a store of activations", "read the texts again"
             ) from error
-        return cls(found["vectors"], spans, document, texts, words["point"], strata)
+        return cls(tensors["vectors"], spans, document, texts, words["point"], strata)
 
 
 def read(

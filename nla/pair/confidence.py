@@ -1,4 +1,4 @@
-"""How far an explanation can be trusted: cosine, agreement across samples and the margin over the rocks, together."""
+"""How far to trust an explanation: cosine, agreement across samples and the margin over the baselines, together."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Trust(NamedTuple):
         Args:
             cosine: mean over samples of the cosine between activation and reconstruction, in [-1, 1].
             agreement: what :func:`agreement` gives, in [0, 1], or None.
-            margin: mean cosine minus that of the best rock (empty, mean) on the same activation.
+            margin: mean cosine minus that of the best baseline (empty, mean) on the same activation.
 
         The thresholds are conventions, not calibrated probabilities.
         """

@@ -49,7 +49,7 @@ class Explanation:
 
     @property
     def margin(self) -> float:
-        """Mean cosine minus the best rock's on this activation."""
+        """Mean cosine minus the best baseline's on this activation."""
         return self.trust.margin
 
     @property

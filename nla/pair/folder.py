@@ -180,10 +180,10 @@ def check_files(config: NLAConfig, folder: Path) -> None:
     if set(config.files) != set(names):
         got = f"{folder / CONFIG_FILE} with hashes of {sorted(config.files) or 'no files'}"
         raise ConfigError(got, f"hashes of {', '.join(names)}", fix)
-    for name, found in hash_files(folder, names).items():
-        if found != config.files[name]:
+    for name, digest in hash_files(folder, names).items():
+        if digest != config.files[name]:
             kind = WeightsError if name.endswith(".safetensors") else ConfigError
-            got = f"{folder / name}, which is truncated, edited or of another pair (sha256 {found[:12]}…)"
+            got = f"{folder / name}, which is truncated, edited or of another pair (sha256 {digest[:12]}…)"
             raise kind(got, f"the file that {CONFIG_FILE} was saved with ({config.files[name][:12]}…)", fix)
 
 
@@ -195,15 +195,15 @@ def load_head(config: NLAConfig, path: Path) -> Head:
     """
     head = Head(config.d_model, config.decoder.head_bias)
     current = head.state_dict()
-    found = load_tensors(path, expected_keys=current)
-    wrong = [name for name in current if found[name].shape != current[name].shape]
+    tensors = load_tensors(path, expected_keys=current)
+    wrong = [name for name in current if tensors[name].shape != current[name].shape]
     if wrong:
         raise WeightsError(
-            f"{path}, where {wrong[0]} is {tuple(found[wrong[0]].shape)}",
+            f"{path}, where {wrong[0]} is {tuple(tensors[wrong[0]].shape)}",
             f"{tuple(current[wrong[0]].shape)}, the target's width",
             "restore the head that was trained with this pair",
         )
-    head.load_state_dict(found)
+    head.load_state_dict(tensors)
     return head
 
 
@@ -231,17 +231,17 @@ def save(parts: Parts, folder: Path) -> None:
 def _moved(parts: Parts, folder: Path) -> NLAConfig:
     """The pair's config with local targets and weights written relative to ``folder``, and hashed if they are not."""
 
-    def relative(place: Path) -> str:
-        path = os.path.relpath(place, folder.resolve())
+    def relative(source: Path) -> str:
+        path = os.path.relpath(source, folder.resolve())
         return path if path.startswith(".") else f"./{path}"
 
     config = parts.config
     if parts.target_folder is not None:
         digest = config.target_weights or hash_weights(parts.target_folder)
         config = replace(config, target=relative(parts.target_folder), target_weights=digest)
-    for role, place in parts.weight_folders.items():
+    for role, source in parts.weight_folders.items():
         name = f"{role}_weights"
         weights: WeightsConfig = getattr(config, name)
-        weights = replace(weights, source=relative(place), sha256=weights.sha256 or hash_weights(place))
+        weights = replace(weights, source=relative(source), sha256=weights.sha256 or hash_weights(source))
         config = replace(config, **{name: weights})
     return config

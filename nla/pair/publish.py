@@ -78,8 +78,8 @@ def _local_parts(config: NLAConfig, folder: Path) -> dict[str, Path]:
     sources = {"target": config.target}
     for role, weights in (("encoder", config.encoder_weights), ("decoder", config.decoder_weights)):
         sources |= {} if weights is None else {role: weights.source}
-    found = {role: Path(resolve(source, folder)) for role, source in sources.items()}
-    return {role: place for role, place in found.items() if is_local(sources[role]) or place.is_dir()}
+    paths = {role: Path(resolve(source, folder)) for role, source in sources.items()}
+    return {role: path for role, path in paths.items() if is_local(sources[role]) or path.is_dir()}
 
 
 def _refuse_local(places: Mapping[str, Path]) -> None:

@@ -167,9 +167,9 @@ def check_weights(source: str, expected: str | None, what: str) -> None:
     Raises:
         WeightsError: they are others, or a folder stands where a hub id was, or the reverse.
     """
-    found = hash_weights(source)
-    if found != expected:
-        names = [f"sha256 {digest[:12]}…" if digest else "on the hub" for digest in (found, expected)]
+    actual = hash_weights(source)
+    if actual != expected:
+        names = [f"sha256 {digest[:12]}…" if digest else "on the hub" for digest in (actual, expected)]
         raise WeightsError(
             f"{what} in {source}, whose weights or config.json are others ({names[0]})",
             f"those that the pair was made with ({names[1]})",

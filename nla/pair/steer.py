@@ -107,15 +107,15 @@ def _matches(spans: list[list[Span]] | None, pattern: str) -> list[int]:
     """The one token of each text that a pattern matches."""
     if spans is None:
         raise PositionError(f"positions {pattern!r} for token ids", "indexes or 'last'", "pass texts instead of ids")
-    places = [select_positions(found, pattern, number) for number, found in enumerate(spans)]
-    for number, found in enumerate(places):
-        if len(found) != 1:
+    matches = [select_positions(matched, pattern, number) for number, matched in enumerate(spans)]
+    for number, matched in enumerate(matches):
+        if len(matched) != 1:
             raise PositionError(
-                f"{len(found)} tokens of text {number} that match {pattern!r}",
+                f"{len(matched)} tokens of text {number} that match {pattern!r}",
                 "exactly one token of each text",
                 "write a narrower pattern, or give token indexes",
             )
-    return [found[0] for found in places]
+    return [matched[0] for matched in matches]
 
 
 def edit_direction(

@@ -74,8 +74,8 @@ def _remembered_sha256(path: Path) -> str:
     """
 
     def mark() -> list[int]:
-        found = path.stat()
-        return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
+        status = path.stat()
+        return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
 
     try:
         before = mark()
@@ -88,12 +88,12 @@ def _remembered_sha256(path: Path) -> str:
     known = _notes(notes)
     if known.get(key, [None])[0] == before:
         return str(known[key][1])
-    found = sha256(path)
+    digest = sha256(path)
     with contextlib.suppress(OSError):  # StorageError is one
         if mark() == before:
             known = {name: entry for name, entry in _notes(notes).items() if name != key}
-            write_json(notes, dict([*known.items(), (key, [before, found])][-_REMEMBERED_FILES:]))
-    return found
+            write_json(notes, dict([*known.items(), (key, [before, digest])][-_REMEMBERED_FILES:]))
+    return digest
 
 
 def _notes(path: Path) -> dict[str, list[Any]]:

@@ -135,15 +135,15 @@ class Store:
         n = len(self)
         if index is None or isinstance(index, slice):
             return torch.arange(n) if index is None else torch.arange(n)[index].contiguous()
-        found = torch.as_tensor(index)
-        if found.dtype == torch.bool:
-            if found.shape != (n,):
-                raise ShapeError(f"a mask of shape {tuple(found.shape)}", f"({n},)", "make a mask of the split's rows")
-            return found.nonzero().flatten()
-        found = found.reshape(-1).long().cpu()
-        if len(found) and not (-n <= int(found.min()) and int(found.max()) < n):
-            raise IndexError(f"rows {int(found.min())} to {int(found.max())} of a split of {n}")
-        return torch.where(found < 0, found + n, found)
+        rows = torch.as_tensor(index)
+        if rows.dtype == torch.bool:
+            if rows.shape != (n,):
+                raise ShapeError(f"a mask of shape {tuple(rows.shape)}", f"({n},)", "make a mask of the split's rows")
+            return rows.nonzero().flatten()
+        rows = rows.reshape(-1).long().cpu()
+        if len(rows) and not (-n <= int(rows.min()) and int(rows.max()) < n):
+            raise IndexError(f"rows {int(rows.min())} to {int(rows.max())} of a split of {n}")
+        return torch.where(rows < 0, rows + n, rows)
 
     def by_shard(self, rows: Tensor) -> typing.Iterator[tuple[Shard, Tensor, Tensor]]:
         """For each shard that holds some of ``rows``: the shard, where they stand in ``rows``, and in the shard."""
@@ -171,9 +171,9 @@ class Store:
                 text = shard.text(document)
                 for at in members.tolist():
                     token, start, end, index, added = fields[at]
-                    place = int(places[at])
-                    spans[place] = Span(token, text[start:end], start, end, index, bool(added))
-                    owner[place] = len(texts)
+                    row = int(places[at])
+                    spans[row] = Span(token, text[start:end], start, end, index, bool(added))
+                    owner[row] = len(texts)
                 texts.append(text)
         return Activations(self.vectors[chosen], spans, owner, texts, self.manifest.point, self.strata(chosen))
 
@@ -184,8 +184,8 @@ class Store:
         for shard, places, inside in self.by_shard(chosen):
             documents, ends = shard.tensor("document")[inside].tolist(), shard.tensor("span")[inside, 2].tolist()
             texts = {document: shard.text(document) for document in set(documents)}
-            for place, document, end in zip(places.tolist(), documents, ends, strict=True):
-                out[place] = texts[document][:end]
+            for row, document, end in zip(places.tolist(), documents, ends, strict=True):
+                out[row] = texts[document][:end]
         return out
 
     def strata(self, rows: int | slice | Tensor | Sequence[int] | None = None) -> list[str]:
@@ -193,8 +193,8 @@ class Store:
         chosen = self.rows(rows)
         out = [""] * len(chosen)
         for shard, places, inside in self.by_shard(chosen):
-            for place, code in zip(places.tolist(), shard.tensor("stratum")[inside].tolist(), strict=True):
-                out[place] = shard.strata[code]
+            for row, code in zip(places.tolist(), shard.tensor("stratum")[inside].tolist(), strict=True):
+                out[row] = shard.strata[code]
         return out
 
     def documents(self, rows: int | slice | Tensor | Sequence[int] | None = None) -> Tensor:
@@ -215,8 +215,8 @@ class Store:
 
     def text_hashes(self) -> Tensor:
         """The hash of every document of the split, (k, 16) uint8."""
-        found = [self._shard(number).tensor("hash").clone() for number in range(len(self.entries))]
-        return torch.cat(found) if found else torch.empty(0, HASH_BYTES, dtype=torch.uint8)
+        hashes = [self._shard(number).tensor("hash").clone() for number in range(len(self.entries))]
+        return torch.cat(hashes) if hashes else torch.empty(0, HASH_BYTES, dtype=torch.uint8)
 
     @cached_property
     def baselines(self) -> dict[str, Baseline]:
@@ -256,10 +256,10 @@ class Store:
         Raises:
             TokenizerMismatchError: it differs.
         """
-        found = tokenizer_hash(tokenizer)
-        if found != self.manifest.tokenizer_hash:
+        digest = tokenizer_hash(tokenizer)
+        if digest != self.manifest.tokenizer_hash:
             raise TokenizerMismatchError(
-                f"a tokenizer with {found}",
+                f"a tokenizer with {digest}",
                 f"{self.manifest.tokenizer_hash}, the tokenizer of {self.manifest.target} that made {self.folder}",
                 "use the store with the target that it was read from, or read the corpus again",
             )
@@ -287,8 +287,8 @@ class Store:
 def _grouped(values: Tensor) -> typing.Iterator[tuple[int, Tensor]]:
     """Each value of (n,) int64 in order, and the places where it stands; the time is that of one sort."""
     ordered, places = values.sort(stable=True)
-    found, counts = torch.unique_consecutive(ordered, return_counts=True)
-    yield from zip(found.tolist(), places.split(counts.tolist()), strict=True)
+    numbers, counts = torch.unique_consecutive(ordered, return_counts=True)
+    yield from zip(numbers.tolist(), places.split(counts.tolist()), strict=True)
 
 
 def open_splits(folder: str | Path, splits: Sequence[str] = SPLITS) -> dict[str, Store]:
@@ -303,14 +303,14 @@ def open_splits(folder: str | Path, splits: Sequence[str] = SPLITS) -> dict[str,
     stores = {split: Store.open(folder, split) for split in splits}
     seen: list[tuple[str, Tensor]] = []
     for split, store in stores.items():
-        found = torch.unique(store.text_hashes().view(torch.int64), dim=0)
+        hashes = torch.unique(store.text_hashes().view(torch.int64), dim=0)
         for other, before in seen:
-            n_shared = len(found) + len(before) - len(torch.unique(torch.cat([found, before]), dim=0))
+            n_shared = len(hashes) + len(before) - len(torch.unique(torch.cat([hashes, before]), dim=0))
             if n_shared:
                 raise StoreError(
                     f"{n_shared} documents that stand in {other} as well as in {split} of {folder}",
                     "splits that share no text",
                     "read the corpus again: the split follows from the text",
                 )
-        seen.append((split, found))
+        seen.append((split, hashes))
     return stores

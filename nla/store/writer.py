@@ -151,16 +151,16 @@ class StoreWriter:
                     squares[key] += square
                     sums[key] = sums[key] + total if key in sums else total.clone()
         kept = [name for name in sorted(sums) if n[name] > 1 and (name == GLOBAL or len(sums) > 2)]
-        found = {}
+        baselines = {}
         for name in kept:
             mean = sums[name] / n[name]
             variance = max(squares[name] / n[name] - float(mean.square().sum()), 0.0)
-            found[name] = Baseline(mean.float(), variance, n[name])
-        if GLOBAL not in found:
+            baselines[name] = Baseline(mean.float(), variance, n[name])
+        if GLOBAL not in baselines:
             raise BaselineError(f"{n[GLOBAL]} training vectors", "at least 2", "read more documents or positions")
-        found[GLOBAL].check()
-        save_baselines(self.folder / BASELINES_FILE, found)
-        return found
+        baselines[GLOBAL].check()
+        save_baselines(self.folder / BASELINES_FILE, baselines)
+        return baselines
 
     def _norms(self, entries: Sequence[ShardEntry]) -> dict[str, float]:
         """Mean and quantiles of the norms of the training vectors (quantiles of an even sample where they are many)."""
@@ -178,12 +178,12 @@ class StoreWriter:
     def _n_duplicates(self, shards: Mapping[str, Sequence[ShardEntry]]) -> int:
         """Documents of the corpus whose text stands in the store already."""
         # Copied, so that each file is mapped only while it is read: a process may map 65,530 at once.
-        found = [
+        columns = [
             (shard.tensor("hash").clone(), shard.tensor("number").clone())
             for entries in shards.values()
             for shard in self._open(entries)
         ]
-        hashes, numbers = (torch.cat(column) for column in zip(*found, strict=True))
+        hashes, numbers = (torch.cat(column) for column in zip(*columns, strict=True))
         hashes = hashes.view(torch.int64)
         return len(torch.unique(numbers)) - len(torch.unique(hashes, dim=0))
 
@@ -197,12 +197,12 @@ def _size(path: Path) -> int:
         raise StorageError(f"{path}, which cannot be read ({error})", "a readable file", "check the disk") from error
 
 
-def _refuse_other(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+def _refuse_other(folder: Path, begun: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Refuse to add to a store that was begun with other settings."""
-    flat_found, flat_wanted = _flat(found), _flat(wanted)
-    other = [k for k in sorted({*flat_found, *flat_wanted}) if flat_found.get(k) != flat_wanted.get(k)]
+    flat_begun, flat_wanted = _flat(begun), _flat(wanted)
+    other = [k for k in sorted({*flat_begun, *flat_wanted}) if flat_begun.get(k) != flat_wanted.get(k)]
     if other:
-        shown = "; ".join(f"{k}: {flat_found.get(k)!r} there, {flat_wanted.get(k)!r} now" for k in other[:4])
+        shown = "; ".join(f"{k}: {flat_begun.get(k)!r} there, {flat_wanted.get(k)!r} now" for k in other[:4])
         raise StoreError(
             f"{folder}, which holds a store of other settings ({shown})",
             "the settings that it was begun with, or an empty folder",
