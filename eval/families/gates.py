@@ -146,13 +146,14 @@ def evaluate_gates(
     progress("probe", 1.0)
     bound = PROBE_MIN if variant == "plain" else None
     probe = Check("a linear probe reads the plan", probed, f"≥ {PROBE_MIN}", at_least(probed, bound))
+    in_words = verdict(behaviour.share, patched.at_point, patched.elsewhere, probe.share)
     report = GateReport(
         target=name,
         point=str(target.point),
         variant=variant,
         checks=[behaviour, *patched.checks, probe],
         patch_map=patch_map(target, items[: min(len(items), 100)], progress),
-        verdict=verdict(behaviour.share, patched.at_point, patched.elsewhere, probe.share),
+        verdict=in_words,
         n_documents=n_documents,
     )
     if out_dir is not None:
