@@ -43,7 +43,7 @@ def continue_prefixes(
     texts = [""] * len(prefixes)
     written = continued(target, [prefixes[row] for row in short], max_new_tokens, temperature, seed)
     for row, answer in zip(short, written.rows(), strict=True):
-        texts[row] = target.tokenizer.decode(answer, skip_special_tokens=True)
+        texts[row] = str(target.tokenizer.decode(answer, skip_special_tokens=True))
     return texts
 
 

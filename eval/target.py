@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nla.autoencoder import NLA
 from nla.config import CONFIG_FILE
@@ -35,8 +36,8 @@ def silent(_stage: str, _fraction: float) -> None:
 class Target:
     """The model that is read and intervened on, at the point of interest."""
 
-    model: Any
-    tokenizer: Any
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
     point: Point
     role: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
     """A context in which ``model`` is the bare target (a pair switches its adapters off)."""
@@ -177,7 +178,7 @@ def write(
     stop: str = "\n",
 ) -> list[str]:
     """The target's greedy continuation of each prompt, up to and including ``stop``, under interventions."""
-    stop_id = target.tokenizer.convert_tokens_to_ids(stop)
+    stop_id: Any = target.tokenizer.convert_tokens_to_ids(stop)
     written = continued(target, token_ids(target, prompts), max_new_tokens, patches=patches, ends=[stop_id])
     texts = []
     for row, (ids, length) in enumerate(zip(written.ids.tolist(), written.lengths.tolist(), strict=True)):

@@ -81,7 +81,7 @@ def of_items(target: Target, items: Sequence[RhymeItem]) -> list[MinimalPair]:
 def token_roles(target: Target, item: RhymeItem) -> dict[str, int]:
     """Columns of the tokens of line 1 that carry features, by role, then the comma and the newline."""
     ids = token_ids(target, [item.prompt])[0]
-    words = [target.tokenizer.decode([token]).strip(" ") for token in ids]
+    words = [str(target.tokenizer.decode([token])).strip(" ") for token in ids]
     features = {
         "season": item.couplet.season,
         "name": item.couplet.name,
@@ -202,5 +202,5 @@ def _all_tokens(target: Target, batch: Batch) -> tuple[list[str], Int[Tensor, "n
     for column in columns:
         tokens = {ids[column] for ids in batch.base}
         word = target.tokenizer.decode([tokens.pop()]) if len(tokens) == 1 else ""
-        names.append(f"{column} {visible(word.strip(' '))}".strip())
+        names.append(f"{column} {visible(str(word).strip(' '))}".strip())
     return names, torch.tensor([[column % len(ids) for column in columns] for ids in batch.base])

@@ -18,7 +18,7 @@ from nla.eval.target import Patch, Progress, Target, check_patches, patched, sil
 from nla.metrics import check_finite
 from nla.models.forward import device_of, inference, pad_right, vectors_at
 from nla.models.hooks import detached_embeddings, record
-from nla.models.points import Point, context_length, truncated_view
+from nla.models.points import Point, backbone, context_length, truncated_view
 from nla.text.tokens import length_batches, plain_ids, prompt_ids
 
 MIN_RANGE = 0.1
@@ -72,7 +72,7 @@ def encode(target: Target, prompts: Sequence[str], donors: Sequence[str], wanted
     Raises:
         ShapeError: a donor of another number of tokens, so that tokens do not correspond, or an empty continuation.
         ContextLengthError: a prompt with its continuation is longer than the context.
-        EmptyTextError, VocabularyError: see :func:`nla.tokens.encode_batch`.
+        EmptyTextError, VocabularyError: see :func:`nla.text.tokens.encode_batch`.
     """
     context = context_length(target.model)
     base, donor = (prompt_ids(target.tokenizer, texts, context) for texts in (prompts, donors))
@@ -243,7 +243,7 @@ def _batches(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """Batches of similar length: row numbers, ids, and where each row's tail begins and ends."""
     rows = [head + tail for head, tail in zip(heads, tails, strict=True)]
-    vocabulary = target.model.get_input_embeddings().weight.shape[0]
+    vocabulary = backbone(target.model).config.vocab_size
     limit = max(1, min(_MAX_TOKENS, _MAX_LOGITS // vocabulary))
     for chunk in length_batches([len(row) for row in rows], limit):
         ids = pad_right([rows[row] for row in chunk]).to(device_of(target.model))

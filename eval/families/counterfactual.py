@@ -206,4 +206,4 @@ def _elsewhere(
 
 def _first_word(target: Target, item: RhymeItem) -> str:
     """Text of the first token of the item's continuation."""
-    return target.tokenizer.decode(plain_ids(target.tokenizer, [item.continuation])[0][:1])
+    return str(target.tokenizer.decode(plain_ids(target.tokenizer, [item.continuation])[0][:1]))

@@ -150,7 +150,7 @@ def top_tokens(target: Target, vectors: Tensor, lens: TunedLens | None = None, n
     for part in vectors.split(_CHUNK):  # all logits of a large vocabulary would not fit the memory
         found = logits(target, part, lens)
         for row in found.topk(min(n_top, found.shape[1]), dim=1).indices.tolist():
-            pieces = [target.tokenizer.decode([token]).strip() for token in row]
+            pieces = [str(target.tokenizer.decode([token])).strip() for token in row]
             texts.append(" ".join(piece for piece in pieces if piece))
     return texts
 
@@ -190,6 +190,6 @@ def first_tokens(target: Target, word: str) -> set[int]:
         ids = plain_ids(target.tokenizer, [text])[0]
         if not ids:
             continue
-        blank = not target.tokenizer.decode(ids[:1]).strip() and len(ids) > 1
+        blank = not str(target.tokenizer.decode(ids[:1])).strip() and len(ids) > 1
         found.add(ids[1] if blank else ids[0])
     return found - {unknown_id(target.tokenizer)}

@@ -83,7 +83,7 @@ def load_truncated(
     """The backbone up to a point, without final norm and head: its ``last_hidden_state`` is the activation.
 
     Blocks above the point and the head are never read; files that hold nothing else, of the final norm at most, are
-    neither opened nor, from the hub, downloaded. :func:`nla.activations.read` takes the view for the whole model.
+    neither opened nor, from the hub, downloaded. :func:`nla.models.read.read` takes the view for the whole model.
     Otherwise as :func:`load_target`, whose errors this raises too.
 
     Raises:

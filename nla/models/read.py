@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from nla.baselines import UNKNOWN_STRATUM
 from nla.errors import PositionError, ShapeError, WeightsError
@@ -134,7 +135,7 @@ class Activations:
 
 def read(
     model: nn.Module,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     texts: str | Sequence[str],
     point: str | Point,
     positions: Positions = "all",
@@ -149,7 +150,7 @@ def read(
     it stands; ``NLA.read`` reads its target.
 
     Args:
-        positions: see :func:`nla.tokens.select_positions`.
+        positions: see :func:`nla.text.tokens.select_positions`.
         strata: names the kind of position of every token of a text; None: "all".
         intervene: a context for the forward pass of a batch of documents, such as
             ``lambda docs: hooks.replace(model, "resid_post.2", columns[docs], vectors[docs])``.

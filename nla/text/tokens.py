@@ -143,7 +143,7 @@ def encode_batch(
         raise ArgumentError(
             f"a {type(tokenizer).__name__} without character offsets",
             "a fast tokenizer (tokenizer.json)",
-            "load it with nla.tokens.load_tokenizer(...) from a folder that holds tokenizer.json",
+            "load it with nla.text.tokens.load_tokenizer(...) from a folder that holds tokenizer.json",
         )
     check_texts(texts)
     for number, text in enumerate(texts):

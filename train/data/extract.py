@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nla.config import DTYPES, QUANTIZATIONS, tokenizer_hash
 from nla.errors import ArgumentError, ContextLengthError
@@ -127,7 +127,12 @@ def _begun_at(out_dir: str | Path, settings: CorpusSettings) -> str | None:
 
 
 def _run(
-    settings: ExtractionSettings, corpus: Corpus, view: Any, reader: Reader, writer: StoreWriter, progress: bool
+    settings: ExtractionSettings,
+    corpus: Corpus,
+    view: PreTrainedModel,
+    reader: Reader,
+    writer: StoreWriter,
+    progress: bool,
 ) -> int:
     """Read the chunks that are this process's and not done; the number of chunks in the corpus."""
     started, n_seen, n_tokens, n_chunks = time.monotonic(), 0, 0, 0
@@ -162,7 +167,7 @@ def _run(
 
 
 def _about(
-    settings: ExtractionSettings, corpus: Corpus, view: Any, tokenizer: PreTrainedTokenizerBase
+    settings: ExtractionSettings, corpus: Corpus, view: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Any]:
     """All that the store's content follows from."""
     folder = Path(settings.source)
@@ -187,7 +192,7 @@ def _about(
     }
 
 
-def _check_context(view: Any, settings: CorpusSettings) -> None:
+def _check_context(view: PreTrainedModel, settings: CorpusSettings) -> None:
     limit = context_length(view)
     if settings.max_tokens > limit:
         raise ContextLengthError(

@@ -132,7 +132,7 @@ def train_plant(name: str, settings: PlantSettings, out_dir: Path) -> None:
     Raises:
         ArgumentError: there is no such plant.
         RecipeError: the checkpoints are of a run with other settings or data.
-        InterruptedTraining, StorageError, WeightsError: see :func:`nla.train.loop.run`.
+        InterruptedTraining, StorageError, WeightsError: see :func:`nla.train.fit.loop.fit`.
     """
     of = plant(name)
     steps = settings.steps or LONGER.get(of.kind, STEPS)
