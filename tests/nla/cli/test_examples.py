@@ -198,6 +198,9 @@ def prepare(name: str, shell: Shell, folder: Path) -> None:
     if name == "import easynla":
         load_benchmark("parity_pairs").lora_pair(folder / "ckpts", "llama")
         (folder / "ckpts/ar").symlink_to(folder / "ckpts/av/critic")
+    if name == "eval transfer":  # in the words of Switchboard, which `my/pair` reads
+        chats = [json.loads(line)["messages"] for line in (folder / "chats.jsonl").read_text().splitlines()]
+        (folder / "held_out.txt").write_text("\n".join(chat[1]["content"] for chat in chats) + "\n")
     if name == "eval fidelity":
         for stage in ("joint", "warmstart"):
             (folder / "runs/mine").mkdir(exist_ok=True)
