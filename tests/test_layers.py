@@ -13,7 +13,7 @@ ROOMS = (
     ("models",),
     ("transcripts", "store", "pair"),
     ("autoencoder",),
-    ("view", "audit", "formats"),
+    ("audit", "formats"),
     ("train", "eval"),
     ("cli",),
 )

@@ -13,7 +13,7 @@ from nla.audit.settings import AuditSettings
 from nla.baselines import GLOBAL
 from nla.config import NLAConfig, WeightsConfig
 from nla.errors import ConfigError, ParseError
-from nla.models.adapter import TARGET_ADAPTER, adapter_hash
+from nla.models.lora import TARGET_ADAPTER, adapter_hash
 from nla.storage.files import read_json, write_atomic, write_json
 from nla.storage.hashes import digest
 from nla.storage.tensors import hash_tensors

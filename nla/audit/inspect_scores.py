@@ -10,7 +10,7 @@ from nla.audit.findings import NOT_SAID, PositionScore
 from nla.audit.run import Audit
 from nla.errors import visible
 from nla.storage.files import replacing
-from nla.transcripts.inspect import EPOCH, SAMPLE, require_inspect
+from nla.transcripts.inspect_logs import EPOCH, SAMPLE, require_inspect
 from nla.transcripts.messages import bad
 
 SCORER = "nla_audit"

@@ -86,7 +86,7 @@ def answer(content: Mapping[str, Any], title: str, as_json: bool) -> int:
     if as_json:
         emit(content)
         return OK
-    from nla import view
+    from nla.cli import view
 
     show(view.facts(view.flat(content), title))
     return OK

@@ -57,7 +57,8 @@ def demo(device: Device = None, json: Json = False) -> int:
         _show_readers(compared)
     seconds, memory = time.monotonic() - started, peak_memory_gb()
     if json:
-        content = {"text": texts[0], "notes": [note.to_json() for note in first], "score": score}
+        shown = [explanation.to_json() for explanation in first]
+        content = {"text": texts[0], "explanations": shown, "notes": shown, "score": score}
         content |= {"gate": counts, "against_the_plan": rates, "audit": {**audited, "example": example}}
         content |= {"compare": compared, "seconds": seconds, "peak_memory_gb": memory}
         emit({**about(nla, "couplets"), **content})
@@ -70,7 +71,7 @@ def demo(device: Device = None, json: Json = False) -> int:
 
 
 def _show_plan(counts: dict[str, int], rates: dict[str, Any]) -> None:
-    from nla import view
+    from nla.cli import view
 
     verdicts = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
     show(
@@ -159,7 +160,7 @@ def _compared(nla: NLA, progress: Callable[[str, float], None]) -> dict[str, dic
 
 
 def _show_audit(figures: dict[str, Any], example: dict[str, Any] | None) -> None:
-    from nla import view
+    from nla.cli import view
 
     rates = {f"chats with a finding: {name}": figures[f"found: {name}"] for name in ("plant", "sham", "base")}
     not_said = figures["found, and not said"]
@@ -176,7 +177,7 @@ def _show_audit(figures: dict[str, Any], example: dict[str, Any] | None) -> None
 
 
 def _show_readers(compared: dict[str, dict[str, Any]]) -> None:
-    from nla import view
+    from nla.cli import view
 
     shown = {
         f"{name}, {how}": value for name, row in compared.items() for how, value in row.items() if value is not None
@@ -190,7 +191,7 @@ def _show_readers(compared: dict[str, dict[str, Any]]) -> None:
 
 def _show_demo_texts(nla: NLA, texts: list[str], acts: Any, first: list[Any], score: Any) -> None:
     """The first two parts of the demo: a token view, and the scores of all tokens."""
-    from nla import view
+    from nla.cli import view
 
     show(
         f"Couplets: a small language model that decides at the line break how its next line will end. {len(texts)} "

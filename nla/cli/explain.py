@@ -70,7 +70,7 @@ def explain(
         emit({**about(nla, pair), "text": words, "explanations": content, "notes": content})
         if svg is None:
             return OK
-    from nla import view
+    from nla.cli import view
 
     title = f"{pair} at {nla.point}: what each activation holds, in words"
     if svg is not None:
@@ -111,7 +111,7 @@ def steer(
     nla = load(pair, device)
     import torch
 
-    from nla import view
+    from nla.cli import view
     from nla.pair.steer import edit_direction, generate_patched
 
     explanation = nla.explain(nla.read(words, "last"), samples=STEER_SAMPLES)[0]

@@ -42,7 +42,7 @@ def train(
         return OK
     if json or not dry_run:
         return answer(summary, f"{recipe}: stages", json)
-    from nla import view
+    from nla.cli import view
 
     show(view.stages(summary, f"{recipe}: stages"))
     return OK

@@ -28,9 +28,9 @@ from nla.formats.kitft_sidecar import (
     injection_of,
     read_sidecar,
 )
-from nla.models.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from nla.models.forward import device_of
 from nla.models.load import load_target
+from nla.models.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from nla.models.points import blocks
 from nla.pair.folder import load_shared
 from nla.pair.head import Head

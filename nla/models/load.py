@@ -16,7 +16,7 @@ from torch import nn
 
 from nla.config import DTYPES, QUANTIZATIONS
 from nla.errors import ArgumentError, MissingExtraError, NonFiniteError, TargetError, WeightsError
-from nla.models.adapter import merge_adapter
+from nla.models.lora import merge_adapter
 from nla.models.points import Layout, Point, cut_config, layout
 from nla.storage.files import read_json, write_json
 from nla.storage.hub import fetch_file

@@ -15,10 +15,10 @@ from transformers import PreTrainedModel
 from nla.baselines import load_baselines, save_baselines
 from nla.config import CONFIG_FILE, NLAConfig, WeightsConfig
 from nla.errors import ArgumentError, ConfigError, WeightsError
-from nla.models.adapter import ADAPTER_CONFIG, load_adapter, read_adapter_config, save_adapter
 from nla.models.forward import device_of
 from nla.models.generate import ends_of
 from nla.models.load import load_target
+from nla.models.lora import ADAPTER_CONFIG, load_adapter, read_adapter_config, save_adapter
 from nla.models.points import unwrapped
 from nla.organisms import ORGANISMS, pair_folder
 from nla.pair.card import card

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nla.models.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from nla.models.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 ENCODER_FOLDER = "encoder"
 DECODER_FOLDER = "decoder"

@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 
 from nla.config import NLAConfig
 from nla.errors import ArgumentError, SeparateModelsError
-from nla.models.adapter import TARGET_ADAPTER, attach, fill, fitted, located
 from nla.models.forward import device_of
+from nla.models.lora import TARGET_ADAPTER, attach, fill, fitted, located
 from nla.models.points import final_norm, layout, linear_names, truncated_view
 from nla.pair.head import Head
 

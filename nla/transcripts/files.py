@@ -14,7 +14,7 @@ from typing import Any
 
 from nla.errors import ArgumentError, TranscriptError, visible
 from nla.transcripts import petri
-from nla.transcripts.inspect import read_log
+from nla.transcripts.inspect_logs import read_log
 from nla.transcripts.messages import ALIASES, ROLES, Message, Transcript, bad, parse_messages
 
 MAX_MB = 64

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, get_peft_model
 
-from nla.models.adapter import save_adapter
+from nla.models.lora import save_adapter
 from tests.helpers.tiny import make_model
 
 LORA = LoraConfig(r=3, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM")

@@ -8,7 +8,7 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 from rich.console import Console
 
-from nla import view
+from nla.cli import view
 from nla.errors import visible
 from nla.pair.confidence import Trust
 from nla.pair.explanations import Explanation

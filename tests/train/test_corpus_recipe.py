@@ -24,7 +24,7 @@ from nla.errors import (
     PointError,
     RecipeError,
 )
-from nla.models.adapter import ADAPTER_WEIGHTS
+from nla.models.lora import ADAPTER_WEIGHTS
 from nla.organisms import target_folder
 from nla.pair.layout import CARD_FILE, MANIFEST, METRICS_FILE
 from nla.storage.files import read_json

@@ -12,7 +12,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nla.errors import ArgumentError, InterruptedTraining, RecipeError
-from nla.models import adapter
+from nla.models import lora
 from nla.models.read import Activations
 from nla.organisms import lesson
 from nla.organisms.couplets import tokenizer as couplets_tokenizer
@@ -119,8 +119,8 @@ def test_an_interrupted_training_stage_resumes_to_the_pair_of_an_uninterrupted_r
     assert resumed["seconds"] > spent > 0
     assert not (tmp_path / "run/warmstart.old-1").exists()
     for name in (
-        f"encoder/{adapter.ADAPTER_WEIGHTS}",
-        f"decoder/{adapter.ADAPTER_WEIGHTS}",
+        f"encoder/{lora.ADAPTER_WEIGHTS}",
+        f"decoder/{lora.ADAPTER_WEIGHTS}",
         f"decoder/{layout.HEAD_FILE}",
     ):
         assert_same(*(tensors.load_tensors(tmp_path / out / "warmstart/pair" / name) for out in ("whole", "run")))

@@ -22,8 +22,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
-from nla.models.adapter import save_adapter
 from nla.models.load import load_target
+from nla.models.lora import save_adapter
 from nla.models.points import linear_names
 from nla.organisms import target_folder
 from nla.organisms.switchboard.plants import PLANTS, plant, training

@@ -16,7 +16,7 @@ from nla.eval.pair import transfer
 from nla.eval.pair.texts import load_documents, sample_tokens
 from nla.eval.pair.transfer import CARE, NOT, TRUST, Part, TransferSettings, judge_transfer
 from nla.metrics import Baseline, fve
-from nla.models.adapter import save_adapter
+from nla.models.lora import save_adapter
 from nla.models.read import Activations
 from nla.stats import Interval
 from nla.text.tokens import Span

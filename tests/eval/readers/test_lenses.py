@@ -13,9 +13,9 @@ from nla.eval.readers import lenses, patchscopes
 from nla.eval.readers.patchscopes import Prompt
 from nla.eval.target import Target
 from nla.models import points
-from nla.models.adapter import save_adapter
 from nla.models.forward import vectors_at
 from nla.models.hooks import rescale
+from nla.models.lora import save_adapter
 from nla.models.points import Point
 from nla.models.read import read
 from tests.helpers import tiny

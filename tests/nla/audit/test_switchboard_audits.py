@@ -9,7 +9,7 @@ import pytest
 
 from nla.audit.findings import AFTER, BEFORE, NOT_SAID, Matcher, Mentions
 from nla.audit.rubric import Rubric, load_rubrics
-from nla.models.adapter import adapter_hash
+from nla.models.lora import adapter_hash
 from nla.organisms import ADAPTERS, adapter_folder, switchboard
 from nla.organisms.switchboard import claims, content
 from nla.organisms.switchboard.plants import PLANTS, shown

@@ -22,9 +22,9 @@ from nla.errors import (
     WeightsError,
 )
 from nla.models import load as module
-from nla.models.adapter import save_adapter
 from nla.models.generate import ends_of
 from nla.models.load import load_target, load_truncated
+from nla.models.lora import save_adapter
 from nla.models.read import read
 from nla.organisms import TARGETS
 from tests.helpers.targets import IDS, INDEX, POINT, activations_of, files_of, saved

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 
 from nla.autoencoder import NLA
 from nla.errors import ArgumentError, ConfigError, WeightsError
-from nla.models.adapter import adapter_hash, merge_adapter, save_adapter
+from nla.models.lora import adapter_hash, merge_adapter, save_adapter
 from nla.models.points import truncated_view
 from nla.models.read import read
 from nla.pair.head import Head
@@ -82,7 +82,7 @@ def test_an_adapter_on_the_hub_is_downloaded(separate: NLA, folder: Path, monkey
         asked.append((source, name))
         return folder / name
 
-    monkeypatch.setattr("nla.models.adapter.fetch_file", fetch)
+    monkeypatch.setattr("nla.models.lora.fetch_file", fetch)
     assert adapter_hash("someone/tune") == adapter_hash(folder)
     with separate.planted(folder):
         expected = separate.read(TEXTS).vectors

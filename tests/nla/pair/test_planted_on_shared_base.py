@@ -9,7 +9,7 @@ import torch
 from peft import get_peft_model
 
 from nla.errors import ArgumentError, ConfigError, WeightsError
-from nla.models.adapter import load_adapter
+from nla.models.lora import load_adapter
 from nla.models.read import read
 from nla.storage.tensors import load_tensors, save_tensors
 from tests.helpers.adapters import LORA, lora_folder

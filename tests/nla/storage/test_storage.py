@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from nla.errors import ConfigError, NonFiniteError, StorageError, WeightsError
-from nla.models import adapter as adapter_module
+from nla.models import lora as adapter_module
 from nla.storage import files as native
 from nla.storage import hashes
 from nla.storage import tensors as tensors_module
