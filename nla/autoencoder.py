@@ -82,7 +82,8 @@ class NLA:
 
     @property
     def config(self) -> NLAConfig:
-        """The contract of the pair; encoder and decoder follow what is set here."""
+        """The contract of the pair. Encoder and decoder follow what is set here, but for the prompt, the injection and
+        the point, which they were made with."""
         return self.encoder.config
 
     @config.setter

@@ -24,7 +24,6 @@ from nla.text.fingerprint import tokenizer_hash as tokenizer_hash
 CONFIG_FILE = "nla_config.json"
 FORMAT_VERSION = 1
 DTYPES = ("float32", "bfloat16", "float16")
-MODES = ("replace", "add")
 QUANTIZATIONS = ("8bit", "4bit")
 
 _CHECKSUM = "checksum"

@@ -53,7 +53,7 @@ def run_recipe(
 
     Args:
         until: the last stage to run; None runs all that the recipe asks for.
-        dry_run: only say which stages would run; for a corpus, with what each will take (see nla/train/plan.py).
+        dry_run: only say which stages would run; for a corpus, with what each will take (see train/plan.py).
 
     Raises:
         RecipeError: see :func:`load_recipe`; also an unknown ``until``, or another process is at work in ``out``.

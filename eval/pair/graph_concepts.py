@@ -58,7 +58,7 @@ def align(graph: Graph, tokenizer: Any, context: int) -> Text:
 
     Raises:
         TokenizerMismatchError: they differ; says where.
-        VocabularyError, EmptyTextError, ContextLengthError: see :func:`nla.tokens.encode_batch`.
+        VocabularyError, EmptyTextError, ContextLengthError: see :func:`nla.text.tokens.encode_batch`.
     """
     prompt = graph.prompt
     first = getattr(tokenizer, "bos_token", None)

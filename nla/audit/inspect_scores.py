@@ -44,7 +44,8 @@ def write_scores(audit: Audit, path: Path, out: Path) -> None:
                 sample.scores = {**(sample.scores or {}), **_scores(audit, audited[sample.id, sample.epoch], ids)}
         _add_results(log, audit, set(audited.values()))
         with replacing(out) as temporary:
-            log_module.write_eval_log(log, str(temporary))
+            form = "json" if out.suffix == ".json" else "eval"  # the temporary path does not say it
+            log_module.write_eval_log(log, str(temporary), format=form)
     except Exception as error:
         shown = visible(f"{type(error).__name__}: {error}")[:160]
         raise bad(str(path), f"a log whose scored copy cannot be made ({shown})", "a whole log", "check it") from error

@@ -118,7 +118,7 @@ def import_parquet(
         ShapeError: a vector has another width than the sidecar says.
         NonFiniteError: a vector holds NaN or infinity, or is missing.
         TokenizerMismatchError: it is not the base model's tokenizer.
-        StoreError, StorageError: see :class:`nla.store_writer.StoreWriter`.
+        StoreError, StorageError: see :class:`nla.store.writer.StoreWriter`.
     """
     if not 0 < eval_fraction < 1:
         raise ArgumentError(f"eval_fraction={eval_fraction}", "between 0 and 1", "choose the share to hold out")

@@ -19,12 +19,14 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from nla.errors import ArgumentError
 from nla.models.forward import device_of, inference, pad_left
+from nla.models.points import unwrapped
 from nla.text.tokens import length_batches
 
 MAX_TOKENS_PER_BATCH = 8192
 
-Intervene = Callable[[Int[Tensor, " b"], Int[Tensor, " b"]], contextlib.AbstractContextManager]
+InterveneBatch = Callable[[Int[Tensor, " b"], Int[Tensor, " b"]], contextlib.AbstractContextManager]
 """From the numbers of a batch's prompts and the padding on the left of each, a context in which they are continued."""
 
 
@@ -65,14 +67,15 @@ def generate(
     generator: torch.Generator | None = None,
     processors: Sequence[LogitsProcessor] = (),
     stopping: Sequence[StoppingCriteria] = (),
-    intervene: Intervene | None = None,
+    intervene: InterveneBatch | None = None,
     batches: Sequence[Sequence[int]] | None = None,
     max_tokens_per_batch: int = MAX_TOKENS_PER_BATCH,
 ) -> Generated:
     """Continue prompts: the only place where a model writes.
 
     Prompts of different lengths share a batch, padded on the left. The model is in evaluation mode and without its own
-    generation settings meanwhile; a pair's adapters are as the role in force has set them.
+    generation settings meanwhile. Of a pair, call it within a role, which sets the adapters and keeps other threads
+    from the model.
 
     Args:
         prompts: token ids, one token or more each.
@@ -81,12 +84,17 @@ def generate(
         temperature: of sampling; None: the likeliest token at each step.
         generator: source of the samples, on the model's device; None: the global random state.
         processors: what else changes the logits before a token is chosen.
-        stopping: what else ends a row.
+        stopping: what else ends a row; transformers fills such a row up with ``pad``, which its answer then ends on.
         intervene: a context for each batch, such as an injection.
         batches: numbers of the prompts of each batch; None: by length, up to ``max_tokens_per_batch``.
+
+    Raises:
+        ArgumentError: a temperature that is not above 0.
     """
     if batches is None:
         batches = length_batches([len(prompt) + max_new_tokens for prompt in prompts], max_tokens_per_batch)
+    if temperature is not None and not temperature > 0:
+        raise ArgumentError(f"temperature={temperature}", "a number above 0", "give none for the likeliest text")
     choosers = [*processors, *([] if temperature is None else [Sampling(temperature, generator)])]
     whole: Any = model
     device, answers = device_of(model), []
@@ -159,10 +167,9 @@ def plainly(model: PreTrainedModel) -> Iterator[None]:
     """While active, a causal LM (in PEFT's wrapper or not) has no generation settings; on exit its own are back.
 
     transformers fills every open field of the settings that a call gives from the model's, so that answers would not
-    be of its plain distribution.
+    be of its plain distribution. Ask for :func:`ends_of` before: in here the model names no end tokens.
     """
-    whole: Any = model
-    base = whole.get_base_model() if hasattr(model, "get_base_model") else whole  # PEFT's wrapper shows the base's
+    base: Any = unwrapped(model)  # PEFT's wrapper shows the base's settings
     own = base.generation_config
     base.generation_config = GenerationConfig()
     try:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from transformers import Cache
 
 from nla.config import InjectionConfig
 from nla.errors import ArgumentError, MarkerError, NonFiniteError, PositionError, ShapeError
@@ -223,6 +224,8 @@ def _edit(
             f"(b, {width}) and (b,)",
             "give one vector of the target's width and one position for each batch row",
         )
+    if rows is not None and rows.shape != columns.shape:
+        raise ShapeError(f"rows {tuple(rows.shape)} for {len(columns)} positions", "one row each", "give as many")
     check_finite(vectors.detach())
 
     def edit(hidden: Tensor, past: int) -> Tensor | None:
@@ -257,7 +260,8 @@ def _changed(module: nn.Module, change: Callable[[Tensor, int], Tensor | None], 
 
     def hook(_module: nn.Module, _args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         stream = output[0] if isinstance(output, tuple) else output
-        cache = kwargs.get("past_key_values")
+        # Architectures pass the cache to their blocks under several names, or by its place.
+        cache = next((value for value in (*_args, *kwargs.values()) if isinstance(value, Cache)), None)
         past = 0 if cache is None else max(0, cache.get_seq_length(layer) - stream.shape[1])
         new = change(stream, past)
         if new is None:

@@ -344,7 +344,8 @@ def _finish(
 ) -> PreTrainedModel:
     """The model on a device (None: it is there), checked, with its adapter, and named after where it came from."""
     if on is not None:
-        nn.Module.to(model, on)
+        whole: Any = model  # the class's own method, which refuses what cannot be moved
+        whole.to(on)
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and not _is_finite(parameter.detach()):
             raise NonFiniteError(

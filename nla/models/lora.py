@@ -119,7 +119,7 @@ def merge_adapter(model: Any, folder: str | Path) -> None:
     """Add a plain LoRA adapter to the weights of a model, or of a backbone that holds its first blocks, for good.
 
     Raises:
-        ConfigError, WeightsError, NonFiniteError: see :func:`planted`.
+        ConfigError, WeightsError, NonFiniteError: see :func:`nla.pair.roles.planted`.
     """
     attach(model, located(folder)).merge_and_unload()
     model.requires_grad_(True)

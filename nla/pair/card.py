@@ -29,8 +29,9 @@ def card(metrics: Mapping[str, Any], config: NLAConfig, name: str = "<this folde
     """A README.md with the hub's header.
 
     Args:
-        metrics: what metrics.json holds. Read are "recipe", "data" (a text), "score" (:meth:`nla.score.Score.to_json`
-            on activations that were not trained on) and "joint" (what ``nla train`` writes).
+        metrics: what metrics.json holds. Read are "recipe", "data" (a text), "score"
+            (:meth:`nla.pair.score.Score.to_json` on activations that were not trained on) and "joint" (what
+            ``nla train`` writes).
         name: what the pair is loaded by.
         local: the target lies in a folder; the header then names no base model.
     """

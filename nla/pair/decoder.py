@@ -100,7 +100,9 @@ class Decoder:
         """
         if self.roles.playing != "decoder":
             raise ArgumentError(
-                f"decode_ids in the role {self.roles.playing}", 'the role "decoder"', 'use `with nla.role("decoder"):`'
+                f"decode_ids in the role {self.roles.playing}",
+                'the role "decoder"',
+                'write `with nla.role("decoder"):` around forward and backward, or call reconstruct for inference',
             )
         return self.roles.head(last_stream(self.roles.view, input_ids, attention_mask))
 

@@ -36,7 +36,7 @@ def reconstruction_errors(
         ShapeError: another number of reconstructions.
     """
     if readable is None:
-        return mse(activations, predicted)
+        return mse(activations.float().cpu(), predicted.float().cpu())
     rows = torch.tensor(readable, dtype=torch.bool).nonzero().flatten()
     if len(readable) != len(activations) or len(rows) != len(predicted):
         got = f"{len(predicted)} reconstructions, {len(rows)} of {len(readable)} explanations readable"

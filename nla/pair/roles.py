@@ -1,6 +1,7 @@
 """The three roles: adapters on one shared base, or whole models that are loaded at first use.
 
-A role is a state of the model, so one thread at a time plays one: :meth:`Roles.play` holds a lock until it ends.
+A role is a state of the model, so one thread at a time plays one: :meth:`Roles.play` holds a lock until it ends. Leave
+it in the thread that entered it; coroutines of one thread are not kept apart.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar, cast, get_args
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -91,6 +93,34 @@ class Roles(Protocol):
         ...
 
 
+class Turn:
+    """Whose turn it is: one thread at a time plays roles, which nest."""
+
+    def __init__(self) -> None:
+        self._lock, self._roles, self._owner = threading.RLock(), [], 0
+
+    def alone(self) -> contextlib.AbstractContextManager[object]:
+        """While active, no other thread plays a role."""
+        return self._lock
+
+    @property
+    def playing(self) -> Role | None:
+        """The role that this thread has in force."""
+        return self._roles[-1] if self._roles and self._owner == threading.get_ident() else None
+
+    @contextlib.contextmanager
+    def taken(self, name: Role) -> Iterator[None]:
+        """While active, this thread plays a role."""
+        with self._lock:
+            outer, before = list(self._roles), self._owner
+            try:
+                self._owner = threading.get_ident()
+                self._roles.append(name)
+                yield
+            finally:
+                self._roles[:], self._owner = outer, before
+
+
 class SharedBase:
     """One base: bare as the target, with the adapter "default" as the encoder, and cut with "decoder" as the decoder.
 
@@ -107,8 +137,7 @@ class SharedBase:
         if config.decoder.final_norm:
             setattr(self.view, layout(self.view.config.model_type).norm, final_norm(model))
         self.target_adapter: str | None = None
-        self._playing: list[Role] = []
-        self._lock = threading.RLock()
+        self._turn = Turn()
 
     @classmethod
     def create(cls, target: PreTrainedModel, config: NLAConfig, rank: int, alpha: float | None) -> SharedBase:
@@ -122,8 +151,8 @@ class SharedBase:
 
     @property
     def playing(self) -> Role | None:
-        """The role in force."""
-        return self._playing[-1] if self._playing else None
+        """The role that this thread has in force."""
+        return self._turn.playing
 
     def model_of(self, name: Role) -> PreTrainedModel:
         """The base, whatever the role."""
@@ -137,24 +166,21 @@ class SharedBase:
         between them loses gradients.
         """
         model: Any = self.model
-        with self._lock:
+        with self._turn.taken(name):
             active, disabled = model.active_adapter, _adapters_disabled(model)
             requires_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-            outer = list(self._playing)
             try:
-                self._playing.append(name)
                 adapter = self.target_adapter if name == "target" else _ADAPTERS[name]
                 _switch(model, adapter or active, disabled=adapter is None)
                 yield
             finally:
-                self._playing[:] = outer
                 _switch(model, active, disabled)
                 for parameter, flag in requires_grad:
                     parameter.requires_grad_(flag)
 
     def alone(self) -> contextlib.AbstractContextManager[object]:
         """While active, no other thread plays a role."""
-        return self._lock
+        return self._turn.alone()
 
     def head_tensors(self) -> dict[str, Tensor]:
         """The head's parameters by name."""
@@ -210,13 +236,12 @@ class SeparateModels:
         """Each argument loads a part; ``view`` the decoder's backbone, already cut, ``head`` to the CPU."""
         self._models = {"target": Lazy(target), "encoder": Lazy(encoder), "decoder": Lazy(view)}
         self._head = Lazy(head)
-        self._playing: list[Role] = []
-        self._lock = threading.RLock()
+        self._turn = Turn()
 
     @property
     def playing(self) -> Role | None:
-        """The role in force."""
-        return self._playing[-1] if self._playing else None
+        """The role that this thread has in force."""
+        return self._turn.playing
 
     @property
     def model(self) -> PreTrainedModel:
@@ -231,11 +256,13 @@ class SeparateModels:
     @property
     def head(self) -> Head:
         """The decoder's head."""
-        return self._head.value.to(device_of(self.view))
+        with self._turn.alone():
+            return self._head.value.to(device_of(self.view))
 
     def head_tensors(self) -> dict[str, Tensor]:
         """The head's parameters by name; no model is loaded for them."""
-        return self._head.value.state_dict()
+        with self._turn.alone():
+            return self._head.value.state_dict()
 
     @property
     def loaded(self) -> list[str]:
@@ -244,24 +271,20 @@ class SeparateModels:
 
     def model_of(self, name: Role) -> PreTrainedModel:
         """The model of a role, loaded if it is not yet."""
-        fresh = not self._models[name].loaded
-        model = self._models[name].value
-        return model.requires_grad_(False).eval() if fresh else model
+        with self._turn.alone():
+            fresh = not self._models[name].loaded
+            model = self._models[name].value
+            return model.requires_grad_(False).eval() if fresh else model
 
     @contextlib.contextmanager
     def play(self, name: Role) -> Iterator[None]:
         """Nothing but the role's name changes: there are no adapters to switch."""
-        with self._lock:
-            outer = list(self._playing)
-            try:
-                self._playing.append(name)
-                yield
-            finally:
-                self._playing[:] = outer
+        with self._turn.taken(name):
+            yield
 
     def alone(self) -> contextlib.AbstractContextManager[object]:
         """While active, no other thread plays a role."""
-        return self._lock
+        return self._turn.alone()
 
     def n_parameters(self) -> dict[str, int]:
         """Of each model that is loaded."""
@@ -284,22 +307,28 @@ def planted(roles: Roles, folder: str | Path | None) -> Iterator[None]:
     Raises:
         ConfigError: no such adapter, not plain LoRA, or modules that the target does not have.
         WeightsError, NonFiniteError: weights that are missing, corrupt or of other shapes.
-        ArgumentError: an adapter is planted already.
+        ArgumentError: an adapter is planted already, or a role is in force, which would not see it.
         TargetError, AccessError: the hub does not give it.
     """
     if folder is None:
         yield
         return
-    folder, target = located(folder), roles.model_of("target")
-    if any(f".{TARGET_ADAPTER}." in name for name, _ in target.named_parameters()):
-        raise ArgumentError("a second adapter on the target", "one at a time", "leave the other context first")
-    flags = [(parameter, parameter.requires_grad) for parameter in target.parameters()]
-    try:
-        with roles.alone(), _shared(cast(SharedBase, roles), folder) if roles.shared else _alone(target, folder):
-            yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+    folder = located(folder)
+    with roles.alone():
+        if roles.playing is not None:
+            raise ArgumentError(
+                f"an adapter on the target within the role {roles.playing!r}", "no role in force", "plant it before"
+            )
+        target = roles.model_of("target")
+        if any(f".{TARGET_ADAPTER}." in name for name, _ in target.named_parameters()):
+            raise ArgumentError("a second adapter on the target", "one at a time", "leave the other context first")
+        flags = [(parameter, parameter.requires_grad) for parameter in target.parameters()]
+        try:
+            with _shared(cast(SharedBase, roles), folder) if roles.shared else _alone(target, folder):
+                yield
+        finally:
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
 
 
 @contextlib.contextmanager
@@ -308,7 +337,8 @@ def _shared(roles: SharedBase, folder: Path) -> Iterator[None]:
     model: Any = roles.model
     config, state = fitted(folder, model)
     try:
-        model.add_adapter(TARGET_ADAPTER, config)
+        with torch.random.fork_rng(devices=[]):  # PEFT draws initial values that are then overwritten
+            model.add_adapter(TARGET_ADAPTER, config)
         fill(folder, model, state)
         roles.target_adapter = TARGET_ADAPTER
         yield

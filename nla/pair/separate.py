@@ -54,7 +54,6 @@ def assemble(
         verify: hold local weights against the hashes in ``config`` before they are used.
 
     Raises:
-        TokenizerMismatchError, MarkerError: the encoder's tokenizer is not the config's.
         ArgumentError: ``device`` names what is no role.
         HubError, AccessError: the encoder's tokenizer cannot be had from the hub.
     """

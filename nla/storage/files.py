@@ -23,12 +23,12 @@ _TEXT, _MERGE = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside ``path``, of its ending; on a clean exit it takes ``path``'s place, or else it goes.
+    """Give a temporary path beside ``path``; on a clean exit it takes ``path``'s place, or else it goes.
 
     Raises:
         StorageError: the disk is full or the folder cannot be written; an earlier file is as it was.
     """
-    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.tmp{path.suffix}")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary

@@ -4,9 +4,9 @@
 
     manifest.json           what was read from where, counts, norms, and every shard's size and SHA-256; written last
     baselines.safetensors   mean and variance of the unit-normalised training vectors
-    train/000000.safetensors …   one file a chunk of documents (nla/store_shards.py)
+    train/000000.safetensors …   one file a chunk of documents (nla/store/shards.py)
     eval/000000.safetensors …
-    chunks/000000.json …    what is finished; store.json: what the store is being made of (nla/store_writer.py)
+    chunks/000000.json …    what is finished; store.json: what the store is being made of (nla/store/writer.py)
 """
 
 from __future__ import annotations
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 SPLITS = ("train", "eval")
-GLOBAL = "global"
 BASELINES_FILE, CHUNKS_FOLDER = "baselines.safetensors", "chunks"
 _MOST_OPEN = 512
 """Shards that stay mapped; opening one again is cheap."""

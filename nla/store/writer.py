@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nla.baselines import GLOBAL
 from nla.errors import BaselineError, StorageError, StoreError
 from nla.metrics import Baseline
 from nla.storage.files import read_json, write_json
 from nla.storage.hashes import sha256
 from nla.store.manifest import MANIFEST_FILE, SETTINGS_FILE, STORE_VERSION, Manifest
-from nla.store.reader import BASELINES_FILE, CHUNKS_FOLDER, GLOBAL, SPLITS
+from nla.store.reader import BASELINES_FILE, CHUNKS_FOLDER, SPLITS
 from nla.store.shards import Document, Shard, ShardEntry, write_shard
 
 QUANTILES = (0.0, 0.01, 0.25, 0.5, 0.75, 0.99, 1.0)
@@ -72,7 +73,7 @@ class StoreWriter:
             counts: of the chunk's documents, by any names; the manifest holds their sums.
 
         Raises:
-            NonFiniteError, StorageError: see :func:`nla.store_shards.write_shard`.
+            NonFiniteError, StorageError: see :func:`nla.store.shards.write_shard`.
         """
         entries = {}
         for split, (documents, vectors) in splits.items():

@@ -12,7 +12,8 @@ from transformers.pytorch_utils import Conv1D
 from nla.autoencoder import NLA
 from nla.errors import ArchitectureError
 from nla.models.forward import pad_right
-from nla.models.hooks import inject
+from nla.models.generate import generate
+from nla.models.hooks import inject, replace
 from nla.models.load import load_target, load_truncated
 from nla.models.points import ARCHITECTURES, blocks, context_length, d_model, final_norm, linear_names, truncated_view
 from nla.models.read import read
@@ -180,3 +181,20 @@ def test_a_pair_comes_back_from_disk_as_it_was(architecture: str, tmp_path: Path
 def test_another_architecture_is_refused_with_what_to_do() -> None:
     with pytest.raises(ArchitectureError, match=r"qwen2.*pytest tests -k Linear"):
         linear_names(nn.Linear(2, 2))
+
+
+def test_an_intervention_on_the_prompt_acts_once_while_answers_are_written_through_a_cache(any_model) -> None:
+    prompt, vector, column = IDS[0, :6].tolist(), 8 * vectors_of(1), torch.tensor([1])
+    written = generate(
+        any_model,
+        [prompt],
+        ends=[],
+        pad=0,
+        max_new_tokens=4,
+        intervene=lambda rows, padding: replace(any_model, POINTS[1], column + padding, vector),
+    )
+    ids = list(prompt)
+    for _ in range(4):  # without a cache: the whole row again for each token
+        with torch.no_grad(), replace(any_model, POINTS[1], column, vector):
+            ids.append(int(any_model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+    assert written.rows() == [ids[len(prompt) :]]

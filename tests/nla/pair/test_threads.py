@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from nla import NLA
+from nla.errors import ArgumentError
 from tests.helpers.adapters import lora_folder
 from tests.helpers.tiny import D_MODEL, TEXTS, make_pair
 
@@ -102,3 +103,17 @@ def test_after_an_exception_or_ctrl_c_the_pair_is_as_it_was(job: str, error: typ
     handle.remove()
     assert calls and state(pair) == before
     assert jobs(pair)[job](0) == expected
+
+
+def test_an_adapter_is_planted_before_a_role_begins_not_within_it(tmp_path: Path) -> None:
+    pair, folder = make_pair(), lora_folder(tmp_path / "adapter")
+    with pair.role("target"), pytest.raises(ArgumentError, match="within the role"), pair.planted(folder):
+        pass
+    assert pair.roles.playing is None and pair.roles.target_adapter is None
+
+
+def test_another_threads_role_is_none_of_this_one() -> None:
+    pair = make_pair()
+    ids, mask = pair.encode_explanations(["the cat sat."])
+    with pair.role("decoder"), ThreadPoolExecutor(1) as pool, pytest.raises(ArgumentError, match="decode_ids"):
+        pool.submit(lambda: pair.decode_ids(ids, mask)).result(timeout=60)
