@@ -50,6 +50,9 @@ def former_fingerprints(recipe: Recipe, target: str) -> dict[str, str]:
             {"corpus": settings["corpus"], "files": _corpus_files(recipe)},
             _without(settings["describer"], asking) | settings["texts"],
         )
+        prompts = {name: settings["pair"][name] for name in ("marker", "encoder_prompt", "decoder_template")}
+        if any(prompts.values()):  # those hashes did not tell them apart: texts may have been checked against others
+            sources = (sources[0], sources[1] | prompts)
     decided = {
         "extract": sources[0],
         "describe": sources[1],

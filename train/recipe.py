@@ -174,6 +174,9 @@ class Recipe:
             if field.name in others and stated != type(stated)():
                 refuse(field.name, stated, f"no such section beside `{kind}`")
         if self.world is not None:
+            for name in ("marker", "encoder_prompt", "decoder_template"):
+                if getattr(self.pair, name) is not None:
+                    refuse(f"pair.{name}", getattr(self.pair, name), "none beside `world`, which has its own")
             strata = lesson.load(self.world).STRATA
             if not set(self.joint.stratum_weights) <= set(strata):
                 refuse("joint.stratum_weights", self.joint.stratum_weights, f"shares of {', '.join(strata)}")

@@ -111,7 +111,7 @@ def section(name: str, decides: str | None = None) -> Callable[[type[Settings]],
 
 def refuse(name: str, value: Any, expected: str) -> NoReturn:
     """Raise the ArgumentError of a recipe's value ``name`` that is not as ``expected``."""
-    raise ArgumentError(f"{name} = {_shown(name, value)}", expected, "change it in the recipe")
+    raise ArgumentError(f"{name} = {_shown(name, value)}", expected, "correct it where it is given")
 
 
 def _shown(name: str, value: Any) -> str:
@@ -136,7 +136,7 @@ def _problem(section: str, cls: Any, error: ValidationError) -> NLAError:
     if first["type"] in ("missing", "unexpected_keyword_argument", "unexpected_positional_argument"):
         raise TypeError(f"{name}: {first['msg']}")  # a call in the code, not a value
     expected = said[0] if said else kind or first["msg"]
-    return ArgumentError(f"{name} = {_shown(name, first['input'])}", expected, "change it in the recipe")
+    return ArgumentError(f"{name} = {_shown(name, first['input'])}", expected, "correct it where it is given")
 
 
 def build(cls: type[Settings], content: Any, source: str) -> Settings:

@@ -167,6 +167,12 @@ def judge_fidelity(
     return report
 
 
+def _refuse_positions(settings: FidelitySettings, beside: str) -> None:
+    """Refuse positions that would be ignored."""
+    if settings.positions != "all":
+        raise ArgumentError(f"positions {settings.positions!r} beside {beside}", "all of them", "leave positions out")
+
+
 def material(nla: NLA, settings: FidelitySettings) -> Material:
     """Activations to judge a pair on, with what FVE is over; see :class:`FidelitySettings`.
 
@@ -174,9 +180,11 @@ def material(nla: NLA, settings: FidelitySettings) -> Material:
         ArgumentError, BaselineError, StoreError: see :func:`judge_fidelity`.
     """
     if settings.store is not None:
+        _refuse_positions(settings, "a store, whose tokens were chosen when it was made")
         return _store_material(nla, settings.store, settings)
     couplets = None
     if settings.texts is None and world_of(nla.tokenizer) == COUPLETS:
+        _refuse_positions(settings, f"the documents of {COUPLETS}, of which every token is read")
         known = couplets = documents(settings.n_documents, settings.seed + 3, SHOWN_PLANS)
         source = f"held-out documents of the world {COUPLETS}"
         acts = nla.read(

@@ -44,7 +44,17 @@ class _AsWritten:
 
 
 class Command(_AsWritten, TyperCommand):
-    """A command; its function returns the exit code."""
+    """A command; its function returns the exit code. What begins with a dash and holds white space is a text."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        ends = args.index("--") if "--" in args else len(args)
+        texts = [i for i, word in enumerate(args[:ends]) if word.startswith("-") and any(map(str.isspace, word))]
+        options = [i for i in texts if i and args[i - 1].startswith("-") and args[i - 1] != "-"]  # an option's value
+        moved = [i for i in texts if i not in options]
+        if not moved:
+            return super().parse_args(ctx, args)
+        kept = [word for i, word in enumerate(args[:ends]) if i not in moved]
+        return super().parse_args(ctx, [*kept, "--", *(args[i] for i in moved), *args[ends + 1 :]])
 
 
 class Group(_AsWritten, TyperGroup):
@@ -124,7 +134,7 @@ def seed(help: str) -> Any:
 
 def given(**options: Any) -> dict[str, Any]:
     """The options that were given: the others keep the default of what takes them."""
-    return {name: value for name, value in options.items() if value not in (None, [], False)}
+    return {name: value for name, value in options.items() if value is not None and value is not False and value != []}
 
 
 def positions(which: str) -> str | list[int]:

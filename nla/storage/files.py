@@ -18,6 +18,8 @@ from nla.errors import ConfigError, ParseError, StorageError, visible
 
 MAX_YAML_NODES = 100_000
 """Values of a YAML text, aliases written out: above it, a few lines could fill the memory."""
+_OF_TAGS = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError)
+"""What PyYAML lets through of tags such as ``!!bool x`` and ``!!int ""``."""
 _TEXT, _MERGE = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
 
 
@@ -28,6 +30,9 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         StorageError: the disk is full or the folder cannot be written; an earlier file is as it was.
     """
+    if not path.name or path.is_dir():
+        got = f"{str(path)!r}, a folder, where a file is to be written"
+        raise StorageError(got, "the path of a file", "add a name to it")
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -118,7 +123,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(got=f"no readable {path}", expected="a JSON file there", fix=restore) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(got=f"{path}, which is not JSON ({error})", expected="a JSON file", fix=restore) from error
     if not isinstance(content, dict):
         raise ConfigError(got=f"{path} holding a {type(content).__name__}", expected="a JSON object", fix=restore)
@@ -152,7 +157,7 @@ def parse_yaml(text: str, source: str) -> Any:
             return None
         _check_nodes(node, {})
         return loader.construct_document(node)
-    except (yaml.YAMLError, ValueError, KeyError, AttributeError, RecursionError) as error:  # of tags such as !!bool x
+    except (yaml.YAMLError, *_OF_TAGS, RecursionError) as error:
         mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
         where = source if mark is None else f"{source}, line {mark.line + 1}"
         problem = getattr(error, "problem", None) or ("nested too deep" if isinstance(error, RecursionError) else error)

@@ -22,7 +22,6 @@ from nla.text.tokens import Span, undated, unknown_id
 from nla.transcripts.messages import Message, Transcript
 
 CONTROL, CONTENT, CALLS = "control", "content", "calls"
-SECTIONS = (CONTROL, CONTENT, CALLS)
 """Parts of a message: what the template adds, what was written, and tool calls with what the template adds to them."""
 
 _PARTS = 3
@@ -244,7 +243,7 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, transcript: Transcript, text: st
         raise ArgumentError(
             f"a {type(tokenizer).__name__} without character offsets",
             "a fast tokenizer (tokenizer.json)",
-            "load it with nla.tokens.load_tokenizer(...) from a folder that holds tokenizer.json",
+            "load it with nla.text.tokens.load_tokenizer(...) from a folder that holds tokenizer.json",
         )
     # The template writes its own special tokens: BOS stands exactly once.
     batch = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, truncation=False, verbose=False)

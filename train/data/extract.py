@@ -198,7 +198,7 @@ def _check_context(view: PreTrainedModel, settings: CorpusSettings) -> None:
         raise ContextLengthError(
             f"documents of up to {settings.max_tokens} tokens",
             f"at most {limit}, the target's context",
-            f"set corpus.max_tokens = {limit}",
+            f"set max_tokens of the corpus to {limit}",
         )
 
 

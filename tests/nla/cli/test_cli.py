@@ -323,6 +323,12 @@ def test_explanations_in_json_stand_under_their_old_name_too(pair_folder: str, c
     assert 'old name "notes", which the\nnext release leaves out' in helps()["explain"]
 
 
+def test_a_text_may_begin_with_a_dash(pair_folder: str, capsys: pytest.CaptureFixture[str]):
+    for argv in (["- the cat", "--pair", pair_folder], ["--pair", pair_folder, "--", "- the cat"]):
+        assert main.main(["explain", *argv, "--json"]) == USAGE  # the tiny tokenizer knows no dash
+        assert "outside the vocabulary" in capsys.readouterr().err
+
+
 def test_explain_reads_standard_input_unchanged(
     pair_folder: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):

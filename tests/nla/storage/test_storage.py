@@ -268,3 +268,16 @@ def test_without_a_place_for_notes_files_are_hashed_each_time(tmp_path, cache, m
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert hashes.hash_weights(tmp_path / "model") == hashes.hash_weights(tmp_path / "model") and len(cache[1]) == 2
+
+
+def test_a_file_nested_beyond_what_python_reads_is_refused(tmp_path):
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    with pytest.raises(ConfigError, match="not JSON"):
+        native.read_json(tmp_path / "deep.json")
+
+
+@pytest.mark.parametrize("name", ["", ".", "folder"])
+def test_a_folder_where_a_file_is_to_be_written_is_refused(tmp_path, name):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(StorageError, match="path of a file"):
+        native.write_atomic(tmp_path / name, "x")

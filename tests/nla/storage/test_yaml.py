@@ -52,3 +52,9 @@ def test_a_file_that_cannot_be_read_is_a_typed_error(tmp_path: Path) -> None:
     for name in ("latin.yaml", "none.yaml", "."):
         with pytest.raises(ParseError, match="no readable"):
             read_yaml(tmp_path / name)
+
+
+@pytest.mark.parametrize("value", ['!!int ""', '!!float "_"', '!!float ""', ":".join(["1"] * 200) + ".5", "!!bool x"])
+def test_a_tag_whose_value_does_not_fit_is_refused(value: str) -> None:
+    with pytest.raises(ParseError, match="not YAML"):
+        parse_yaml(f"a: {value}", "a recipe")

@@ -385,6 +385,6 @@ def test_a_corpus_that_is_not_there_or_broken_is_an_error(tmp_path, monkeypatch,
     ],
 )
 def test_settings_out_of_range_are_refused(changes):
-    with pytest.raises(ArgumentError, match="change it in the recipe"):
+    with pytest.raises(ArgumentError, match="correct it where it is given"):
         CorpusSettings("some/data", **changes)
     assert CorpusSettings("some/data", n_eval=5, n_documents=50).eval_share == 0.1
