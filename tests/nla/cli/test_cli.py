@@ -325,7 +325,7 @@ def test_explanations_in_json_stand_under_their_old_name_too(pair_folder: str, c
 
 def test_a_text_may_begin_with_a_dash(pair_folder: str, capsys: pytest.CaptureFixture[str]):
     for argv in (["- the cat", "--pair", pair_folder], ["--pair", pair_folder, "--", "- the cat"]):
-        assert main.main(["explain", *argv, "--json"]) == USAGE  # the tiny tokenizer knows no dash
+        assert main.main(["explain", "--json", *argv]) == USAGE  # the tiny tokenizer knows no dash
         assert "outside the vocabulary" in capsys.readouterr().err
 
 
