@@ -49,7 +49,8 @@ class Command(_AsWritten, TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         ends = args.index("--") if "--" in args else len(args)
         texts = [i for i, word in enumerate(args[:ends]) if word.startswith("-") and any(map(str.isspace, word))]
-        options = [i for i in texts if i and args[i - 1].startswith("-") and args[i - 1] != "-"]  # an option's value
+        valued = {name for option in self.params for name in option.opts if not getattr(option, "is_flag", True)}
+        options = [i for i in texts if i and args[i - 1] in valued]  # the value of the option before it
         moved = [i for i in texts if i not in options]
         if not moved:
             return super().parse_args(ctx, args)
