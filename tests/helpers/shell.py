@@ -141,7 +141,8 @@ def serve(address: str) -> None:
 
     import nla.train.fit.joint
     import nla.train.run  # noqa: F401
-    from nla import NLA, view
+    from nla import NLA
+    from nla.cli import view
 
     torch.set_num_threads(1)
     pair = NLA.from_pretrained("couplets")
