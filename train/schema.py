@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import difflib
 import functools
-import reprlib
 import typing
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any, NamedTuple, NoReturn, TypeVar, dataclass_transform
@@ -21,6 +20,7 @@ from pydantic_core import PydanticCustomError
 
 from nla.errors import ArgumentError, NLAError, ParseError, RecipeError
 from nla.storage.files import parse_yaml
+from nla.storage.schema import shown
 
 STAGES = ("extract", "describe", "warmstart", "joint", "control")
 SECRET = "key_variable"
@@ -34,8 +34,6 @@ _KINDS = {
     "dict": "a mapping",
 }
 """What is expected, by the first word of pydantic's type of error."""
-_SHOWN = reprlib.Repr()
-_SHOWN.maxstring = _SHOWN.maxother = 80
 Settings = TypeVar("Settings")
 
 
@@ -115,7 +113,7 @@ def refuse(name: str, value: Any, expected: str) -> NoReturn:
 
 
 def _shown(name: str, value: Any) -> str:
-    return f"a {type(value).__name__}" if SECRET in name else _SHOWN.repr(value)
+    return f"a {type(value).__name__}" if SECRET in name else shown(value)
 
 
 def _problem(section: str, cls: Any, error: ValidationError) -> NLAError:
@@ -146,13 +144,13 @@ def build(cls: type[Settings], content: Any, source: str) -> Settings:
         RecipeError: it is no mapping, a key is unknown or missing, or a value is not as it must be.
     """
     if not isinstance(content, dict | None):
-        raise RecipeError(f"{source} holding {_SHOWN.repr(content)}", "a mapping", "see train/recipes/couplets.yaml")
+        raise RecipeError(f"{source} holding {shown(content)}", "a mapping", "see train/recipes/couplets.yaml")
     content, hints = content or {}, typing.get_type_hints(cls)
     unknown = [str(key) for key in content if key not in hints]
     if unknown:
         near = difflib.get_close_matches(unknown[0], hints, 1)
-        fix = f"write {near[0]} for {_SHOWN.repr(unknown[0])}" if near else "remove or rename them"
-        got = f"{source} with {', '.join(map(_SHOWN.repr, unknown[:5]))}"
+        fix = f"write {near[0]} for {shown(unknown[0])}" if near else "remove or rename them"
+        got = f"{source} with {', '.join(map(shown, unknown[:5]))}"
         raise RecipeError(got, f"among {', '.join(hints)}", fix)
     missing = [f.name for f in dataclasses.fields(typing.cast(Any, cls)) if _is_required(f) and f.name not in content]
     if missing:
@@ -188,16 +186,16 @@ def override(content: Any, assignment: str) -> None:
     """
     key, separator, value = assignment.partition("=")
     *sections, name = key.split(".")
-    shown = f"the override {_SHOWN.repr(key)}"
+    what = f"the override {shown(key)}"
     if not separator or not isinstance(content, dict):
-        raise RecipeError(shown, "section.key=value", "write it like joint.steps=100")
+        raise RecipeError(what, "section.key=value", "write it like joint.steps=100")
     for section in sections:
         content[section] = {} if content.get(section) is None else content[section]
         content = content[section]
         if not isinstance(content, dict):
-            raise RecipeError(shown, f"a section, which {_SHOWN.repr(section)} is not", "name another key")
+            raise RecipeError(what, f"a section, which {shown(section)} is not", "name another key")
     try:
-        content[name] = parse_yaml(value, shown)
+        content[name] = parse_yaml(value, what)
     except ParseError as error:
         raise RecipeError(error.got, error.expected, error.fix) from error
 

@@ -1,12 +1,10 @@
 """Extraction gives the target's own activations, and the same bytes however often it is killed or how it is shared."""
 
-import contextlib
 import json
 import math
 import multiprocessing
 import os
 import random
-import resource
 import signal
 import time
 from dataclasses import replace
@@ -23,6 +21,7 @@ from nla.train.data import corpus as corpora
 from nla.train.data import extract as extraction
 from nla.train.data.corpus import CorpusSettings
 from nla.train.data.extract import ExtractionSettings, extract_corpus
+from tests.helpers.disk import limited_file_size
 from tests.helpers.tiny import make_model, make_tokenizer
 
 WORDS = ["the", "a", "cat", "dog", "red", "blue", "sat", "ran", "on", "under", "mat", "tree"]
@@ -78,19 +77,6 @@ def different(folder, other):
     """Names of files that only one of two stores has, or that differ."""
     one, two = content(folder), content(other)
     return sorted(name for name in {*one, *two} if one.get(name) != two.get(name))
-
-
-@contextlib.contextmanager
-def limited_file_size():
-    """No file may grow beyond 4 KiB: a real write that fails half-way, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
 
 
 def start(*arguments, **keywords):
