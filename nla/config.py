@@ -17,7 +17,7 @@ from nla.errors import ConfigError, ShapeError, TokenizerMismatchError
 from nla.metrics import check_finite
 from nla.storage.files import read_json, write_json
 from nla.storage.hashes import digest
-from nla.storage.schema import Problem, check_fields, checked, shown
+from nla.storage.schema import Problem, build, checked, shown
 from nla.text.fingerprint import hash_parts
 from nla.text.fingerprint import tokenizer_hash as tokenizer_hash
 
@@ -32,8 +32,8 @@ _LATER = frozenset({"layer", "quantization", "decoder", "encoder_weights", "deco
 """Fields that files of this format may lack: they came later, and their defaults are what was always done."""
 
 
-def _refuse(problem: Problem, fix: str = "correct this value where the config is made") -> ConfigError:
-    return ConfigError(problem.got, problem.expected, fix)
+def _refuse(problem: Problem) -> ConfigError:
+    return ConfigError(problem.got, problem.expected, "correct this value where the config is made")
 
 
 Id = Annotated[int, Field(ge=0)]
@@ -231,11 +231,8 @@ class NLAConfig:
                 fix="restore the file from where the pair came; to change a value on purpose, load the original, use "
                 "dataclasses.replace(config, ...) and save the result",
             )
-        fields = _known_fields(cls, content, source)
-        for name, kind in _NESTED.items():
-            if fields.get(name) is not None:
-                fields[name] = kind(**_known_fields(kind, fields[name], source))
-        return cls(**fields)
+        fix = "install the version of nla that wrote this file, or make the pair again"
+        return build(cls, content, source, lambda problem: ConfigError(problem.got, problem.expected, fix), _LATER)
 
     def save(self, folder: str | Path) -> None:
         """Write ``nla_config.json`` into a pair's folder, atomically.
@@ -321,14 +318,6 @@ class NLAConfig:
             raise ConfigError(f"a target at revision {commit}", f"revision {self.target_revision}", fix)
 
 
-_NESTED = {
-    "injection": InjectionConfig,
-    "decoder": DecoderConfig,
-    "encoder_weights": WeightsConfig,
-    "decoder_weights": WeightsConfig,
-}
-
-
 def resolve(source: str, folder: str | Path) -> str:
     """What a source in the config of the pair in ``folder`` means: an existing folder's path, or else the hub id."""
     local = Path(folder) / source
@@ -337,15 +326,6 @@ def resolve(source: str, folder: str | Path) -> str:
 
 def _content_checksum(content: dict[str, Any]) -> str:
     return f"sha256:{digest(content)}"
-
-
-def _known_fields(cls: type, content: Any, source: str) -> dict[str, Any]:
-    """The fields of a dataclass in a dict, refusing unknown and missing ones but those that came later."""
-    problem = check_fields(cls, content, _LATER)
-    if problem is not None:
-        fix = "install the version of nla that wrote this file, or make the pair again"
-        raise ConfigError(f"{source}: {problem.got}", problem.expected, fix)
-    return dict(content)
 
 
 def _require(

@@ -7,7 +7,7 @@ import difflib
 import functools
 import reprlib
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar, dataclass_transform, get_args
+from typing import Any, NamedTuple, TypeVar, cast, dataclass_transform, get_args, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
@@ -15,6 +15,15 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 from nla.errors import NLAError, visible
 
 Checked = TypeVar("Checked")
+_KINDS = {
+    "int": "a whole number",
+    "float": "a finite number",
+    "finite": "a finite number",
+    "string": "a text",
+    "bool": "true or false",
+    "dict": "a mapping",
+}
+"""What is expected, by the first word of pydantic's type of error."""
 
 _REPR = reprlib.Repr()
 _REPR.maxlevel, _REPR.maxlist, _REPR.maxtuple, _REPR.maxdict = 2, 3, 3, 3
@@ -22,11 +31,16 @@ _REPR.maxstring = _REPR.maxother = 60
 
 
 class Problem(NamedTuple):
-    """The first thing that is wrong with what a file holds."""
+    """The first thing that is wrong with what a file or a caller holds."""
 
     got: str
     """The key and its value, cut to a line."""
     expected: str
+    fix: str = "correct it where it is given"
+
+
+Refuse = Callable[[Problem], NLAError]
+"""From what is wrong, the typed error to raise."""
 
 
 def shown(value: Any) -> str:
@@ -39,28 +53,28 @@ def shown(value: Any) -> str:
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(dataclasses.field, Field))
-def checked(refuse: Callable[[Problem], NLAError], section: str = "") -> Callable[[type[Checked]], type[Checked]]:
+def checked(refuse: Refuse, section: str = "", kw_only: bool = True) -> Callable[[type[Checked]], type[Checked]]:
     """Make a class a frozen dataclass whose values pydantic checks when it is made; an int passes for a float.
 
     Args:
-        refuse: from what is wrong, the typed error to raise.
+        refuse: from what is wrong, the typed error to raise. A typed error of the class's own is raised as it is.
         section: what its fields stand in, for messages.
     """
     config = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
 
     def decorate(cls: type[Checked]) -> type[Checked]:
-        made: Any = pydantic_dataclass(frozen=True, kw_only=True, config=config)(cls)
+        made: Any = pydantic_dataclass(frozen=True, kw_only=kw_only, config=config)(cls)
         start = made.__init__
 
         @functools.wraps(start)
-        def checking(self: Any, **values: Any) -> None:
-            problem = None
+        def checking(self: Any, *values: Any, **named: Any) -> None:
+            wrong = None
             try:
-                start(self, **values)
+                start(self, *values, **named)
             except ValidationError as error:
-                problem = _field_problem(error, section)
-            if problem is not None:  # raised outside of the handler: pydantic's error repeats every value
-                raise refuse(problem)
+                wrong = _stated(error) or refuse(_field_problem(error, made, section))
+            if wrong is not None:  # raised outside of the handler: pydantic's error repeats every value
+                raise wrong
 
         made.__init__ = checking
         return made
@@ -68,32 +82,87 @@ def checked(refuse: Callable[[Problem], NLAError], section: str = "") -> Callabl
     return decorate
 
 
-def check_fields(cls: type, content: Any, later: frozenset[str] = frozenset()) -> Problem | None:
-    """What is wrong with the names of a dataclass's fields in a mapping; None: nothing.
+def build(
+    cls: type[Checked], content: Any, source: str, refuse: Refuse, optional: frozenset[str] | None = None
+) -> Checked:
+    """A dataclass of :func:`checked`, and those inside of it, from the mapping that a file holds; None is an empty one.
 
     Args:
-        later: fields that a mapping may lack, since they came after the first version of the format.
+        source: what the mapping is, for messages.
+        refuse: from what is wrong, the typed error to raise.
+        optional: fields that the mapping may lack; None: those with a default.
     """
-    if not isinstance(content, dict):
-        return Problem(shown(content), f"a mapping with the fields of {cls.__name__}")
-    names = [field.name for field in dataclasses.fields(cls)]
-    missing = sorted(set(names) - set(content) - later)
-    unknown = sorted(str(key) for key in set(content) - set(names))
-    if not missing and not unknown:
-        return None
-    close = difflib.get_close_matches(unknown[0], names, n=1) if unknown else []
-    meant = f" ({close[0]!r} for {shown(unknown[0])}?)" if close else ""
-    got = f"a mapping lacking {missing[:5]} and with unknown {[shown(key) for key in unknown[:5]]}"
-    return Problem(got, f"exactly the fields of {cls.__name__}{meant}")
+    if not isinstance(content, dict | None):
+        raise refuse(
+            Problem(f"{source} holding {shown(content)}", "a mapping", "write it as `name: value`, one a line")
+        )
+    values, hints = dict(content or {}), get_type_hints(cls)
+    unknown = [str(key) for key in values if key not in hints]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], hints, 1)
+        fix = f"write {near[0]} for {shown(unknown[0])}" if near else "remove or rename them"
+        got = f"{source} with {', '.join(map(shown, unknown[:5]))}"
+        raise refuse(Problem(got, f"among {', '.join(hints)}", fix))
+    fields = dataclasses.fields(cast(Any, cls))
+    may_lack = {field.name for field in fields if _has_default(field)} if optional is None else optional
+    missing = [name for name in hints if name not in values and name not in may_lack]
+    if missing:
+        got = f"{source} without {', '.join(missing)}"
+        raise refuse(Problem(got, f"all that a {cls.__name__} must have", "add them"))
+    for name, hint in hints.items():
+        inner, may_be_none = dataclass_in(hint), type(None) in get_args(hint)
+        if inner is not None and name in values and not (values[name] is None and may_be_none):
+            values[name] = build(inner, values[name], f"{source}: {name}", refuse, optional)
+    wrong = None
+    try:
+        return cls(**values)
+    except NLAError as error:
+        wrong = refuse(Problem(f"{source}: {error.got}", error.expected))
+    raise wrong
 
 
-def _field_problem(error: ValidationError, section: str) -> Problem:
-    details = error.errors(include_url=False)[0]
-    if details["type"] in ("missing", "unexpected_keyword_argument"):
-        raise TypeError(f"{details['loc'][0]}: {details['msg']}")  # a call in the code, not a value
-    name = ".".join([*([section] if section else []), *(str(part) for part in details["loc"][:1])])
-    expected = details["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    return Problem(f"{name} = {shown(details['input'])}", expected)
+def dataclass_in(hint: Any) -> Any:
+    """The dataclass that a field's type names; None: it names none."""
+    kinds = (hint, *get_args(hint))
+    return next((kind for kind in kinds if isinstance(kind, type) and dataclasses.is_dataclass(kind)), None)
+
+
+def _has_default(field: dataclasses.Field[Any]) -> bool:
+    return field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
+
+
+def _stated(error: ValidationError) -> NLAError | None:
+    """The typed error that a class's own check raised, if it was one."""
+    cause = error.errors(include_url=False)[0].get("ctx", {}).get("error")
+    return cause if isinstance(cause, NLAError) else None
+
+
+def _field_problem(error: ValidationError, cls: Any, section: str) -> Problem:
+    """The first thing that is wrong with a dataclass's values, in our words."""
+    first = error.errors(include_url=False)[0]
+    inside, *deeper = first["loc"]
+    fields = dataclasses.fields(cls)
+    if isinstance(inside, int):  # given by its place
+        inside = fields[inside].name
+    name = ".".join([*([section] if section else []), *map(str, (inside, *deeper))])
+    if first["type"] in ("missing", "unexpected_keyword_argument", "unexpected_positional_argument"):
+        raise TypeError(f"{name}: {first['msg']}")  # a call in the code, not a value
+    secret = any(field.name == inside and not field.repr for field in fields)
+    value = f"a {type(first['input']).__name__}" if secret else shown(first["input"])
+    return Problem(f"{visible(name)[:120]} = {value}", _expected(first))
+
+
+def _expected(details: Any) -> str:
+    """What pydantic expected, in our words."""
+    bounds = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+    context = details.get("ctx", {})
+    said = [f"{words} {context[bound]}" for bound, words in bounds.items() if bound in context]
+    if said:
+        return said[0]
+    if details["type"] == "string_too_short":
+        return "a text that is not empty"
+    kind = None if details["type"] == "string_pattern_mismatch" else _KINDS.get(details["type"].split("_")[0])
+    return kind or details["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
 
 
 def first_problem(error: ValidationError, model: type[BaseModel]) -> Problem:
@@ -112,7 +181,7 @@ def first_problem(error: ValidationError, model: type[BaseModel]) -> Problem:
         close = difflib.get_close_matches(str(location[-1]), known, n=1)
         meant = f"{close[0]!r}? Known keys: " if close else "one of "
         return Problem(f"the unknown key {shown(str(location[-1]))} in {key}", f"{meant}{', '.join(known)}")
-    expected = details["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    expected = _expected(details)
     if isinstance(details["input"], bool) and "string" in kind:
         expected = "a text: YAML takes words such as yes, no, on and off for true and false unless they are in quotes"
     if not location:
