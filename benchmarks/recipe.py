@@ -26,7 +26,7 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from nla.pair.layout import MANIFEST
+from nla.pair.folder import MANIFEST
 from nla.storage.hashes import sha256
 
 SPECIAL = ["<|end|>", "<|start|>", "<|reserved_0|>"]

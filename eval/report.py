@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nla.errors import visible
-from nla.pair.layout import CARD_FILE
+from nla.pair.card import CARD_FILE
 from nla.stats import Interval, bootstrap, wilson
 from nla.storage.files import write_atomic, write_json
 from nla.text import markdown

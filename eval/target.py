@@ -15,11 +15,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from nla.autoencoder import NLA
 from nla.config import CONFIG_FILE
 from nla.errors import ShapeError
-from nla.models.forward import device_of, inference
 from nla.models.generate import Generated, ends_of, generate, pad_of, seeded
-from nla.models.hooks import replace
+from nla.models.hooks import inference, replace
 from nla.models.load import load_target, read_config
-from nla.models.points import Point, blocks, context_length, unwrapped
+from nla.models.points import Point, blocks, context_length, device_of, unwrapped
 from nla.models.read import read
 from nla.organisms import TARGETS, adapter_folder, full_name, target_folder
 from nla.text.tokens import prompt_ids
@@ -156,7 +155,7 @@ def read_last(
             list(prompts),
             point or target.point,
             positions="last",
-            intervene=(lambda documents: patched(target, patches, documents)) if patches else None,
+            intervene=(lambda rows, padding: patched(target, patches, rows, padding)) if patches else None,
         ).vectors
 
 

@@ -17,21 +17,16 @@ from nla.baselines import GLOBAL, UNKNOWN_STRATUM
 from nla.config import NLAConfig
 from nla.errors import ArgumentError
 from nla.metrics import Baseline, cosine, unit
-from nla.models.forward import device_of
 from nla.models.generate import ends_of
-from nla.models.points import Point, block, unwrapped
+from nla.models.points import Point, block, device_of, unwrapped
 from nla.models.read import Activations, Intervene, Strata, read
 from nla.pair import folder as pair_folder
 from nla.pair import publish
-from nla.pair.confidence import Trust, agreement
 from nla.pair.decoder import Decoder, DecoderBatch
-from nla.pair.denominators import check_store, denominators
 from nla.pair.encoder import Encoder, parse, strip_tags
-from nla.pair.explanations import Explanation, Explanations
-from nla.pair.head import Head
-from nla.pair.parts import Parts
-from nla.pair.roles import Role, Roles, SharedBase, check_role, planted, require_shared
-from nla.pair.score import Score, score
+from nla.pair.explanations import Explanation, Explanations, Trust, agreement
+from nla.pair.roles import Head, Parts, Role, Roles, SharedBase, check_role, planted, require_shared
+from nla.pair.score import Score, check_store, denominators, score
 from nla.pair.separate import Devices
 from nla.storage.hashes import hash_weights
 from nla.store.reader import Store
@@ -188,7 +183,7 @@ class NLA:
         )
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the pair as a native folder (see nla/pair/layout.py); the target is referred to, not copied.
+        """Write the pair as a native folder (see nla/pair/folder.py); the target is referred to, not copied.
 
         Everything is written aside first, so a full disk leaves an earlier pair untouched. A local target is noted
         relative to ``folder``. A README.md that is there already is kept.
@@ -237,7 +232,7 @@ class NLA:
         """Refuse a store whose activations are not of this pair's target and point.
 
         Raises:
-            StoreError, ShapeError, TokenizerMismatchError: see :func:`nla.pair.denominators.check_store`.
+            StoreError, ShapeError, TokenizerMismatchError: see :func:`nla.pair.score.check_store`.
         """
         check_store(store, self.config, self.tokenizer, self.target_folder)
 

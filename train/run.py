@@ -22,7 +22,7 @@ from nla import config
 from nla.errors import ConfigError, OutOfMemoryError, RecipeError, StorageError
 from nla.models.read import ACTIVATIONS_FILE
 from nla.organisms import target_folder
-from nla.pair import layout
+from nla.pair import folder as pair_folder
 from nla.storage.files import read_json, write_json
 from nla.train.data.world import BASELINES, MANIFEST, SPLITS
 from nla.train.fingerprints import fingerprints, former_fingerprints, target_print
@@ -36,7 +36,7 @@ from nla.train.stages import preflight, run_stage
 log = logging.getLogger(__name__)
 
 STARTED, LOCK = "started.json", ".lock"
-PAIR_FILES = tuple(f"{PAIR}/{name}" for name in (config.CONFIG_FILE, *layout.MANIFEST))
+PAIR_FILES = tuple(f"{PAIR}/{name}" for name in (config.CONFIG_FILE, *pair_folder.MANIFEST))
 PAIRS = {"warmstart": PAIR_FILES, "joint": PAIR_FILES, "control": PAIR_FILES}
 OF_WORLD = PAIRS | {
     "extract": (MANIFEST, BASELINES, *(f"{split}/{ACTIVATIONS_FILE}" for split in SPLITS)),

@@ -16,9 +16,9 @@ from torch import Tensor
 from nla.errors import ContextLengthError, ShapeError
 from nla.eval.target import Patch, Progress, Target, check_patches, patched, silent
 from nla.metrics import check_finite
-from nla.models.forward import device_of, inference, pad_right, vectors_at
-from nla.models.hooks import detached_embeddings, record
-from nla.models.points import Point, backbone, context_length, truncated_view
+from nla.models.hooks import detached_embeddings, inference, record
+from nla.models.points import Point, backbone, context_length, device_of, truncated_view
+from nla.models.read import padded, vectors_at
 from nla.text.tokens import length_batches, plain_ids, prompt_ids
 
 MIN_RANGE = 0.1
@@ -129,7 +129,7 @@ def read_sites(
     wanted = [[column for column in row if column >= 0] for row in columns.tolist()]
     with target.active():
         streams = vectors_at(
-            view, ids, wanted, _MAX_TOKENS, lambda rows: patched(target, patches, rows), points=points
+            view, ids, wanted, _MAX_TOKENS, lambda rows, padding: patched(target, patches, rows, padding), points=points
         ).float()
     check_finite(streams)
     out = torch.zeros(len(ids), len(points), columns.shape[1], streams.shape[-1])
@@ -246,7 +246,7 @@ def _batches(
     vocabulary = backbone(target.model).config.vocab_size
     limit = max(1, min(_MAX_TOKENS, _MAX_LOGITS // vocabulary))
     for chunk in length_batches([len(row) for row in rows], limit):
-        ids = pad_right([rows[row] for row in chunk]).to(device_of(target.model))
+        ids = padded([rows[row] for row in chunk]).to(device_of(target.model))
         start = torch.tensor([len(heads[row]) for row in chunk])
         yield torch.tensor(chunk), ids, start, torch.tensor([len(rows[row]) for row in chunk])
 

@@ -16,7 +16,7 @@ from nla.audit.judge import Judge
 from nla.audit.reading import Entry, Reading
 from nla.audit.rubric import Rubric
 from nla.errors import RubricError
-from nla.pair.confidence import Trust
+from nla.pair.explanations import Trust
 from nla.stats import Interval, benjamini_hochberg, bootstrap, holm, paired_permutation
 from nla.transcripts.messages import Transcript
 

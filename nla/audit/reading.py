@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from nla.audit.settings import AuditSettings
 from nla.errors import ParseError
 from nla.models.long_text import read_windows
-from nla.pair.confidence import LEVELS, Trust
+from nla.pair.explanations import LEVELS, Trust
 from nla.transcripts.prepared import Prepared
 from nla.transcripts.rendering import CONTENT
 

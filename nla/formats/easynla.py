@@ -28,13 +28,11 @@ from nla.formats.kitft_sidecar import (
     injection_of,
     read_sidecar,
 )
-from nla.models.forward import device_of
 from nla.models.load import load_target
 from nla.models.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from nla.models.points import blocks
-from nla.pair.folder import load_shared
-from nla.pair.head import Head
-from nla.pair.layout import DECODER_FOLDER, ENCODER_FOLDER
+from nla.models.points import blocks, device_of
+from nla.pair.folder import DECODER_FOLDER, ENCODER_FOLDER, load_shared
+from nla.pair.roles import Head
 from nla.pair.separate import Devices, expand
 from nla.storage import hub
 from nla.storage.files import read_json, write_atomic, write_json

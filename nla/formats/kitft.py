@@ -25,7 +25,7 @@ from nla.formats.kitft_sidecar import (
     required,
 )
 from nla.models.points import layout
-from nla.pair.head import Head
+from nla.pair.roles import Head
 from nla.pair.separate import Devices, Sources, assemble, check_same_ids, expand
 from nla.storage import hub
 from nla.storage.files import read_json

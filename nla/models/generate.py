@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
@@ -20,14 +21,11 @@ from transformers import (
 )
 
 from nla.errors import ArgumentError
-from nla.models.forward import device_of, inference, pad_left
-from nla.models.points import unwrapped
+from nla.models.hooks import Intervene, inference
+from nla.models.points import device_of, unwrapped
 from nla.text.tokens import length_batches
 
 MAX_TOKENS_PER_BATCH = 8192
-
-InterveneBatch = Callable[[Int[Tensor, " b"], Int[Tensor, " b"]], contextlib.AbstractContextManager]
-"""From the numbers of a batch's prompts and the padding on the left of each, a context in which they are continued."""
 
 
 class Generated(NamedTuple):
@@ -67,7 +65,7 @@ def generate(
     generator: torch.Generator | None = None,
     processors: Sequence[LogitsProcessor] = (),
     stopping: Sequence[StoppingCriteria] = (),
-    intervene: InterveneBatch | None = None,
+    intervene: Intervene | None = None,
     batches: Sequence[Sequence[int]] | None = None,
     max_tokens_per_batch: int = MAX_TOKENS_PER_BATCH,
 ) -> Generated:
@@ -100,7 +98,9 @@ def generate(
     device, answers = device_of(model), []
     with inference(model), plainly(model):
         for batch in batches:
-            ids, padding = pad_left([prompts[row] for row in batch], pad)
+            rows = [torch.tensor(prompts[row], dtype=torch.int64) for row in batch]
+            ids = pad_sequence(rows, batch_first=True, padding_value=pad, padding_side="left")
+            padding = ids.shape[1] - torch.tensor([len(row) for row in rows])
             mask = (torch.arange(ids.shape[1]) >= padding[:, None]).long()
             with intervene(torch.tensor(batch), padding) if intervene else contextlib.nullcontext():
                 out = whole.generate(

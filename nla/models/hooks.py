@@ -1,4 +1,4 @@
-"""Hooks on a model while it runs: inject at the marker, replace activations, add directions, record the stream."""
+"""A model while it runs: inject at the marker, replace activations, add directions, record the stream."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ from nla.config import InjectionConfig
 from nla.errors import ArgumentError, MarkerError, NonFiniteError, PositionError, ShapeError
 from nla.metrics import check_finite, unit
 from nla.models.points import Point, block, d_model, embeddings
+
+Intervene = Callable[[Int[Tensor, " b"], Int[Tensor, " b"]], contextlib.AbstractContextManager]
+"""From the numbers of a batch's rows and the padding on the left of each, a context in which the model runs on them."""
 
 
 def locate_marker(
@@ -202,6 +205,20 @@ def record(model: nn.Module, points: Sequence[str | Point]) -> Iterator[dict[str
 
 
 @contextlib.contextmanager
+def inference(model: nn.Module) -> Iterator[None]:
+    """No gradients, and the model in evaluation mode; each module's own mode is restored on exit."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextlib.contextmanager
 def detached_embeddings(model: nn.Module) -> Iterator[None]:
     """While active, input embeddings are the leaf from which gradients are tracked: nothing below them needs one."""
     with _changed(embeddings(model), lambda stream, _past: stream.detach().requires_grad_(True)):
@@ -236,7 +253,7 @@ def _edit(
                 f"a batch of {len(hidden)} rows under an intervention on {len(vectors)}",
                 "one vector and one position for each row",
                 "repeat or slice them with the rows, such as "
-                "intervene=lambda docs: replace(…, columns[docs], new[docs])",
+                "intervene=lambda rows, padding: replace(…, columns[rows] + padding, new[rows])",
             )
         if len(columns) and (int(columns.max()) >= hidden.shape[1] or int(columns.min()) < 0):
             raise PositionError(

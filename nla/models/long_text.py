@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from nla.errors import ArgumentError, ContextLengthError
 from nla.metrics import check_finite
-from nla.models.forward import device_of, inference
-from nla.models.points import Point, context_length, truncated_view
+from nla.models.hooks import inference
+from nla.models.points import Point, context_length, device_of, truncated_view
 
 CHUNK = 1024
 """Most tokens of a forward pass."""
@@ -49,7 +49,7 @@ def read_ids(
     """Vectors on the CPU, in float32, at ``columns`` of one row of token ids, as the model stands.
 
     Only the blocks up to the point run, and no logits are made. Memory grows with the cache alone: keys and values
-    of each block up to the point, or of a sliding-window block its window. :func:`nla.models.forward.vectors_at` runs
+    of each block up to the point, or of a sliding-window block its window. :func:`nla.models.read.vectors_at` runs
     whole rows in a batch; here one row is too long for that and goes through a cache, part after part.
 
     Raises:

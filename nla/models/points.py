@@ -182,6 +182,12 @@ def embeddings(model: nn.Module) -> nn.Module:
     return whole.get_input_embeddings()
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's inputs go."""
+    whole: Any = embeddings(model)
+    return whole.weight.device
+
+
 def d_model(model: nn.Module) -> int:
     """Width of the residual stream."""
     return backbone(model).config.hidden_size

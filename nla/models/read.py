@@ -1,24 +1,27 @@
-"""read(): texts to activations at a point, and their store on disk."""
+"""Texts, or rows of token ids, in; the target's activations at a point out, and their file on disk."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nla.baselines import UNKNOWN_STRATUM
 from nla.errors import PositionError, ShapeError, WeightsError
 from nla.metrics import check_finite
-from nla.models.forward import Intervene, vectors_at
-from nla.models.points import Point, context_length, truncated_view
+from nla.models.hooks import Intervene, inference, record
+from nla.models.points import Point, context_length, d_model, device_of, truncated_view
 from nla.storage.tensors import load_tensors, save_tensors
-from nla.text.tokens import Encoded, Positions, Span, encode_batch, select_positions
+from nla.text.tokens import Encoded, Positions, Span, encode_batch, length_batches, select_positions
 
 ACTIVATIONS_FILE = "activations.safetensors"
 
@@ -146,14 +149,14 @@ def read(
 ) -> Activations:
     """Activations of texts at a point, in the order of texts and, within a text, of ``positions``.
 
-    Runs the blocks up to the point only (see :func:`nla.models.forward.vectors_at`). A model with adapters is read as
+    Runs the blocks up to the point only (see :func:`vectors_at`). A model with adapters is read as
     it stands; ``NLA.read`` reads its target.
 
     Args:
         positions: see :func:`nla.text.tokens.select_positions`.
         strata: names the kind of position of every token of a text; None: "all".
         intervene: a context for the forward pass of a batch of documents, such as
-            ``lambda docs: hooks.replace(model, "resid_post.2", columns[docs], vectors[docs])``.
+            ``lambda rows, padding: hooks.replace(model, "resid_post.2", columns[rows], vectors[rows])``.
 
     Raises:
         PointError, PositionError, EmptyTextError, ContextLengthError, VocabularyError: see the functions used.
@@ -176,6 +179,70 @@ def read(
         point=str(point),
         strata=[kind for document in kinds for kind in document],
     )
+
+
+def padded(rows: Sequence[Sequence[int]], value: int = 0) -> Int[Tensor, "b t"]:
+    """Rows of token ids as one tensor, filled up on the right."""
+    return pad_sequence([torch.tensor(row, dtype=torch.int64) for row in rows], batch_first=True, padding_value=value)
+
+
+def vectors_at(
+    view: PreTrainedModel,
+    rows: Sequence[Sequence[int]],
+    columns: Sequence[Sequence[int]],
+    max_tokens_per_batch: int,
+    intervene: Intervene | None = None,
+    points: Sequence[str | Point] = (),
+    progress: bool = False,
+) -> Float[Tensor, "n *p d"]:
+    """What a truncated view gives at the chosen columns of rows of token ids, row after row, on the CPU in its type.
+
+    Batches by length, the longest first: a budget that is too large fails at once. Padding is on the right and without
+    a mask: causality keeps real tokens exact, and the fast attention kernel stays.
+
+    Args:
+        view: from :func:`nla.models.points.truncated_view` or :func:`nla.models.load.load_truncated`.
+        columns: of each row, in the order in which its vectors are wanted; a row without any is not run.
+        intervene: a context for each batch, such as patches of its rows.
+        points: on the way to the view's own: then the result has the streams at these instead, (n, p, d), in one pass.
+        progress: show a bar.
+    """
+    ends = torch.tensor([len(chosen) for chosen in columns], dtype=torch.int64).cumsum(0).tolist()
+    numbers = [number for number, chosen in enumerate(columns) if chosen]
+    batches = length_batches([len(rows[number]) for number in numbers], max_tokens_per_batch)
+    device = device_of(view)
+    vectors: Tensor | None = None
+    waiting: tuple[Tensor, Tensor] | None = None
+    with inference(view):
+        for part in _bar(batches[::-1], progress):
+            batch = [numbers[index] for index in part]
+            row = torch.tensor([index for index, number in enumerate(batch) for _ in columns[number]], device=device)
+            column = torch.tensor([column for number in batch for column in columns[number]], device=device)
+            out = torch.tensor([i for n in batch for i in range(ends[n] - len(columns[n]), ends[n])])
+            ids = padded([rows[number] for number in batch]).to(device)
+            # Interventions first: hooks run in the order of their making, and what is recorded is what flows on.
+            none = torch.zeros(len(batch), dtype=torch.int64)
+            with intervene(torch.tensor(batch), none) if intervene else nullcontext(), record(view, points) as at:
+                last = view(input_ids=ids, use_cache=False).last_hidden_state
+            chosen = last[row, column]
+            if points:
+                chosen = torch.stack([at[str(point)][row, column] for point in points], dim=1)
+            if vectors is None:
+                vectors = torch.empty(ends[-1], *chosen.shape[1:], dtype=chosen.dtype)
+            # One batch behind: the copy waits for the device only once the next batch is queued there.
+            if waiting is not None:
+                vectors[waiting[0]] = waiting[1].cpu()
+            waiting = out, chosen
+    if vectors is None or waiting is None:
+        return torch.empty(0, *([len(points)] if points else []), d_model(view))
+    vectors[waiting[0]] = waiting[1].cpu()
+    return vectors
+
+
+def _bar(batches: list[list[int]], shown: bool) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(batches, desc="read", unit="batch", disable=not shown)
 
 
 def _strata_of(number: int, entry: Encoded, columns: list[int], strata: Strata | None) -> list[str]:

@@ -7,8 +7,8 @@ from typing import Any
 
 from nla.config import NLAConfig
 from nla.errors import ConfigError
-from nla.pair.layout import CARD_FILE
 
+CARD_FILE = "README.md"
 ABSENT = "not measured"
 BEGIN, END = "<!-- card -->", "<!-- /card -->"
 """Around what is generated; :func:`renewed` leaves all else as it is."""

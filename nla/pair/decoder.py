@@ -13,9 +13,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from nla.config import NLAConfig
 from nla.errors import ArgumentError, EmptyTextError, ShapeError
 from nla.metrics import unit
-from nla.models.forward import device_of, inference, pad_right
 from nla.models.generate import pad_of
-from nla.models.points import context_length
+from nla.models.hooks import inference
+from nla.models.points import context_length, device_of
+from nla.models.read import padded
 from nla.pair.roles import Roles
 from nla.text.tokens import check_texts, encode_batch, length_batches
 
@@ -138,7 +139,7 @@ class Decoder:
 
 def pad_batch(rows: Sequence[Sequence[int]], pad: int) -> DecoderBatch:
     """Rows of token ids as one batch with its mask, padded on the right."""
-    ids = pad_right(rows, pad)
+    ids = padded(rows, pad)
     lengths = torch.tensor([len(row) for row in rows]).reshape(-1, 1)
     return DecoderBatch(ids, (torch.arange(ids.shape[1]) < lengths).long())
 

@@ -12,10 +12,9 @@ from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
 from nla.config import NLAConfig
 from nla.errors import ArgumentError, ContextLengthError
-from nla.models.forward import device_of
 from nla.models.generate import ends_of, generate, pad_of, seeded
 from nla.models.hooks import inject, locate_marker, rescale
-from nla.models.points import context_length, unwrapped
+from nla.models.points import context_length, device_of, unwrapped
 from nla.pair.roles import Roles
 from nla.text.tokens import render_prompt
 

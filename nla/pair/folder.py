@@ -15,26 +15,13 @@ from transformers import PreTrainedModel
 from nla.baselines import load_baselines, save_baselines
 from nla.config import CONFIG_FILE, NLAConfig, WeightsConfig
 from nla.errors import ArgumentError, ConfigError, WeightsError
-from nla.models.forward import device_of
 from nla.models.generate import ends_of
 from nla.models.load import load_target
-from nla.models.lora import ADAPTER_CONFIG, load_adapter, read_adapter_config, save_adapter
-from nla.models.points import unwrapped
+from nla.models.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, load_adapter, read_adapter_config, save_adapter
+from nla.models.points import device_of, unwrapped
 from nla.organisms import ORGANISMS, pair_folder
-from nla.pair.card import card
-from nla.pair.head import Head
-from nla.pair.layout import (
-    BASELINES_FILE,
-    CARD_FILE,
-    DECODER_FOLDER,
-    ENCODER_FOLDER,
-    HEAD_FILE,
-    MANIFEST,
-    METRICS_FILE,
-    SEPARATE_MANIFEST,
-)
-from nla.pair.parts import Parts
-from nla.pair.roles import DECODER_ADAPTER, ENCODER_ADAPTER, SharedBase
+from nla.pair.card import CARD_FILE, card
+from nla.pair.roles import DECODER_ADAPTER, ENCODER_ADAPTER, Head, Parts, SharedBase
 from nla.pair.separate import Devices, Sources, assemble, check_weights, is_local, refuse_outside, source_of
 from nla.storage.files import read_json, replacing_files, write_atomic, write_json
 from nla.storage.hashes import hash_weights, sha256
@@ -43,6 +30,25 @@ from nla.storage.tensors import load_tensors, save_tensors
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+
+ENCODER_FOLDER = "encoder"
+DECODER_FOLDER = "decoder"
+HEAD_FILE = "head.safetensors"
+BASELINES_FILE = "baselines.safetensors"
+METRICS_FILE = "metrics.json"
+MANIFEST = (
+    f"{ENCODER_FOLDER}/{ADAPTER_CONFIG}",
+    f"{ENCODER_FOLDER}/{ADAPTER_WEIGHTS}",
+    f"{DECODER_FOLDER}/{ADAPTER_CONFIG}",
+    f"{DECODER_FOLDER}/{ADAPTER_WEIGHTS}",
+    f"{DECODER_FOLDER}/{HEAD_FILE}",
+    BASELINES_FILE,
+)
+"""Files of a pair whose hashes stand in its config; figures and model card may be edited."""
+
+SEPARATE_MANIFEST = (f"{DECODER_FOLDER}/{HEAD_FILE}", BASELINES_FILE)
+"""The same of a pair of separate models, which refers to the other weights."""
 
 
 def load(

@@ -9,10 +9,9 @@ from pathlib import Path
 
 from nla.config import CONFIG_FILE, NLAConfig, resolve
 from nla.errors import ConfigError
-from nla.pair.card import card, renewed
-from nla.pair.folder import check_files, manifest, save
-from nla.pair.layout import CARD_FILE, METRICS_FILE
-from nla.pair.parts import Parts
+from nla.pair.card import CARD_FILE, card, renewed
+from nla.pair.folder import METRICS_FILE, check_files, manifest, save
+from nla.pair.roles import Parts
 from nla.pair.separate import is_local
 from nla.storage.files import read_json
 from nla.storage.hub import download, hub_errors

@@ -1,4 +1,4 @@
-"""The three roles: adapters on one shared base, or whole models that are loaded at first use.
+"""The three roles: adapters on one shared base, or whole models that are loaded at first use; and what else a pair is.
 
 A role is a state of the model, so one thread at a time plays one: :meth:`Roles.play` holds a lock until it ends. Leave
 it in the thread that entered it; coroutines of one thread are not kept apart.
@@ -9,19 +9,20 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar, cast, get_args
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nla.config import NLAConfig
 from nla.errors import ArgumentError, SeparateModelsError
-from nla.models.forward import device_of
+from nla.metrics import Baseline
 from nla.models.lora import TARGET_ADAPTER, attach, fill, fitted, located
-from nla.models.points import final_norm, layout, linear_names, truncated_view
-from nla.pair.head import Head
+from nla.models.points import device_of, final_norm, layout, linear_names, truncated_view
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -37,6 +38,24 @@ ROLES: tuple[Role, ...] = get_args(Role)
 _ADAPTERS = {"encoder": ENCODER_ADAPTER, "decoder": DECODER_ADAPTER}
 
 T = TypeVar("T")
+
+
+class Head(nn.Module):
+    """The affine map d → d on the last token's stream: float32, the identity before training.
+
+    In bfloat16 an identity cannot absorb small updates, so it stays in float32 under autocast too. Without a bias it is
+    linear, as imported heads are.
+    """
+
+    def __init__(self, d_model: int, bias: bool = True) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.eye(d_model, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.zeros(d_model, dtype=torch.float32)) if bias else None
+
+    def forward(self, hidden: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+        """The stream in any float type to reconstructions in float32."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return nn.functional.linear(hidden.float(), self.weight, self.bias)
 
 
 class Roles(Protocol):
@@ -293,6 +312,33 @@ class SeparateModels:
             for name, model in self._models.items()
             if model.loaded
         }
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A pair in pieces."""
+
+    roles: Roles
+    """Who plays target, encoder and decoder."""
+
+    tokenizer: PreTrainedTokenizerBase
+
+    config: NLAConfig
+
+    baselines: dict[str, Baseline] = field(default_factory=dict)
+    """Of unit-normalised training activations, by stratum, and "global"."""
+
+    metrics: dict[str, Any] = field(default_factory=dict)
+    """What was measured, as saved in metrics.json."""
+
+    target_folder: Path | None = None
+    """Where a local target lies."""
+
+    weight_folders: dict[str, Path] = field(default_factory=dict)
+    """Where the full weights of a local encoder and decoder lie, by role."""
+
+    origin: tuple[str, str | None] | None = None
+    """What it was loaded from: a folder's absolute path or a hub id, and the revision; None: made here."""
 
 
 @contextlib.contextmanager

@@ -13,9 +13,7 @@ from nla.config import CONFIG_FILE, NLAConfig, WeightsConfig, resolve
 from nla.errors import ArgumentError, ConfigError, TokenizerMismatchError, WeightsError
 from nla.metrics import Baseline
 from nla.models.load import load_target, load_truncated
-from nla.pair.head import Head
-from nla.pair.parts import Parts
-from nla.pair.roles import ROLES, SeparateModels, check_role
+from nla.pair.roles import ROLES, Head, Parts, SeparateModels, check_role
 from nla.storage.hashes import hash_weights
 from nla.storage.hub import hub_errors
 from nla.text.tokens import load_tokenizer

@@ -9,7 +9,7 @@ from typing import Any
 
 from nla.audit.findings import Evidence
 from nla.audit.reading import Entry, Reading
-from nla.pair.confidence import Trust
+from nla.pair.explanations import Trust
 from nla.transcripts.messages import Message, Transcript
 
 SAYINGS = ("the cat sat on the mat.\n", "a red dog ran under the blue tree and sat there.\n", "it is here.\n")

@@ -27,8 +27,7 @@ from nla.errors import (
 from nla.metrics import Baseline
 from nla.models.hooks import inject, rescale
 from nla.pair import encoder
-from nla.pair.confidence import Trust, agreement
-from nla.pair.explanations import Explanations
+from nla.pair.explanations import Explanations, Trust, agreement
 from nla.store.reader import Store
 from nla.store.shards import Document
 from nla.store.writer import StoreWriter

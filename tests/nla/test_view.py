@@ -10,8 +10,7 @@ from rich.console import Console
 
 from nla.cli import view
 from nla.errors import visible
-from nla.pair.confidence import Trust
-from nla.pair.explanations import Explanation
+from nla.pair.explanations import Explanation, Trust
 from nla.text.tokens import Span
 
 

@@ -26,7 +26,8 @@ from nla.errors import (
 )
 from nla.models.lora import ADAPTER_WEIGHTS
 from nla.organisms import target_folder
-from nla.pair.layout import CARD_FILE, MANIFEST, METRICS_FILE
+from nla.pair.card import CARD_FILE
+from nla.pair.folder import MANIFEST, METRICS_FILE
 from nla.storage.files import read_json
 from nla.storage.hashes import sha256
 from nla.store.reader import Store

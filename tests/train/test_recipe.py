@@ -17,7 +17,7 @@ from nla.models.read import Activations
 from nla.organisms import lesson
 from nla.organisms.couplets import tokenizer as couplets_tokenizer
 from nla.organisms.couplets import world
-from nla.pair import layout
+from nla.pair import folder as pair_folder
 from nla.storage import tensors
 from nla.storage.files import read_json
 from nla.text.tokens import Span
@@ -121,7 +121,7 @@ def test_an_interrupted_training_stage_resumes_to_the_pair_of_an_uninterrupted_r
     for name in (
         f"encoder/{lora.ADAPTER_WEIGHTS}",
         f"decoder/{lora.ADAPTER_WEIGHTS}",
-        f"decoder/{layout.HEAD_FILE}",
+        f"decoder/{pair_folder.HEAD_FILE}",
     ):
         assert_same(*(tensors.load_tensors(tmp_path / out / "warmstart/pair" / name) for out in ("whole", "run")))
 

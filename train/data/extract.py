@@ -21,9 +21,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nla.config import DTYPES, QUANTIZATIONS, tokenizer_hash
 from nla.errors import ArgumentError, ContextLengthError
-from nla.models.forward import vectors_at
 from nla.models.load import load_truncated
 from nla.models.points import context_length
+from nla.models.read import vectors_at
 from nla.storage.files import read_json
 from nla.store.manifest import SETTINGS_FILE, Manifest
 from nla.store.writer import StoreWriter

@@ -13,9 +13,8 @@ from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 
 from nla.errors import ConfigError, ContextLengthError, TemplateError
-from nla.models.forward import device_of
 from nla.models.generate import ends_of, generate, pad_of
-from nla.models.points import context_length
+from nla.models.points import context_length, device_of
 from nla.storage.hashes import digest
 from nla.text.fingerprint import tokenizer_hash
 from nla.text.tokens import undated

@@ -13,11 +13,10 @@ from nla.eval.readers import lenses, patchscopes
 from nla.eval.readers.patchscopes import Prompt
 from nla.eval.target import Target
 from nla.models import points
-from nla.models.forward import vectors_at
 from nla.models.hooks import rescale
 from nla.models.lora import save_adapter
 from nla.models.points import Point
-from nla.models.read import read
+from nla.models.read import read, vectors_at
 from tests.helpers import tiny
 from tests.helpers.tiny import D_MODEL, MARKER, MODELS, N_BLOCKS, TEXTS, make_model, make_pair, make_tokenizer
 

@@ -27,8 +27,7 @@ from nla.cli.console import INTERNAL, INTERRUPTED, OK, USAGE
 from nla.config import NLAConfig
 from nla.errors import InterruptedTraining, RecipeError
 from nla.eval.report import Rate
-from nla.pair.confidence import Trust
-from nla.pair.explanations import Explanation
+from nla.pair.explanations import Explanation, Trust
 from nla.text.tokens import Span
 from tests.helpers.command_line import commands, examples, helps
 from tests.helpers.tiny import make_model, make_pair, make_tokenizer

@@ -11,12 +11,11 @@ from transformers.pytorch_utils import Conv1D
 
 from nla.autoencoder import NLA
 from nla.errors import ArchitectureError
-from nla.models.forward import pad_right
 from nla.models.generate import generate
 from nla.models.hooks import inject, replace
 from nla.models.load import load_target, load_truncated
 from nla.models.points import ARCHITECTURES, blocks, context_length, d_model, final_norm, linear_names, truncated_view
-from nla.models.read import read
+from nla.models.read import padded, read
 from tests.helpers.tiny import (
     CONTEXT,
     D_MODEL,
@@ -69,7 +68,7 @@ def test_reading_a_padded_batch_gives_what_transformers_gives_each_text_alone(an
 def test_reading_in_bf16_gives_the_bits_of_transformers_in_bf16(any_model) -> None:
     model, tokenizer = any_model.bfloat16(), make_tokenizer()
     rows = [tokenizer(text)["input_ids"] for text in TEXTS]
-    expected = oracle(model, pad_right(rows))
+    expected = oracle(model, padded(rows))
     for layer, point in enumerate(POINTS):
         found = read(model, tokenizer, TEXTS, point).vectors
         whole = torch.cat([expected[layer][number, : len(row)] for number, row in enumerate(rows)])

@@ -9,9 +9,9 @@ from torch import nn
 
 from nla.errors import ArgumentError, NonFiniteError, PointError, PositionError, ShapeError, WeightsError
 from nla.models import hooks
-from nla.models.forward import inference, pad_right, vectors_at
+from nla.models.hooks import inference
 from nla.models.points import truncated_view
-from nla.models.read import ACTIVATIONS_FILE, Activations, read
+from nla.models.read import ACTIVATIONS_FILE, Activations, padded, read, vectors_at
 from tests.helpers.tiny import D_MODEL, N_BLOCKS, TEXTS, make_model, make_pair
 
 
@@ -78,8 +78,8 @@ def test_an_intervention_reaches_its_document_in_any_batch(tokenizer) -> None:
     where = torch.tensor([0, 3, 1, 5])
 
     def patched(budget: int) -> Activations:
-        def intervene(docs):
-            return hooks.replace(model, "resid_post.0", where[docs], new[docs])
+        def intervene(docs, padding):
+            return hooks.replace(model, "resid_post.0", where[docs] + padding, new[docs])
 
         return read(model, tokenizer, TEXTS, "resid_post.2", intervene=intervene, max_tokens_per_batch=budget)
 
@@ -227,4 +227,4 @@ def test_a_store_is_not_replaced_by_one_that_is_not_finite(acts: Activations, tm
 
 
 def test_padding_is_on_the_right() -> None:
-    assert pad_right([[1, 2, 3], [4]], 9).tolist() == [[1, 2, 3], [4, 9, 9]]
+    assert padded([[1, 2, 3], [4]], 9).tolist() == [[1, 2, 3], [4, 9, 9]]

@@ -8,7 +8,7 @@ import torch
 from nla.config import DecoderConfig
 from nla.errors import ArgumentError, ContextLengthError, EmptyTextError, ShapeError, VocabularyError
 from nla.pair.decoder import last_stream, pad_batch
-from nla.pair.head import Head
+from nla.pair.roles import Head
 from tests.helpers.tiny import CONTEXT, D_MODEL, make_pair
 
 TEXTS = ["the cat is here.", "a dog.", "it is so. the red tree is under the blue mat and the cat sat there.", "a dog."]

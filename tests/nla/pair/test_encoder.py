@@ -9,9 +9,8 @@ import torch
 
 from nla.errors import ArgumentError, ContextLengthError, NonFiniteError, ShapeError
 from nla.models.hooks import rescale
-from nla.pair.confidence import Trust
 from nla.pair.encoder import mask_marker, parse, strip_tags
-from nla.pair.explanations import Explanation, Explanations
+from nla.pair.explanations import Explanation, Explanations, Trust
 from nla.text.claims import claims
 from nla.text.tokens import Span
 from tests.helpers.tiny import CONTEXT, D_MODEL, make_config, make_model, make_pair, make_tokenizer

@@ -18,7 +18,6 @@ from nla.config import NLAConfig
 from nla.errors import ConfigError, NonFiniteError, StorageError, TokenizerMismatchError, WeightsError
 from nla.metrics import Baseline
 from nla.pair import folder as pair_folder
-from nla.pair import layout
 from nla.storage import hashes, tensors
 from tests.helpers.tiny import D_MODEL, TEXTS, make_config, make_model, make_pair, make_tokenizer
 
@@ -156,7 +155,7 @@ def test_loading_does_not_disturb_the_global_random_state(saved: Path) -> None:
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("name", layout.MANIFEST)
+@pytest.mark.parametrize("name", pair_folder.MANIFEST)
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "removed", "empty", "of another pair"])
 def test_a_damaged_or_exchanged_file_is_refused_by_name(saved: Path, other: Path, name: str, damage: str) -> None:
     path = saved / name
@@ -201,7 +200,7 @@ def test_an_interrupted_save_never_leaves_a_mixture_that_loads(saved: Path, monk
     old = state(pair)
     for name, parameter in [*pair.model.named_parameters(), *pair.head.named_parameters()]:
         parameter.data += 0.5 * ("lora_B" in name or name == "bias")
-    for n_moves in range(len(layout.MANIFEST) + 2):
+    for n_moves in range(len(pair_folder.MANIFEST) + 2):
         moved = []
 
         def interrupted(source, place, moved=moved, n_moves=n_moves) -> None:

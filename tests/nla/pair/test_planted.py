@@ -13,8 +13,7 @@ from nla.errors import ArgumentError, ConfigError, WeightsError
 from nla.models.lora import adapter_hash, merge_adapter, save_adapter
 from nla.models.points import truncated_view
 from nla.models.read import read
-from nla.pair.head import Head
-from nla.pair.roles import SeparateModels
+from nla.pair.roles import Head, SeparateModels
 from nla.storage.tensors import load_tensors, save_tensors
 from tests.helpers.tiny import D_MODEL, TEXTS, make_config, make_model, make_tokenizer
 

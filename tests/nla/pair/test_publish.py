@@ -21,7 +21,7 @@ from nla.config import WeightsConfig
 from nla.errors import AccessError, ConfigError, HubError, StorageError
 from nla.formats import kitft
 from nla.pair.card import ABSENT, card, renewed
-from nla.pair.layout import MANIFEST
+from nla.pair.folder import MANIFEST
 from nla.pair.publish import push_folder
 from tests.helpers.hub_server import Hub
 from tests.helpers.tiny import TEXTS, make_model, make_pair, make_tokenizer

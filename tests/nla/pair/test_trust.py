@@ -6,7 +6,7 @@ import random
 import pytest
 
 from nla.errors import ArgumentError
-from nla.pair.confidence import LEVELS, Trust, agreement, normalise
+from nla.pair.explanations import LEVELS, Trust, agreement, normalise
 
 
 def test_alike_samples_agree_fully_and_strangers_not_at_all():
