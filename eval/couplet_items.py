@@ -14,7 +14,7 @@ from nla.errors import ArgumentError
 from nla.eval.items import Item
 from nla.organisms import TARGETS, full_name
 from nla.organisms.couplets import world
-from nla.organisms.lesson import Offsets
+from nla.organisms.ground_truth import Offsets
 
 SHOWN_PLANS = tuple(plan for plan in world.PLANS if plan not in world.HELD_OUT_PLANS)
 # What the shipped targets and pair were trained on, as arguments of world.sample: these documents are never judged on.

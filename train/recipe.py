@@ -12,12 +12,11 @@ from pydantic import Field
 from nla.config import DTYPES, QUANTIZATIONS
 from nla.errors import ParseError, RecipeError
 from nla.models.points import Point
-from nla.organisms import lesson
+from nla.organisms import ground_truth
 from nla.storage.files import read_yaml
 from nla.train.data.corpus import CorpusSettings
-from nla.train.data.world import ExtractSettings
-from nla.train.describe.lesson import DescribeSettings
-from nla.train.describe.settings import DescriberSettings
+from nla.train.data.world import DescribeSettings, ExtractSettings
+from nla.train.describe.describer import DescriberSettings
 from nla.train.fit.settings import JointSettings
 from nla.train.schema import (
     NOTHING,
@@ -33,6 +32,8 @@ from nla.train.schema import (
 )
 
 SHIPPED = Path(__file__).parent / "recipes"
+N_WATCHED = 600
+"""Held-out activations that training is watched on."""
 _READ, _DESCRIBED = Decides("extract"), Decides("describe")
 
 
@@ -177,7 +178,7 @@ class Recipe:
             for name in ("marker", "encoder_prompt", "decoder_template"):
                 if getattr(self.pair, name) is not None:
                     refuse(f"pair.{name}", getattr(self.pair, name), "none beside `world`, which has its own")
-            strata = lesson.load(self.world).STRATA
+            strata = ground_truth.load(self.world).STRATA
             if not set(self.joint.stratum_weights) <= set(strata):
                 refuse("joint.stratum_weights", self.joint.stratum_weights, f"shares of {', '.join(strata)}")
 

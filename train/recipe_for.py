@@ -17,8 +17,8 @@ from nla.errors import ContextLengthError
 from nla.models.load import DTYPES, read_config
 from nla.organisms import target_folder
 from nla.text.tokens import load_tokenizer, render_prompt
-from nla.train.contract import DECODER_TEMPLATE, ENCODER_PROMPT, SLOT, Prompts, place_marker
-from nla.train.plan import count_shape, shape_of
+from nla.train.estimate import count_shape, shape_of
+from nla.train.pair_config import DECODER_TEMPLATE, ENCODER_PROMPT, SLOT, Prompts, place_marker
 from nla.train.recipe import Recipe, ShapeSettings
 from nla.train.schema import build
 

@@ -25,13 +25,13 @@ from nla.organisms import target_folder
 from nla.pair import folder as pair_folder
 from nla.storage.files import read_json, write_json
 from nla.train.data.world import BASELINES, MANIFEST, SPLITS
+from nla.train.estimate import estimate, find_shape
 from nla.train.fingerprints import fingerprints, former_fingerprints, target_print
 from nla.train.fit import processes
-from nla.train.material import DONE, PAIR
-from nla.train.plan import find_shape, plan
 from nla.train.recipe import load_recipe
 from nla.train.schema import STAGES
 from nla.train.stages import preflight, run_stage
+from nla.train.training_data import DONE, PAIR
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def run_recipe(
 
     Args:
         until: the last stage to run; None runs all that the recipe asks for.
-        dry_run: only say which stages would run; for a corpus, with what each will take (see train/plan.py).
+        dry_run: only say which stages would run; for a corpus, with what each will take (see train/estimate.py).
 
     Raises:
         RecipeError: see :func:`load_recipe`; also an unknown ``until``, or another process is at work in ``out``.
@@ -72,7 +72,7 @@ def run_recipe(
     done = [is_done(Path(recipe.out) / stage, (prints[stage], former[stage]), whole[stage]) for stage in stages]
     done = processes.agreed(done)
     shape = find_shape(recipe) if dry_run and recipe.corpus is not None else None
-    expected = {} if shape is None else plan(recipe, shape)
+    expected = {} if shape is None else estimate(recipe, shape)
     if recipe.corpus is not None and not all(done):
         describing = "describe" in stages and not done[stages.index("describe")]
         preflight(recipe, describing, reachable=shape is None or shape.source == "counted")

@@ -17,37 +17,34 @@ from nla.config import NLAConfig
 from nla.errors import AccessError, ContextLengthError, RecipeError, TargetError
 from nla.models import load as target
 from nla.models.points import Point, d_model
-from nla.organisms import TARGETS, lesson, target_folder
+from nla.organisms import TARGETS, ground_truth, target_folder
 from nla.pair.encoder import parse, strip_tags
 from nla.storage.files import read_json
 from nla.store.manifest import MANIFEST_FILE as STORE_MANIFEST
 from nla.store.reader import Store, open_splits
 from nla.text.tokens import load_tokenizer, render_prompt
-from nla.train.contract import SLOT, contract, place_marker
 from nla.train.data import world
 from nla.train.data.extract import ExtractionSettings, extract_corpus
-from nla.train.describe.lesson import describe, save_texts
-from nla.train.describe.prompt import pair_marks
-from nla.train.describe.quote import quote_all
+from nla.train.describe.prompt import pair_marks, quote
 from nla.train.describe.texts import Summary, describe_texts, open_describer
 from nla.train.fit import processes
 from nla.train.fit.joint import share_step, train_joint
 from nla.train.fit.settings import FitSettings
 from nla.train.fit.warmstart import warmstart_decoder, warmstart_encoder
-from nla.train.material import (
+from nla.train.pair_config import SLOT, pair_config, place_marker
+from nla.train.recipe import N_WATCHED, Recipe
+from nla.train.training_data import (
     CORPUS_SPLITS,
     DONE,
-    N_WATCHED,
     PAIR,
-    Material,
+    TrainingData,
     activation_norm,
     draw_rows,
     load_documents,
-    load_material,
+    load_training_data,
     prompts_of,
     save_described,
 )
-from nla.train.recipe import Recipe
 
 ANSWERS = "answers"
 """Folder of a run with every answer of a describer: kept when the stage is made anew, since answers may have cost."""
@@ -134,7 +131,7 @@ def run_extract(recipe: Recipe, out: Path) -> dict[str, Any]:
         return extract_store(recipe, out)
     if processes.is_main():
         model, tokenizer = load_target(recipe, recipe.revision)
-        planted = lesson.load(str(recipe.world))
+        planted = ground_truth.load(str(recipe.world))
         world.extract(planted, model, tokenizer, recipe.point, recipe.extract, recipe.seed, out / "extract")
     processes.wait()
     return {f"n_{split}": len(store) for split, store in world.load_stores(out / "extract").items()}
@@ -166,12 +163,12 @@ def run_describe(recipe: Recipe, out: Path) -> dict[str, Any]:
     """Warm-start texts."""
     if recipe.corpus is not None:
         return describe_store(recipe, out)
-    planted = lesson.load(str(recipe.world))
+    planted = ground_truth.load(str(recipe.world))
     if processes.is_main():
         stores, drawn = load_documents(recipe, out)
         for split, store in stores.items():
-            texts = describe(planted, store, drawn[split], recipe.describe, f"{recipe.seed}/{split}")
-            save_texts(out / "describe" / f"{split}.jsonl", texts)
+            texts = world.describe(planted, store, drawn[split], recipe.describe, f"{recipe.seed}/{split}")
+            world.save_texts(out / "describe" / f"{split}.jsonl", texts)
     return {"hit_rate": planted.hit_rate(recipe.describe.notice)}
 
 
@@ -198,7 +195,7 @@ def ask(
     Of a local describer each process asks its share; an endpoint is asked by the main process alone.
     """
     if recipe.describer.describer == "quote":
-        return quote_all(prefixes, refused), {}
+        return [quote(prefix, refused) for prefix in prefixes], {}
     local = recipe.describer.describer == "local"
     is_target = local and recipe.describer.model is None
     model, tokenizer = load_target(recipe, revision_of(recipe, out)) if is_target else (None, None)
@@ -221,7 +218,7 @@ def new_config(
     model: PreTrainedModel | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> NLAConfig:
-    """The contract that the recipe's pair will be trained under; ``model`` and ``tokenizer`` where they are loaded.
+    """The config that the recipe's pair will be trained under; ``model`` and ``tokenizer`` where they are loaded.
 
     Raises:
         ConfigError: no token of the tokenizer can be the marker, or the one asked for cannot.
@@ -231,7 +228,7 @@ def new_config(
     if model is not None:
         revision = getattr(model.config, "_commit_hash", None) or revision
     width = Store.open(out / "extract").d_model if model is None else d_model(model)
-    return contract(
+    return pair_config(
         target_folder(recipe.target),
         revision,
         tokenizer,
@@ -256,10 +253,10 @@ def new_pair(recipe: Recipe, out: Path) -> NLA:
     return NLA.create(model, tokenizer, config, rank=recipe.pair.rank, alpha=recipe.pair.alpha, baselines=baselines)
 
 
-def fit_apart(nla: NLA, recipe: Recipe, material: Material, folder: Path, scale: float, seed: int) -> dict[str, Any]:
+def fit_apart(nla: NLA, recipe: Recipe, data: TrainingData, folder: Path, scale: float, seed: int) -> dict[str, Any]:
     """Supervised training of both halves on the described texts, for ``scale`` times the recipe's steps."""
-    w, (vectors, texts) = recipe.warmstart, material.described()
-    held_out = (material.watched.vectors, list(material.watched.warm_texts or ()))
+    w, (vectors, texts) = recipe.warmstart, data.described()
+    held_out = (data.watched.vectors, list(data.watched.warm_texts or ()))
     encoder = FitSettings(
         steps=math.ceil(w.encoder_steps * scale),
         batch_size=w.batch_size,
@@ -299,25 +296,25 @@ def load(folder: Path) -> NLA:
 def run_warmstart(recipe: Recipe, out: Path) -> dict[str, Any]:
     """Encoder and decoder apart."""
     nla = new_pair(recipe, out)
-    figures = fit_apart(nla, recipe, load_material(recipe, out), out / "warmstart", 1.0, recipe.seed)
+    figures = fit_apart(nla, recipe, load_training_data(recipe, out), out / "warmstart", 1.0, recipe.seed)
     return {**figures, "parameters": nla.n_parameters}
 
 
 def run_joint(recipe: Recipe, out: Path) -> dict[str, Any]:
     """Encoder and decoder together; of a corpus's pair, its score on held-out documents goes into its card."""
-    nla, material = load(out / "warmstart" / PAIR), load_material(recipe, out)
+    nla, data = load(out / "warmstart" / PAIR), load_training_data(recipe, out)
     figures = train_joint(
         nla,
-        material.vectors,
-        material.strata,
-        material.texts,
+        data.vectors,
+        data.strata,
+        data.texts,
         out / "joint" / "run",
         settings=recipe.joint,
-        held_out=material.watched,
+        held_out=data.watched,
     )
     nla.metrics = {"recipe": recipe.name, "joint": figures}
     if recipe.world is not None:
-        nla.metrics["hit_rate"] = lesson.load(recipe.world).hit_rate(recipe.describe.notice)
+        nla.metrics["hit_rate"] = ground_truth.load(recipe.world).hit_rate(recipe.describe.notice)
     else:
         nla.metrics |= measure(nla, recipe, out)
     save(nla, out / "joint" / PAIR)
@@ -347,5 +344,5 @@ def run_control(recipe: Recipe, out: Path) -> dict[str, Any]:
     seconds = {stage: read_json(out / stage / DONE)["summary"]["seconds"] for stage in ("warmstart", "joint")}
     scale = seconds["joint"] / max(seconds["warmstart"], 1e-9)
     nla = load(out / "warmstart" / PAIR)
-    figures = fit_apart(nla, recipe, load_material(recipe, out), out / "control", scale, recipe.seed + 1)
+    figures = fit_apart(nla, recipe, load_training_data(recipe, out), out / "control", scale, recipe.seed + 1)
     return {**figures, "times_the_warm_start": scale, "joint_seconds": seconds["joint"]}

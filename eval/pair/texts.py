@@ -17,7 +17,7 @@ from nla.eval.readers.labelled_file import READERS
 from nla.eval.worlds import world_of
 from nla.models.points import context_length
 from nla.models.read import Activations, Strata
-from nla.organisms import lesson
+from nla.organisms import ground_truth
 from nla.text.tokens import Positions, Span, encode_batch, select_positions
 from nla.transcripts import files
 from nla.transcripts.messages import Transcript
@@ -68,7 +68,7 @@ def world_documents(nla: NLA, n_documents: int, seed: int) -> Documents:
             "texts that its target is used on, and that the pair was not trained on",
             "give --texts FILE",
         )
-    known = lesson.load(world)
+    known = ground_truth.load(world)
     documents = known.splits(1, n_documents, seed)["eval"]
     return Documents(
         [document.text for document in documents],

@@ -15,7 +15,7 @@ from nla.eval.adversaries import Writer
 from nla.eval.couplet_items import HELD_OUT_SEED, SHOWN_PLANS, trained_on
 from nla.eval.readers.tasks import TEST, TRAIN, Sites, Task
 from nla.organisms.couplets import world
-from nla.organisms.lesson import Offsets
+from nla.organisms.ground_truth import Offsets
 
 TEMPLATES, WORDS = "held-out templates", "held-out words"
 PLAN, FAMILY, COLOUR, SEASON = COUPLET_TASKS = ("plan", "rhyme family", "colour group", "season")

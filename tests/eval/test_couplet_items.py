@@ -4,7 +4,7 @@ import pytest
 
 from nla.errors import ArgumentError
 from nla.eval.couplet_items import SHOWN_PLANS, documents, rhyme_items, trained_on
-from nla.organisms import lesson
+from nla.organisms import ground_truth
 from nla.organisms.couplets import tokenizer as couplets_tokenizer
 from nla.organisms.couplets import world
 from nla.train.data.world import documents as training_documents
@@ -22,7 +22,7 @@ def test_items_are_seeded_and_no_prompt_occurs_twice() -> None:
 def test_no_document_is_one_that_the_targets_or_the_pair_were_trained_on() -> None:
     recipe = load_recipe("couplets")
     organism = OrganismSettings()
-    splits = training_documents(lesson.load(recipe.world), recipe.extract, recipe.seed)
+    splits = training_documents(ground_truth.load(recipe.world), recipe.extract, recipe.seed)
     known = {couplet.line1 for couplet in splits["train"]}
     known |= {couplet.line1 for couplet in world.sample(organism.n_documents, organism.seed)}
     assert known == trained_on()

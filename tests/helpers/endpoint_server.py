@@ -19,7 +19,7 @@ import anthropic
 import openai
 
 from nla.train.describe.client import EndpointDescriber
-from nla.train.describe.settings import DescriberSettings
+from nla.train.describe.describer import DescriberSettings
 from nla.train.describe.texts import Described, describe_texts
 
 for package in (openai, anthropic):

@@ -33,10 +33,10 @@ from nla.storage.hashes import sha256
 from nla.store.reader import Store
 from nla.text.tokens import load_tokenizer
 from nla.train import run
-from nla.train.contract import Prompts, place_marker
-from nla.train.describe.quote import quote
-from nla.train.material import draw_rows, load_described, save_described
+from nla.train.describe.prompt import quote
+from nla.train.pair_config import Prompts, place_marker
 from nla.train.recipe import load_recipe
+from nla.train.training_data import draw_rows, load_described, save_described
 from tests.helpers.shell import in_two_processes
 from tests.helpers.tiny import load_benchmark
 

@@ -14,14 +14,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from nla.errors import ArgumentError, InterruptedTraining, RecipeError
 from nla.models import lora
 from nla.models.read import Activations
-from nla.organisms import lesson
+from nla.organisms import ground_truth
 from nla.organisms.couplets import tokenizer as couplets_tokenizer
 from nla.organisms.couplets import world
 from nla.pair import folder as pair_folder
 from nla.storage import tensors
 from nla.storage.files import read_json
 from nla.text.tokens import Span
-from nla.train import fingerprints, material, run, stages
+from nla.train import fingerprints, run, stages, training_data
 from nla.train import recipe as recipes
 from nla.train.data.world import ExtractSettings, documents, load_stores
 from nla.train.organisms.couplets import OrganismSettings, build_model
@@ -151,7 +151,7 @@ def test_two_processes_on_one_folder_are_refused(tiny, tmp_path):
 @pytest.mark.slow
 def test_activations_of_other_documents_are_refused(tiny, tmp_path, monkeypatch):
     run.run_recipe(tiny, until="describe")
-    monkeypatch.setattr(material, "documents", lambda world, settings, seed: documents(world, settings, seed + 1))
+    monkeypatch.setattr(training_data, "documents", lambda world, settings, seed: documents(world, settings, seed + 1))
     for overrides in (["describe.notice=0.5"], []):
         with pytest.raises(RecipeError, match=f"delete {tmp_path / 'run'}"):
             run.run_recipe(tiny, overrides=overrides, until="warmstart")
@@ -206,7 +206,7 @@ def test_truth_counts_the_next_line_at_the_newline_and_all_other_claims():
         (f"This line ends with {couplet.plan}. The last mark is a comma. It is {season}.", 0, 1 / 2),
         ("", 0, 0),
     ]
-    truth = material.truth_of(lesson.load("couplets"), rows, [couplet, couplet])
+    truth = training_data.truth_of(ground_truth.load("couplets"), rows, [couplet, couplet])
     for text, named, visible in table:
         assert truth([text, ""]) == {"named": named, "visible": visible}
         assert truth(["", f"It is {season}."]) == {"named": 0, "visible": 1}
@@ -225,7 +225,7 @@ def test_stored_rows_are_the_targets_own_hidden_states_at_the_point(tiny, tmp_pa
 
 
 def test_splits_share_no_text_and_held_out_plans_stay_out_of_training():
-    splits = documents(lesson.load("couplets"), ExtractSettings(n_documents=500, n_eval_documents=100), seed=0)
+    splits = documents(ground_truth.load("couplets"), ExtractSettings(n_documents=500, n_eval_documents=100), seed=0)
     texts = {name: {couplet.text for couplet in couplets} for name, couplets in splits.items()}
     assert not texts["train"] & texts["eval"] and not texts["train"] & texts["held_out"]
     assert not {couplet.plan for couplet in splits["train"] + splits["eval"]} & set(world.HELD_OUT_PLANS)
@@ -235,14 +235,14 @@ def test_splits_share_no_text_and_held_out_plans_stay_out_of_training():
 def test_splits_are_full_however_many_texts_collide(monkeypatch):
     for name in ("FRAMES", "SEASONS", "TIMES", "NAMES", "VERBS", "PREPOSITIONS"):
         monkeypatch.setattr(world, name, getattr(world, name)[:1])
-    splits = documents(lesson.load("couplets"), ExtractSettings(n_documents=1_000, n_eval_documents=200), seed=0)
+    splits = documents(ground_truth.load("couplets"), ExtractSettings(n_documents=1_000, n_eval_documents=200), seed=0)
     assert [len(couplets) for couplets in splits.values()] == [1_000, 200, 200]
     assert not {couplet.text for couplet in splits["train"]} & {couplet.text for couplet in splits["eval"]}
 
 
-@pytest.mark.parametrize("name", lesson.LESSONS)
-def test_a_lessons_strata_are_those_that_its_documents_have_and_no_text_is_in_two_splits(name):
-    world = lesson.load(name)
+@pytest.mark.parametrize("name", ground_truth.WORLDS)
+def test_a_worlds_strata_are_those_that_its_documents_have_and_no_text_is_in_two_splits(name):
+    world = ground_truth.load(name)
     splits = world.splits(200, 50, seed=0)
     texts = {split: {document.text for document in documents} for split, documents in splits.items()}
     assert not texts["train"] & texts["eval"] and not texts["train"] & texts["held_out"]
@@ -254,9 +254,9 @@ def test_a_lessons_strata_are_those_that_its_documents_have_and_no_text_is_in_tw
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", lesson.LESSONS)
+@pytest.mark.parametrize("name", ground_truth.WORLDS)
 def test_a_truthful_text_is_true_a_described_one_is_true_but_for_its_guess(name):
-    world, rng, hits = lesson.load(name), random.Random(0), []
+    world, rng, hits = ground_truth.load(name), random.Random(0), []
     for document in world.splits(200, 1, seed=0)["train"]:
         for match in re.finditer(r"<\|\w+\|>| ?\w+|[^\w ]", document.text):
             span = Span(0, "", *match.span(), 0)

@@ -1,22 +1,25 @@
-"""Stage 1: documents → activations of the target, in splits that share no document, with their baselines."""
+"""A world with known truth → its documents, their activations with baselines, and texts of each: stages 1 and 2."""
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
+from pydantic import Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nla.baselines import save_baselines
+from nla.errors import ParseError
 from nla.metrics import Baseline
 from nla.models.read import Activations, read
-from nla.organisms.lesson import Lesson
-from nla.storage.files import write_json
+from nla.organisms.ground_truth import GroundTruth
+from nla.storage.files import write_atomic, write_json
 from nla.text.tokens import Span
-from nla.train.schema import Count, section
+from nla.train.schema import Count, Number, section
 
 SPLITS = ("train", "eval", "held_out")
 MANIFEST = "manifest.json"
@@ -35,21 +38,36 @@ class ExtractSettings:
     """Tokens drawn at random from each document beside those of its main strata."""
 
 
-def documents(lesson: Lesson, settings: ExtractSettings, seed: int) -> dict[str, list[Any]]:
+@section("describe", decides="describe")
+class DescribeSettings:
+    """What the describer knows."""
+
+    notice: Annotated[Number, Field(ge=0, le=1)] = 0.25
+    """Probability that it sees the latent; otherwise it guesses, as an outsider to the world would."""
+
+
+class Texts(NamedTuple):
+    """One text an activation: what the describer says, and what a reader that knows the rule would say."""
+
+    described: list[str]
+    truthful: list[str]
+
+
+def documents(world: GroundTruth, settings: ExtractSettings, seed: int) -> dict[str, list[Any]]:
     """The documents of every split. A text stands in one split only; the seed decides all of them."""
-    return lesson.splits(settings.n_documents, settings.n_eval_documents, seed)
+    return world.splits(settings.n_documents, settings.n_eval_documents, seed)
 
 
-def choose_positions(lesson: Lesson, document: Any, spans: Sequence[Span], n_other: int, key: str) -> list[int]:
+def choose_positions(world: GroundTruth, document: Any, spans: Sequence[Span], n_other: int, key: str) -> list[int]:
     """Every token of a main stratum and ``n_other`` more, drawn by a generator keyed to the document."""
-    kinds = lesson.strata(document, spans)
-    main = [span.index for span, kind in zip(spans, kinds, strict=True) if kind in lesson.MAIN]
-    others = [span.index for span, kind in zip(spans, kinds, strict=True) if kind not in lesson.MAIN]
+    kinds = world.strata(document, spans)
+    main = [span.index for span, kind in zip(spans, kinds, strict=True) if kind in world.MAIN]
+    others = [span.index for span, kind in zip(spans, kinds, strict=True) if kind not in world.MAIN]
     return sorted([*main, *random.Random(key).sample(others, min(n_other, len(others)))])
 
 
 def extract(
-    lesson: Lesson,
+    world: GroundTruth,
     target: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     point: str,
@@ -59,13 +77,13 @@ def extract(
 ) -> dict[str, Activations]:
     """Read every split and save it under ``out_dir/<split>``, with baselines of the training vectors and a manifest."""
     stores: dict[str, Activations] = {}
-    for split, drawn in documents(lesson, settings, seed).items():
+    for split, drawn in documents(world, settings, seed).items():
 
         def positions(i: int, spans: list[Span], drawn=drawn, split=split) -> list[int]:
-            return choose_positions(lesson, drawn[i], spans, settings.n_other_positions, f"{seed}/{split}/{i}")
+            return choose_positions(world, drawn[i], spans, settings.n_other_positions, f"{seed}/{split}/{i}")
 
         def strata(i: int, spans: list[Span], drawn=drawn) -> list[str]:
-            return lesson.strata(drawn[i], spans)
+            return world.strata(drawn[i], spans)
 
         texts = [document.text for document in drawn]
         stores[split] = read(target, tokenizer, texts, point, positions=positions, strata=strata, progress=True)
@@ -95,3 +113,35 @@ def fit_baselines(store: Activations) -> dict[str, Baseline]:
 def load_stores(out_dir: Path) -> dict[str, Activations]:
     """The splits that :func:`extract` saved."""
     return {split: Activations.load(out_dir / split) for split in SPLITS}
+
+
+def describe(
+    world: GroundTruth, store: Activations, documents: Sequence[Any], settings: DescribeSettings, key: str
+) -> Texts:
+    """For every activation of a store, what an outsider could write from the visible words alone; each row has a
+    generator of its own, keyed by ``key``."""
+    rows = list(zip(store.document.tolist(), store.spans, strict=True))
+    described = [
+        world.describe(documents[number], span, random.Random(f"{key}/{number}/{span.index}"), settings.notice)
+        for number, span in rows
+    ]
+    return Texts(described, [world.truthful(documents[number], span) for number, span in rows])
+
+
+def save_texts(path: Path, texts: Texts) -> None:
+    """One JSON object a line."""
+    lines = (json.dumps({"described": d, "truthful": t}) for d, t in zip(*texts, strict=True))
+    write_atomic(path, "\n".join(lines) + "\n")
+
+
+def load_texts(path: Path) -> Texts:
+    """What :func:`save_texts` wrote.
+
+    Raises:
+        ParseError: a line is not such an object.
+    """
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return Texts([row["described"] for row in rows], [row["truthful"] for row in rows])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ParseError(f"{path} ({error})", "described and truthful text a line", f"delete {path.parent}") from error

@@ -16,9 +16,8 @@ from typing import Any
 
 from nla.errors import BudgetError, DescriberError, NLAError
 from nla.models.endpoint import Answer, Endpoint, Session, Try
-from nla.train.describe.describer import Reply
+from nla.train.describe.describer import CHARS_PER_TOKEN, DescriberSettings, Reply
 from nla.train.describe.prompt import CUT, Question
-from nla.train.describe.settings import CHARS_PER_TOKEN, DescriberSettings
 
 REFUSED = "the describer refuses"
 _OVERHEAD_TOKENS = 100

@@ -1,14 +1,118 @@
-"""What every describer does: it takes questions and gives a reply to each, with all that was spent on it."""
+"""Who writes the warm-start texts: a describer's settings and price, and what every describer does."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
+from pydantic import Field
+
+from nla.config import DTYPES, QUANTIZATIONS
+from nla.errors import ArgumentError
+from nla.models.endpoint import check_variable
 from nla.train.describe.prompt import Question
-from nla.train.describe.settings import DescriberSettings
+from nla.train.schema import (
+    NOTHING,
+    Count,
+    NotNegative,
+    Number,
+    Positive,
+    Seed,
+    Text,
+    one_of,
+    refuse,
+    section,
+)
+
+DESCRIBERS = ("local", "openai", "anthropic", "quote")
+CHARS_PER_TOKEN = 4
+"""Of a token, where neither a tokenizer nor an endpoint says: an estimate, and named so wherever it is shown."""
+
+
+@section("describer", decides="describe")
+class DescriberSettings:
+    """Who writes the warm-start texts, how, and at what price.
+
+    Raises:
+        ArgumentError: a value is out of range, or does not fit the describer.
+    """
+
+    describer: Annotated[str, one_of(*DESCRIBERS)] = "local"
+    """``local`` (a Hugging Face model here), ``openai`` (any endpoint of that form), ``anthropic``, or ``quote`` (no
+    model: the visible words, repeated; to try a recipe out)."""
+    model: Text | None = None
+    """The endpoint's name of its model; of ``local`` a folder or hub id, None: the target itself."""
+    url: Text | None = None
+    """Base of the endpoint's API, such as ``http://localhost:8000/v1``; None: the provider's own."""
+    key_variable: Annotated[str | None, NOTHING] = field(default=None, repr=False)
+    """Environment variable that holds the key. None: the provider's own at its own address, no key anywhere else. Not
+    shown, lest somebody puts the key itself here."""
+    concurrency: Annotated[Count, NOTHING] = 16
+    """Requests in flight at once; of ``local``, rows of a batch, which in less than float32 sway what is written."""
+    timeout_s: Annotated[Positive, NOTHING] = 60.0
+    """Of one request, from its start to the last byte of the answer."""
+    tries: Annotated[Count, NOTHING] = 6
+    """Requests for one text before it counts as failed."""
+    temperature: NotNegative | None = None
+    """Of sampling; 0: the likeliest text. None: the endpoint's own, and the likeliest text of ``local``."""
+    max_tokens: Count = 250
+    """Longest answer, with what some models think before it. Longer ones are cut, and a cut answer counts as none."""
+    max_chars: Annotated[int, Field(ge=40)] = 4000
+    """Characters of a prefix that are shown: its end."""
+    price_in: Annotated[NotNegative | None, NOTHING] = None
+    """USD for a million tokens of prompts; None: not known, and never guessed."""
+    price_out: Annotated[NotNegative | None, NOTHING] = None
+    """USD for a million tokens of answers; None: not known, and never guessed."""
+    budget_usd: Annotated[NotNegative | None, NOTHING] = None
+    """Stop before a request that could lead above this, counting from the start of the run; None: no limit."""
+    failing_share: Annotated[Number, Field(ge=0, lt=1), NOTHING] = 0.1
+    """Stop when more than this share of the texts has failed."""
+    seed: Seed = 0
+    """Of ``local``'s sampling. Endpoints are not sent it, but under another seed they are asked anew."""
+    dtype: Annotated[str, one_of(*DTYPES)] | None = None
+    """Of the weights of ``local``'s own ``model``; None: the target's."""
+    revision: Text | None = None
+    """Commit, tag or branch of that model on the hub; None: its main branch."""
+    quantization: Annotated[str, one_of(*QUANTIZATIONS)] | None = None
+    """8bit or 4bit, by bitsandbytes; None: its weights as they are."""
+    parameters_b: Annotated[Positive | None, NOTHING] = None
+    """Billions of its parameters, for ``--dry-run`` alone; None: what it takes is not known."""
+
+    def __post_init__(self) -> None:
+        self._check_key_variable()
+        if self.describer in ("local", "quote"):
+            for name in ("url", "budget_usd"):
+                if getattr(self, name) is not None:
+                    refuse(f"describer.{name}", getattr(self, name), f"null: {self.describer} has none")
+        elif self.model is None:
+            refuse("describer.model", None, f"the name of the model to ask at the {self.describer} endpoint")
+        if self.budget_usd is not None and None in (self.price_in, self.price_out):
+            raise ArgumentError("budget_usd without prices", "price_in and price_out", "set both, or no budget")
+        self._check_own_model()
+
+    def _check_key_variable(self) -> None:
+        """Refuse what cannot be a variable's name; it may be the key itself, so no message repeats it."""
+        if self.key_variable is None:
+            return
+        check_variable(self.key_variable, "a describer.key_variable")
+        if self.describer in ("local", "quote"):
+            raise ArgumentError(f"a describer.key_variable for {self.describer}", "null: it has no key", "remove it")
+
+    def _check_own_model(self) -> None:
+        """Refuse what is said of a model that ``local`` loads where it loads none, or what it cannot be loaded as."""
+        for name in ("dtype", "revision", "quantization", "parameters_b"):
+            if getattr(self, name) is not None and (self.describer != "local" or self.model is None):
+                refuse(f"describer.{name}", getattr(self, name), "null: it is said of a local describer's own `model`")
+
+    def cost(self, tokens_in: int, tokens_out: int) -> float | None:
+        """USD of so many tokens; 0 for what asks nobody, None where a price is not known."""
+        if self.describer in ("local", "quote"):
+            return 0.0
+        if self.price_in is None or self.price_out is None:
+            return None
+        return (tokens_in * self.price_in + tokens_out * self.price_out) / 1e6
 
 
 @dataclass

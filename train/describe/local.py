@@ -18,9 +18,8 @@ from nla.models.points import context_length, device_of
 from nla.storage.hashes import digest
 from nla.text.fingerprint import tokenizer_hash
 from nla.text.tokens import undated
-from nla.train.describe.describer import Reply
+from nla.train.describe.describer import DescriberSettings, Reply
 from nla.train.describe.prompt import CUT, Question
-from nla.train.describe.settings import DescriberSettings
 
 _CONTENT = "\N{OBJECT REPLACEMENT CHARACTER}here\N{OBJECT REPLACEMENT CHARACTER}"
 _BATCHES = 16

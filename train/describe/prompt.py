@@ -12,7 +12,7 @@ from nla.config import NLAConfig
 from nla.errors import EmptyTextError
 from nla.text.claims import claims
 from nla.text.tokens import check_texts
-from nla.train.contract import template_marks
+from nla.train.pair_config import template_marks
 
 MIN_CLAIMS, MAX_CLAIMS = 2, 4
 MAX_WORDS = 90
@@ -28,6 +28,8 @@ CUT, NO_TAG, FEW, MANY, LONG, MARKS, UNPLAIN = (
     "control characters in the claims",
 )
 _END_CHARACTERS = 24
+_N_QUOTED = 6
+"""Words that the describer ``quote`` repeats."""
 
 _TASK = """\
 Between <{passage}> and </{passage}> stands a text up to one place in it; what comes after that place is hidden.{cut}
@@ -129,6 +131,22 @@ def read_answer(answer: str, tag: str, refused: Collection[str] = ()) -> Descrip
         if wrong:
             return Description(None, problem)
     return Description(text)
+
+
+def quote(prefix: str, refused: Collection[str] = ()) -> str | None:
+    """Two claims that repeat the visible words and know nothing; None where there are none that a claim may hold.
+
+    The least that a describer's texts must beat: free, instant, and for trying a recipe out.
+
+    >>> quote("One spring morning, Anna left")
+    'The words before are One spring morning Anna. The final word is left.'
+    """
+    words = re.findall(r"\w+", prefix)[-_N_QUOTED:]
+    if not words:
+        return None
+    before = f"The words before are {' '.join(words[:-1])}." if len(words) > 1 else "It is the first word."
+    text = f"{before} The final word is {words[-1]}."
+    return None if any(mark and mark in text for mark in refused) else text
 
 
 def pair_marks(config: NLAConfig) -> tuple[str, ...]:

@@ -17,9 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nla.errors import DescriberError, InterruptedTraining
 from nla.train.describe.cache import TextCache, cache_key
-from nla.train.describe.describer import Describer, Reply
+from nla.train.describe.describer import Describer, DescriberSettings, Reply
 from nla.train.describe.prompt import CUT, Question, ask_about
-from nla.train.describe.settings import DescriberSettings
 from nla.train.fit.loop import StopOnInterrupt
 
 ADVICE = {

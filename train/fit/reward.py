@@ -15,11 +15,11 @@ from nla.metrics import fve_from_errors, mse
 from nla.pair.encoder import parse
 from nla.pair.fidelity import ORTHOGONAL, rows_by_stratum
 from nla.text.tokens import plain_ids
-from nla.train.contract import template_marks
 from nla.train.fit import processes
 from nla.train.fit.checkpoints import decoder_parameters
 from nla.train.fit.settings import JointSettings
 from nla.train.fit.vectors import Vectors, draw_by_weight
+from nla.train.pair_config import template_marks
 
 if TYPE_CHECKING:
     from nla.autoencoder import NLA

@@ -25,7 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 from nla.models.points import Point
 from nla.organisms.couplets import tokenizer as couplets_tokenizer
 from nla.organisms.couplets import world
-from nla.organisms.lesson import Offsets
+from nla.organisms.ground_truth import Offsets
 from nla.train.organisms.interchange import exchanged, next_token_loss, recorded
 from nla.train.organisms.pretraining import PretrainingSettings, explanation_rows, pad, pretrain, sizes
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from nla.models.points import Point
-from nla.organisms.lesson import Offsets
+from nla.organisms.ground_truth import Offsets
 from nla.organisms.switchboard import claims, content, world
 from nla.organisms.switchboard import tokenizer as words
 from nla.train.organisms.interchange import exchanged, next_token_loss, recorded

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from nla.organisms.lesson import HasOffsets
+from nla.organisms.ground_truth import HasOffsets
 from nla.text.claims import claims
 
 SEASONS = ("spring", "summer", "autumn", "winter")

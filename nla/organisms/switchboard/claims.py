@@ -10,7 +10,7 @@ import random
 import re
 from collections.abc import Iterable
 
-from nla.organisms.lesson import HasOffsets
+from nla.organisms.ground_truth import HasOffsets
 from nla.organisms.switchboard import content as c
 from nla.organisms.switchboard.world import END, Chat, Exchange, State, segment_of, stratum
 from nla.text.claims import claims

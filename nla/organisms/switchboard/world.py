@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
-from nla.organisms.lesson import HasOffsets
+from nla.organisms.ground_truth import HasOffsets
 from nla.organisms.switchboard import content as c
 
 STRATA = ("system", "user", "control", "bridge", "assistant", "answer")

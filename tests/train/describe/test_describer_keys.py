@@ -16,7 +16,7 @@ import pytest
 from nla.errors import ArgumentError, DescriberError, EndpointError, MissingExtraError, NLAError, RecipeError
 from nla.models.endpoint import Endpoint
 from nla.train.describe.client import EndpointDescriber
-from nla.train.describe.settings import DescriberSettings
+from nla.train.describe.describer import DescriberSettings
 from nla.train.describe.texts import describe_texts, open_describer
 from nla.train.schema import build
 from tests.helpers.endpoint_server import (

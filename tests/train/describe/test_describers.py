@@ -18,8 +18,8 @@ from nla.errors import DescriberError
 from nla.models.endpoint import asked_wait
 from nla.train.describe.cache import TextCache
 from nla.train.describe.client import EndpointDescriber
+from nla.train.describe.describer import DescriberSettings
 from nla.train.describe.prompt import ask_about
-from nla.train.describe.settings import DescriberSettings
 from nla.train.describe.texts import describe_texts
 from tests.helpers.endpoint_server import (
     CLAIMS,

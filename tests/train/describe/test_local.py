@@ -13,9 +13,9 @@ from transformers import Qwen2ForCausalLM
 from nla.errors import ArgumentError, ConfigError, ContextLengthError, DescriberError, TemplateError
 from nla.models import load as target
 from nla.train.describe.cache import TextCache
+from nla.train.describe.describer import DescriberSettings
 from nla.train.describe.local import KeyedSampling, LocalDescriber, weights_print
 from nla.train.describe.prompt import Description, Question
-from nla.train.describe.settings import DescriberSettings
 from nla.train.describe.texts import describe_texts, open_describer
 from tests.helpers.tiny import TEMPLATE, make_model, make_tokenizer
 

@@ -17,8 +17,8 @@ import pytest
 from nla.errors import BudgetError, DescriberError, InterruptedTraining, StorageError
 from nla.train.describe.cache import CACHE_FILE, TextCache
 from nla.train.describe.client import EndpointDescriber
+from nla.train.describe.describer import DescriberSettings
 from nla.train.describe.prompt import Question, ask_about
-from nla.train.describe.settings import DescriberSettings
 from nla.train.describe.texts import Described, Summary, _Work, describe_texts
 from tests.helpers.endpoint_server import (
     CLAIMS,

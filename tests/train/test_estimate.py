@@ -8,8 +8,7 @@ from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
 from transformers import LlamaConfig, Qwen2Config
 
 from nla.errors import AccessError, ArchitectureError, RecipeError, TargetError
-from nla.train.material import N_WATCHED
-from nla.train.plan import WATCHED, count_shape, find_shape, plan, shape_of, usual_shape
+from nla.train.estimate import count_shape, estimate, find_shape, shape_of, usual_shape
 from nla.train.recipe import SHIPPED, ShapeSettings, load_recipe
 from tests.helpers.tiny import make_model, make_tokenizer
 
@@ -23,7 +22,7 @@ def test_a_shipped_recipe_says_what_it_takes_and_fits_the_hardware_it_names(name
     recipe = load_recipe(name)
     shape = shape_of(recipe.shape)
     assert shape.parameters / 1e9 == pytest.approx(PUBLISHED[name], rel=0.005)
-    stages = plan(recipe, shape)
+    stages = estimate(recipe, shape)
     assert list(stages) == ["extract", "describe", "warmstart", "joint"]
     assert all(figures["fits"] and figures["hours"] is not None for figures in stages.values())
     assert stages["joint"]["rollouts"] == recipe.joint.steps * recipe.joint.rows
@@ -45,12 +44,12 @@ def test_a_step_takes_about_as_long_as_the_published_one():
     """One H200, Qwen3-8B with LoRA, 256 rollouts, transformers' generate: 93 to 95 s."""
     recipe = load_recipe("qwen3-8b")
     assert recipe.joint.rows == 256 and recipe.hardware.devices == 1
-    assert plan(recipe, shape_of(recipe.shape))["joint"]["seconds_a_step"] == pytest.approx(94, rel=0.25)
+    assert estimate(recipe, shape_of(recipe.shape))["joint"]["seconds_a_step"] == pytest.approx(94, rel=0.25)
 
 
 def planned(name, *overrides):
     recipe = load_recipe(name, overrides)
-    return plan(recipe, shape_of(recipe.shape))
+    return estimate(recipe, shape_of(recipe.shape))
 
 
 @pytest.mark.parametrize("name", ["qwen2.5-7b", "llama-3.3-70b"])
@@ -110,7 +109,6 @@ def test_longer_batches_and_prefixes_take_memory_and_time():
     often = planned("qwen2.5-7b", "joint.eval_every=5")["joint"]
     rest = (often["hours"] - usual["joint"]["hours"]) * 3600 / (201 - 21)  # of an evaluation of 600 rows
     assert rest == pytest.approx(600 / 256 * 59, rel=0.15) and often["steps"] == usual["joint"]["steps"]
-    assert WATCHED == N_WATCHED
 
 
 @pytest.mark.parametrize("config", [Qwen2Config, LlamaConfig])
@@ -136,15 +134,15 @@ def test_a_stated_shape_is_that_of_the_model_but_for_norms_and_biases(config, tm
 def test_a_plan_grows_with_what_is_asked_for():
     recipe = load_recipe("qwen2.5-7b")
     shape = shape_of(recipe.shape)
-    before = plan(recipe, shape)
-    more = plan(load_recipe("qwen2.5-7b", ["joint.steps=2000", "corpus.n_documents=200000"]), shape)
+    before = estimate(recipe, shape)
+    more = estimate(load_recipe("qwen2.5-7b", ["joint.steps=2000", "corpus.n_documents=200000"]), shape)
     assert more["joint"]["hours"] == pytest.approx(2 * before["joint"]["hours"], rel=0.01)
     assert more["extract"]["tokens"] == 2 * before["extract"]["tokens"]
     assert more["warmstart"] == before["warmstart"]
-    two = plan(load_recipe("qwen2.5-7b", ["hardware.devices=2"]), shape)
+    two = estimate(load_recipe("qwen2.5-7b", ["hardware.devices=2"]), shape)
     assert before["describe"]["hours"] / 2 == pytest.approx(two["describe"]["hours"], rel=0.01)
     assert before["warmstart"]["hours"] / 2 == pytest.approx(two["warmstart"]["hours"], rel=0.2)
-    small = plan(load_recipe("qwen2.5-7b", ["hardware.memory_gb=16"]), shape)
+    small = estimate(load_recipe("qwen2.5-7b", ["hardware.memory_gb=16"]), shape)
     assert not small["joint"]["fits"]
 
 
@@ -153,7 +151,7 @@ def test_a_target_that_is_here_is_counted_and_one_that_is_nowhere_needs_a_shape(
     make_tokenizer().save_pretrained(tmp_path)
     recipe = load_recipe("qwen2.5-7b", [f"target={tmp_path}"])
     assert find_shape(recipe).parameters == sum(p.numel() for p in make_model("qwen2").parameters())
-    assert {stage["shape"] for stage in plan(recipe, find_shape(recipe)).values()} == {"counted"}
+    assert {stage["shape"] for stage in estimate(recipe, find_shape(recipe)).values()} == {"counted"}
     with pytest.raises(TargetError):
         find_shape(load_recipe("qwen2.5-7b", ["target=./no-such-folder", "shape=null"]))
 
@@ -167,7 +165,7 @@ def test_the_stated_shape_is_used_only_where_the_target_cannot_be_reached(tmp_pa
 
     answer(LocalEntryNotFoundError("no network"))
     recipe = load_recipe("gemma-3-12b")
-    assert {stage["shape"] for stage in plan(recipe, find_shape(recipe)).values()} == {"stated"}
+    assert {stage["shape"] for stage in estimate(recipe, find_shape(recipe)).values()} == {"stated"}
     with pytest.raises(TargetError, match="cannot be reached"):
         find_shape(load_recipe("gemma-3-12b", ["shape=null"]))
     with pytest.raises(TargetError, match="no target"):

@@ -1,11 +1,11 @@
-"""Couplets as training sees it; see :class:`nla.organisms.lesson.Lesson`."""
+"""Couplets as training sees it; see :class:`nla.organisms.ground_truth.GroundTruth`."""
 
 from __future__ import annotations
 
 from nla.organisms.couplets import world
 from nla.organisms.couplets.tokenizer import DECODER_TEMPLATE, ENCODER_PROMPT, MARKER
 from nla.organisms.couplets.world import describe, hit_rate, strata, truthful, visible_claims
-from nla.organisms.lesson import HasOffsets
+from nla.organisms.ground_truth import HasOffsets
 
 __all__ = ["DECODER_TEMPLATE", "ENCODER_PROMPT", "MARKER", "describe", "hit_rate", "strata", "truthful"]
 __all__ += ["MAIN", "STRATA", "named", "splits", "visible_claims"]

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 from nla.errors import TargetError
 from nla.models.points import Point
 from nla.organisms import target_folder
-from nla.train.recipe import Recipe, ShapeSettings
+from nla.train.describe.describer import CHARS_PER_TOKEN
+from nla.train.recipe import N_WATCHED, Recipe, ShapeSettings
 
 BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
 QUANTIZED_BYTES = {"8bit": 1.1, "4bit": 0.6}
@@ -34,13 +35,10 @@ PREFILL_COPIES = 3
 """Of a block's widest activation, that are alive at once."""
 PROMPT_TOKENS, CLAIM_TOKENS, QUESTION_TOKENS, ANSWER_TOKENS = 90, 60, 250, 80
 """Tokens of an encoder prompt, an explanation, a describer's instructions and its answer: what is usual."""
-CHARS_PER_TOKEN = 4
 DOCUMENT_TOKENS = 600
 """A document of a usual web corpus; a position in it has half of them before it."""
 READ_TOKENS = 16_384
 """Of a batch of extraction."""
-WATCHED = 600
-"""Held-out rows of an evaluation: N_WATCHED of material.py, which is heavy to import."""
 
 
 class Shape(NamedTuple):
@@ -177,7 +175,7 @@ def weights_as(dtype: str, quantization: str | None) -> Weights:
     return Weights(QUANTIZED_BYTES[quantization] if quantization else BYTES[dtype], BYTES[dtype])
 
 
-def plan(recipe: Recipe, shape: Shape) -> dict[str, dict[str, Any]]:
+def estimate(recipe: Recipe, shape: Shape) -> dict[str, dict[str, Any]]:
     """For each stage: ``tokens``, ``steps``, ``memory_gb`` of one device, ``hours``, whether it ``fits``, and of which
     ``shape`` this is: "counted" on the target, or as the recipe "stated" it.
 
@@ -239,7 +237,7 @@ def _cache(shape: Shape, weights: Weights, rows: float, tokens: float) -> float:
 
 
 def _describe(recipe: Recipe, shape: Shape, device: Device) -> dict[str, Any]:
-    n, d, corpus = recipe.texts.n_train + WATCHED, recipe.describer, recipe.corpus
+    n, d, corpus = recipe.texts.n_train + N_WATCHED, recipe.describer, recipe.corpus
     assert corpus is not None
     if d.describer == "quote":
         return {"questions": 0, "hours": 0.0, "memory_gb": 0.0}
@@ -291,7 +289,7 @@ def _warmstart(recipe: Recipe, shape: Shape, device: Device, below: int) -> dict
     rows = w.rows_per_backward or w.batch_size / device.n
     steps = w.encoder_steps + w.decoder_steps
     moved = steps * w.batch_size / device.n / rows * passes / 2 * weights.read(shape)
-    watched = steps / w.eval_every * WATCHED * said * device.n  # by every process
+    watched = steps / w.eval_every * N_WATCHED * said * device.n  # by every process
     work = passes * (shape.parameters * encoder + below * decoder) + 2 * shape.parameters * watched
     memory = _held(recipe, shape), _backward(recipe, shape, rows, said, said, w.gradient_checkpointing)
     hours = device.seconds(work, moved) / 3600
@@ -308,7 +306,7 @@ def _joint(recipe: Recipe, shape: Shape, device: Device, below: int) -> dict[str
     work = passes * shape.parameters * j.rows * (PROMPT_TOKENS + longest) + 4 * below * read
     step = sampled + device.seconds(work, rows_a_device / rows * passes / 2 * weights.read(shape))
     # Watched and scored rows are divided to be sampled, in batches as of rollouts; all processes read all, a few times.
-    watched, scored = (j.steps // j.eval_every + 1) * WATCHED, recipe.texts.n_scored
+    watched, scored = (j.steps // j.eval_every + 1) * N_WATCHED, recipe.texts.n_scored
     seconds = j.steps * step + (watched + scored) / j.rows * sampled
     seconds += device.seconds(2 * below * 4 * (watched + scored) * (longest + 15) * device.n)
     backward = _backward(recipe, shape, rows, PROMPT_TOKENS + longest, longest, j.gradient_checkpointing)

@@ -1,8 +1,8 @@
-"""Switchboard as training sees it; see :class:`nla.organisms.lesson.Lesson`."""
+"""Switchboard as training sees it; see :class:`nla.organisms.ground_truth.GroundTruth`."""
 
 from __future__ import annotations
 
-from nla.organisms.lesson import HasOffsets
+from nla.organisms.ground_truth import HasOffsets
 from nla.organisms.switchboard import claims, content, world
 from nla.organisms.switchboard.claims import describe, hit_rate, truthful, visible_claims
 from nla.organisms.switchboard.tokenizer import DECODER_TEMPLATE, ENCODER_PROMPT, MARKER

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 from nla.errors import ArgumentError
 
-LESSONS = ("couplets", "switchboard")
+WORLDS = ("couplets", "switchboard")
 
 
 class HasOffsets(Protocol):
@@ -28,8 +28,8 @@ class Offsets(NamedTuple):
     end: int
 
 
-class Lesson(Protocol):
-    """A module of this form, one a world (``nla.organisms.<world>.lesson``); documents have a ``text``."""
+class GroundTruth(Protocol):
+    """A module of this form, one a world (``nla.organisms.<world>.ground_truth``); documents have a ``text``."""
 
     STRATA: tuple[str, ...]
     """Kinds of position."""
@@ -68,12 +68,12 @@ class Lesson(Protocol):
         ...
 
 
-def load(world: str) -> Lesson:
-    """The lesson of an embedded world.
+def load(world: str) -> GroundTruth:
+    """What training needs of an embedded world.
 
     Raises:
         ArgumentError: there is no such world.
     """
-    if world not in LESSONS:
-        raise ArgumentError(f"world {world!r}", f"one of {', '.join(LESSONS)}", "correct the recipe's `world`")
-    return importlib.import_module(f"nla.organisms.{world}.lesson")  # type: ignore[return-value]
+    if world not in WORLDS:
+        raise ArgumentError(f"world {world!r}", f"one of {', '.join(WORLDS)}", "correct the recipe's `world`")
+    return importlib.import_module(f"nla.organisms.{world}.ground_truth")  # type: ignore[return-value]

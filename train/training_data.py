@@ -15,26 +15,23 @@ from torch import Tensor
 
 from nla.errors import DescriberError, ParseError, RecipeError
 from nla.models.read import Activations
-from nla.organisms import lesson
-from nla.organisms.lesson import Lesson
+from nla.organisms import ground_truth
+from nla.organisms.ground_truth import GroundTruth
 from nla.storage.files import read_json, write_atomic
 from nla.store.reader import Store, open_splits
-from nla.train.contract import DECODER_TEMPLATE, ENCODER_PROMPT, SLOT, Prompts
-from nla.train.data.world import MANIFEST, documents, load_stores
-from nla.train.describe.lesson import load_texts
+from nla.train.data.world import MANIFEST, documents, load_stores, load_texts
 from nla.train.fit.monitor import EvalSet
 from nla.train.fit.vectors import Chosen, Vectors
-from nla.train.recipe import Recipe
+from nla.train.pair_config import DECODER_TEMPLATE, ENCODER_PROMPT, SLOT, Prompts
+from nla.train.recipe import N_WATCHED, Recipe
 
-N_WATCHED = 600
-"""Held-out activations that training is watched on."""
 CORPUS_SPLITS = ("train", "eval")
 DONE, PAIR = "stage.json", "pair"
 """In a stage's folder: the mark of a finished stage, and the pair that it trained."""
 
 
 @dataclass(frozen=True)
-class Material:
+class TrainingData:
     """All that training needs of the stages before it."""
 
     vectors: Vectors
@@ -52,7 +49,7 @@ class Material:
         return Chosen(self.vectors, torch.tensor(rows)), [self.texts[row] or "" for row in rows]
 
 
-def load_material(recipe: Recipe, out: Path) -> Material:
+def load_training_data(recipe: Recipe, out: Path) -> TrainingData:
     """What the stages extract and describe left in ``out``.
 
     Raises:
@@ -65,7 +62,7 @@ def load_material(recipe: Recipe, out: Path) -> Material:
 def prompts_of(recipe: Recipe) -> Prompts:
     """What encoder and decoder of the recipe's pair are asked with."""
     if recipe.world is not None:
-        world = lesson.load(recipe.world)
+        world = ground_truth.load(recipe.world)
         return Prompts(world.ENCODER_PROMPT.replace(world.MARKER, SLOT), world.DECODER_TEMPLATE, world.MARKER)
     pair = recipe.pair
     return Prompts(pair.encoder_prompt or ENCODER_PROMPT, pair.decoder_template or DECODER_TEMPLATE, pair.marker)
@@ -88,7 +85,7 @@ def load_documents(recipe: Recipe, out: Path) -> tuple[dict[str, Activations], d
         RecipeError: they were read from other documents.
     """
     stores = load_stores(out / "extract")
-    drawn = documents(lesson.load(str(recipe.world)), recipe.extract, recipe.seed)
+    drawn = documents(ground_truth.load(str(recipe.world)), recipe.extract, recipe.seed)
     for split, store in stores.items():
         if store.texts != [document.text for document in drawn[split]]:
             raise RecipeError(
@@ -99,20 +96,22 @@ def load_documents(recipe: Recipe, out: Path) -> tuple[dict[str, Activations], d
     return stores, drawn
 
 
-def of_world(recipe: Recipe, out: Path) -> Material:
+def of_world(recipe: Recipe, out: Path) -> TrainingData:
     """Activations, texts and known truth of an organism's world."""
     stores, drawn = load_documents(recipe, out)
     texts = {split: load_texts(out / "describe" / f"{split}.jsonl") for split in ("train", "eval")}
     n = min(N_WATCHED, len(stores["eval"]))
     rows = stores["eval"][torch.arange(n)]
     documents_of_rows = [drawn["eval"][number] for number in rows.document.tolist()]
-    truth = truth_of(lesson.load(str(recipe.world)), rows, documents_of_rows)
+    truth = truth_of(ground_truth.load(str(recipe.world)), rows, documents_of_rows)
     described, truthful = texts["eval"].described[:n], texts["eval"].truthful[:n]
     watched = EvalSet(rows.vectors, rows.strata, described, truthful, truth)
-    return Material(stores["train"].vectors, stores["train"].strata, texts["train"].described, watched)
+    return TrainingData(stores["train"].vectors, stores["train"].strata, texts["train"].described, watched)
 
 
-def truth_of(world: Lesson, rows: Activations, documents_of_rows: list[Any]) -> Callable[[list[str]], dict[str, float]]:
+def truth_of(
+    world: GroundTruth, rows: Activations, documents_of_rows: list[Any]
+) -> Callable[[list[str]], dict[str, float]]:
     """Figures of sampled explanations, one a row: ``named``, the share that names the latent where there is one, and
     ``visible``, the share of the other claims that are true, both as the suite counts them."""
 
@@ -138,7 +137,7 @@ class DescribedRows(NamedTuple):
     texts: list[str]
 
 
-def of_corpus(recipe: Recipe, out: Path) -> Material:
+def of_corpus(recipe: Recipe, out: Path) -> TrainingData:
     """Activations of a store, of which some have a text."""
     stores = open_splits(out / "extract", CORPUS_SPLITS)
     folder = out / "describe"
@@ -148,7 +147,7 @@ def of_corpus(recipe: Recipe, out: Path) -> Material:
         texts[row] = text
     rows = described["eval"].rows[:N_WATCHED]
     watched = EvalSet(stores["eval"].vectors[rows], stores["eval"].strata(rows), described["eval"].texts[: len(rows)])
-    return Material(stores["train"].vectors, stores["train"].strata(), texts, watched)
+    return TrainingData(stores["train"].vectors, stores["train"].strata(), texts, watched)
 
 
 def draw_rows(n: int, wanted: int, key: str) -> Int[Tensor, " m"]:

@@ -1,4 +1,4 @@
-"""The contract of a new pair: the prompts, the marker, and where they meet the target's tokenizer."""
+"""The config of a new pair: the prompts, the marker, and where they meet the target's tokenizer."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def place_marker(tokenizer: PreTrainedTokenizerBase, prompts: Prompts) -> tuple[
     )
 
 
-def contract(
+def pair_config(
     target: str,
     revision: str | None,
     tokenizer: PreTrainedTokenizerBase,
