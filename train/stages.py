@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +29,7 @@ from nla.train.describe.texts import Summary, describe_texts, open_describer
 from nla.train.fit import processes
 from nla.train.fit.joint import share_step, train_joint
 from nla.train.fit.settings import FitSettings
-from nla.train.fit.warmstart import warmstart_decoder, warmstart_encoder
+from nla.train.fit.warmstart import HALVES, warmstart
 from nla.train.pair_config import SLOT, pair_config, place_marker
 from nla.train.recipe import N_WATCHED, Recipe
 from nla.train.training_data import (
@@ -257,26 +256,18 @@ def fit_apart(nla: NLA, recipe: Recipe, data: TrainingData, folder: Path, scale:
     """Supervised training of both halves on the described texts, for ``scale`` times the recipe's steps."""
     w, (vectors, texts) = recipe.warmstart, data.described()
     held_out = (data.watched.vectors, list(data.watched.warm_texts or ()))
-    encoder = FitSettings(
-        steps=math.ceil(w.encoder_steps * scale),
-        batch_size=w.batch_size,
-        learning_rate=w.encoder_learning_rate,
-        seed=seed,
-        eval_every=w.eval_every,
-        save_every=w.save_every,
-        rows_per_backward=w.rows_per_backward,
-        gradient_checkpointing=w.gradient_checkpointing,
-    )
-    decoder = dataclasses.replace(
-        encoder,
-        steps=math.ceil(w.decoder_steps * scale),
-        learning_rate=w.decoder_learning_rate,
-        head_learning_rate=w.head_learning_rate,
-    )
-    figures = {
-        "encoder": warmstart_encoder(nla, vectors, texts, folder / "encoder", encoder, held_out),
-        "decoder": warmstart_decoder(nla, vectors, texts, folder / "decoder", decoder, held_out),
-    }
+    reports = ("eval_every", "save_every", "rows_per_backward", "gradient_checkpointing")
+    figures = {}
+    for half in HALVES:
+        settings = FitSettings(
+            math.ceil(getattr(w, f"{half}_steps") * scale),
+            w.batch_size,
+            getattr(w, f"{half}_learning_rate"),
+            seed,
+            w.head_learning_rate if half == "decoder" else None,
+            **{name: getattr(w, name) for name in reports},
+        )
+        figures[half] = warmstart(half, nla, vectors, texts, folder / half, settings, held_out)
     save(nla, folder / PAIR)
     return figures
 

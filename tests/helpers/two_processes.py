@@ -16,7 +16,7 @@ from nla.train.fit.checkpoints import decoder_parameters, encoder_parameters, sn
 from nla.train.fit.joint import EvalSet, draw_weights, train_joint
 from nla.train.fit.reward import DecoderReward
 from nla.train.fit.settings import FitSettings, JointSettings
-from nla.train.fit.warmstart import warmstart_decoder, warmstart_encoder
+from nla.train.fit.warmstart import warmstart
 from tests.helpers import writer
 from tests.helpers.tiny import D_MODEL, make_pair
 from tests.helpers.writer import SETTINGS, STRATA, TEXTS, make_writer
@@ -36,9 +36,9 @@ def trained(pair) -> dict[str, torch.Tensor]:
 def warm_start(out: Path) -> dict[str, torch.Tensor]:
     """A pair after both warm starts."""
     pair = make_pair()
-    warmstart_encoder(pair, VECTORS, TEXTS, out / "encoder", WARM, HELD_OUT)
+    warmstart("encoder", pair, VECTORS, TEXTS, out / "encoder", WARM, HELD_OUT)
     settings = dataclasses.replace(WARM, head_learning_rate=1e-2, rows_per_backward=4)
-    warmstart_decoder(pair, VECTORS, TEXTS, out / "decoder", settings, HELD_OUT)
+    warmstart("decoder", pair, VECTORS, TEXTS, out / "decoder", settings, HELD_OUT)
     return trained(pair)
 
 

@@ -10,7 +10,7 @@ import torch
 from nla.train.fit.checkpoints import encoder_parameters, restore, snapshot
 from nla.train.fit.joint import JointSettings
 from nla.train.fit.settings import FitSettings
-from nla.train.fit.warmstart import warmstart_encoder
+from nla.train.fit.warmstart import warmstart
 from tests.helpers.tiny import D_MODEL, make_pair
 
 TEXTS = ["the cat sat.", "a red dog ran.", "it is here.", "so the tree is blue."] * 6
@@ -26,7 +26,7 @@ def warm_start() -> dict[str, torch.Tensor]:
     pair = make_pair()
     vectors = torch.randn(24, D_MODEL, generator=torch.Generator().manual_seed(2))
     with tempfile.TemporaryDirectory() as folder:
-        warmstart_encoder(pair, vectors, TEXTS, folder, FitSettings(steps=40, batch_size=8, learning_rate=2e-2))
+        warmstart("encoder", pair, vectors, TEXTS, folder, FitSettings(steps=40, batch_size=8, learning_rate=2e-2))
     return snapshot(encoder_parameters(pair))
 
 

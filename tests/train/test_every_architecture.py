@@ -13,7 +13,7 @@ from nla.pair.encoder import MarkerMask
 from nla.train.fit import loop
 from nla.train.fit.joint import JointSettings, build_trainer, marker_forbidden, train_joint
 from nla.train.fit.settings import FitSettings
-from nla.train.fit.warmstart import warmstart_decoder, warmstart_encoder
+from nla.train.fit.warmstart import warmstart
 from tests.helpers.tiny import D_MODEL, MARKER, MODELS, make_pair
 
 WARM_TEXTS = ["the cat sat.", "a red dog ran."] * 4
@@ -90,8 +90,8 @@ def test_a_step_of_each_training_moves_its_own_weights_alone(
         changed = [n for n, parameter in pair.model.named_parameters() if not torch.equal(parameter, before[n])]
         return {"encoder" if ".default." in name else "decoder" if ".decoder." in name else name for name in changed}
 
-    assert moved(lambda: warmstart_encoder(pair, vectors, WARM_TEXTS, tmp_path / "e", settings)) == {"encoder"}
-    assert moved(lambda: warmstart_decoder(pair, vectors, WARM_TEXTS, tmp_path / "d", settings)) == {"decoder"}
+    assert moved(lambda: warmstart("encoder", pair, vectors, WARM_TEXTS, tmp_path / "e", settings)) == {"encoder"}
+    assert moved(lambda: warmstart("decoder", pair, vectors, WARM_TEXTS, tmp_path / "d", settings)) == {"decoder"}
     train = lambda: train_joint(pair, vectors, STRATA, WARM_TEXTS, tmp_path / "j", settings=SETTINGS)  # noqa: E731
     assert moved(train) <= {"encoder", "decoder"}
     assert (pair.encoder.generate(vectors, samples=1).ids != pair.tokenizer.convert_tokens_to_ids(MARKER)).all()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -32,9 +31,10 @@ from nla.train.fit.loop import PLAIN, checkpointed, fit, on_cpu, own_forward
 from nla.train.fit.metrics_log import MetricsLog
 from nla.train.fit.monitor import EvalSet, Monitor
 from nla.train.fit.reward import DecoderReward
-from nla.train.fit.settings import FRUGAL, JointSettings
+from nla.train.fit.settings import JointSettings
 from nla.train.fit.vectors import Chosen, Vectors, check_directions, draw_by_weight
 from nla.train.fit.warmstart import check_memory, check_pairs
+from nla.train.schema import deciding
 
 if TYPE_CHECKING:
     from nla.autoencoder import NLA
@@ -293,7 +293,7 @@ def train_joint(
         check_pairs(nla, Chosen(vectors, torch.tensor(described)), [warm_texts[row] or "" for row in described])
     check_directions(vectors)
     folder, trained = Path(out_dir), encoder_parameters(nla) | decoder_parameters(nla)
-    identity = {name: value for name, value in dataclasses.asdict(settings).items() if name not in ("steps", *FRUGAL)}
+    identity = {name: value for _, name, value in deciding(settings) if name != "steps"}
     with nla.role("encoder"), own_forward(nla), checkpointed(nla, settings.gradient_checkpointing):
         try:
             trainer = build_trainer(nla, vectors, strata, warm_texts, folder, settings)

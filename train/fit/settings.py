@@ -7,14 +7,12 @@ from typing import Annotated, NoReturn
 
 from pydantic import Field
 
-from nla.train.schema import NOTHING, Count, NotNegative, Number, Positive, Seed, one_of, refuse, section
+from nla.train.schema import NOTHING, Count, NotNegative, Number, Positive, Seed, deciding, one_of, refuse, section
 
-FRUGAL = ("rows_per_backward", "gradient_checkpointing", "eval_every", "save_every")
-"""Settings of training that decide its memory and its reports, and its result only within rounding."""
 REWARDS = ("neg_log_mse", "neg_mse")
 
 
-@section("warmstart")
+@section("warmstart", decides="warmstart")
 class FitSettings:
     """How an encoder or a decoder is trained on pairs of activations and texts.
 
@@ -28,20 +26,18 @@ class FitSettings:
     seed: Seed = 0
     head_learning_rate: Positive | None = None
     """Of the decoder's head; None: as of the rest."""
-    eval_every: Count = 100
+    eval_every: Annotated[Count, NOTHING] = 100
     """Steps between evaluations."""
-    save_every: Count = 200
+    save_every: Annotated[Count, NOTHING] = 200
     """Steps between checkpoints."""
-    rows_per_backward: int | None = None
+    rows_per_backward: Annotated[int | None, NOTHING] = None
     """Rows of a process in one backward pass, for memory; None: all of its share of the batch."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Annotated[bool, NOTHING] = False
     """Whether to compute activations again in the backward pass, for memory."""
 
     def deciding(self) -> dict[str, float]:
         """What decides the result, and not only its memory and its reports."""
-        head = {} if self.head_learning_rate is None else {"head_learning_rate": self.head_learning_rate}
-        shared = {"batch_size": self.batch_size, "learning_rate": self.learning_rate, "seed": self.seed}
-        return {"steps": self.steps, **shared, **head}
+        return {name: value for _, name, value in deciding(self) if value is not None}
 
 
 @section("joint", decides="joint")

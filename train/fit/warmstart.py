@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from datasets import Dataset
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 IGNORED = -100
 Pairs = tuple[Vectors, list[str]]
 """Activations (n, d) with a text for each."""
+Half = Literal["encoder", "decoder"]
+HALVES: tuple[Half, ...] = ("encoder", "decoder")
 
 
 def epoch_rows(n: int, total: int, seed: int) -> Int[Tensor, " total"]:
@@ -235,7 +237,8 @@ def _prepare(
     return _Prepared(joined, [*texts, *held_texts], datasets, arguments)
 
 
-def warmstart_encoder(
+def warmstart(
+    half: Half,
     nla: NLA,
     vectors: Vectors,
     texts: list[str],
@@ -243,10 +246,12 @@ def warmstart_encoder(
     settings: FitSettings,
     held_out: Pairs | None = None,
 ) -> dict[str, float]:
-    """Teach the encoder to write ``texts`` (n) for ``vectors`` (n, d), in place; the last figures it logged.
+    """Teach one half of a pair, in place, with AdamW and a cosine to zero; the last figures it logged.
 
-    Cross-entropy over the answer only, AdamW, a cosine to zero. Held-out pairs give ``eval_loss`` (nats a token).
-    Calling it again with the same inputs resumes in ``out_dir``, or returns at once when done.
+    The encoder learns to write ``texts`` (n) for ``vectors`` (n, d): cross-entropy over the answer. The decoder and
+    its head learn to give the vectors for the texts: mean squared error of the directions. Held-out pairs give
+    ``eval_loss`` (the encoder's in nats a token), and of the decoder ``eval_fve`` over the global baseline. Calling it
+    again with the same inputs resumes in ``out_dir``, or returns at once when done.
 
     Raises:
         ArgumentError: the rows do not divide evenly; also what :func:`check_pairs` and :func:`write_ids` raise.
@@ -254,49 +259,39 @@ def warmstart_encoder(
         WeightsError: its checkpoint is damaged.
         InterruptedTraining, StorageError: stopped; the last checkpoint is intact and ``nla`` is as before the call.
     """
-    folder, parameters = Path(out_dir), encoder_parameters(nla)
-    rows = _prepare(nla, vectors, texts, folder, settings, held_out)
-    args = SFTConfig(dataset_kwargs={"skip_prepare_dataset": True}, max_length=None, **rows.arguments)
-    with nla.role("encoder"), own_forward(nla), checkpointed(nla, settings.gradient_checkpointing):
-        trainer = EncoderTrainer(
-            nla,
-            args=args,
-            **rows.datasets,
-            data_collator=EncoderCollator(nla, rows.vectors, rows.texts),
-            optimizers=(torch.optim.AdamW(parameters.values(), lr=settings.learning_rate, weight_decay=0.0), None),
-        )
-        claim_run(folder, nla, {"stage": "encoder"} | settings.deciding(), vectors, parameters, texts)
-        return fit(trainer, folder, settings.steps, "encoder warm start", ("loss", "eval_loss", "mean_token_accuracy"))
+    folder, rows = Path(out_dir), _prepare(nla, vectors, texts, Path(out_dir), settings, held_out)
+    make, shown = {
+        "encoder": (_encoder_trainer, ("loss", "eval_loss", "mean_token_accuracy")),
+        "decoder": (_decoder_trainer, ("loss", "eval_loss", "eval_fve")),
+    }[half]
+    with nla.role(half), own_forward(nla), checkpointed(nla, settings.gradient_checkpointing):
+        trainer = make(nla, rows, settings)
+        claim_run(folder, nla, {"stage": half} | settings.deciding(), vectors, trainer.trained, texts)
+        return fit(trainer, folder, settings.steps, f"{half} warm start", shown)
 
 
-def warmstart_decoder(
-    nla: NLA,
-    vectors: Vectors,
-    texts: list[str],
-    out_dir: str | Path,
-    settings: FitSettings,
-    held_out: Pairs | None = None,
-) -> dict[str, float]:
-    """Teach the decoder and its head to give ``vectors`` (n, d) for ``texts`` (n), in place; its last figures.
+def _encoder_trainer(nla: NLA, rows: _Prepared, settings: FitSettings) -> EncoderTrainer:
+    adamw = torch.optim.AdamW(encoder_parameters(nla).values(), lr=settings.learning_rate, weight_decay=0.0)
+    return EncoderTrainer(
+        nla,
+        args=SFTConfig(dataset_kwargs={"skip_prepare_dataset": True}, max_length=None, **rows.arguments),
+        **rows.datasets,
+        data_collator=EncoderCollator(nla, rows.vectors, rows.texts),
+        optimizers=(adamw, None),
+    )
 
-    Mean squared error of the directions, AdamW with a rate for the head, a cosine to zero. Held-out pairs give
-    ``eval_loss`` (that error) and ``eval_fve`` over the global baseline. It resumes as :func:`warmstart_encoder` does,
-    and raises the same.
-    """
-    folder, parameters, head = Path(out_dir), decoder_parameters(nla), head_parameters(nla)
-    rows = _prepare(nla, vectors, texts, folder, settings, held_out)
+
+def _decoder_trainer(nla: NLA, rows: _Prepared, settings: FitSettings) -> DecoderTrainer:
+    head = head_parameters(nla)
     head_rate = settings.learning_rate if settings.head_learning_rate is None else settings.head_learning_rate
-    adapter = [p for name, p in parameters.items() if name not in head]
+    adapter = [p for name, p in decoder_parameters(nla).items() if name not in head]
     groups = [{"params": adapter, "lr": settings.learning_rate}, {"params": list(head.values()), "lr": head_rate}]
     # The Trainer would ask its module to compute activations again, which this one cannot.
     arguments: dict[str, Any] = {**rows.arguments, "gradient_checkpointing": False}
-    with nla.role("decoder"), checkpointed(nla, settings.gradient_checkpointing):
-        trainer = DecoderTrainer(
-            nla,
-            args=TrainingArguments(**arguments),
-            **rows.datasets,
-            data_collator=DecoderCollator(nla, rows.vectors, rows.texts),
-            optimizers=(torch.optim.AdamW(groups, weight_decay=0.0), None),
-        )
-        claim_run(folder, nla, {"stage": "decoder"} | settings.deciding(), vectors, parameters, texts)
-        return fit(trainer, folder, settings.steps, "decoder warm start", ("loss", "eval_loss", "eval_fve"))
+    return DecoderTrainer(
+        nla,
+        args=TrainingArguments(**arguments),
+        **rows.datasets,
+        data_collator=DecoderCollator(nla, rows.vectors, rows.texts),
+        optimizers=(torch.optim.AdamW(groups, weight_decay=0.0), None),
+    )

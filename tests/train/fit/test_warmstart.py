@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import shutil
 import signal
@@ -40,8 +41,7 @@ from nla.train.fit.warmstart import (
     EncoderCollator,
     EncoderTrainer,
     epoch_rows,
-    warmstart_decoder,
-    warmstart_encoder,
+    warmstart,
     write_ids,
 )
 from tests.helpers.tiny import D_MODEL, make_pair
@@ -61,8 +61,8 @@ def vectors() -> torch.Tensor:
 
 
 STAGES = {
-    "encoder": (warmstart_encoder, ENCODER, encoder_parameters, decoder_parameters),
-    "decoder": (warmstart_decoder, DECODER, decoder_parameters, encoder_parameters),
+    "encoder": (functools.partial(warmstart, "encoder"), ENCODER, encoder_parameters, decoder_parameters),
+    "decoder": (functools.partial(warmstart, "decoder"), DECODER, decoder_parameters, encoder_parameters),
 }
 each_stage = pytest.mark.parametrize("stage", list(STAGES))
 
@@ -71,7 +71,7 @@ each_stage = pytest.mark.parametrize("stage", list(STAGES))
 def test_encoder_learns_to_tell_activations_apart(vectors, tmp_path):
     pair = make_pair()
     settings = ENCODER | dict(steps=60, learning_rate=3e-2, save_every=100)
-    figures = warmstart_encoder(pair, vectors, TEXTS, tmp_path, FitSettings(**settings), (vectors[:4], TEXTS[:4]))
+    figures = warmstart("encoder", pair, vectors, TEXTS, tmp_path, FitSettings(**settings), (vectors[:4], TEXTS[:4]))
     assert figures["eval_loss"] < 0.3
     pair.config = pair.config.__class__(**(vars(pair.config) | {"max_new_tokens": 12}))
     told = pair.encoder.generate(vectors[:4], samples=1, greedy=True).texts
@@ -82,7 +82,7 @@ def test_encoder_learns_to_tell_activations_apart(vectors, tmp_path):
 def test_decoder_learns_to_reconstruct(vectors, tmp_path):
     pair = make_pair()
     settings = DECODER | dict(steps=60, save_every=100)
-    figures = warmstart_decoder(pair, vectors, TEXTS, tmp_path, FitSettings(**settings), (vectors[:4], TEXTS[:4]))
+    figures = warmstart("decoder", pair, vectors, TEXTS, tmp_path, FitSettings(**settings), (vectors[:4], TEXTS[:4]))
     cosine = torch.cosine_similarity(pair.reconstruct(TEXTS[:4]), vectors[:4])
     assert cosine.min() > 0.8
     expected = 1 - float((2 - 2 * cosine).mean()) / pair.baselines["global"].variance
@@ -165,8 +165,8 @@ def test_skipped_steps_before_a_resume_are_counted(vectors, tmp_path, monkeypatc
     with monkeypatch.context() as patched:
         at_step(patched, 3, lambda: signal.raise_signal(signal.SIGINT))
         with pytest.raises(InterruptedTraining):
-            warmstart_encoder(make_pair(), vectors, TEXTS, tmp_path, FitSettings(**ENCODER))
-    figures = warmstart_encoder(make_pair(), vectors, TEXTS, tmp_path, FitSettings(**ENCODER))
+            warmstart("encoder", make_pair(), vectors, TEXTS, tmp_path, FitSettings(**ENCODER))
+    figures = warmstart("encoder", make_pair(), vectors, TEXTS, tmp_path, FitSettings(**ENCODER))
     assert figures["skipped_steps"] == 1
     assert figures["steps"] == 6
 
@@ -178,7 +178,7 @@ def interrupted(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patched:
         at_step(patched, 3, lambda: signal.raise_signal(signal.SIGINT))
         with pytest.raises(InterruptedTraining):
-            warmstart_encoder(make_pair(), vectors, TEXTS, folder, FitSettings(**ENCODER))
+            warmstart("encoder", make_pair(), vectors, TEXTS, folder, FitSettings(**ENCODER))
     return folder, vectors
 
 
@@ -194,7 +194,7 @@ def test_damaged_checkpoint_is_refused(name, interrupted, tmp_path):
     for damage in (lambda: file.write_bytes(file.read_bytes()[:-20]), file.unlink):
         damage()
         with pytest.raises(WeightsError, match="begins anew"):
-            warmstart_encoder(make_pair(), vectors, TEXTS, tmp_path / "run", FitSettings(**ENCODER))
+            warmstart("encoder", make_pair(), vectors, TEXTS, tmp_path / "run", FitSettings(**ENCODER))
 
 
 @pytest.mark.slow
@@ -204,7 +204,7 @@ def test_a_fault_while_saving_is_not_taken_for_a_full_disk(vectors, tmp_path, mo
 
     monkeypatch.setattr(EncoderTrainer, "extra_state", fault)
     with pytest.raises(RuntimeError, match="shapes differ"):
-        warmstart_encoder(make_pair(), vectors, TEXTS, tmp_path, FitSettings(**ENCODER))
+        warmstart("encoder", make_pair(), vectors, TEXTS, tmp_path, FitSettings(**ENCODER))
 
 
 @pytest.mark.slow
@@ -215,7 +215,7 @@ def test_a_checkpoint_is_on_the_disk_before_the_one_before_it_is_deleted(vectors
         seen.append((path.name, sorted(p.name for p in tmp_path.glob("checkpoint-*"))))
 
     monkeypatch.setattr(checkpoints, "sync", sync)
-    warmstart_encoder(make_pair(), vectors, TEXTS, tmp_path, FitSettings(**ENCODER))
+    warmstart("encoder", make_pair(), vectors, TEXTS, tmp_path, FitSettings(**ENCODER))
     second = seen[len(seen) // 3 : 2 * len(seen) // 3]
     names = {"weights.safetensors", "optimizer.pt", "extra.pt", "rng_state.pth", "manifest.json", ".checkpoint-partial"}
     assert names <= {name for name, found in second if found == ["checkpoint-2"]}
@@ -238,7 +238,7 @@ def test_full_disk_under_the_metrics_is_a_storage_error_and_leaves_them_as_they_
 
 @pytest.mark.slow
 def test_folder_of_another_run_is_refused(vectors, tmp_path):
-    warmstart_encoder(make_pair(), vectors, TEXTS, tmp_path, FitSettings(**ENCODER))
+    warmstart("encoder", make_pair(), vectors, TEXTS, tmp_path, FitSettings(**ENCODER))
     other_base = make_pair()
     base_parameters(other_base)["base_model.model.lm_head.weight"].data += 1
     others = [
@@ -251,7 +251,7 @@ def test_folder_of_another_run_is_refused(vectors, tmp_path):
     ]
     for pair, other_vectors, texts, settings in others:
         with pytest.raises(RecipeError):
-            warmstart_encoder(pair, other_vectors, texts, tmp_path, FitSettings(**settings))
+            warmstart("encoder", pair, other_vectors, texts, tmp_path, FitSettings(**settings))
 
 
 def test_loss_is_over_the_answer_alone(vectors):
