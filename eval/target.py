@@ -23,13 +23,6 @@ from nla.models.read import read
 from nla.organisms import TARGETS, adapter_folder, full_name, target_folder
 from nla.text.tokens import prompt_ids
 
-Progress = Callable[[str, float], None]
-"""Called with the name of a stage and the fraction of it that is done."""
-
-
-def silent(_stage: str, _fraction: float) -> None:
-    """The progress callback that shows nothing."""
-
 
 @dataclass(frozen=True)
 class Target:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 ROOMS = (
-    ("errors", "storage", "stats", "metrics", "baselines"),
+    ("errors", "progress", "storage", "stats", "metrics", "baselines"),
     ("text", "config", "organisms"),
     ("models",),
     ("transcripts", "store", "pair"),

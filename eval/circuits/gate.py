@@ -15,7 +15,8 @@ from nla.eval.circuits.minimal_pairs import encode_pairs, token_roles
 from nla.eval.circuits.patching import random_difference, unrelated
 from nla.eval.couplet_items import RhymeItem
 from nla.eval.items import Item
-from nla.eval.target import Patch, Progress, Target, silent, write
+from nla.eval.target import Patch, Target, write
+from nla.progress import Progress, silent
 
 CAUSAL, ELSEWHERE, UNUSED, WRONG = "causal", "used, not at this point", "present, maybe unused", "behaviour wrong"
 MIN_EFFECT = 0.3

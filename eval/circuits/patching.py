@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from nla.errors import ContextLengthError, ShapeError
-from nla.eval.target import Patch, Progress, Target, check_patches, patched, silent
+from nla.eval.target import Patch, Target, check_patches, patched
 from nla.metrics import check_finite
 from nla.models.hooks import detached_embeddings, inference, record
 from nla.models.points import Point, backbone, context_length, device_of, truncated_view
 from nla.models.read import padded, vectors_at
+from nla.progress import Progress, silent
 from nla.text.tokens import length_batches, plain_ids, prompt_ids
 
 MIN_RANGE = 0.1

@@ -19,7 +19,8 @@ from nla.eval.circuits.gate import CONTROL_PERCENTILE, MIN_EFFECT
 from nla.eval.circuits.minimal_pairs import MinimalPair, encode_pairs, role_columns
 from nla.eval.circuits.patching import Batch, Scale, Sweep
 from nla.eval.report import Figures, Rate
-from nla.eval.target import Progress, Target, silent
+from nla.eval.target import Target
+from nla.progress import Progress, silent
 from nla.stats import Interval, bootstrap, holm, spearman
 
 CAUSAL, WEAK, NONE, UNMEASURED = "causal", "weak", "no effect", "not measured"

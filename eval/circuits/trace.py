@@ -27,8 +27,9 @@ from nla.eval.circuits.sites import judge_sites, measure_sites
 from nla.eval.circuits.trace_graphs import TraceResult, graph_paths, save_graphs
 from nla.eval.circuits.trace_report import TraceReport, summarise, trace_figure
 from nla.eval.report import save
-from nla.eval.target import Progress, Target, open_pair, silent
+from nla.eval.target import Target, open_pair
 from nla.organisms import full_name
+from nla.progress import Progress, silent
 
 
 @dataclass(frozen=True)

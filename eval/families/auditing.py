@@ -23,10 +23,11 @@ from nla.eval.auroc import auroc
 from nla.eval.families.plants import ARMS, adapters_of, answered, cued
 from nla.eval.families.plants_report import FALSE_ALARM_MAX
 from nla.eval.report import Check, Figures, Rate, Report, at_most, bars, checks_table, new_figure, save, table
-from nla.eval.target import Progress, Target, open_pair, silent
+from nla.eval.target import Target, open_pair
 from nla.eval.worlds import SWITCHBOARD, require_world
 from nla.organisms.switchboard.plants import PLANTS, Plant, sham_of
 from nla.organisms.switchboard.world import Chat
+from nla.progress import Progress, silent
 from nla.transcripts.messages import Message
 
 RUBRIC_OF: dict[str, str] = {

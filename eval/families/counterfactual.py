@@ -20,10 +20,11 @@ from nla.eval.explainers import Reader
 from nla.eval.families.mention import MentionScore, keeps_facts, named, score, score_texts
 from nla.eval.items import repeat, retarget
 from nla.eval.report import Figures, Rate
-from nla.eval.target import Patch, Progress, Target, last_token, last_word, read_last, silent, write
+from nla.eval.target import Patch, Target, last_token, last_word, read_last, write
 from nla.metrics import cosine
 from nla.models.points import Point
 from nla.organisms.couplets import world
+from nla.progress import Progress, silent
 from nla.text.tokens import plain_ids
 
 COUNTERFACTUAL_MIN = 0.7

@@ -18,8 +18,9 @@ from nla.eval.couplet_items import RhymeItem
 from nla.eval.explainers import Reader
 from nla.eval.families.controls import next_in, swap
 from nla.eval.report import Rate
-from nla.eval.target import Patch, Progress, Target, last_token, last_word, read_last, silent, write
+from nla.eval.target import Patch, Target, last_token, last_word, read_last, write
 from nla.organisms.couplets import world
+from nla.progress import Progress, silent
 from nla.stats import holm, paired_permutation
 from nla.text.claims import claims
 

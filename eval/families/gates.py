@@ -18,18 +18,17 @@ from nla.eval.couplet_items import RhymeItem, documents, rhyme_items, variant_of
 from nla.eval.report import Check, Rate, Report, at_least, at_most, checks_table, heat, new_figure, save, table
 from nla.eval.target import (
     Patch,
-    Progress,
     Target,
     last_token,
     last_word,
     open_target,
     read_last,
-    silent,
     token_ids,
     write,
 )
 from nla.eval.worlds import COUPLETS, require_world
 from nla.organisms.couplets import world
+from nla.progress import Progress, silent
 
 if TYPE_CHECKING:
     from nla.autoencoder import NLA

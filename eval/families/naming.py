@@ -13,8 +13,9 @@ from nla.eval.explainers import EncoderReader
 from nla.eval.families import controls
 from nla.eval.families.mention import MentionScore, score
 from nla.eval.report import Figures
-from nla.eval.target import Progress, Target, read_last, silent
+from nla.eval.target import Target, read_last
 from nla.organisms.couplets import world
+from nla.progress import Progress, silent
 from nla.stats import holm, paired_permutation
 
 SAMPLED, GREEDY, WARM, CONTINUED = "encoder (sampled)", "encoder (greedy)", "warm start", "warm start, continued"

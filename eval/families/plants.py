@@ -24,12 +24,13 @@ from nla.eval.auroc import auroc
 from nla.eval.explainers import explain
 from nla.eval.families.plants_report import PlantFigures, PlantsReport, Secrets, plant_checks
 from nla.eval.report import Rate, save
-from nla.eval.target import Patch, Progress, Target, last_token, open_pair, read_last, silent, write
+from nla.eval.target import Patch, Target, last_token, open_pair, read_last, write
 from nla.eval.worlds import SWITCHBOARD, require_world
 from nla.organisms import switchboard
 from nla.organisms.switchboard import claims, content
 from nla.organisms.switchboard.plants import EXPOSURES, PLANTS, SECRET_WORDS, Plant, in_context, sham_of, shown
 from nla.organisms.switchboard.world import END, Chat, State
+from nla.progress import Progress, silent
 from nla.text.claims import claims as sentences
 
 ARMS = ("plant", "sham", "base")

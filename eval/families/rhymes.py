@@ -25,9 +25,10 @@ from nla.eval.families.mention import NAMING_MIN, VISIBLE_MARGIN
 from nla.eval.families.naming import CONTINUED, WARM, Naming, NamingSettings, measure_naming
 from nla.eval.families.rhymes_report import RhymesReport
 from nla.eval.report import Check, Rate, at_least, at_most, save
-from nla.eval.target import Progress, Target, open_pair, open_target, silent
+from nla.eval.target import Target, open_pair, open_target
 from nla.eval.worlds import COUPLETS, require_world
 from nla.organisms import TARGETS
+from nla.progress import Progress, silent
 
 CAUSAL_MIN, MOVED_MIN = 0.5, 0.9
 _NO_CLAIMS = Rate(0.0, 0.0, 0.0, 0)

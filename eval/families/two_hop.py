@@ -25,10 +25,11 @@ from nla.eval.circuits import patching
 from nla.eval.circuits.minimal_pairs import MinimalPair
 from nla.eval.explainers import explain
 from nla.eval.report import Check, Rate, Report, at_least, at_most, bars, checks_table, new_figure, one_line, save
-from nla.eval.target import Patch, Progress, Target, last_token, open_pair, read_last, silent, write
+from nla.eval.target import Patch, Target, last_token, open_pair, read_last, write
 from nla.eval.worlds import SWITCHBOARD, require_world
 from nla.organisms.switchboard import claims, content, world
 from nla.organisms.switchboard.world import END, Chat, Exchange
+from nla.progress import Progress, silent
 
 NAMED_MIN, COUNTERFACTUAL_MIN, BASELINE_MAX = 0.7, 0.7, 0.2
 PAIR, WARM, OUTSIDER, TEXT_LM = "the pair", "warm start", "outsider (guesses a town)", "text-only LM (knows the facts)"

@@ -33,8 +33,9 @@ from nla.eval.pair.graph_concepts import (
     tokens_and_cells,
 )
 from nla.eval.report import Check, Figures, Rate, Report, bars, checks_table, new_figure, save, table
-from nla.eval.target import Progress, open_pair, silent
+from nla.eval.target import open_pair
 from nla.models.points import Point, context_length
+from nla.progress import Progress, silent
 from nla.stats import Interval, bootstrap, derangement
 from nla.text.claims import claims
 

@@ -35,13 +35,14 @@ from nla.eval.pair.fidelity_report import (
 from nla.eval.pair.texts import load_documents, sample_tokens, world_documents
 from nla.eval.pair.truth import VISIBLE, Truth, measure_truth, owners
 from nla.eval.report import Check, at_least, at_most, save
-from nla.eval.target import Progress, open_pair, silent
+from nla.eval.target import open_pair
 from nla.eval.worlds import COUPLETS, world_of
 from nla.metrics import Baseline
 from nla.models.read import Activations
 from nla.organisms.couplets import world
 from nla.pair.fidelity import FidelityByStratum, reconstruction_errors
 from nla.pair.score import Score, score
+from nla.progress import Progress, silent
 from nla.store.reader import Store
 from nla.text.tokens import Positions
 

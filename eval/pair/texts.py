@@ -21,7 +21,8 @@ from nla.organisms import ground_truth
 from nla.text.tokens import Positions, Span, encode_batch, select_positions
 from nla.transcripts import files
 from nla.transcripts.messages import Transcript
-from nla.transcripts.rendering import CONTENT, Chat, render, trimmed
+from nla.transcripts.positions import writer_of
+from nla.transcripts.rendering import Chat, render, trimmed
 
 if TYPE_CHECKING:
     from nla.autoencoder import NLA
@@ -175,12 +176,8 @@ def _chat_text(tokenizer: PreTrainedTokenizerBase, transcript: Transcript) -> tu
 def _chat_strata(chat: Chat, text: str, spans: Sequence[Span]) -> list[str]:
     """Who wrote each token, or which part of the template it is; ``text`` is the end of ``chat.text``."""
     before, starts = len(chat.text) - len(text), [region.start for region in chat.regions]
-    names = []
-    for span in spans:
-        region = chat.regions[max(0, bisect_right(starts, span.start + before) - 1)]
-        role = chat.transcript.messages[region.message].role
-        names.append(role if region.section == CONTENT else f"{role} {region.section}")
-    return names
+    regions = (chat.regions[max(0, bisect_right(starts, span.start + before) - 1)] for span in spans)
+    return [writer_of(chat, region) for region in regions]
 
 
 def _cut(tokenizer: PreTrainedTokenizerBase, text: str, longest: int) -> str:

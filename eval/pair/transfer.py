@@ -22,11 +22,12 @@ from nla.errors import ArgumentError, BaselineError
 from nla.eval.explainers import explain
 from nla.eval.pair.texts import load_documents, sample_tokens, world_documents
 from nla.eval.report import Check, Report, bars, checks_table, new_figure, save, table
-from nla.eval.target import Progress, open_pair, silent
+from nla.eval.target import open_pair
 from nla.metrics import Baseline, cosine, mse
 from nla.models.read import Activations
 from nla.organisms import adapter_folder
 from nla.pair.fidelity import rows_by_stratum
+from nla.progress import Progress, silent
 from nla.stats import Interval, bootstrap
 from nla.text.tokens import Positions
 

@@ -35,7 +35,8 @@ from nla.eval.readers.measures import (
     judge_task,
 )
 from nla.eval.readers.tasks import TRAIN, Sites, Task, random_task, read_task_sites
-from nla.eval.target import Progress, Target, silent
+from nla.eval.target import Target
+from nla.progress import Progress, silent
 from nla.stats import holm
 from nla.text.tokens import plain_ids
 

@@ -22,8 +22,9 @@ from nla.eval.readers.measures import TaskResult
 from nla.eval.readers.tables import LEGEND, NAMING_MIN, PROBE_MIN, SUMMARY, random_check, summary, tables
 from nla.eval.readers.tasks import RANDOM
 from nla.eval.report import Check, Figures, Rate, Report, at_least, at_most, checks_table, table
-from nla.eval.target import Patch, Progress, Target, last_token, last_word, open_target, read_last, write
+from nla.eval.target import Patch, Target, last_token, last_word, open_target, read_last, write
 from nla.models.points import d_model
+from nla.progress import Progress
 
 if TYPE_CHECKING:
     from nla.autoencoder import NLA

@@ -19,8 +19,9 @@ from nla.eval.readers.probes import LOGISTIC
 from nla.eval.readers.tables import LEGEND, random_check, readers_figure, tables
 from nla.eval.readers.tasks import TEST, TRAIN, Sites, Task
 from nla.eval.report import Check, Report, checks_table, one_line, save
-from nla.eval.target import Progress, Target, open_pair, silent
+from nla.eval.target import Target, open_pair
 from nla.models.points import context_length
+from nla.progress import Progress, silent
 from nla.text.tokens import Span, encode_batch, select_positions
 
 if TYPE_CHECKING:

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from nla.errors import ArgumentError, ShapeError
-from nla.eval.target import Progress, Target, silent
+from nla.eval.target import Target
 from nla.metrics import check_finite
 from nla.models.points import Point, blocks, context_length, d_model, device_of, logits_after, truncated_view
 from nla.models.read import vectors_at
+from nla.progress import Progress, silent
 from nla.text.tokens import Span, encode_batch, plain_ids, unknown_id
 
 N_TOP = 10

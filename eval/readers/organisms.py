@@ -17,8 +17,9 @@ from nla.eval.readers.couplets import CONTRAST, CoupletsReport, compare_on_coupl
 from nla.eval.readers.switchboard import SwitchboardReport, compare_on_switchboard
 from nla.eval.readers.tables import TITLE, readers_figure
 from nla.eval.report import save
-from nla.eval.target import Progress, Target, open_pair, silent
+from nla.eval.target import Target, open_pair
 from nla.organisms.switchboard import tokenizer as switchboard
+from nla.progress import Progress, silent
 
 if TYPE_CHECKING:
     from nla.autoencoder import NLA

@@ -20,8 +20,8 @@ from nla.eval.readers.switchboard_tasks import OBJECTIVE, SECRET, TOWN, switchbo
 from nla.eval.readers.tables import LEGEND, NAMING_MIN, PROBE_MIN, SUMMARY, chance_check, random_check, summary, tables
 from nla.eval.readers.tasks import RANDOM, TEST, Sites, Task
 from nla.eval.report import Check, Rate, Report, at_least, at_most, checks_table, table
-from nla.eval.target import Progress, silent
 from nla.organisms.switchboard.plants import GOAL
+from nla.progress import Progress, silent
 
 if TYPE_CHECKING:
     from nla.autoencoder import NLA

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 from nla.audit.cache import ReadingCache
 from nla.audit.inspect_scores import write_scores
 from nla.audit.page import page
-from nla.audit.reading import Progress, silent
 from nla.audit.report import FINDINGS, PAGE, POSITIONS, SUMMARY, AuditReport, parquet
 from nla.audit.run import audit_prepared, matcher_for, preparer_for, target_name
 from nla.audit.settings import AuditSettings
 from nla.errors import TranscriptError
 from nla.pair.separate import Devices
+from nla.progress import Progress, silent
 from nla.storage.files import write_atomic, write_json
 from nla.transcripts.files import MAX_MB
 from nla.transcripts.prepared import Loaded

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,17 +13,12 @@ from nla.audit.settings import AuditSettings
 from nla.errors import ParseError
 from nla.models.long_text import read_windows
 from nla.pair.explanations import LEVELS, Trust
+from nla.progress import Progress, silent
 from nla.transcripts.prepared import Prepared
 from nla.transcripts.rendering import CONTENT
 
 if TYPE_CHECKING:
     from nla.autoencoder import NLA
-
-Progress = Callable[[str, float], None]
-
-
-def silent(stage: str, fraction: float) -> None:
-    """Progress that nobody watches."""
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 from nla.audit.cache import ReadingCache, models_key, reading_key
 from nla.audit.findings import Evidence, Matcher, PositionScore, RubricScore, TranscriptScore, score_evidence
 from nla.audit.judge import Judge
-from nla.audit.reading import Progress, Reading, read_transcript, silent
+from nla.audit.reading import Reading, read_transcript
 from nla.audit.rubric import Rubric, load_rubrics
 from nla.audit.settings import BASE, AuditSettings
 from nla.errors import ArgumentError
 from nla.models.points import context_length
 from nla.organisms import adapter_folder
+from nla.progress import Progress, silent
 from nla.transcripts.messages import Transcript
 from nla.transcripts.prepared import Prepared, Preparer
 

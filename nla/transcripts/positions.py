@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from nla.errors import PositionError
 from nla.transcripts.messages import ROLES
-from nla.transcripts.rendering import CONTENT, Chat
+from nla.transcripts.rendering import CONTENT, Chat, Region
 
 BUDGET = 64
 """Positions of a transcript, unless more are asked for."""
@@ -83,6 +83,12 @@ def structure(chat: Chat) -> list[Position]:
         else:
             kinds.setdefault(last[number], f"{'system' if message.role == 'developer' else message.role} end")
     return [Position(index, kinds[index]) for index in sorted(kinds)]
+
+
+def writer_of(chat: Chat, region: Region) -> str:
+    """Who wrote what stands in a region, or which part of the template it is: such as "user" or "user control"."""
+    role = chat.transcript.messages[region.message].role
+    return role if region.section == CONTENT else f"{role} {region.section}"
 
 
 def _named(chat: Chat, indexes: list[int]) -> list[Position]:

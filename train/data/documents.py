@@ -18,8 +18,8 @@ from nla.store.shards import Document, is_held_out
 from nla.text.tokens import Span, unknown_id
 from nla.train.data.corpus import CorpusSettings, Entry
 from nla.transcripts.messages import Transcript
-from nla.transcripts.positions import structure
-from nla.transcripts.rendering import CONTENT, Chat, render, trimmed
+from nla.transcripts.positions import structure, writer_of
+from nla.transcripts.rendering import Chat, render, trimmed
 
 log = logging.getLogger(__name__)
 
@@ -198,10 +198,4 @@ def _characters(encoding: Any) -> Any:
 
 def _stratum(chat: Chat | None, index: int, kind: str | None) -> str:
     """The kind that the choice gives; of a chat, otherwise, who wrote the token or which part of the template it is."""
-    if kind is not None:
-        return kind
-    if chat is None:
-        return UNKNOWN_STRATUM
-    region = chat.region_at(index)
-    role = chat.transcript.messages[region.message].role
-    return role if region.section == CONTENT else f"{role} {region.section}"
+    return kind or (UNKNOWN_STRATUM if chat is None else writer_of(chat, chat.region_at(index)))
