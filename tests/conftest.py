@@ -1,21 +1,35 @@
-"""Fixtures: tiny random models, a tokenizer and a pair."""
+"""Fixtures: tiny random models, a tokenizer and a pair.
+
+PyTorch is imported by the tests and inside the fixtures: the process that only gives tests to the others starts at once.
+"""
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
 
-from nla.autoencoder import NLA
 from tests.helpers.shell import Shell
-from tests.helpers.tiny import ARCHITECTURES, MODELS, TEXTS, make_model, make_pair, make_tokenizer
+
+if TYPE_CHECKING:
+    from nla.autoencoder import NLA
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """``--reference FOLDER``: clones of other projects, to run their code beside ours."""
     parser.addoption("--reference", default=None)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """``model`` is of the architectures that most tests run on, ``any_model`` of each."""
+    if {"model", "any_model"} & set(metafunc.fixturenames):
+        from tests.helpers.tiny import ARCHITECTURES, MODELS
+
+        for name, architectures in (("model", ARCHITECTURES), ("any_model", MODELS)):
+            if name in metafunc.fixturenames:
+                metafunc.parametrize(name, list(architectures), indirect=True)
 
 
 def pytest_collection_finish() -> None:
@@ -28,36 +42,48 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     """Tiny models are fastest on one thread."""
+    import torch
+
     torch.set_num_threads(1)
 
 
-@pytest.fixture(params=ARCHITECTURES)
+@pytest.fixture
 def model(request: pytest.FixtureRequest):
     """A tiny random model of the architectures that most tests run on."""
+    from tests.helpers.tiny import make_model
+
     return make_model(request.param)
 
 
-@pytest.fixture(params=MODELS)
+@pytest.fixture
 def any_model(request: pytest.FixtureRequest):
     """A tiny random model of each architecture."""
+    from tests.helpers.tiny import make_model
+
     return make_model(request.param)
 
 
 @pytest.fixture(scope="session")
 def tokenizer():
     """A word-level tokenizer with a chat template and a single-token marker."""
+    from tests.helpers.tiny import make_tokenizer
+
     return make_tokenizer()
 
 
 @pytest.fixture
 def pair() -> NLA:
     """A fresh pair on a tiny Qwen2 with random adapters."""
+    from tests.helpers.tiny import make_pair
+
     return make_pair()
 
 
 @pytest.fixture
 def texts() -> list[str]:
     """Documents of different lengths, all within the tokenizer's vocabulary."""
+    from tests.helpers.tiny import TEXTS
+
     return list(TEXTS)
 
 

@@ -42,7 +42,7 @@ def test_every_package_data_pattern_matches_a_file():
 
 def test_versions_agree():
     version = PROJECT["project"]["version"]
-    newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    newest = re.search(r"^## (\d\S*)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert importlib.metadata.version("nla") == version
     assert newest is not None and newest[1] == version
 

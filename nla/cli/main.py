@@ -5,6 +5,7 @@ Every heavy import stands inside the command that needs it, so that ``nla --help
 
 from __future__ import annotations
 
+import functools
 import os
 import shlex
 import sys
@@ -50,12 +51,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         command_line = shlex.join(["nla", *words])  # for the cards that say what made their figures
-        return typer.main.get_command(app).main(words, prog_name="nla", standalone_mode=False, obj=command_line) or OK
+        return commands().main(words, prog_name="nla", standalone_mode=False, obj=command_line) or OK
     except TyperException as error:
         path = getattr(getattr(error, "ctx", None), "command_path", "nla")
         said = visible(" ".join(error.format_message().split())).removesuffix(".")
         print(f"{path}: {said}. Next: `{path} --help` shows how it is used", file=sys.stderr)
         return USAGE
+
+
+@functools.cache
+def commands() -> Any:
+    """All commands, made once from the signatures of their functions."""
+    return typer.main.get_command(app)
 
 
 def _version(asked: bool) -> None:

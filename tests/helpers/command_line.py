@@ -5,9 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-import typer
-
-from nla.cli.main import app
+import nla.cli.main
 
 
 def commands() -> dict[str, Any]:
@@ -29,7 +27,7 @@ def examples(text: str) -> list[str]:
 
 
 def _all() -> dict[str, Any]:
-    found, pending = {}, [("", typer.main.get_command(app))]
+    found, pending = {}, [("", nla.cli.main.commands())]
     while pending:
         name, command = pending.pop()
         found[name] = command

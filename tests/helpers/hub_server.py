@@ -25,7 +25,7 @@ class Hub:
         self.created: list[dict[str, Any]] = []
         self.refuses: int | None = None
         server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         self.server, self.address = server, f"http://127.0.0.1:{server.server_port}"
 
     def put(self, repository: str, folder: Path) -> str:

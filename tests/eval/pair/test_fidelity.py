@@ -290,6 +290,7 @@ def test_a_store_of_another_target_is_refused(on_disk: Path) -> None:
         fidelity.judge_fidelity(make_pair(), FidelitySettings(store=on_disk / "store"))
 
 
+@pytest.mark.slow
 def test_the_installed_command_judges_a_pair_on_a_file_of_texts(shell: Shell, on_disk: Path) -> None:
     (on_disk / "texts.txt").write_text("the cat sat on the mat.\nthe dog ran.\nthe red dog sat.\na cat ran.\n")
     done = shell.run("nla eval fidelity pair --texts texts.txt --items 4 --device cpu --json", on_disk)

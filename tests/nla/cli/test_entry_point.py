@@ -65,7 +65,7 @@ def test_wrong_usage_and_bad_input_exit_with_2():
     for words in (
         ["explian"],
         ["explain"],
-        ["info", "no-such-pair"],
+        ["explain", "--file", "no-such-file.txt"],
         ["extract", "a", "b", "--point", "x", "--out", "y", "--process", "1/1"],
     ):
         done = nla(*words)

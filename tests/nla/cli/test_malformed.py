@@ -260,10 +260,10 @@ OTHERS = [
 """Evaluations of a family, and a pair or target of another; of which world the family is."""
 
 
-@pytest.mark.parametrize(("family", "model", "world"), OTHERS)
+@pytest.mark.parametrize(("family", "name", "world"), OTHERS)
 def test_a_family_says_whose_it_is(
-    family: str, model: str, world: str, folder: Path, capsys: pytest.CaptureFixture[str]
+    family: str, name: str, world: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ):
-    assert main.main(["eval", family, model.replace("FOLDER", str(folder)), "--items", "20"]) == USAGE
+    assert main.main(["eval", family, name.replace("FOLDER", str(folder)), "--items", "20"]) == USAGE
     captured = capsys.readouterr()
     assert world in captured.err.lower() and "Next: " in captured.err and not captured.out
