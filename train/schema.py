@@ -28,6 +28,8 @@ class Decides(NamedTuple):
     """The first stage whose result a setting decides; None: it decides no result."""
 
     stage: str | None
+    but_for_default: bool = False
+    """The default counts for nothing: stages that were finished before the setting counted stay finished."""
 
 
 NOTHING = Decides(None)
@@ -121,10 +123,12 @@ def override(content: Any, assignment: str) -> None:
 def deciding(made: Any) -> Iterator[tuple[str, str, Any]]:
     """For each setting that decides a result: the first stage it decides, its name with dots, and its value."""
     cls: Any = type(made)
+    defaults = {field.name: field.default for field in dataclasses.fields(cls)}
     for name, hint in typing.get_type_hints(cls, include_extras=True).items():
         value = getattr(made, name)
-        stated = [extra.stage for extra in getattr(hint, "__metadata__", ()) if isinstance(extra, Decides)]
+        stated = [extra for extra in getattr(hint, "__metadata__", ()) if isinstance(extra, Decides)]
+        stage, but_for_default = stated[0] if stated else Decides(cls.DECIDES)
         if dataclass_in(hint) is not None and dataclasses.is_dataclass(value):
             yield from ((stage, f"{name}.{inner}", one) for stage, inner, one in deciding(value))
-        elif (stage := stated[0] if stated else cls.DECIDES) is not None:
+        elif stage is not None and not (but_for_default and value == defaults[name]):
             yield stage, name, value

@@ -22,7 +22,7 @@ FIRST = {
         corpus.eval_fraction corpus.n_eval corpus.split_key corpus.documents_per_chunk
         extract.n_documents extract.n_eval_documents extract.n_other_positions""",
     "describe": """describe.notice describer.describer describer.model describer.url describer.temperature
-        describer.max_tokens describer.max_chars describer.seed describer.dtype describer.revision
+        describer.tries describer.max_tokens describer.max_chars describer.seed describer.dtype describer.revision
         describer.quantization texts.n_train pair.marker pair.encoder_prompt pair.decoder_template""",
     "warmstart": """pair.rank pair.max_new_tokens pair.injection_norm pair.alpha pair.head_bias
         warmstart.encoder_steps warmstart.decoder_steps warmstart.batch_size warmstart.encoder_learning_rate
@@ -32,7 +32,7 @@ FIRST = {
         joint.replay_fraction joint.decoder_mini_batches joint.seed texts.n_scored""",
     "none": """name out control hardware.name hardware.devices hardware.tflops hardware.memory_gb hardware.bandwidth_gbs
         hardware.utilisation shape.n_blocks shape.d_model shape.d_mlp shape.n_heads shape.n_kv_heads shape.head_dim
-        shape.vocabulary shape.tied describer.key_variable describer.concurrency describer.timeout_s describer.tries
+        shape.vocabulary shape.tied describer.key_variable describer.concurrency describer.timeout_s
         describer.price_in describer.price_out describer.budget_usd describer.failing_share describer.parameters_b
         warmstart.eval_every warmstart.save_every warmstart.rows_per_backward warmstart.gradient_checkpointing
         joint.eval_every joint.save_every joint.rows_per_backward joint.gradient_checkpointing""",
@@ -141,6 +141,19 @@ def test_a_changed_key_runs_the_stages_again_that_it_decides_and_no_other(key: s
         before, after = prints(recipe), prints(other)
         assert [stage for stage in STAGES if before[stage] != after[stage]] == expected
     assert n_tried, "the key was changed in no recipe"
+
+
+@pytest.mark.parametrize(
+    ("name", "starts"),
+    [
+        ("couplets", "f4a32c69422c 842edf8110ac bf5a03faabdb 49621499f0b4 d9c88eb7dc4f"),
+        ("switchboard", "3e01a66d9b6f 130a11f15e0a e46338339825 260849dc5337 dbe7a969d359"),
+        ("qwen2.5-7b", "592d112348e8 46256e300d37 93c2adb1d64e ba3fe5a51cd9 bfe8c38857aa"),
+    ],
+)
+def test_stages_that_0_4_finished_stay_finished(name: str, starts: str) -> None:
+    """What `fingerprints` of version 0.4 gives for the shipped recipes."""
+    assert [print_[:12] for print_ in fingerprints(load_recipe(name), "T").values()] == starts.split()
 
 
 def test_the_fingerprints_of_0_3_are_still_known() -> None:

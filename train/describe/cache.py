@@ -15,6 +15,9 @@ from nla.storage.hashes import digest
 CACHE_FILE = "answers.sqlite"
 _BUSY_S = 60.0
 _TABLE = "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, answer TEXT NOT NULL) WITHOUT ROWID"
+_PUT = (
+    "INSERT INTO answers VALUES (?, ?) ON CONFLICT(key) DO UPDATE SET answer = excluded.answer WHERE answers.answer = ?"
+)
 
 
 def cache_key(identity: Mapping[str, Any], prompt: str) -> str:
@@ -60,14 +63,17 @@ class TextCache:
             row = self._file.execute("SELECT answer FROM answers WHERE key = ?", (key,)).fetchone()
         return None if row is None else str(row[0])
 
-    def put(self, key: str, answer: str) -> None:
+    def put(self, key: str, answer: str, instead_of: str | None = None) -> None:
         """Keep an answer; one that is there already stays, so that every process reads the same.
+
+        Args:
+            instead_of: an answer that gives way if it is the one that is there.
 
         Raises:
             StorageError: it could not be written, for example because the disk is full.
         """
         with self._guarded(), self._lock:
-            self._file.execute("INSERT OR IGNORE INTO answers VALUES (?, ?)", (key, answer))
+            self._file.execute(_PUT, (key, answer, instead_of))
 
     def __len__(self) -> int:
         with self._guarded(), self._lock:

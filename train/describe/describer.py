@@ -16,6 +16,7 @@ from nla.train.describe.prompt import Question
 from nla.train.schema import (
     NOTHING,
     Count,
+    Decides,
     NotNegative,
     Number,
     Positive,
@@ -53,8 +54,8 @@ class DescriberSettings:
     """Requests in flight at once; of ``local``, rows of a batch, which in less than float32 sway what is written."""
     timeout_s: Annotated[Positive, NOTHING] = 60.0
     """Of one request, from its start to the last byte of the answer."""
-    tries: Annotated[Count, NOTHING] = 6
-    """Requests for one text before it counts as failed."""
+    tries: Annotated[Count, Decides("describe", but_for_default=True)] = 6
+    """Requests for one text before it counts as failed, which more of them may spare it."""
     temperature: NotNegative | None = None
     """Of sampling; 0: the likeliest text. None: the endpoint's own, and the likeliest text of ``local``."""
     max_tokens: Count = 250
@@ -105,6 +106,11 @@ class DescriberSettings:
         for name in ("dtype", "revision", "quantization", "parameters_b"):
             if getattr(self, name) is not None and (self.describer != "local" or self.model is None):
                 refuse(f"describer.{name}", getattr(self, name), "null: it is said of a local describer's own `model`")
+
+    @property
+    def attempts(self) -> int:
+        """Answers that one text may have: the likeliest text of ``local`` would be the same each time."""
+        return 1 if self.describer == "local" and not self.temperature else self.tries
 
     def cost(self, tokens_in: int, tokens_out: int) -> float | None:
         """USD of so many tokens; 0 for what asks nobody, None where a price is not known."""

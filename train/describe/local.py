@@ -16,6 +16,7 @@ from nla.errors import ConfigError, ContextLengthError, TemplateError
 from nla.models.generate import ends_of, generate, pad_of
 from nla.models.points import context_length, device_of
 from nla.storage.hashes import digest
+from nla.storage.tensors import hash_tensors
 from nla.text.fingerprint import tokenizer_hash
 from nla.text.tokens import undated
 from nla.train.describe.describer import DescriberSettings, Reply
@@ -84,7 +85,7 @@ class LocalDescriber:
         s = self.settings
         while group := list(itertools.islice(questions, self.together)):
             waiting = [(question, Reply(question.number)) for question in group]
-            for attempt in range(s.tries if s.temperature else 1):  # the likeliest text is the same each time
+            for attempt in range(s.attempts):
                 again = []
                 for start in range(0, len(waiting), s.concurrency):
                     if stop():
@@ -92,7 +93,7 @@ class LocalDescriber:
                     batch = waiting[start : start + s.concurrency]
                     self._answer(batch, [self._ids(question.prompt, question.tag) for question, _ in batch], attempt)
                     for question, reply in batch:
-                        if reply.text is None and s.temperature and attempt + 1 < s.tries:
+                        if reply.text is None and attempt + 1 < s.attempts:
                             reply.retried[reply.problem] += 1
                             again.append((question, reply))
                         else:
@@ -186,13 +187,10 @@ class Closed(StoppingCriteria):
 
 
 def weights_print(model: PreTrainedModel) -> str:
-    """A fingerprint of a model: its configuration, and of each tensor the name, type, shape and first values."""
-    first = {
-        name: (str(tensor.dtype), tuple(tensor.shape), tensor.detach().reshape(-1)[:8].float().tolist())
-        for name, tensor in model.state_dict().items()
-    }
+    """A hash of a model as it stands in memory: its configuration, and all of its tensors; a second for each GB."""
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
     config = {key: value for key, value in model.config.to_dict().items() if not key.startswith(("_", "transformers"))}
-    return digest([config, first])[:32]
+    return digest([config, hash_tensors(tensors)])[:32]
 
 
 def _seed(key: str) -> int:

@@ -159,7 +159,8 @@ def describe_texts(
     """An explanation of each visible prefix, as an outsider would write it.
 
     Equal prefixes are asked for once, and none whose answer is in ``cache_dir``. An answer that is whole but has not
-    the right form is kept too: its text has failed, and only under another seed is the same asked again. Where texts
+    the right form is kept too: its text has failed, and the same is asked again only under another seed, or with
+    another number of tries. Where texts
     sway one another's answers they are asked in groups that follow from ``prefixes`` alone, and a group of which an
     answer is missing is asked as a whole: an interrupted call ends with the answers of one that was not.
 
@@ -245,7 +246,7 @@ class _Work:
         if size > 1:
             order.sort(key=lambda item: (-lengths[item[0]], item[1]))
         for row, key in list(self.open.items()):  # once all rows of a text are known
-            if (answer := self.cache.get(key)) is not None:
+            if (answer := self.kept(row, key)) is not None:
                 self._use_kept(self.question(row), answer)
         groups = [order[start : start + size] for start in range(0, len(order), size)]
         self.groups = [group for group in groups if any(row in self.open for row, _ in group)]
@@ -266,18 +267,36 @@ class _Work:
     def questions(self) -> Iterator[Question]:
         """What is still to be asked when its turn comes: another process may have asked since. Runs in any thread."""
         for group in self.groups:
-            answers = {row: self.cache.get(key) for row, key in group}
+            answers = {row: self.kept(row, key) for row, key in group}
             for row, _ in group:
                 if None in answers.values():
                     yield self.question(row)
                 elif (answer := answers[row]) is not None:
                     self.from_others.put((self.question(row), answer))
 
+    def kept(self, row: int, key: str) -> str | None:
+        """The answer on disk to the question about a row: an explanation, or a failure after as many tries as now."""
+        answer = self.cache.get(key)
+        readable = answer is not None and self.question(row).read(answer).text is not None
+        return answer if readable else self.cache.get(self._failed(key))
+
+    def keep(self, key: str, row: int, answer: str, failed: bool) -> None:
+        """Put an answer on disk; an explanation takes the place of a failure that earlier versions kept there."""
+        if failed:
+            self.cache.put(self._failed(key), answer)
+        else:
+            before = self.cache.get(key)
+            readable = before is not None and self.question(row).read(before).text is not None
+            self.cache.put(key, answer, None if readable else before)
+
+    def _failed(self, key: str) -> str:
+        return f"{key} failed after {self.settings.attempts}"
+
     def take(self, reply: Reply) -> None:
         """Keep a reply on disk, then count it; one that was asked again for the sake of its group has its outcome."""
         known = reply.number not in self.open
         if not known and reply.answer is not None and reply.settled:
-            self.cache.put(self.open[reply.number], reply.answer)
+            self.keep(self.open[reply.number], reply.number, reply.answer, reply.text is None)
         s = self.summary
         s.n_requests += reply.n_requests
         s.retried.update(reply.retried)

@@ -63,6 +63,22 @@ def test_an_answer_of_the_wrong_form_is_on_disk_too(form: str, tmp_path: Path) -
         assert again.summary.failed == {"no tags around the claims": 1}
 
 
+@pytest.mark.parametrize("kept_by", ["now", "0.4"])
+def test_with_more_tries_a_failed_text_is_asked_again_and_no_other(kept_by: str, form: str, tmp_path: Path) -> None:
+    act = Act("bad", body=Server(form).body_of("I cannot."))
+    with Server(form, lambda item, before: act if item == "1" and before < 3 else None) as server:
+        assert described(server, tmp_path, tries=2).texts[1] is None
+        if kept_by == "0.4":  # under the key that explanations have
+            with TextCache(tmp_path) as cache:
+                cache._file.execute("UPDATE answers SET key = substr(key, 1, 64)")
+        n = server.n_requests
+        assert described(server, tmp_path, tries=3).texts == [text_of(i) for i in range(3)]
+        assert server.n_requests == n + 2
+        for tries in (1, 3, 9):
+            assert described(server, tmp_path, tries=tries).texts[1] == text_of(1)
+        assert server.n_requests == n + 2
+
+
 def test_two_runs_at_once_share_what_they_find(tmp_path: Path) -> None:
     found: list[Described] = []
 
@@ -248,7 +264,7 @@ def test_a_full_disk_stops_the_run_with_what_was_kept(tmp_path: Path, monkeypatc
     with Server() as server:
         put = TextCache.put
 
-        def full(self: TextCache, key: str, answer: str) -> None:
+        def full(self: TextCache, key: str, answer: str, instead_of: str | None = None) -> None:
             self._file.execute("PRAGMA max_page_count=2")
             put(self, key, answer * 5000)
 
