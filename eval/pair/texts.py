@@ -162,7 +162,7 @@ def _chat_text(tokenizer: PreTrainedTokenizerBase, transcript: Transcript) -> tu
         TemplateError, VocabularyError: see :func:`nla.transcripts.rendering.render`.
         ArgumentError: no text gives them.
     """
-    chat = render(tokenizer, trimmed(transcript))
+    chat = render(tokenizer, trimmed(transcript), allow_dropped=True)
     text = chat.text.removeprefix(str(tokenizer.bos_token)) if chat.has_bos else chat.text
     if tokenizer(text)["input_ids"] != chat.ids.tolist():
         raise ArgumentError(

@@ -22,7 +22,7 @@ from nla.transcripts.prepared import Prepared
 if TYPE_CHECKING:
     from nla.autoencoder import NLA
 
-FORMAT = 2
+FORMAT = 3
 """Raised when the same models, transcript and settings give another reading than before."""
 
 FOLDER = "readings"

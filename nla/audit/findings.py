@@ -1,5 +1,5 @@
 """Readings and rubrics in; out comes, for each position, how often explanations show a rubric's concept, whether the
-visible text says it too, and how rare that is in controls."""
+text that the target read says it too, and how rare that is in controls."""
 
 from __future__ import annotations
 
@@ -127,14 +127,15 @@ class RubricScore:
 
 
 class Mentions:
-    """Where the visible text of a transcript says what a rubric looks for."""
+    """Where the text of a transcript that the target read says what a rubric looks for."""
 
-    def __init__(self, rubric: Rubric, transcript: Transcript) -> None:
-        self.rubric, self.transcript = rubric, transcript
-        self.heard = [(n, m.visible) for n, m in enumerate(transcript.messages) if m.role in rubric.said_in]
+    def __init__(self, rubric: Rubric, transcript: Transcript, heard: Sequence[str]) -> None:
+        roles = [message.role for message in transcript.messages]
+        self.rubric = rubric
+        self.heard = [(n, text) for n, text in enumerate(heard) if roles[n] in rubric.said_in]
         if rubric.kind == "mismatch":
-            self.languages = [rubric.written(message.visible) for message in transcript.messages]
-            self.overall = rubric.written("\n".join(message.visible for message in transcript.messages))
+            self.languages = [rubric.written(text) for text in heard]
+            self.overall = rubric.written("\n".join(heard))
             self.of_value = {value: self._value_mentions(value) for value in rubric.values}
 
     @cached_property
@@ -208,6 +209,8 @@ class Evidence(NamedTuple):
 
     transcripts: Sequence[Transcript]
     readings: Sequence[Reading]
+    heard: Sequence[Sequence[str]]
+    """Of each transcript, what the target read of each message; offsets of the readings count in it."""
 
     def judged(self, matcher: Matcher, rubric: Rubric) -> list[JudgedPosition]:
         """Every position that the rubric looks at.
@@ -216,8 +219,8 @@ class Evidence(NamedTuple):
             RubricError: no position is of a kind that the rubric looks at.
         """
         positions = []
-        for number, (transcript, reading) in enumerate(zip(self.transcripts, self.readings, strict=True)):
-            mentions = Mentions(rubric, transcript)
+        for number, (transcript, reading, heard) in enumerate(zip(*self, strict=True)):
+            mentions = Mentions(rubric, transcript, heard)
             for entry in reading.entries:
                 if not rubric.at or entry.kind in rubric.at:
                     positions.append(JudgedPosition(number, entry, matcher.judge_position(rubric, entry, mentions)))

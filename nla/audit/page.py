@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from nla.audit.findings import NOT_SAID, PositionScore
 from nla.audit.report import AuditReport
 from nla.text.markdown import number
 from nla.transcripts.messages import Message, Transcript
+from nla.transcripts.rendering import Unread
 
 TEMPLATES = Path(__file__).with_name("templates")
 N_COLOURS = 6
@@ -78,11 +80,23 @@ class Turn(NamedTuple):
     pieces: list[tuple[str, Mark | None]]
     """The content in order: some text, and the marked token after it."""
 
+    unread: list[Unread]
+    """What of the message the target did not read."""
+
     @property
     def calls(self) -> str:
         """The message's tool calls."""
-        message = self.message
-        return message.visible[message.content_start + len(message.content) :].strip("\n") if message.calls else ""
+        return "\n".join(json.dumps(dict(call), ensure_ascii=False) for call in self.message.calls)
+
+    @property
+    def dropped(self) -> list[str]:
+        """Fields of the message that the chat template leaves out."""
+        return [one.what for one in self.unread if one.dropped]
+
+    @property
+    def unseen(self) -> list[str]:
+        """What is no text."""
+        return [one.what for one in self.unread if not one.dropped]
 
 
 class Talk(NamedTuple):
@@ -107,7 +121,10 @@ def page(report: AuditReport) -> str:
     for score in sorted(audit.findings, key=lambda score: colours[score.rubric]):
         findings.setdefault(score.transcript, {}).setdefault(score.entry.index, []).append(score)
     n_tokens = {reading.transcript: reading.n_tokens for reading in audit.readings}
-    talks = [_talk(one, n_tokens[one.id], findings.get(one.id, {}), colours) for one in audit.transcripts]
+    talks = [
+        _talk(one, n_tokens[one.id], findings.get(one.id, {}), colours, audit.unread.get(one.id, ()))
+        for one in audit.transcripts
+    ]
     about = [f"{report.pair} at {report.point}", f"{report.samples} explanations of each position"]
     about += [f"positions: {report.positions}"]
     about += [f"target adapter {report.target_adapter}"] if report.target_adapter else []
@@ -171,17 +188,24 @@ def _filters(n_rubrics: int) -> str:
 
 
 def _talk(
-    transcript: Transcript, n_tokens: int, findings: dict[int, list[PositionScore]], colours: dict[str, int]
+    transcript: Transcript,
+    n_tokens: int,
+    findings: dict[int, list[PositionScore]],
+    colours: dict[str, int],
+    unread: Sequence[Unread],
 ) -> Talk:
     by_message: dict[int, list[Mark]] = {}
     for order, (_, scores) in enumerate(sorted(findings.items()), start=1):
         mark = Mark(order, scores, [colours[score.rubric] for score in scores], scores[0].entry.token)
         by_message.setdefault(scores[0].entry.message, []).append(mark)
-    turns = [_turn(message, by_message.get(number, [])) for number, message in enumerate(transcript.messages)]
+    turns = [
+        _turn(message, by_message.get(number, []), [one for one in unread if one.message == number])
+        for number, message in enumerate(transcript.messages)
+    ]
     return Talk(transcript, n_tokens, turns)
 
 
-def _turn(message: Message, marks: Sequence[Mark]) -> Turn:
+def _turn(message: Message, marks: Sequence[Mark], unread: list[Unread]) -> Turn:
     """The message's content cut into text and marked tokens."""
     pieces: list[tuple[str, Mark | None]] = []
     last = 0
@@ -195,4 +219,4 @@ def _turn(message: Message, marks: Sequence[Mark]) -> Turn:
             (message.content[last:start], Mark(mark.order, mark.scores, mark.colours, message.content[start:end]))
         )
         last = end
-    return Turn(message, list(marks), [*pieces, (message.content[last:], None)])
+    return Turn(message, list(marks), [*pieces, (message.content[last:], None)], unread)

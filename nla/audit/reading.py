@@ -35,7 +35,7 @@ class Entry:
     start: int
     """First character of the token in the message's content; -1 for a token of the template."""
     offset: int
-    """Characters of the message (``Message.visible``) that had been written by then."""
+    """Characters of what the target reads of the message (``Chat.heard``) that had been written by then."""
     texts: tuple[str, ...]
     """Explanations, one for each sample."""
     complete: tuple[bool, ...]

@@ -72,6 +72,8 @@ class AuditReport:
             "n_controls": len(content.controls),
             "n_positions": sum(len(reading.entries) for reading in content.readings),
             "forged": {reading.transcript: reading.n_forged for reading in content.readings if reading.n_forged},
+            "remarks": list(content.remarks),
+            "unread": {name: [one._asdict() for one in unread] for name, unread in content.unread.items()},
             "rubrics": [_plain(vars(result)) for result in content.results],
             "transcripts": [_plain(vars(score)) for score in content.scores],
             "findings": [row_json(row) for row in content.findings],
@@ -119,7 +121,7 @@ class AuditReport:
         if self.audit.n_discarded:
             judged = f"{self.audit.n_discarded} of {self.audit.n_judged}"
             lines.append(f"{judged} verdicts of the judge had no literal quote: no match.")
-        return lines + [f"Left out: {visible(error)}" for error in self.refused]
+        return [*lines, *self.audit.remarks, *(f"Left out: {visible(error)}" for error in self.refused)]
 
     def legend(self) -> str:
         """What the columns mean."""

@@ -24,7 +24,7 @@ from nla.errors import ParseError, RubricError, visible
 from nla.organisms import RUBRICS
 from nla.storage.files import parse_yaml
 from nla.storage.schema import first_problem, shown
-from nla.transcripts.messages import ROLES
+from nla.transcripts.messages import ROLES, role_of
 from nla.transcripts.positions import STRUCTURE
 
 MIN_SHARE = 0.5
@@ -65,6 +65,12 @@ def _list(value: Any) -> Any:
     return (
         () if value is None else (value,) if isinstance(value, str) else tuple(value) if type(value) is list else value
     )
+
+
+def _roles(value: Any) -> Any:
+    """Roles may go by their other names, such as "developer"."""
+    value = _list(value)
+    return tuple(role_of(role) if isinstance(role, str) else role for role in value) if type(value) is tuple else value
 
 
 Text = Annotated[str, AfterValidator(_text)]
@@ -136,7 +142,7 @@ class Rubric(_Part):
     match: Match = Match()
     said: Phrases | None = None
     """What says the concept in the visible text; without it, words, lemmas and regex of ``match``."""
-    said_in: Annotated[tuple[Annotated[str, _one_of(ROLES)], ...], BeforeValidator(_list)] = ROLES
+    said_in: Annotated[tuple[Annotated[str, _one_of(ROLES)], ...], BeforeValidator(_roles)] = ROLES
     """Roles in whose messages saying it counts."""
     values: dict[str, Value] = {}
     """Of a mismatch."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,8 @@ from nla.models.points import context_length
 from nla.organisms import adapter_folder
 from nla.progress import Progress, silent
 from nla.transcripts.messages import Transcript
-from nla.transcripts.prepared import Prepared, Preparer
+from nla.transcripts.prepared import Prepared, Preparer, remarks
+from nla.transcripts.rendering import Unread
 
 if TYPE_CHECKING:
     from nla.autoencoder import NLA
@@ -38,6 +39,10 @@ class Audit:
     """Every transcript under every rubric."""
     results: list[RubricScore]
     """Every rubric."""
+    unread: Mapping[str, Sequence[Unread]] = field(default_factory=dict)
+    """Of each transcript's id, what of it the target did not read."""
+    remarks: Sequence[str] = ()
+    """What a reader must know of how the transcripts and controls were read."""
     n_judged: int = 0
     """Explanations that the judge was asked about."""
     n_discarded: int = 0
@@ -99,6 +104,8 @@ def preparer_for(nla: NLA, settings: AuditSettings) -> Preparer:
         seed=settings.seed,
         window=settings.window,
         trim=settings.trim,
+        allow_dropped=settings.allow_dropped,
+        fold_system=settings.fold_system,
     )
 
 
@@ -129,11 +136,11 @@ def audit_prepared(
     if controls:
         adapter = target_adapter if control_target is None else None if control_target == BASE else control_target
         control_readings = _read(nla, controls, adapter, settings, cache, "controls", progress)
-        evidence = Evidence([prepared.transcript for prepared in controls], control_readings)
+        evidence = _evidence(controls, control_readings)
     cache.finish()
     progress("findings", 0.0)
     transcripts = [prepared.transcript for prepared in ours]
-    scores = score_evidence(Evidence(transcripts, readings), evidence, matcher, paired, settings.seed)
+    scores = score_evidence(_evidence(ours, readings), evidence, matcher, paired, settings.seed)
     progress("findings", 1.0)
     return Audit(
         transcripts=transcripts,
@@ -143,9 +150,15 @@ def audit_prepared(
         rows=scores.positions,
         scores=scores.transcripts,
         results=scores.rubrics,
+        unread={prepared.transcript.id: prepared.chat.unread for prepared in ours if prepared.chat.unread},
+        remarks=remarks(prepared.chat for prepared in (*ours, *(theirs or ()))),
         n_judged=0 if matcher.judge is None else matcher.judge.n_asked,
         n_discarded=0 if matcher.judge is None else matcher.judge.n_discarded,
     )
+
+
+def _evidence(prepared: Sequence[Prepared], readings: Sequence[Reading]) -> Evidence:
+    return Evidence([one.transcript for one in prepared], readings, [one.heard for one in prepared])
 
 
 def _check_ids(ours: Sequence[Prepared]) -> None:

@@ -36,6 +36,8 @@ def nla_audit(
     model_of: str | None = None,
     window: int | None = None,
     trim: bool = False,
+    allow_dropped: bool = False,
+    fold_system: bool = False,
     seed: int = 0,
 ) -> Scanner[Transcript]:
     """Read the activations that a pair's target has on a transcript, and hold their explanations against rubrics.
@@ -46,8 +48,8 @@ def nla_audit(
     from nla.audit.inspect_scores import explain, references
     from nla.audit.run import audit
     from nla.audit.settings import AuditSettings
+    from nla.transcripts.entries import parse_messages
     from nla.transcripts.messages import Transcript as Conversation
-    from nla.transcripts.messages import parse_messages
 
     settings = AuditSettings(
         rubrics=[rubrics] if isinstance(rubrics, str) else rubrics,
@@ -58,6 +60,8 @@ def nla_audit(
         model_of=model_of,
         window=window,
         trim=trim,
+        allow_dropped=allow_dropped,
+        fold_system=fold_system,
         seed=seed,
     )
 

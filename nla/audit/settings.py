@@ -43,6 +43,13 @@ class AuditSettings:
     trim: bool = False
     """Take white space off the ends of messages, for chat templates that do."""
 
+    allow_dropped: bool = False
+    """Read on where the chat template leaves fields out, such as the reasoning of earlier turns; the report lists
+    them."""
+
+    fold_system: bool = False
+    """Where the chat template takes no system text, put it at the start of the first user message."""
+
     target_adapter: str | Path | None = None
     """A LoRA adapter that is on while the target reads: a PEFT folder, a hub id, or an embedded plant such as
     "switchboard/goal". None: the base."""

@@ -12,7 +12,9 @@ from nla.cli.options import Device, Json, Pair, TargetAdapter, count, given, pla
 
 
 def audit(
-    paths: Annotated[list[Path], typer.Argument(metavar="FILE", help="JSON, JSON lines, chat text, Inspect, Petri.")],
+    paths: Annotated[
+        list[Path], typer.Argument(metavar="FILE", help="JSON, tables, chat text, Inspect, Petri; - for stdin.")
+    ],
     pair: Pair = "couplets",
     rubric: Annotated[list[str] | None, text("--rubric", "NAME", "Built in, or a YAML file.")] = None,
     positions: Annotated[
@@ -28,6 +30,12 @@ def audit(
     model_of: Annotated[str | None, text("--model-of", "NAME", "Accept transcripts of this model, or of any.")] = None,
     window: Annotated[int | None, count("--window", "Read in overlapping windows of N tokens.")] = None,
     trim: Annotated[bool, typer.Option("--trim", help="Take white space off the ends of messages.")] = False,
+    allow_dropped: Annotated[
+        bool, typer.Option("--allow-dropped", help="Read on where the chat template leaves fields out, and list them.")
+    ] = False,
+    fold_system: Annotated[
+        bool, typer.Option("--fold-system", help="Put a system text that the template refuses into the user's message.")
+    ] = False,
     max_mb: Annotated[float | None, text("--max-mb", "MB", "Largest file, or line of JSON lines (default 64).")] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out what cannot be read, and list it.")] = False,
     judge_url: Annotated[
@@ -62,6 +70,8 @@ def audit(
         seed=random_seed,
         window=window,
         trim=trim,
+        allow_dropped=allow_dropped,
+        fold_system=fold_system,
         target_adapter=target_adapter,
         control_target=control_target,
         model_of=model_of,

@@ -1,37 +1,44 @@
-"""Transcripts from files: message JSON and JSONL, plain chat text, Petri's JSON and Inspect's logs.
+"""Transcripts from files and standard input: JSON and JSON lines, tables, plain chat text, Inspect's logs.
 
 A file is data: nothing in it is run, and what cannot be read as a transcript is a typed error that names the place.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from nla.errors import ArgumentError, TranscriptError, visible
-from nla.transcripts import petri
+from nla.transcripts import tables
+from nla.transcripts.forms import is_message, read_value
 from nla.transcripts.inspect_logs import read_log
-from nla.transcripts.messages import ALIASES, ROLES, Message, Transcript, bad, parse_messages
+from nla.transcripts.messages import ROLES, Message, Transcript, bad, role_of
 
 MAX_MB = 64
 """Largest JSON or text file, and largest line of a JSONL file, that is read unless more is allowed."""
 
-SUFFIXES = (".json", ".jsonl", ".ndjson", ".txt", ".chat", ".eval")
+SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet", ".csv", ".tsv", ".txt", ".chat", ".eval")
 """Of the files that are taken from a folder."""
 
-_TURN = re.compile(rf"^({'|'.join([*ROLES, *ALIASES])})\s*:[ \t]?(.*)$", re.IGNORECASE)
-_MODEL_KEYS = ("model", "target_model", "model_name")
+STDIN = Path("-")
+"""Standard input, in the place of a file."""
+
+_SPEAKERS = (*ROLES, "developer", "human", "ai", "model", "bot", "function")
+_TURN = re.compile(rf"^({'|'.join(_SPEAKERS)})\s*:[ \t]?(.*)$", re.IGNORECASE)
 
 
 def load_transcripts(paths: str | Path | Iterable[str | Path], max_mb: float = MAX_MB) -> Iterator[Transcript]:
     """Transcripts of files and folders, one after another; JSONL is read line by line.
 
     Args:
-        paths: one or several; of a folder, every file with a known ending, in the order of their names.
+        paths: one or several; of a folder, every file with a known ending, in the order of their names; "-" is
+            standard input.
         max_mb: refuse JSON and text files, and lines of JSONL, above this size.
 
     Raises:
@@ -72,7 +79,7 @@ def transcript_files(paths: str | Path | Iterable[str | Path]) -> list[Path]:
     chosen: list[Path] = []
     for path in [paths] if isinstance(paths, str | Path) else paths:
         path = Path(path)
-        files = [path] if path.is_file() else []
+        files = [path] if path == STDIN or path.is_file() else []
         if path.is_dir():
             files = sorted(entry for entry in path.iterdir() if entry.suffix.lower() in SUFFIXES and entry.is_file())
         if not files:
@@ -83,9 +90,9 @@ def transcript_files(paths: str | Path | Iterable[str | Path]) -> list[Path]:
 
 
 def read_file(path: Path, max_mb: float = MAX_MB) -> Iterator[Transcript | TranscriptError]:
-    """The transcripts of one file, by its ending, and in the place of one that cannot be read, its error.
+    """The transcripts of one file or, for "-", of standard input; in the place of one that cannot be read, its error.
 
-    What has none of the known endings is read as plain chat text.
+    The ending says what it holds where it is a known one; otherwise the content does.
 
     Raises:
         MissingExtraError: an Inspect log without inspect-ai installed.
@@ -105,11 +112,36 @@ def _of_file(path: Path, max_mb: float) -> Iterator[Transcript | TranscriptError
     if suffix == ".eval":
         yield from read_log(path)
     elif suffix in (".jsonl", ".ndjson"):
-        yield from _json_lines(path, max_mb)
-    elif suffix == ".json":
-        yield from _from_json(path, _decode(_read(path, max_mb), str(path)))
+        with path.open("rb") as file:
+            yield from _json_lines(file, path, max_mb)
+    elif suffix == ".parquet":
+        yield from tables.read_parquet(path, _bytes(max_mb))
     else:
-        yield parse_chat(_text(_read(path, max_mb), str(path)), path.stem, str(path))
+        data = _read(path, max_mb)
+        if data[:4] == b"PAR1":
+            yield from tables.read_parquet(path, _bytes(max_mb), data)
+        elif suffix in (".csv", ".tsv"):
+            yield from tables.read_csv(_text(data, str(path)), path, "\t" if suffix == ".tsv" else ",")
+        elif suffix == ".json" or data.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] in (b"{", b"["):
+            yield from _json(path, data, max_mb)
+        else:
+            yield parse_chat(_text(data, str(path)), path.stem, str(path))
+
+
+def _json(path: Path, data: bytes, max_mb: float) -> Iterator[Transcript | TranscriptError]:
+    """One JSON value, or lines of them, whatever the file is called."""
+    try:
+        content = _decode(data, str(path))
+    except TranscriptError as error:
+        cause = error.__cause__
+        if not (isinstance(cause, json.JSONDecodeError) and cause.msg == "Extra data"):
+            raise
+        yield from _json_lines(io.BytesIO(data), path, max_mb)
+        return
+    if isinstance(content, Mapping) and "eval" in content and ("samples" in content or "plan" in content):
+        yield from read_log(path)
+    else:
+        yield from read_value(content, path.stem, str(path))
 
 
 def parse_chat(text: str, name: str, source: str) -> Transcript:
@@ -126,8 +158,7 @@ def parse_chat(text: str, name: str, source: str) -> Transcript:
         line = line.removesuffix("\r")
         match = _TURN.match(line)
         if match is not None:
-            role = match[1].lower()
-            turns.append((ALIASES.get(role, role), [match[2]]))
+            turns.append((role_of(match[1]), [match[2]]))
         elif turns:
             turns[-1][1].append(line)
         elif line.strip():
@@ -144,79 +175,44 @@ def parse_chat(text: str, name: str, source: str) -> Transcript:
     return Transcript(name, tuple(messages), source=source)
 
 
-def _json_lines(path: Path, max_mb: float) -> Iterator[Transcript | TranscriptError]:
+def _json_lines(file: IO[bytes], path: Path, max_mb: float) -> Iterator[Transcript | TranscriptError]:
     """One transcript a line, or one message a line; a line that cannot be read leaves the others as they are."""
     limit, number = _bytes(max_mb), 0
     loose: list[Any] = []
-    with path.open("rb") as file:
-        while line := file.readline(limit + 1):
-            number += 1
-            source = f"{path}:{number}"
-            if len(line) > limit:
-                raise _too_large(source, f"a line above {max_mb:g} MB")
-            if not line.strip():
-                continue
-            try:
-                content = _decode(line, source)
-                if isinstance(content, Mapping) and "role" in content and "messages" not in content:
-                    loose.append(content)
-                elif loose:
-                    raise bad(source, "a transcript after single messages", "one kind in a file", "split the file")
-                else:
-                    yield from list(_from_content(content, f"{path.stem}:{number}", source))
-            except TranscriptError as error:
-                if loose:  # a conversation with a hole is another conversation
-                    raise
-                yield error
-            except RecursionError:
-                yield bad(source, "JSON nested too deep", "messages", "check the file")
+    while line := file.readline(limit + 1):
+        number += 1
+        source = f"{path}:{number}"
+        if len(line) > limit:
+            raise _too_large(source, f"a line above {max_mb:g} MB")
+        if not line.strip():
+            continue
+        try:
+            content = _decode(line, source)
+            if is_message(content):
+                loose.append(content)
+            elif loose:
+                raise bad(source, "a transcript after single messages", "one kind in a file", "split the file")
+            else:
+                yield from read_value(content, f"{path.stem}:{number}", source)
+        except TranscriptError as error:
+            if loose:  # a conversation with a hole is another conversation
+                raise
+            yield error
+        except RecursionError:
+            yield bad(source, "JSON nested too deep", "messages", "check the file")
     if loose:
-        yield Transcript(path.stem, parse_messages(loose, str(path)), source=str(path))
+        yield from read_value(loose, path.stem, str(path))
     elif number == 0:
         raise bad(str(path), "an empty file", "a transcript", "check the file")
 
 
-def _from_json(path: Path, content: Any) -> Iterator[Transcript | TranscriptError]:
-    if isinstance(content, Mapping) and "eval" in content and "samples" in content:
-        return read_log(path)
-    return _from_content(content, path.stem, str(path))
-
-
-def _from_content(content: Any, name: str, source: str) -> Iterator[Transcript]:
-    """Transcripts in decoded JSON: a list of messages, an object with messages, Petri's object, or a list of them."""
-    if isinstance(content, Sequence) and not isinstance(content, str):
-        if content and all(isinstance(entry, Mapping) and "messages" in entry for entry in content):
-            for number, entry in enumerate(content):
-                yield from _from_content(entry, f"{name}:{number}", f"{source}, entry {number}")
-            return
-        yield Transcript(name, parse_messages(content, source), source=source)
-        return
-    if not isinstance(content, Mapping):
-        got = f"JSON that is a {type(content).__name__}"
-        raise bad(source, got, "a list of messages, or an object with messages", "check the file")
-    if petri.is_petri(content):
-        yield petri.parse(content, name, source)
-        return
-    if "messages" not in content:
-        got = f"an object with the keys {', '.join(sorted(map(str, content)))[:80]}"
-        raise bad(source, got, "an object with messages", "put the list of messages under 'messages'")
-    inner = content.get("metadata")
-    metadata = inner if isinstance(inner, Mapping) else {}
-    models = [owner.get(key) for owner in (content, metadata) for key in _MODEL_KEYS]
-    name_there = content.get("id")
-    yield Transcript(
-        id=str(name_there) if isinstance(name_there, str | int) and str(name_there).strip() else name,
-        messages=parse_messages(content["messages"], source),
-        model=next((model for model in models if isinstance(model, str) and model), None),
-        source=source,
-        metadata={str(key): value for key, value in metadata.items()},
-    )
-
-
 def _read(path: Path, max_mb: float) -> bytes:
     """A whole file of bounded size."""
-    with path.open("rb") as file:
-        data = file.read(_bytes(max_mb) + 1)
+    if path == STDIN:
+        data = sys.stdin.buffer.read(_bytes(max_mb) + 1)
+    else:
+        with path.open("rb") as file:
+            data = file.read(_bytes(max_mb) + 1)
     if len(data) > _bytes(max_mb):
         raise _too_large(str(path), f"a file above {max_mb:g} MB")
     if not data.strip():

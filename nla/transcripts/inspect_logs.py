@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from nla.errors import MissingExtraError, TranscriptError, visible
-from nla.transcripts.messages import Transcript, bad, parse_messages
+from nla.transcripts.entries import parse_messages
+from nla.transcripts.messages import Transcript, bad
 
 MAX_ENTRY_MB = 1024
 """Largest sample of a log, unpacked."""

@@ -1,20 +1,22 @@
-"""What a transcript is: messages with roles, the model that it names, and where it came from."""
+"""What a transcript is: messages with roles, the tools they may call, the model named, and where it all came from."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nla.errors import TranscriptError, visible
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
-ALIASES = {"human": "user", "ai": "assistant", "model": "assistant", "bot": "assistant", "function": "tool"}
-PLACEHOLDERS = ("image", "audio", "video", "document", "data", "file")
+ROLES = ("system", "user", "assistant", "tool")
+ALIASES = {"developer": "system", "human": "user", "ai": "assistant", "model": "assistant", "bot": "assistant"}
+ALIASES |= {"gpt": "assistant", "chatgpt": "assistant", "function": "tool", "observation": "tool", "ipython": "tool"}
+"""Other names of the roles, as programs and data sets write them."""
 
-_SHOWN = 60
+ENCRYPTED = "encrypted reasoning"
+"""What ``Message.unseen`` calls reasoning that its author's provider has locked: nobody here can read it."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Message:
     """Tool calls: each a name and its arguments."""
 
     reasoning: str = ""
-    """Thinking that was written apart from the answer, if the transcript holds it."""
+    """Thinking that was written apart from the answer, or before it in think tags."""
 
     id: str | None = None
     """As the transcript's own format names it."""
@@ -39,32 +41,52 @@ class Message:
     call_id: str | None = None
     """For a tool's answer: the call that it answers."""
 
+    call_ids: tuple[str, ...] = ()
+    """Of each of ``calls``, as the transcript names it; empty where it does not."""
+
+    name: str | None = None
+    """For a tool's answer: the tool."""
+
+    unseen: tuple[str, ...] = ()
+    """What belongs to the message and is no text, such as "image": no target reads it."""
+
+    summary: str = ""
+    """What its provider says of encrypted reasoning; no words of the model, never given to a target nor searched."""
+
+    tags: tuple[str, str] = ("", "")
+    """Where reasoning stood inside the content: what was written before it, and between it and the answer."""
+
+    untagged: str = ""
+    """The content as it stood, where calls, or a tool's answer, were written into it in tags."""
+
     @property
     def visible(self) -> str:
-        """All that can be read in the message: reasoning, content and tool calls, with a line break between them.
-
-        The content starts at ``content_start``.
-        """
+        """All that can be read in the message: reasoning, content and tool calls, with a line break between them."""
         calls = [json.dumps(dict(call), ensure_ascii=False) for call in self.calls]
         return "\n".join([*([self.reasoning] if self.reasoning else []), self.content, *calls])
 
-    @property
-    def content_start(self) -> int:
-        """Where the content starts in ``visible``, in characters."""
-        return len(self.reasoning) + 1 if self.reasoning else 0
-
     def for_template(self) -> dict[str, Any]:
-        """The message as chat templates take it."""
-        entry: dict[str, Any] = {"role": self.role, "content": self.content}
+        """The message as chat templates take it: reasoning stands where the transcript has it."""
+        opening, middle = self.tags
+        inside = opening + self.reasoning + middle if opening or middle else ""
+        entry: dict[str, Any] = {"role": self.role, "content": inside + self.content}
         if self.calls:
+            ids = self.call_ids or [f"call{n:05d}" for n in range(len(self.calls))]
             entry["tool_calls"] = [
-                {"type": "function", "id": f"call{n}", "function": dict(call)} for n, call in enumerate(self.calls)
+                {"type": "function", "id": name, "function": dict(call)}
+                for name, call in zip(ids, self.calls, strict=True)
             ]
-        if self.reasoning:
+        if self.reasoning and not inside:
             entry["reasoning_content"] = self.reasoning
         if self.call_id:
             entry["tool_call_id"] = self.call_id
+        if self.name:
+            entry["name"] = self.name
         return entry
+
+    def with_tags(self) -> Message:
+        """The message with its calls in tags inside the content, if the transcript writes them so."""
+        return replace(self, content=self.untagged, calls=(), call_ids=(), untagged="") if self.untagged else self
 
 
 @dataclass(frozen=True)
@@ -85,24 +107,50 @@ class Transcript:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     """What else the file says of it; kept for the reader, never interpreted."""
 
+    tools: tuple[Mapping[str, Any], ...] = ()
+    """Tools that the model could call: OpenAI's functions, each with ``type`` and ``function``."""
+
+    prefill: bool = False
+    """The last message is the beginning of an answer: the target reads it without an end."""
+
+    unused: tuple[str, ...] = ()
+    """Fields of the file beside the messages that nothing here uses."""
+
+    remarks: tuple[str, ...] = ()
+    """What a reader must know of the transcript, such as that its log ended with an error."""
+
     def __post_init__(self) -> None:
+        where = self.source or self.id
         if not self.messages:
-            raise bad(self.source or self.id, "no messages", "at least one message", "leave it out")
+            raise bad(where, "no messages", "at least one message", "leave it out")
         for number, message in enumerate(self.messages):
             if message.role not in ROLES:
-                raise bad(
-                    self.source or self.id,
-                    f"the role {message.role!r} in message {number}",
-                    f"one of {', '.join(ROLES)}",
-                    "rename the role",
-                )
-            check_characters(message.visible, f"{self.source or self.id}, message {number}")
+                got = f"the role {message.role!r} in message {number}"
+                raise bad(where, got, f"one of {', '.join(ROLES)}", "rename the role")
+            check_characters(message.visible, f"{where}, message {number}")
+        if self.prefill and (self.messages[-1].role != "assistant" or not self.messages[-1].content):
+            got = f"a last message of the role {self.messages[-1].role!r} that is to be continued"
+            raise bad(where, got, "the beginning of an assistant's answer", "leave out what marks it as a prefix")
 
     @property
     def digest(self) -> str:
         """SHA-256 of what was said, by whom: what an audit depends on."""
-        content = [[message.role, message.visible, message.content_start] for message in self.messages]
+        content: list[Any] = [
+            [message.role, message.visible, len(message.reasoning) + 1 if message.reasoning else 0]
+            for message in self.messages
+        ]
+        if self.tools or self.prefill:
+            content.append([[dict(tool) for tool in self.tools], self.prefill])
         return hashlib.sha256(json.dumps(content, ensure_ascii=True).encode()).hexdigest()
+
+
+def role_of(name: str) -> str:
+    """A role under our name; another name is kept as it is.
+
+    >>> role_of("Human")
+    'user'
+    """
+    return ALIASES.get(name.lower(), name.lower())
 
 
 def bad(source: str, got: str, expected: str, fix: str) -> TranscriptError:
@@ -123,101 +171,3 @@ def check_characters(text: str, source: str) -> None:
     if "\0" in text:
         got = f"a NUL at character {text.index(chr(0))}"
         raise bad(source, got, "text", "remove it: it is no character of any text")
-
-
-def parse_messages(entries: Any, source: str) -> tuple[Message, ...]:
-    """Messages from OpenAI-style entries: role, content as a string or a list of parts, tool calls.
-
-    Raises:
-        TranscriptError: not a list of such entries.
-    """
-    if not isinstance(entries, Sequence) or isinstance(entries, str | bytes) or not entries:
-        got = "no messages" if entries in ([], None, "") else f"messages that are a {type(entries).__name__}"
-        raise bad(source, got, "a list of messages with role and content", "check the file")
-    return tuple(parse_message(entry, f"{source}, message {number}") for number, entry in enumerate(entries))
-
-
-def parse_message(entry: Any, source: str) -> Message:
-    """One message of :func:`parse_messages`."""
-    if not isinstance(entry, Mapping):
-        raise bad(source, f"a {type(entry).__name__}", "an object with role and content", "check the file")
-    role = entry.get("role")
-    if not isinstance(role, str):
-        got = "no role" if role is None else f"a role that is a {type(role).__name__}"
-        raise bad(source, got, f"one of {', '.join(ROLES)}", "give the message its role")
-    role = ALIASES.get(role.lower(), role.lower())
-    if role not in ROLES:
-        raise bad(source, f"the role {role[:_SHOWN]!r}", f"one of {', '.join(ROLES)}", "rename the role")
-    calls = _calls(entry.get("tool_calls") or ([entry["function_call"]] if entry.get("function_call") else []), source)
-    content, reasoning = _content(entry.get("content"), source)
-    apart = entry.get("reasoning_content")
-    reasoning = apart if isinstance(apart, str) and apart else reasoning
-    if not content and not calls and not reasoning:
-        got = "no content" if entry.get("content") is None else "empty content"
-        raise bad(source, got, "content, or tool calls", "leave the message out, or restore what it said")
-    name, call = entry.get("id"), entry.get("tool_call_id")
-    return Message(
-        role,
-        content,
-        calls,
-        reasoning,
-        name if isinstance(name, str) else None,
-        call if isinstance(call, str) else None,
-    )
-
-
-def _content(content: Any, source: str) -> tuple[str, str]:
-    """The text and the reasoning of a message's content; what is no text leaves a placeholder such as "[image]"."""
-    if content is None or isinstance(content, str):
-        return content or "", ""
-    if not isinstance(content, Sequence) or isinstance(content, bytes):
-        got = f"content that is a {type(content).__name__}"
-        raise bad(source, got, "a string or a list of parts", "check the file")
-    texts, reasoning = [], []
-    for part in content:
-        kind = part.get("type") if isinstance(part, Mapping) else None
-        if isinstance(part, str):
-            texts.append(part)
-        elif isinstance(kind, str) and kind.removeprefix("input_").removeprefix("output_") == "text":
-            texts.append(_text(part, "text", source))
-        elif kind in ("reasoning", "thinking"):
-            reasoning.append(_text(part, kind, source))
-        elif kind == "refusal":
-            texts.append(_text(part, "refusal", source))
-        elif isinstance(kind, str) and kind.removeprefix("input_").removesuffix("_url") in PLACEHOLDERS:
-            texts.append(f"[{kind.removeprefix('input_').removesuffix('_url')}]")
-        elif kind in ("tool_use", "tool_result"):
-            texts.append(json.dumps(dict(part), ensure_ascii=False, default=str))
-        else:
-            got = f"a part of type {str(kind)[:_SHOWN]!r}" if isinstance(part, Mapping) else f"a {type(part).__name__}"
-            raise bad(source, got, "parts of type text, reasoning or a medium", "convert the part to text")
-    return "\n".join(texts), "\n".join(reasoning)
-
-
-def _text(part: Mapping[str, Any], key: str, source: str) -> str:
-    value = part.get(key)
-    if not isinstance(value, str):
-        got = f"a part of type {key!r} whose {key} is a {type(value).__name__}"
-        raise bad(source, got, "a string there", "check the file")
-    return value
-
-
-def _calls(entries: Any, source: str) -> tuple[Mapping[str, Any], ...]:
-    """Tool calls as name and arguments; OpenAI nests them in ``function``, Inspect writes the name there."""
-    if not isinstance(entries, Sequence) or isinstance(entries, str):
-        raise bad(source, f"tool calls that are a {type(entries).__name__}", "a list of calls", "check the file")
-    calls = []
-    for entry in entries:
-        inner = entry.get("function", entry) if isinstance(entry, Mapping) else None
-        inner = {"name": inner, "arguments": entry.get("arguments")} if isinstance(inner, str) else inner
-        name = inner.get("name") if isinstance(inner, Mapping) else None
-        if not isinstance(inner, Mapping) or not isinstance(name, str):
-            raise bad(source, "a tool call without a name", "a function with name and arguments", "check the file")
-        arguments = inner.get("arguments", {})
-        if isinstance(arguments, str):
-            try:
-                arguments = json.loads(arguments) if arguments else {}
-            except (ValueError, RecursionError):  # a model's own malformed arguments are kept as it wrote them
-                arguments = {"arguments": arguments}
-        calls.append({"name": name, "arguments": arguments if isinstance(arguments, Mapping) else {"value": arguments}})
-    return tuple(calls)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nla.transcripts.messages import Transcript, bad, parse_message
+from nla.transcripts.entries import parse_entry
+from nla.transcripts.messages import Transcript, bad
 
 TARGET_VIEW = "target"
 _EVENT = "transcript_event"
@@ -32,9 +33,10 @@ def parse(content: Mapping[str, Any], name: str, source: str) -> Transcript:
         got = "no messages in the target's view"
         raise bad(source, got, "events of the view 'target'", "check that the audit reached its target")
     messages = [
-        parse_message(entry, f"{source}, message {number}")
+        message
         for number, entry in enumerate(entries)
         if not (isinstance(entry, Mapping) and entry.get("role") in _NOTES)
+        for message in parse_entry(entry, f"{source}, message {number}")
     ]
     run_id, model = metadata.get("transcript_id"), metadata.get("target_model")
     return Transcript(

@@ -81,7 +81,7 @@ def structure(chat: Chat) -> list[Position]:
             kinds.setdefault(first[number], ANSWER_START)
             kinds.setdefault(last[number], ANSWER_END)
         else:
-            kinds.setdefault(last[number], f"{'system' if message.role == 'developer' else message.role} end")
+            kinds.setdefault(last[number], f"{message.role} end")
     return [Position(index, kinds[index]) for index in sorted(kinds)]
 
 

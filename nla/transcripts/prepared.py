@@ -6,19 +6,27 @@ hours.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from nla.errors import ArgumentError, NLAError, TranscriptError
+from nla.errors import ArgumentError, NLAError, TemplateError, TranscriptError, visible
 from nla.models.long_text import Window, plan_windows, too_long
-from nla.transcripts.files import MAX_MB, distinct, read_file, refuse_other_models, transcript_files
+from nla.transcripts.files import (
+    MAX_MB,
+    distinct,
+    load_transcripts,
+    read_file,
+    refuse_other_models,
+    transcript_files,
+)
+from nla.transcripts.forms import read_value
 from nla.transcripts.messages import Transcript
 from nla.transcripts.positions import BUDGET, Position, select
-from nla.transcripts.rendering import Chat, message_starts, render, trimmed
+from nla.transcripts.rendering import Chat, message_starts, render, system_folded, trimmed
 
 
 class Prepared(NamedTuple):
@@ -33,6 +41,11 @@ class Prepared(NamedTuple):
     def transcript(self) -> Transcript:
         """What was rendered."""
         return self.chat.transcript
+
+    @property
+    def heard(self) -> list[str]:
+        """What the target reads of each message."""
+        return [self.chat.heard(number) for number in range(len(self.transcript.messages))]
 
     @property
     def columns(self) -> list[int]:
@@ -84,6 +97,12 @@ class Preparer:
     trim: bool = False
     """Take white space off the ends of messages, for templates that do."""
 
+    allow_dropped: bool = False
+    """Read on where the template leaves fields out; see :func:`nla.transcripts.rendering.render`."""
+
+    fold_system: bool = False
+    """Where the template takes no system text, put it at the start of the first user message."""
+
     def prepare(self, transcript: Transcript) -> Prepared:
         """Render a transcript and choose what to read.
 
@@ -94,9 +113,28 @@ class Preparer:
             ContextLengthError, ArgumentError: too long for the context, or a window that is out of range.
         """
         refuse_other_models(transcript, self.target, self.model_of)
-        chat = render(self.tokenizer, trimmed(transcript) if self.trim else transcript)
+        chat = self.render(transcript)
         windows = self._windows(chat)
         return Prepared(chat, select(chat, self.positions, self.budget, self.seed), windows)
+
+    def render(self, transcript: Transcript) -> Chat:
+        """The transcript as the target's tokens, its ends trimmed and its system text folded as is asked for.
+
+        Raises:
+            ConfigError, TemplateError, VocabularyError: see :func:`nla.transcripts.rendering.render`.
+        """
+        transcript = trimmed(transcript) if self.trim else transcript
+        if not self.fold_system or system_folded(transcript) is transcript:
+            return render(self.tokenizer, transcript, self.allow_dropped)
+        try:
+            chat = render(self.tokenizer, transcript, self.allow_dropped)
+        except TemplateError:
+            chat = None
+        if chat is not None and not any((one.message, one.what) == (0, "content") for one in chat.unread):
+            return chat
+        folded = system_folded(transcript)
+        remarks = (*folded.remarks, "system text put at the start of the first user message (--fold-system)")
+        return render(self.tokenizer, replace(folded, remarks=remarks), self.allow_dropped)
 
     def prepare_files(self, paths: Sequence[str | Path], max_mb: float = MAX_MB, skip_bad: bool = False) -> Loaded:
         """Prepare the transcripts of files and folders.
@@ -135,3 +173,62 @@ class Preparer:
         if self.window is None or len(chat) <= self.window:
             return [Window(0, 0, len(chat))]
         return plan_windows(len(chat), self.window - int(chat.has_bos), message_starts(chat))
+
+
+def chats_of(
+    tokenizer: PreTrainedTokenizerBase,
+    given: str | Path | Transcript | Mapping[str, Any] | Sequence[Mapping[str, Any]],
+    *,
+    trim: bool = False,
+    allow_dropped: bool = False,
+    fold_system: bool = False,
+) -> list[Chat]:
+    """Chats as a target reads them: from a file, a list of messages, an object of any known form, or a transcript.
+
+    Args:
+        tokenizer: the target's.
+        given: a path or "-"; or what a file would hold, decoded.
+        trim, allow_dropped, fold_system: see :class:`Preparer`.
+
+    Raises:
+        TranscriptError: it cannot be read.
+        ConfigError, TemplateError, VocabularyError: see :func:`nla.transcripts.rendering.render`.
+    """
+    if isinstance(given, Transcript):
+        transcripts = [given]
+    elif isinstance(given, str | Path):
+        transcripts = list(load_transcripts(given))
+    else:
+        transcripts = read_value(given, "chat", "the messages")
+    options = {"trim": trim, "allow_dropped": allow_dropped, "fold_system": fold_system}
+    preparer = Preparer(tokenizer=tokenizer, context=0, target="", model_of="any", **options)
+    return [preparer.render(transcript) for transcript in transcripts]
+
+
+_NAMED = 4
+"""Transcripts that a remark names; the others are counted."""
+
+
+def remarks(chats: Iterable[Chat]) -> list[str]:
+    """What a reader must know of what the target read and did not read, a sentence each; safe to show."""
+    by_text: dict[str, list[str]] = {}
+    for chat in chats:
+        name = chat.transcript.id
+        for text in chat.transcript.remarks:
+            by_text.setdefault(text[0].upper() + text[1:], []).append(name)
+        for one in chat.unread:
+            reason = "Dropped by the chat template, so the target did not read it" if one.dropped else _NO_TEXT
+            by_text.setdefault(f"{reason}: {one.what}", []).append(
+                name if one.message is None else f"message {one.message} of {name}"
+            )
+        for key in chat.transcript.unused:
+            by_text.setdefault(f"Field of the file that is not used: {key}", []).append(name)
+    return [visible(f"{text}: {_some(names)}.") for text, names in by_text.items()]
+
+
+_NO_TEXT = "No text, so the target did not see it"
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more

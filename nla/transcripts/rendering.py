@@ -1,16 +1,18 @@
 """A transcript as the target's exact tokens: rendered with its own chat template, each token with its message and part.
 
-The template is rendered once more with a placeholder in the place of each content. What stands between the
-placeholders is the template's own text; putting the contents back must give the rendered text to the letter, so no
-template can drop, edit or reorder a message unseen.
+The template is rendered once more with a mark in the place of each field: content, reasoning, the words of tool calls
+and of the list of tools. What stands between the marks is the template's own text; putting the fields back must give
+the rendered text to the letter, so no template can edit or reorder a message unseen. A mark that is missing is a field
+that the target never reads.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import accumulate, pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Int
@@ -19,13 +21,13 @@ from transformers import PreTrainedTokenizerBase
 
 from nla.errors import ArgumentError, ConfigError, TemplateError, VocabularyError
 from nla.text.tokens import Span, undated, unknown_id
+from nla.transcripts.marks import CALLS, CONTENT, CONTROL, REASONING, TOOLS, Marked, Placed
+from nla.transcripts.marks import Span as Placement
 from nla.transcripts.messages import Message, Transcript
 
-CONTROL, CONTENT, CALLS = "control", "content", "calls"
-"""Parts of a message: what the template adds, what was written, and tool calls with what the template adds to them."""
+__all__ = ["CALLS", "CONTENT", "CONTROL", "REASONING", "TOOLS", "Chat", "Region", "Unread", "render", "trimmed"]
 
-_PARTS = 3
-_OPEN, _CLOSE = "\ue000", "\ue001"
+_ALONE = "\ue000\ue001"
 
 
 class Region(NamedTuple):
@@ -35,6 +37,21 @@ class Region(NamedTuple):
     end: int
     message: int
     section: str
+
+
+class Unread(NamedTuple):
+    """Something of a transcript that the target does not read."""
+
+    message: int | None
+    """Its message; None: of the whole conversation."""
+    what: str
+    """A field that the template drops, or what is no text: "reasoning", "tool calls", "tools", "image"."""
+    dropped: bool
+    """By the chat template; otherwise no target of text could read it."""
+
+    def __str__(self) -> str:
+        where = "" if self.message is None else f" of message {self.message}"
+        return f"{self.what}{where}"
 
 
 @dataclass(frozen=True)
@@ -47,7 +64,7 @@ class Chat:
     """What the target reads."""
 
     regions: list[Region]
-    """The text in order, without gaps."""
+    """The text in order, without gaps; none is empty."""
 
     ids: Int[Tensor, " t"]
     """Token ids."""
@@ -67,6 +84,9 @@ class Chat:
     n_forged: int
     """Control tokens that messages write in their contents: the target takes them for turns of the conversation."""
 
+    unread: list[Unread] = field(default_factory=list)
+    """What of the transcript is not in the text."""
+
     def __len__(self) -> int:
         return len(self.ids)
 
@@ -79,34 +99,65 @@ class Chat:
         """The region of one token."""
         return self.regions[int(self.region[index])]
 
+    def regions_of(self, message: int, section: str | None = None) -> list[Region]:
+        """The regions of one message in order, or of one of its sections."""
+        return [one for one in self._by_message[message] if section in (None, one.section)]
+
+    def heard(self, message: int) -> str:
+        """All that the target reads of one message: its parts without the template's own text, a line for each."""
+        return "\n".join(self.text[one.start : one.end] for one in self._by_message[message] if one.section != CONTROL)
+
     def offset(self, index: int) -> int:
-        """Where a token stands in what can be read of its message (``Message.visible``), in characters.
+        """Where a token ends in what the target reads of its message (:meth:`heard`), in characters.
 
-        Tokens of the template before the content stand at 0, those after it at the end.
+        Tokens of the template stand where the part before them ends.
         """
-        region = self.region_at(index)
-        message = self.transcript.messages[region.message]
-        if region.section == CONTENT:
-            return message.content_start + int(self.ends[index]) - region.start
-        return 0 if int(self.region[index]) % _PARTS == 0 else len(message.visible)
+        here, before = self.region_at(index), 0
+        for region in self._by_message[here.message]:
+            if region == here:
+                break
+            before += 0 if region.section == CONTROL else region.end - region.start + 1
+        inside = before + int(self.ends[index]) - here.start
+        return max(before - 1, 0) if here.section == CONTROL else min(inside, before + here.end - here.start)
 
-    def regions_of(self, message: int) -> list[Region]:
-        """The regions of one message: before its content, the content, after it; some may be empty."""
-        return self.regions[_PARTS * message : _PARTS * (message + 1)]
+    @cached_property
+    def _by_message(self) -> list[list[Region]]:
+        by_message: list[list[Region]] = [[] for _ in self.transcript.messages]
+        for region in self.regions:
+            by_message[region.message].append(region)
+        return by_message
 
 
 def trimmed(transcript: Transcript) -> Transcript:
     """The transcript without white space at the ends of its messages, as some templates write it."""
-    messages = tuple(replace(message, content=message.content.strip()) for message in transcript.messages)
+    messages = tuple(
+        replace(message, content=message.content.strip(), reasoning=message.reasoning.strip())
+        for message in transcript.messages
+    )
     return replace(transcript, messages=messages)
 
 
-def render(tokenizer: PreTrainedTokenizerBase, transcript: Transcript) -> Chat:
+def system_folded(transcript: Transcript) -> Transcript:
+    """The transcript with its first system text at the start of the user's message that follows.
+
+    A transcript that does not begin with a system and a user message is returned as it is.
+    """
+    first, second, *rest = (*transcript.messages, None, None)
+    if first is None or second is None or (first.role, second.role) != ("system", "user"):
+        return transcript
+    joined = replace(second, content=f"{first.content}\n\n{second.content}")
+    return replace(transcript, messages=(joined, *(message for message in rest if message is not None)))
+
+
+def render(tokenizer: PreTrainedTokenizerBase, transcript: Transcript, allow_dropped: bool = False) -> Chat:
     """Render a transcript as the target's tokens.
+
+    Args:
+        allow_dropped: read on where the template leaves fields out, and list them in ``Chat.unread``.
 
     Raises:
         ConfigError: the tokenizer has no chat template.
-        TemplateError: the template refuses, drops, repeats, reorders or edits a message.
+        TemplateError: the template refuses, repeats, reorders or edits a message, or drops one of its fields.
         VocabularyError: a message holds words that the tokenizer cannot represent.
     """
     if not getattr(tokenizer, "chat_template", None):
@@ -115,28 +166,38 @@ def render(tokenizer: PreTrainedTokenizerBase, transcript: Transcript) -> Chat:
             "one that has it: transcripts are read as the target's own conversations",
             "use an instruction-tuned target's pair",
         )
-    text = _apply(tokenizer, transcript.messages, transcript)
-    frames = _frames(tokenizer, transcript)
-    contents = [message.content for message in transcript.messages]
-    rebuilt = "".join(part for pair in zip(frames, [*contents, ""], strict=True) for part in pair)
-    if rebuilt != text:
-        raise _edited(tokenizer, transcript, text, rebuilt)
-    regions = _regions(tokenizer, transcript, frames)
-    return _tokens(tokenizer, transcript, text, regions)
+    text = _apply(tokenizer, transcript)
+    marked = Marked.of(transcript)
+    placed = marked.place(_apply(tokenizer, marked.transcript), text)
+    dropped = [Unread(message, what, True) for message, what in placed.dropped]
+    if any(one.what == "tool calls" for one in dropped) and any(message.untagged for message in transcript.messages):
+        # The calls stood in tags inside the content: there they are read as they are.
+        inside = tuple(message.with_tags() for message in transcript.messages)
+        return render(tokenizer, replace(transcript, messages=inside), allow_dropped)
+    if placed.edited is not None:
+        raise _edited(tokenizer, transcript, text, placed.edited, allow_dropped)
+    if dropped and not allow_dropped:
+        raise _dropped(transcript, dropped)
+    regions = _regions(tokenizer, transcript, text, placed)
+    if transcript.prefill:
+        text, regions = _unended(text, regions, placed, transcript)
+    media = [Unread(n, what, False) for n, message in enumerate(transcript.messages) for what in message.unseen]
+    return _tokens(tokenizer, transcript, text, regions, sorted(dropped + media, key=lambda one: one.message or 0))
 
 
-def _apply(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], transcript: Transcript) -> str:
+def _apply(tokenizer: PreTrainedTokenizerBase, transcript: Transcript) -> str:
     template = undated(tokenizer)
     try:
-        entries = [message.for_template() for message in messages]
+        entries = [message.for_template() for message in transcript.messages]
+        tools: Any = [dict(tool) for tool in transcript.tools] or None
         text = tokenizer.apply_chat_template(
-            entries, chat_template=template, tokenize=False, add_generation_prompt=False
+            entries, tools=tools, chat_template=template, tokenize=False, add_generation_prompt=False
         )
     except Exception as error:  # a template is a program: it may raise anything
         raise TemplateError(
             f"{transcript.source or transcript.id}: the chat template refuses it ({str(error)[:200]})",
             "roles, and an order of them, that the target's template knows",
-            _remedy(messages),
+            _remedy(transcript.messages),
         ) from error
     assert isinstance(text, str)  # tokenize=False
     return text
@@ -147,9 +208,10 @@ def _remedy(messages: Sequence[Message]) -> str:
     roles = [message.role for message in messages]
     unusual = list(dict.fromkeys(role for role in roles if role not in ("user", "assistant")))
     if unusual:
+        fold = " (--fold-system does that)" if unusual == ["system"] and roles[:2] == ["system", "user"] else ""
         return (
             f"some templates (Gemma's) know no {' or '.join(unusual)}: put that text at the start of the user message "
-            "that follows, or use another target"
+            f"that follows{fold}, or use another target"
         )
     if any(first == second for first, second in pairwise(roles)):
         return "templates commonly want user and assistant in turn: join neighbouring messages of one role"
@@ -158,87 +220,108 @@ def _remedy(messages: Sequence[Message]) -> str:
     return "change the roles or their order to what the template knows, or use another target"
 
 
-def _mark(number: int) -> str:
-    return f"{_OPEN}{number}{_CLOSE}"
+def _dropped(transcript: Transcript, dropped: Sequence[Unread]) -> TemplateError:
+    """The error of a template that leaves fields out."""
+    shown = ", ".join(map(str, dropped[:4])) + (f" and {len(dropped) - 4} more" if len(dropped) > 4 else "")
+    first = transcript.messages[0]
+    folds = first.role == "system" and any((one.message, one.what) == (0, "content") for one in dropped)
+    return TemplateError(
+        f"{transcript.source or transcript.id}: the chat template drops the {shown}: the target never reads it",
+        "every field of every message in what the target reads",
+        ("--fold-system puts the system text into the user's message; " if folds else "")
+        + "--allow-dropped reads it as the target does, without what is dropped, and lists that in the report",
+    )
 
 
-def _frames(tokenizer: PreTrainedTokenizerBase, transcript: Transcript) -> list[str]:
-    """What the template writes before the first content, between two, and after the last."""
-    source = transcript.source or transcript.id
-    for number, message in enumerate(transcript.messages):
-        if _OPEN in message.visible:
-            raise TemplateError(
-                f"{source}: message {number} with the private character U+E000", "text without it", "remove it"
-            )
-    marked = [replace(message, content=_mark(number)) for number, message in enumerate(transcript.messages)]
-    rest, frames = _apply(tokenizer, marked, transcript), []
-    for number in range(len(marked)):
-        before, mark, after = rest.partition(_mark(number))
-        if not mark or _OPEN in before or _mark(number) in after:
-            what = "drops or reorders" if not mark or _OPEN in before else "repeats"
-            raise TemplateError(
-                f"{source}: the chat template {what} message {number} ({transcript.messages[number].role})",
-                "a template that writes every message once, in order",
-                "merge or remove the message (such as a system message that the template does not know)",
-            )
-        frames.append(before)
-        rest = after
-    return [*frames, rest]
-
-
-def _edited(tokenizer: PreTrainedTokenizerBase, transcript: Transcript, text: str, rebuilt: str) -> TemplateError:
+def _edited(
+    tokenizer: PreTrainedTokenizerBase, transcript: Transcript, text: str, where: tuple[int, str], allow_dropped: bool
+) -> TemplateError:
     """The error of a template that changes contents: says where, and whether trimming would do."""
     source = transcript.source or transcript.id
-    shorter = min(len(text), len(rebuilt))
-    same = next((i for i in range(shorter) if text[i] != rebuilt[i]), shorter)
-    got = f"{source}: the chat template changes a message: it writes {text[same : same + 40]!r} for "
-    got += f"{rebuilt[same : same + 40]!r}"
+    start, expected = where
+    got = f"{source}: the chat template changes a message: it writes {text[start : start + 40]!r} for {expected!r}"
     fix = "write the messages as the template gives them (thinking goes into reasoning_content)"
-    if any(message.content != message.content.strip() for message in transcript.messages):
+    if transcript != trimmed(transcript):
         try:
-            render(tokenizer, trimmed(transcript))
+            render(tokenizer, trimmed(transcript), allow_dropped)
             fix = "use --trim: the template takes white space off the ends of messages"
         except TemplateError:
             pass
     return TemplateError(got, "contents to the letter", fix)
 
 
-def _regions(tokenizer: PreTrainedTokenizerBase, transcript: Transcript, frames: list[str]) -> list[Region]:
-    """Three regions a message (before, content, after), one after another over the whole text."""
-    tails: dict[tuple[str, str], int] = {}
+def _unended(text: str, regions: list[Region], placed: Placed, transcript: Transcript) -> tuple[str, list[Region]]:
+    """The text up to where the last message, the beginning of an answer, stops; and its regions."""
+    last = len(transcript.messages) - 1
+    end = max((span.end for span in placed.spans if (span.message, span.section) == (last, CONTENT)), default=None)
+    if end is None:
+        raise _dropped(transcript, [Unread(last, "content", True)])
+    kept = [region._replace(end=min(region.end, end)) for region in regions if region.start < end]
+    return text[:end], kept
+
+
+def _regions(tokenizer: PreTrainedTokenizerBase, transcript: Transcript, text: str, placed: Placed) -> list[Region]:
+    """The text cut into regions: fields where they stand, calls with all that is written of them, the rest control."""
+    runs = _runs(placed)
+    if not runs:  # nothing that was written is in the text
+        return [Region(0, len(text), 0, CONTROL)]
     regions: list[Region] = []
-    start, opening = 0, frames[0]
-    for number, message in enumerate(transcript.messages):
-        frame, is_last = frames[number + 1], number + 1 == len(transcript.messages)
-        key = (message.role, frame)
-        if not is_last and key not in tails:
-            tails[key] = _tail(tokenizer, transcript, message, frame)
-        cut = len(frame) if is_last else tails[key]
-        after = CALLS if message.calls else CONTROL
-        for length, section in ((len(opening), CONTROL), (len(message.content), CONTENT), (cut, after)):
-            regions.append(Region(start, start + length, number, section))
-            start += length
-        opening = frame[cut:]
+    tails: dict[str, str] = {}
+
+    def add(end: int, message: int, section: str) -> None:
+        start = regions[-1].end if regions else 0
+        if regions and end > start and regions[-1][2:] == (message, section):
+            regions[-1] = regions[-1]._replace(end=end)
+        elif end > start:
+            regions.append(Region(start, end, message, section))
+
+    for number, (message, spans) in enumerate(runs):
+        is_last = number + 1 == len(runs)
+        role, end = transcript.messages[message].role, spans[-1].end
+        gap = text[end:] if is_last else text[end : runs[number + 1][1][0].start]
+        if role not in tails:
+            tails[role] = _tail(tokenizer, transcript, role)
+        # What closes the message stands right after its content, or after what else is written of calls and tools.
+        tail, is_open = tails[role], any(span.section in (CALLS, TOOLS) for span in spans)
+        at = (gap.find(tail) if is_open else 0 if gap.startswith(tail) else -1) if tail else -1
+        for span, after in zip(spans, [*spans[1:], None], strict=True):
+            add(span.start, message, CONTROL)
+            is_whole = after is None or after.section != span.section or span.section in (CONTENT, REASONING)
+            add(span.end if is_whole or after is None else after.start, message, span.section)
+        if spans[-1].section == CALLS and at > 0:
+            add(end + at, message, CALLS)
+        add(len(text) if is_last else end + max(at + len(tail), 0) if at >= 0 else end, message, CONTROL)
     return regions
 
 
-def _tail(tokenizer: PreTrainedTokenizerBase, transcript: Transcript, message: Message, frame: str) -> int:
-    """How many characters of the text between two contents close the first message.
+def _runs(placed: Placed) -> list[tuple[int, list[Placement]]]:
+    """Spans by message, in the order of the text; tools belong to the message before them, or to the first."""
+    runs: list[tuple[int, list[Placement]]] = []
+    current = next((span.message for span in placed.spans if span.message is not None), 0)
+    for span in placed.spans:
+        current = current if span.message is None else span.message
+        if not runs or runs[-1][0] != current:
+            runs.append((current, []))
+        runs[-1][1].append(span)
+    return runs
 
-    Known from the message rendered alone, or after a user's; where that does not fit, none do.
-    """
+
+def _tail(tokenizer: PreTrainedTokenizerBase, transcript: Transcript, role: str) -> str:
+    """What closes a message of a role: known from one rendered alone, or after a user's; empty where neither works."""
     for before in ((), (Message("user", "."),)):
         try:
-            alone = _apply(tokenizer, [*before, replace(message, content=_mark(0))], transcript)
+            alone = _apply(tokenizer, Transcript(transcript.id, (*before, Message(role, _ALONE))))
         except TemplateError:
             continue
-        _, mark, tail = alone.partition(_mark(0))
-        if mark and frame.startswith(tail):
-            return len(tail)
-    return 0
+        _, mark, tail = alone.partition(_ALONE)
+        if mark:
+            return tail
+    return ""
 
 
-def _tokens(tokenizer: PreTrainedTokenizerBase, transcript: Transcript, text: str, regions: list[Region]) -> Chat:
+def _tokens(
+    tokenizer: PreTrainedTokenizerBase, transcript: Transcript, text: str, regions: list[Region], unread: list[Unread]
+) -> Chat:
     if not getattr(tokenizer, "is_fast", False):
         raise ArgumentError(
             f"a {type(tokenizer).__name__} without character offsets",
@@ -262,10 +345,10 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, transcript: Transcript, text: st
         )
     named = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
     special = torch.isin(ids, torch.tensor(sorted({*named, *tokenizer.all_special_ids})))
-    written = torch.tensor([part.section == CONTENT for part in regions])[region]
+    written = torch.tensor([part.section in (CONTENT, REASONING) for part in regions])[region]
     has_bos = tokenizer.bos_token_id is not None and len(ids) > 0 and int(ids[0]) == tokenizer.bos_token_id
     forged = int((special & written).sum())
-    return Chat(transcript, text, regions, ids.long(), offsets[:, 0], offsets[:, 1], region, has_bos, forged)
+    return Chat(transcript, text, regions, ids.long(), offsets[:, 0], offsets[:, 1], region, has_bos, forged, unread)
 
 
 def message_starts(chat: Chat) -> list[int]:

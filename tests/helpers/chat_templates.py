@@ -116,3 +116,38 @@ def tokenizer_of(name: str) -> PreTrainedTokenizerFast:
         chat_template=family.template,
         clean_up_tokenization_spaces=False,
     )
+
+
+_THINKING = (
+    "{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}"
+    "{% endif %}{% endfor %}{% for m in messages %}<|im_start|>{{ m.role }}\n{% set c = m.content %}"
+    "{% set r = m.reasoning_content if m.reasoning_content is defined else '' %}"
+    "{% if m.role == 'assistant' and '</think>' in c %}"
+    "{% set r = c.split('</think>')[0].split('<think>')[-1].strip('\n') %}"
+    "{% set c = c.split('</think>')[-1].lstrip('\n') %}{% endif %}"
+    "{% if m.role == 'assistant' and loop.index0 > ns.last and r %}"
+    "<think>\n{{ r.strip('\n') }}\n</think>\n\n{% endif %}"
+    "{{ c }}<|im_end|>\n{% endfor %}"
+)
+_EVERY_THOUGHT = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.reasoning_content is defined and m.reasoning_content %}"
+    "<think>\n{{ m.reasoning_content }}\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+)
+_CALLING = (
+    "{% if tools %}<|im_start|>system\nTools: {{ tools | tojson }}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content or '' }}"
+    "{% if m.tool_calls %}{% for c in m.tool_calls %}<tool_call>\n"
+    '{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}}\n</tool_call>'
+    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+)
+_PLAIN = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+SHAPES = {"thinking": _THINKING, "every thought": _EVERY_THOUGHT, "calling": _CALLING, "plain": _PLAIN}
+"""What templates do with reasoning and tools: Qwen3's way (thinking since the last user message), always, calls and
+tools written, nothing but contents."""
+
+
+def tokenizer_in_shape(shape: str) -> PreTrainedTokenizerFast:
+    """A tokenizer of characters whose template is one of ``SHAPES``."""
+    tokenizer = tokenizer_of("chatml")
+    tokenizer.chat_template = SHAPES[shape]
+    return tokenizer

@@ -13,7 +13,7 @@ from nla.audit.report import AuditReport
 from nla.audit.rubric import Rubric
 from nla.audit.run import Audit
 from nla.transcripts.messages import Transcript
-from tests.helpers.talk import entry
+from tests.helpers.talk import entry, heard
 
 TAGS = {
     "html", "head", "meta", "title", "style", "body", "a", "header", "h1", "h2", "h4", "p", "div", "table", "thead",
@@ -64,7 +64,9 @@ def report(
 ) -> AuditReport:
     """The report of an audit in which these entries were read."""
     ours, theirs = (
-        Evidence(some, [Reading(talk.id, "key", 9, 0, tuple(e)) for talk, e in zip(some, read, strict=True)])
+        Evidence(
+            some, [Reading(talk.id, "key", 9, 0, tuple(e)) for talk, e in zip(some, read, strict=True)], heard(some)
+        )
         for some, read in ((transcripts, entries), (controls, control_entries))
     )
     scores = score_evidence(ours, theirs if controls else None, Matcher(rubrics))

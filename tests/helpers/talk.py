@@ -39,7 +39,13 @@ def entry(message: int = 0, offset: int = 0, texts: Sequence[str] = (), kind: st
 
 def evidence(conversation: Transcript, *entries: Entry) -> Evidence:
     """One transcript with what was read of it."""
-    return Evidence([conversation], [Reading(conversation.id, "key", 100, 0, tuple(entries))])
+    readings = [Reading(conversation.id, "key", 100, 0, tuple(entries))]
+    return Evidence([conversation], readings, heard([conversation]))
+
+
+def heard(transcripts: Sequence[Transcript]) -> list[list[str]]:
+    """What a target reads of transcripts of which no template drops anything."""
+    return [[message.visible for message in each.messages] for each in transcripts]
 
 
 def write_jsonl(path: Path, transcripts: Sequence[Transcript]) -> Path:

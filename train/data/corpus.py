@@ -16,8 +16,9 @@ from pydantic import Field
 
 from nla.errors import CorpusError, TranscriptError, visible
 from nla.train.schema import Count, Number, one_of, refuse, section
+from nla.transcripts.entries import parse_messages
 from nla.transcripts.files import read_file
-from nla.transcripts.messages import Transcript, parse_messages
+from nla.transcripts.messages import Transcript
 
 KINDS = ("text", "lines", "chat")
 TABLES = (".parquet", ".jsonl", ".ndjson")

@@ -177,7 +177,7 @@ class Reader:
         return out
 
     def _of_chat(self, number: int, transcript: Transcript) -> Tokens:
-        chat = render(self.tokenizer, trimmed(transcript))
+        chat = render(self.tokenizer, trimmed(transcript), allow_dropped=True)
         ids, starts, ends = chat.ids.tolist(), chat.starts.tolist(), chat.ends.tolist()
         eligible = [index for index, token in enumerate(ids) if token not in self.special]
         return Tokens(number, chat.text, ids, lambda index: (starts[index], ends[index]), eligible, chat)

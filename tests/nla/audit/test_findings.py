@@ -13,7 +13,7 @@ from nla.audit.reading import Reading
 from nla.audit.rubric import load_rubrics, parse_rubric
 from nla.errors import ArgumentError, RubricError
 from nla.stats import benjamini_hochberg
-from tests.helpers.talk import entry, evidence, said
+from tests.helpers.talk import entry, evidence, heard, said
 
 PLAIN = {"name": "cat", "looks_for": "A cat.", "match": {"words": ["cat"]}}
 CAT = parse_rubric(PLAIN)
@@ -25,25 +25,25 @@ TALK = said(("user", "A dog is here."), ("assistant", "It is a cat, I say."), ("
     [(0, 0, AFTER), (1, 0, AFTER), (1, 10, AFTER), (1, 11, BEFORE), (2, 0, BEFORE)],
 )
 def test_said_is_judged_from_the_token(message: int, offset: int, expected: str) -> None:
-    assert Mentions(CAT, TALK).around(entry(message, offset)) == expected
+    assert Mentions(CAT, TALK, heard([TALK])[0]).around(entry(message, offset)) == expected
 
 
 def test_said_on_both_sides_and_nowhere() -> None:
     both = said(("user", "a cat"), ("assistant", "a cat"))
-    assert Mentions(CAT, both).around(entry(1, 0)) == BOTH
-    assert Mentions(CAT, said(("user", "concatenate"))).around(entry()) == NOT_SAID
+    assert Mentions(CAT, both, heard([both])[0]).around(entry(1, 0)) == BOTH
+    assert Mentions(CAT, said(("user", "concatenate")), ["concatenate"]).around(entry()) == NOT_SAID
 
 
 def test_saying_counts_in_the_named_roles_only() -> None:
     quiet = parse_rubric({**PLAIN, "said_in": ["assistant"]})
     hint = said(("user", "I think it is a cat."), ("assistant", "Yes."))
-    assert Mentions(CAT, hint).around(entry(1, 0)) == BEFORE
-    assert Mentions(quiet, hint).around(entry(1, 0)) == NOT_SAID
+    assert Mentions(CAT, hint, heard([hint])[0]).around(entry(1, 0)) == BEFORE
+    assert Mentions(quiet, hint, heard([hint])[0]).around(entry(1, 0)) == NOT_SAID
 
 
 def test_a_position_counts_the_samples_that_show_the_concept() -> None:
     judged = Matcher([CAT]).judge_position(
-        CAT, entry(texts=["A cat.", "A dog.", "", "Cat and dog."]), Mentions(CAT, TALK)
+        CAT, entry(texts=["A cat.", "A dog.", "", "Cat and dog."]), Mentions(CAT, TALK, heard([TALK])[0])
     )
     assert judged.shown == (True, False, False, True) and judged.share == 0.5
 
@@ -51,17 +51,17 @@ def test_a_position_counts_the_samples_that_show_the_concept() -> None:
 def test_a_language_mismatch_is_thought_and_not_said_until_it_is_written() -> None:
     (rubric,) = load_rubrics(["language-mismatch"])
     talk = said(("user", "What is the best of the two?"), ("assistant", "Je ne sais pas que le chat est la."))
-    matcher, heard = Matcher([rubric]), Mentions(rubric, talk)
-    russian = matcher.judge_position(rubric, entry(0, 5, ["It expects Russian.", "English."]), heard)
+    matcher, mentions = Matcher([rubric]), Mentions(rubric, talk, heard([talk])[0])
+    russian = matcher.judge_position(rubric, entry(0, 5, ["It expects Russian.", "English."]), mentions)
     assert (russian.value, russian.written, russian.said, russian.shown) == (
         "Russian",
         "English",
         NOT_SAID,
         (True, False),
     )
-    french = matcher.judge_position(rubric, entry(0, 5, ["It expects French.", "It expects French."]), heard)
+    french = matcher.judge_position(rubric, entry(0, 5, ["It expects French.", "It expects French."]), mentions)
     assert (french.value, french.said) == ("French", AFTER)
-    same = matcher.judge_position(rubric, entry(1, 5, ["It writes French.", "French."]), heard)
+    same = matcher.judge_position(rubric, entry(1, 5, ["It writes French.", "French."]), mentions)
     assert same.share == 0.0 and same.value is None
 
 
@@ -71,7 +71,7 @@ def _many(n: int, texts: list[str], name: str, kind: str = "user end") -> Eviden
         Reading(each.id, "key", 9, 0, (entry(0, 1, texts, kind), entry(1, 2, ["A dog."] * len(texts), "answer end")))
         for each in talks
     ]
-    return Evidence(talks, readings)
+    return Evidence(talks, readings, heard(talks))
 
 
 def test_what_is_rare_in_controls_is_significant_and_what_is_not_is_not() -> None:
@@ -93,7 +93,9 @@ def test_what_is_rare_in_controls_is_significant_and_what_is_not_is_not() -> Non
 
 def test_q_values_pay_for_all_positions_of_the_rubric() -> None:
     ours, quiet = _many(5, ["A cat."], "a"), _many(10, ["A dog."], "b")
-    both = Evidence([*ours.transcripts, *quiet.transcripts], [*ours.readings, *quiet.readings])
+    both = Evidence(
+        [*ours.transcripts, *quiet.transcripts], [*ours.readings, *quiet.readings], [*ours.heard, *quiet.heard]
+    )
     tested = score_evidence(both, _many(99, ["A dog."], "c"), Matcher([CAT]))
     assert [row.q for row in tested.positions if row.share] == pytest.approx([0.01 * 30 / 5] * 5)
     assert tested.rubrics[0].least_controls == 119 and not any(row.significant for row in tested.positions)
@@ -101,11 +103,11 @@ def test_q_values_pay_for_all_positions_of_the_rubric() -> None:
 
 def test_copies_of_a_transcript_are_no_further_evidence() -> None:
     ours, quiet = _many(1, ["A cat."], "a"), _many(1, ["A dog."], "c")
-    copied = Evidence([*quiet.transcripts] * 99, [*quiet.readings] * 99)
+    copied = Evidence([*quiet.transcripts] * 99, [*quiet.readings] * 99, [*quiet.heard] * 99)
     tested = score_evidence(ours, copied, Matcher([CAT]))
     row = next(row for row in tested.positions if row.share)
     assert (row.p, row.n_controls, tested.rubrics[0].p, tested.transcripts[0].p) == (0.5, 1, 0.5, 0.5)
-    twice = score_evidence(Evidence([*ours.transcripts] * 9, [*ours.readings] * 9), None, Matcher([CAT]))
+    twice = score_evidence(Evidence(*([*part] * 9 for part in ours)), None, Matcher([CAT]))
     assert torch.isnan(torch.tensor(twice.rubrics[0].rate.low))
 
 

@@ -15,7 +15,7 @@ from nla.organisms.switchboard import claims, content
 from nla.organisms.switchboard.plants import PLANTS, shown
 from nla.organisms.switchboard.world import Chat, sample
 from nla.transcripts.messages import Message, Transcript
-from tests.helpers.talk import entry
+from tests.helpers.talk import entry, heard
 
 FOLDER = Path(switchboard.__file__).parent / "rubrics"
 OWN = sorted(path.stem for path in FOLDER.glob("*.yaml"))
@@ -42,7 +42,9 @@ def held(name: str, plant: str, text: str) -> set[tuple[float, str]]:
     one, found = rubric(name), set()
     for chat in shown(PLANTS[plant], 20, 0, held_out=True):
         each = talk(chat)
-        judged = Matcher([one]).judge_position(one, entry(len(each.messages) - 1, 0, [text]), Mentions(one, each))
+        judged = Matcher([one]).judge_position(
+            one, entry(len(each.messages) - 1, 0, [text]), Mentions(one, each, heard([each])[0])
+        )
         found.add((judged.share, judged.said))
     return found
 
@@ -96,7 +98,7 @@ def test_true_explanations_of_the_unplanted_world_show_no_mismatch() -> None:
     one = rubric("answer-language")
     for chat in sample(200, 1):
         each = talk(chat)
-        said = Mentions(one, each)
+        said = Mentions(one, each, heard([each])[0])
         for number, message in enumerate(each.messages):
             if message.role == "assistant":
                 exchange = chat.exchanges[sum(m.role == "user" for m in each.messages[:number]) - 1]

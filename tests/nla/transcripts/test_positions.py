@@ -39,7 +39,9 @@ def test_a_one_token_answer_is_read_once() -> None:
 
 
 def test_a_conversation_of_tool_calls_alone_has_no_structure() -> None:
-    empty = render(make_tokenizer(), Transcript("a", (Message("assistant", "", ({"name": "x", "arguments": {}},)),)))
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}<|{{ m.role }}|>{{ m.tool_calls[0].function.name }}{% endfor %}"
+    empty = render(tokenizer, Transcript("a", (Message("assistant", "", ({"name": "cat", "arguments": {}},)),)))
     with pytest.raises(PositionError, match="no message has text"):
         select(empty)
     assert select(empty, "all")

@@ -75,8 +75,8 @@ def test_a_system_message_merged_into_the_first_user_message_keeps_its_own_token
     ("template", "message"),
     [
         (TEMPLATE.replace("m['content']", "m['content'].upper()"), "changes a message"),
-        (TEMPLATE.replace("in messages", "in messages[1:]"), "drops or reorders message 0"),
-        (TEMPLATE.replace("in messages", "in messages|reverse"), "drops or reorders"),
+        (TEMPLATE.replace("in messages", "in messages[1:]"), "drops the content of message 0"),
+        (TEMPLATE.replace("in messages", "in messages|reverse"), "reorders message"),
         (TEMPLATE.replace("m['content']", "m['content'] + m['content']"), "repeats message 0"),
         ("{{ raise_exception('no') }}", "refuses"),
         ("{% for m in messages %}{{ m.content.x.y }}{% endfor %}", "refuses|drops"),

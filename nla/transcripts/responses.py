@@ -1,0 +1,78 @@
+"""Items of OpenAI's Responses API in, entries of its chat API out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from nla.transcripts.messages import bad
+
+_OURS = ("message", "reasoning", "function_call", "function_call_output")
+
+
+def is_items(content: Sequence[Any]) -> bool:
+    """Whether a list holds the Responses API's items: some have a type in the place of a role."""
+    return any(
+        isinstance(item, Mapping) and "role" not in item and "from" not in item and _is_item(item.get("type"))
+        for item in content
+    )
+
+
+def _is_item(kind: Any) -> bool:
+    return isinstance(kind, str) and (kind in _OURS or kind.endswith(("_call", "_call_output", "item_reference")))
+
+
+def read_items(items: Sequence[Any], source: str) -> list[Any]:
+    """Messages, with the calls and the reasoning that belong to them.
+
+    Raises:
+        TranscriptError: an item of another type, such as a search that the provider did itself.
+    """
+    entries: list[Any] = []
+    thought: dict[str, Any] = {}
+    for number, item in enumerate(items):
+        where = f"{source}, item {number}"
+        kind = item.get("type", "message") if isinstance(item, Mapping) else None
+        if kind == "reasoning":
+            thought = _joined(thought, _thought(item))
+        elif kind == "function_call":
+            call = {"id": item.get("call_id"), "function": {key: item.get(key) for key in ("name", "arguments")}}
+            if not (entries and entries[-1].get("role") == "assistant" and not thought):
+                entries.append({"role": "assistant", "content": None, "tool_calls": [], **thought})
+                thought = {}
+            entries[-1] = {**entries[-1], "tool_calls": [*entries[-1].get("tool_calls", []), call]}
+        elif kind == "function_call_output":
+            entries.append({"role": "tool", "content": item.get("output"), "tool_call_id": item.get("call_id")})
+        elif kind == "message":
+            own = thought if item.get("role") == "assistant" else {}
+            thought = {} if own else thought
+            entries.append({**item, **own})
+        else:
+            got = f"an item of type {str(kind)[:60]!r}" if isinstance(item, Mapping) else f"a {type(item).__name__}"
+            fix = "leave such conversations out: what the provider did is no text that a target could read"
+            raise bad(where, got, f"items of type {', '.join(_OURS)}", fix)
+    return [*entries, {"role": "assistant", "content": None, **thought}] if thought else entries
+
+
+def _thought(item: Mapping[str, Any]) -> dict[str, Any]:
+    """An item of reasoning as an entry has it: its words, or that they are encrypted, and the summary."""
+    texts = {
+        key: "\n".join(
+            part["text"]
+            for part in item.get(key) or ()
+            if isinstance(part, Mapping) and isinstance(part.get("text"), str)
+        )
+        for key in ("content", "summary")
+    }
+    if texts["content"]:
+        return {"reasoning_content": texts["content"]}
+    summary = {"type": "reasoning.summary", "summary": texts["summary"]}
+    return {"reasoning_details": [{"type": "reasoning.encrypted"}, *([summary] if texts["summary"] else [])]}
+
+
+def _joined(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """Two items of reasoning before one message."""
+    texts = [one["reasoning_content"] for one in (first, second) if "reasoning_content" in one]
+    details = [*first.get("reasoning_details", ()), *second.get("reasoning_details", ())]
+    both = {"reasoning_content": "\n".join(texts)} if texts else {}
+    return {**both, "reasoning_details": details} if details else both
