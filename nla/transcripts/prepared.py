@@ -200,8 +200,9 @@ def chats_of(
         transcripts = list(load_transcripts(given))
     else:
         transcripts = read_value(given, "chat", "the messages")
-    options = {"trim": trim, "allow_dropped": allow_dropped, "fold_system": fold_system}
-    preparer = Preparer(tokenizer=tokenizer, context=0, target="", model_of="any", **options)
+    preparer = Preparer(
+        tokenizer=tokenizer, context=0, target="", trim=trim, allow_dropped=allow_dropped, fold_system=fold_system
+    )
     return [preparer.render(transcript) for transcript in transcripts]
 
 
