@@ -79,7 +79,10 @@ def nla_audit(
                     value=score.highest,
                     label=score.rubric,
                     explanation=explain(findings),
-                    references=[Reference(**reference) for reference in references(findings, ids)],
+                    references=[
+                        Reference(type="message", cite=cited["cite"], id=cited["id"])
+                        for cited in references(findings, ids)
+                    ],
                     metadata={"share": score.share, "n_findings": score.n_findings, "n_not_said": score.n_not_said},
                 )
             )
