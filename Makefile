@@ -6,23 +6,29 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 # One thread per test process: two processes of several threads each are slower, and sums of floats depend on the threads.
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+TYPES := $(BIN)/pyright --pythonpath $(BIN)/python
+# The types are checked while the tests run, and reported after them.
+TESTS_AND_TYPES = @$(TYPES) >build/types.txt 2>&1 & types=$$!; $(TESTS) $(1); tests=$$?; \
+	wait $$types; types=$$?; cat build/types.txt; exit $$((tests + types))
 
-.PHONY: demo test check lint clean
+.PHONY: demo test check lint style clean
 
 demo: $(INSTALLED)
 	$(BIN)/nla demo
 
-test: lint
-	$(TESTS)
+test: style
+	$(call TESTS_AND_TYPES)
 
-check: lint
-	$(TESTS) -m "not slow"
+check: style
+	$(call TESTS_AND_TYPES,-m "not slow")
 
-lint: $(INSTALLED)
+lint: style
+	$(TYPES)
+
+style: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	rm -rf build/typing && mkdir -p build/typing && cp -r nla build/typing/ && cp -r train eval build/typing/nla/
-	$(BIN)/pyright --pythonpath $(BIN)/python
 
 clean:
 	rm -rf .venv

@@ -1,6 +1,6 @@
 """Fixtures: tiny random models, a tokenizer and a pair.
 
-PyTorch is imported by the tests and inside the fixtures: the process that only gives tests to the others starts at once.
+PyTorch is imported by the tests and inside the fixtures: the process that only hands out tests starts at once.
 """
 
 from __future__ import annotations
