@@ -6,6 +6,7 @@ import dataclasses
 import io
 import math
 import textwrap
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nla.errors import visible
+from nla.errors import ParseError, visible
 from nla.pair.card import CARD_FILE
 from nla.stats import Interval, bootstrap, wilson
 from nla.storage.files import write_atomic, write_json
@@ -76,9 +77,19 @@ class Check:
     name: str
     value: Rate | Interval | None
     """None: not measured, for want of something to compare with."""
-    bound: str
+    bound: str = "reported"
     passed: bool | None = None
     """None: reported, not a condition here."""
+
+    @classmethod
+    def at_least(cls, name: str, value: Rate | Interval, bound: float, held: bool = True) -> Check:
+        """Whether the estimate reaches the bound; not ``held``: reported beside it, not a condition here."""
+        return cls(name, value, f"≥ {bound}", value.value >= bound if held else None)
+
+    @classmethod
+    def at_most(cls, name: str, value: Rate | Interval, bound: float, held: bool = True) -> Check:
+        """Whether the estimate stays within the bound; not ``held``: reported beside it, not a condition here."""
+        return cls(name, value, f"≤ {bound}", value.value <= bound if held else None)
 
     @property
     def share(self) -> float:
@@ -98,9 +109,11 @@ class Figures:
 
 
 @dataclass(frozen=True)
-class Report(Figures):
+class Report(Figures, ABC):
     """What an evaluation measured, and whether it holds."""
 
+    name: ClassVar[str]
+    """Of the evaluation: its files and its section of a model card are called so."""
     derived = ("passed",)
     checks: list[Check]
 
@@ -113,23 +126,31 @@ class Report(Figures):
     def __str__(self) -> str:
         return self.to_markdown()
 
+    @abstractmethod
     def to_markdown(self) -> str:
         """The readable report."""
-        raise NotImplementedError
 
     def to_card(self) -> str:
         """The section of the model card."""
         return self.to_markdown()
 
+    @abstractmethod
+    def figure(self) -> Figure:
+        """The picture."""
 
-def at_least(value: Rate | Interval, bound: float | None) -> bool | None:
-    """Whether the estimate reaches the bound; None without a bound."""
-    return None if bound is None else value.value >= bound
+    def save(self, folder: str | Path) -> list[Path]:
+        """Write ``NAME.json``, ``NAME.md`` and ``NAME.png`` into a folder, each atomically; their paths.
 
-
-def at_most(value: Rate | Interval, bound: float | None) -> bool | None:
-    """Whether the estimate stays within the bound; None without a bound."""
-    return None if bound is None else value.value <= bound
+        Raises:
+            StorageError: the folder cannot be written or the disk is full.
+        """
+        paths = [Path(folder) / f"{self.name}.{ending}" for ending in ("json", "md", "png")]
+        picture = io.BytesIO()
+        self.figure().savefig(picture, format="png", dpi=130)
+        write_json(paths[0], to_json(self))
+        write_atomic(paths[1], self.to_markdown().rstrip() + "\n")
+        write_atomic(paths[2], picture.getvalue())
+        return paths
 
 
 def to_json(value: Any) -> Any:
@@ -168,6 +189,11 @@ def one_line(text: str, limit: int = _CLIP) -> str:
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
+def paragraphs(*parts: str) -> str:
+    """The parts that say something, as paragraphs of Markdown."""
+    return "\n\n".join(part for part in parts if part)
+
+
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """A Markdown table whose columns are also aligned in plain text."""
     return markdown.table(header, ([cell(value) for value in row] for row in rows))
@@ -192,27 +218,6 @@ def checks_table(checks: Iterable[Check]) -> str:
     return table(("measured", "value", "bound", "holds"), rows)
 
 
-def save(out_dir: str | Path, name: str, content: Any, text: str, figure: Figure | None = None) -> list[Path]:
-    """Write ``name.json``, ``name.md`` and, with a figure, ``name.png`` into a folder, each atomically.
-
-    Returns:
-        The paths that were written.
-
-    Raises:
-        StorageError: the folder cannot be written or the disk is full.
-    """
-    folder = Path(out_dir)
-    paths = [folder / f"{name}.json", folder / f"{name}.md"]
-    write_json(paths[0], to_json(content))
-    write_atomic(paths[1], text.rstrip() + "\n")
-    if figure is not None:
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=130)
-        paths.append(folder / f"{name}.png")
-        write_atomic(paths[-1], buffer.getvalue())
-    return paths
-
-
 def write_card(folder: str | Path, name: str, text: str, command: str) -> Path:
     """Put a report into a model card (the folder's README.md), as a section that a later run replaces.
 
@@ -221,17 +226,32 @@ def write_card(folder: str | Path, name: str, text: str, command: str) -> Path:
         command: what made the report; is named below it.
 
     Raises:
-        StorageError: the folder cannot be written or the disk is full.
+        ParseError, StorageError: see :func:`read_card`; the folder cannot be written or the disk is full.
     """
-    path, (begin, end) = Path(folder) / CARD_FILE, (f"<!-- {name} -->", f"<!-- /{name} -->")
-    old = path.read_text(encoding="utf-8") if path.is_file() else f"# {path.resolve().parent.name}\n"
+    old, (begin, end) = read_card(folder), (f"<!-- {name} -->", f"<!-- /{name} -->")
     section = f"{begin}\n{text.rstrip()}\n\nMade by `{command}`.\n{end}"
     if begin in old and end in old:
         new = old[: old.index(begin)] + section + old[old.index(end) + len(end) :]
     else:
         new = f"{old.rstrip()}\n\n{section}\n"
+    path = Path(folder) / CARD_FILE
     write_atomic(path, new)
     return path
+
+
+def read_card(folder: str | Path) -> str:
+    """A folder's model card; of one without, a title.
+
+    Raises:
+        ParseError: it is no text.
+    """
+    path = Path(folder) / CARD_FILE
+    if not path.exists():
+        return f"# {path.resolve().parent.name}\n"
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ParseError(f"{path}, not readable ({error})", "a model card, UTF-8", "correct or move it") from error
 
 
 def bars(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,13 +14,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nla.autoencoder import NLA
 from nla.config import CONFIG_FILE
-from nla.errors import ShapeError
+from nla.errors import ArgumentError, ShapeError
 from nla.models.generate import Generated, ends_of, generate, pad_of, seeded
 from nla.models.hooks import inference, replace
 from nla.models.load import load_target, read_config
 from nla.models.points import Point, blocks, context_length, device_of, unwrapped
 from nla.models.read import read
 from nla.organisms import TARGETS, adapter_folder, full_name, target_folder
+from nla.pair.separate import Devices
 from nla.text.tokens import prompt_ids
 
 
@@ -42,7 +43,7 @@ class Target:
         *,
         revision: str | None = None,
         dtype: str | None = "float32",
-        device: str | torch.device | None = None,
+        device: Devices = None,
         quantization: str | None = None,
         adapter: str | Path | None = None,
     ) -> Target:
@@ -51,10 +52,13 @@ class Target:
         The keywords are those of :func:`nla.models.load.load_target`.
 
         Raises:
+            ArgumentError: places by role, where one model is loaded.
             PointError: the model has no such point; nothing but its configuration is read before.
             TargetError, WeightsError, NonFiniteError: there is no such model, or its weights are not whole, finite
                 safetensors. The rest is as for :func:`nla.models.load.load_target`.
         """
+        if isinstance(device, Mapping):
+            raise ArgumentError(f"device={dict(device)}", "one place: one model is loaded", "such as cuda:0")
         source = target_folder(name)
         at = Point.parse(point).within(read_config(source, revision).num_hidden_layers)
         model, tokenizer = load_target(
@@ -84,7 +88,7 @@ class Target:
             yield
 
 
-def open_pair(pair: NLA | str | Path, device: str | torch.device | None = None) -> NLA:
+def open_pair(pair: NLA | str | Path, device: Devices = None) -> NLA:
     """A pair: as it is if it is loaded, or else loaded from a name, folder or hub id.
 
     Raises:
@@ -93,9 +97,7 @@ def open_pair(pair: NLA | str | Path, device: str | torch.device | None = None) 
     return NLA.from_pretrained(pair, device=device) if isinstance(pair, str | Path) else pair
 
 
-def open_target(
-    model: Target | NLA | str | Path, point: str | Point, device: str | torch.device | None = None
-) -> Target:
+def open_target(model: Target | NLA | str | Path, point: str | Point, device: Devices = None) -> Target:
     """A target: as it is, of a pair (loaded, or its folder), or loaded from a name, folder or hub id.
 
     Args:

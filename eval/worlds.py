@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -20,10 +20,10 @@ _TOKENIZERS: dict[str, Callable[[], PreTrainedTokenizerBase]] = {
     SWITCHBOARD: switchboard_tokenizer.build,
 }
 _FAMILIES = {
-    COUPLETS: "`nla eval rhymes`, `nla eval gates`",
-    SWITCHBOARD: "`nla eval two-hop`, `nla eval plants`, `nla eval auditing`",
+    COUPLETS: "`nla eval rhymes`, `nla eval gates`, `nla eval readers`",
+    SWITCHBOARD: "`nla eval two-hop`, `nla eval plants`, `nla eval auditing`, `nla eval readers`",
 }
-_GENERAL = "`nla eval fidelity PAIR --texts FILE` judges any pair"
+_GENERAL = "`nla eval fidelity PAIR --texts FILE` judges any pair, and `nla probe` compares readers on any texts"
 
 
 def world_of(tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -32,10 +32,11 @@ def world_of(tokenizer: PreTrainedTokenizerBase) -> str | None:
     return next((world for world in _TOKENIZERS if fingerprint == _fingerprint(world)), None)
 
 
-def require_world(tokenizer: PreTrainedTokenizerBase, world: str, model: object, command: str) -> None:
-    """Refuse a pair or a target that does not speak the language of a family's items.
+def require_world(tokenizer: PreTrainedTokenizerBase, worlds: Sequence[str], model: object, command: str) -> str:
+    """The world of a pair or a target; it is refused if it does not speak the language of a family's items.
 
     Args:
+        worlds: those that the family makes items of.
         model: its name, or itself.
         command: the family's, such as "nla eval rhymes".
 
@@ -43,12 +44,14 @@ def require_world(tokenizer: PreTrainedTokenizerBase, world: str, model: object,
         ArgumentError: it is of another world, or of none.
     """
     actual = world_of(tokenizer)
-    if actual != world:
+    if actual is None or actual not in worlds:
         raise ArgumentError(
             f"{_shown(model)}, {'of no embedded world' if actual is None else f'of the world {actual}'}",
-            f"one of the world {world}, whose items `{command}` makes",
-            f"run `{command} {world}`; {_GENERAL if actual is None else f'for this one there are {_FAMILIES[actual]}'}",
+            f"one of the world {' or '.join(worlds)}, whose items `{command}` makes",
+            f"run `{command} {worlds[0]}`; "
+            + (_GENERAL if actual is None else f"for this one there are {_FAMILIES[actual]}"),
         )
+    return actual
 
 
 @functools.cache

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from nla.config import tokenizer_hash
 from nla.errors import ArgumentError
 from nla.eval.circuits.minimal_pairs import MinimalPair, of_items
-from nla.eval.couplet_items import rhyme_items, variant_of
+from nla.eval.couplet_items import rhyme_items
 from nla.eval.families import two_hop
 from nla.eval.target import Target
+from nla.eval.worlds import COUPLETS, SWITCHBOARD, world_of
 from nla.models.points import Point
-from nla.organisms.switchboard import tokenizer as switchboard
 
 
 class PlantedSite(NamedTuple):
@@ -44,8 +43,13 @@ def organism_pairs(name: str, target: Target, n_pairs: int, seed: int) -> list[M
     Raises:
         ArgumentError: the target is neither.
     """
-    if variant_of(name) is not None:
+    world = world_of(target.tokenizer)
+    if world == COUPLETS:
         return of_items(target, rhyme_items(n_pairs, seed))
-    if tokenizer_hash(target.tokenizer) == tokenizer_hash(switchboard.build()):
+    if world == SWITCHBOARD:
         return two_hop.pairs_of(two_hop.hops(n_pairs, seed))
-    raise ArgumentError(f"no pairs for {name}", "minimal pairs of your own", "give a file of pairs, or one pair")
+    raise ArgumentError(
+        f"no pairs for {name}, of no embedded world",
+        "minimal pairs of your own",
+        "give a file of pairs (--pairs), or one pair (--prompt and the three other texts)",
+    )

@@ -15,8 +15,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
+from typing import ClassVar
 
 from nla.config import CONFIG_FILE
 from nla.errors import ArgumentError
@@ -25,20 +24,23 @@ from nla.eval.circuits.minimal_pairs import MinimalPair, read_pairs
 from nla.eval.circuits.organism_pairs import PLANTED_SITES, organism_pairs
 from nla.eval.circuits.sites import judge_sites, measure_sites
 from nla.eval.circuits.trace_graphs import TraceResult, graph_paths, save_graphs
-from nla.eval.circuits.trace_report import TraceReport, summarise, trace_figure
-from nla.eval.report import save
+from nla.eval.circuits.trace_report import TraceReport, summarise
+from nla.eval.settings import EvaluationSettings
 from nla.eval.target import Target, open_pair
 from nla.organisms import full_name
+from nla.pair.separate import Devices
 from nla.progress import Progress, silent
 
 
 @dataclass(frozen=True)
-class TraceSettings:
+class TraceSettings(EvaluationSettings):
     """Which pairs are traced, and how much is measured.
 
     Raises:
         ArgumentError: a number below 1, or some of the four texts of a pair, or these and a file of pairs.
     """
+
+    least: ClassVar = {"n_pairs": 1, "n_sites": 1, "n_controls": 1}
 
     pairs: str | Path | Sequence[MinimalPair] | None = None
     """A file of JSON lines (see :func:`nla.eval.circuits.minimal_pairs.read_pairs`), or pairs; None: those of the
@@ -59,15 +61,11 @@ class TraceSettings:
     """Patch so many sites at most, those of the largest attribution."""
     n_controls: int | None = None
     """Random directions at each site of each pair; None: 4, or 19 below 8 documents."""
-    seed: int = 0
-    """Of the organism's pairs, of the random directions and of the intervals."""
-    device: str | torch.device | None = None
-    """Where a target that is loaded goes; None: the first GPU, or the CPU."""
+    graphs: str | Path | None = None
+    """A folder for attribution graphs, one ``NAME-000.json`` for each pair; None: none are made."""
 
     def __post_init__(self) -> None:
-        if self.n_pairs < 1 or self.n_sites < 1 or (self.n_controls is not None and self.n_controls < 1):
-            got = f"n_pairs={self.n_pairs}, n_sites={self.n_sites}, n_controls={self.n_controls}"
-            raise ArgumentError(got, "1 or more of each", "correct them")
+        super().__post_init__()
         n_texts = sum(text is not None for text in self._texts)
         if n_texts and (n_texts < 4 or self.pairs is not None):
             expected = "prompt, donor prompt, continuation and donor continuation together, or a file of pairs"
@@ -94,7 +92,6 @@ class TraceSettings:
 def trace(
     model: Target | str | Path = "couplets",
     settings: TraceSettings | None = None,
-    out_dir: str | Path | None = None,
     progress: Progress = silent,
 ) -> TraceReport:
     """Trace where a target uses the latent in which minimal pairs differ.
@@ -103,7 +100,6 @@ def trace(
         model: "couplets" (its planner), "couplets/plain", "switchboard", a model folder or hub id, a pair's folder (its
             target), or a loaded target.
         settings: None: the default ones.
-        out_dir: where the graphs go, one ``NAME-000.json`` for each pair, and ``report/trace.json``, ``.md``, ``.png``.
 
     Raises:
         ArgumentError: no usable pair.
@@ -120,18 +116,16 @@ def trace(
     planted = PLANTED_SITES.get(name) if given is None else None
     if planted is not None and planted.role and settings.all_tokens:
         planted = None  # where every token is looked at, the token of a named role is not known
-    if out_dir is not None:  # before the work: a folder that holds other graphs is refused
-        graph_paths(out_dir, name, len(pairs))
+    if settings.graphs is not None:  # before the work: a folder that holds other graphs is refused
+        graph_paths(settings.graphs, name, len(pairs))
     measured = measure_sites(target, pairs, settings.n_sites, settings.n_controls, settings.seed, progress)
     judged = judge_sites(measured, settings.seed)
-    report = summarise(name, measured, judged, len(pairs) - len(measured.pairs), settings.seed, planted)
-    if out_dir is not None:
-        save(Path(out_dir) / "report", "trace", report, report.to_markdown(), trace_figure(report))
-        save_graphs(out_dir, TraceResult(name, target, measured, judged, connect(target, measured, judged)))
-    return report
+    if settings.graphs is not None:
+        save_graphs(settings.graphs, TraceResult(name, target, measured, judged, connect(target, measured, judged)))
+    return summarise(name, measured, judged, len(pairs) - len(measured.pairs), settings.seed, planted)
 
 
-def open_named(model: Target | str | Path, device: str | torch.device | None = None) -> tuple[str, Target]:
+def open_named(model: Target | str | Path, device: Devices = None) -> tuple[str, Target]:
     """The name of a target, and the target.
 
     Raises:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,7 +13,7 @@ import torch
 from nla.eval.circuits.gate import MIN_EFFECT
 from nla.eval.circuits.organism_pairs import PlantedSite
 from nla.eval.circuits.sites import CAUSAL, MIN_WEAK, WEAK, SiteMeasurements, TracedSite, agreement
-from nla.eval.report import Check, Report, at_most, checks_table, heat, new_figure, table
+from nla.eval.report import Check, Report, checks_table, heat, new_figure, paragraphs, table
 from nla.stats import Interval
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ _UNTESTED = "Too few documents and controls for a test: a causal site beats ever
 class TraceReport(Report):
     """What a trace measured."""
 
+    name = "trace"
     target: str
     n_pairs: int
     n_dropped: int
@@ -65,19 +67,17 @@ class TraceReport(Report):
         low, high = self.probability
         grid = [(point, *row) for point, row in zip(self.points, self.effects(), strict=True)]
         agreement = "–" if self.agreement is None else str(self.agreement)
-        return "\n\n".join(
-            [
-                f"## Trace of {self.target}: {self.headline()}",
-                f"{many}{dropped if self.n_dropped else ''}; the donor's continuation has probability {low:.3f} after "
-                f"the prompt and {high:.3f} after the donor prompt. {self.n_controls} random directions of equal norm "
-                f"at each site of each pair. {_TESTED if self.tested else _UNTESTED}",
-                checks_table(self.checks),
-                _sites_table([*self.of_verdict(CAUSAL), *self.of_verdict(WEAK)][:_SHOWN]),
-                f"Attribution and measured change of log-probability rank the {self.n_measured} patched sites alike: "
-                f"Spearman {agreement}.",
-                "Effect of the donor's residual (0 none, 1 the donor's own behaviour; – not measured):",
-                table(("point", *self.roles), grid[::-1]),
-            ]
+        return paragraphs(
+            f"## Trace of {self.target}: {self.headline()}",
+            f"{many}{dropped if self.n_dropped else ''}; the donor's continuation has probability {low:.3f} after "
+            f"the prompt and {high:.3f} after the donor prompt. {self.n_controls} random directions of equal norm "
+            f"at each site of each pair. {_TESTED if self.tested else _UNTESTED}",
+            checks_table(self.checks),
+            _sites_table([*self.of_verdict(CAUSAL), *self.of_verdict(WEAK)][:_SHOWN]),
+            f"Attribution and measured change of log-probability rank the {self.n_measured} patched sites alike: "
+            f"Spearman {agreement}.",
+            "Effect of the donor's residual (0 none, 1 the donor's own behaviour; – not measured):",
+            table(("point", *self.roles), grid[::-1]),
         )
 
     def headline(self) -> str:
@@ -85,6 +85,21 @@ class TraceReport(Report):
         causal = [f"{site.point} at {site.role}" for site in self.of_verdict(CAUSAL)]
         more = f" and {len(causal) - 3} more" if len(causal) > 3 else ""
         return "causal at " + ", ".join(causal[:3]) + more if causal else "no causal site"
+
+    def save(self, folder: str | Path) -> list[Path]:
+        """See :meth:`nla.eval.report.Report.save`; into the folder's ``report``, beside the graphs."""
+        return super().save(Path(folder) / "report")
+
+    def figure(self) -> Figure:
+        """The patch map of the sites, measured or not."""
+        picture = new_figure(max(6.0, 0.55 * len(self.roles) + 2), max(3.0, 0.3 * len(self.points) + 1.5))
+        values = [[math.nan if value is None else value for value in row] for row in self.effects()]
+        axes = picture.add_subplot()
+        heat(axes, self.points, self.roles, values, f"Effect of the donor's residual: {self.target}")
+        for text in axes.texts:
+            if text.get_text() == "nan":
+                text.set_text("")
+        return picture
 
 
 def summarise(
@@ -133,9 +148,9 @@ def _checks(judged: Sequence[TracedSite], planted: PlantedSite | None, last_role
         site, effect = max(others, key=lambda other: other[1].value)
         name = f"largest effect {'anywhere' if where.point is None else 'elsewhere'} ({site.point} at {site.role})"
         if planted is None:
-            checks.append(Check(name, effect, "reported"))
+            checks.append(Check(name, effect))
         else:
-            checks.append(Check(name, effect, f"< {MIN_EFFECT}", at_most(effect, MIN_EFFECT)))
+            checks.append(Check(name, effect, f"< {MIN_EFFECT}", effect.value <= MIN_EFFECT))
     return checks
 
 
@@ -157,15 +172,3 @@ def _sites_table(sites: Sequence[TracedSite]) -> str:
         for one in sites
     ]
     return table(header, rows)
-
-
-def trace_figure(report: TraceReport) -> Figure:
-    """The patch map of the sites, measured or not."""
-    figure = new_figure(max(6.0, 0.55 * len(report.roles) + 2), max(3.0, 0.3 * len(report.points) + 1.5))
-    values = [[math.nan if value is None else value for value in row] for row in report.effects()]
-    axes = figure.add_subplot()
-    heat(axes, report.points, report.roles, values, f"Effect of the donor's residual: {report.target}")
-    for text in axes.texts:
-        if text.get_text() == "nan":
-            text.set_text("")
-    return figure

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -15,7 +15,8 @@ from nla.errors import ArgumentError
 from nla.eval.circuits.gate import PatchMap, patch_map
 from nla.eval.circuits.patching import random_difference, random_vector, read_sites, unrelated
 from nla.eval.couplet_items import RhymeItem, documents, rhyme_items, variant_of
-from nla.eval.report import Check, Rate, Report, at_least, at_most, checks_table, heat, new_figure, save, table
+from nla.eval.report import Check, Rate, Report, checks_table, heat, new_figure, paragraphs, table
+from nla.eval.settings import EvaluationSettings
 from nla.eval.target import (
     Patch,
     Target,
@@ -31,6 +32,8 @@ from nla.organisms.couplets import world
 from nla.progress import Progress, silent
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from nla.autoencoder import NLA
 
 VARIANTS = ("planner", "plain")
@@ -45,6 +48,7 @@ PROBE_MIN = 0.85
 class GateReport(Report):
     """All gates of one target."""
 
+    name = "gates"
     target: str
     point: str
     variant: str | None
@@ -56,16 +60,20 @@ class GateReport(Report):
         """The readable table."""
         kind = f", gates of the {self.variant}" if self.variant else ""
         grid = [(point, *line) for point, line in zip(self.patch_map.points, self.patch_map.values, strict=True)]
-        return "\n\n".join(
-            [
-                f"## Gates: {self.verdict}",
-                f"Point `{self.point}`{kind}; {self.n_documents} held-out documents; 95 % Wilson intervals.",
-                checks_table(self.checks),
-                "Where the plan is used: effect of a minimal donor's residual (0 none, 1 the donor's own behaviour), "
-                "by point and token of line 1.",
-                table(("point", *self.patch_map.tokens), grid),
-            ]
+        return paragraphs(
+            f"## Gates: {self.verdict}",
+            f"Point `{self.point}`{kind}; {self.n_documents} held-out documents; 95 % Wilson intervals.",
+            checks_table(self.checks),
+            "Where the plan is used: effect of a minimal donor's residual (0 none, 1 the donor's own behaviour), "
+            "by point and token of line 1.",
+            table(("point", *self.patch_map.tokens), grid),
         )
+
+    def figure(self) -> Figure:
+        """The patch map."""
+        picture, grid = new_figure(6, 3), self.patch_map
+        heat(picture.add_subplot(), grid.points, grid.tokens, grid.values, "Effect of the donor's residual")
+        return picture
 
 
 def verdict(behaviour: float, patched: Sequence[float], elsewhere: Sequence[tuple[float, float]], probed: float) -> str:
@@ -89,8 +97,10 @@ def verdict(behaviour: float, patched: Sequence[float], elsewhere: Sequence[tupl
 
 
 @dataclass(frozen=True)
-class GateSettings:
+class GateSettings(EvaluationSettings):
     """Where a target's gates are measured, on what, and which bounds they are held against."""
+
+    least: ClassVar = {"n_documents": 2, "n_probe": 1}
 
     point: str = "resid_post.3"
     """Where the plan of a target without a pair is read."""
@@ -101,21 +111,16 @@ class GateSettings:
     """Documents for behaviour and patches."""
     n_probe: int = 4000
     """Documents that the probe is fitted on; it is tested on ``n_documents`` others."""
-    seed: int = 0
-    """Of documents, donors and random directions."""
-    device: str | torch.device | None = None
-    """Where to put a target that is loaded here; None: the first GPU if there is one, else the CPU."""
 
     def __post_init__(self) -> None:
-        if (self.variant is not None and self.variant not in VARIANTS) or self.n_documents < 2:
-            got = f"variant={self.variant!r}, n_documents={self.n_documents}"
-            raise ArgumentError(got, "planner, plain or None; 2 or more", "correct it")
+        super().__post_init__()
+        if self.variant is not None and self.variant not in VARIANTS:
+            raise ArgumentError(f"variant={self.variant!r}", "planner, plain or None", "correct it")
 
 
 def evaluate_gates(
     model: NLA | Target | str | Path,
     settings: GateSettings | None = None,
-    out_dir: str | Path | None = None,
     progress: Progress = silent,
 ) -> GateReport:
     """Measure a target's gates on held-out documents; behaviour is judged on whole lines, patches on the last word.
@@ -123,7 +128,6 @@ def evaluate_gates(
     Args:
         model: "couplets/planner", "couplets/plain", a model folder or hub id, a loaded target, or a pair, whose target
             it is (both with their own point).
-        out_dir: where ``gates.json``, ``gates.md`` and ``gates.png`` go; None: nowhere.
 
     Raises:
         ArgumentError: a target of another world than Couplets.
@@ -134,19 +138,19 @@ def evaluate_gates(
     variant = settings.variant or variant_of(model)
     target = open_target(model, settings.point, settings.device)
     name = str(getattr(target.model, "name_or_path", "")) or type(target.model).__name__
-    require_world(target.tokenizer, COUPLETS, model, "nla eval gates")
+    require_world(target.tokenizer, [COUPLETS], model, "nla eval gates")
     items = rhyme_items(n_documents, seed, plans=world.PLANS)
     prompts = [item.prompt for item in items]
     right = [text == item.continuation for text, item in zip(write(target, prompts), items, strict=True)]
     progress("behaviour", 1.0)
-    behaviour = _behaviour(right, variant)
+    held = variant is not None
+    behaviour = Check.at_least("line 2 is right, word for word (greedy)", Rate.of(right), BEHAVIOUR_MIN, held)
     patched = _patches(target, items, variant, seed, progress)
     probed = probe_rate(target, settings.n_probe, n_documents, seed)
     progress("probe", 1.0)
-    bound = PROBE_MIN if variant == "plain" else None
-    probe = Check("a linear probe reads the plan", probed, f"≥ {PROBE_MIN}", at_least(probed, bound))
+    probe = Check.at_least("a linear probe reads the plan", probed, PROBE_MIN, held=variant == "plain")
     in_words = verdict(behaviour.share, patched.at_point, patched.elsewhere, probe.share)
-    report = GateReport(
+    return GateReport(
         target=name,
         point=str(target.point),
         variant=variant,
@@ -155,18 +159,6 @@ def evaluate_gates(
         verdict=in_words,
         n_documents=n_documents,
     )
-    if out_dir is not None:
-        figure = new_figure(6, 3)
-        grid = report.patch_map
-        heat(figure.add_subplot(), grid.points, grid.tokens, grid.values, "Effect of the donor's residual")
-        save(out_dir, "gates", report, report.to_markdown(), figure)
-    return report
-
-
-def _behaviour(right: Sequence[bool], variant: str | None) -> Check:
-    rate = Rate.of(right)
-    bound = BEHAVIOUR_MIN if variant else None
-    return Check("line 2 is right, word for word (greedy)", rate, f"≥ {BEHAVIOUR_MIN}", at_least(rate, bound))
 
 
 class _Patched(NamedTuple):
@@ -196,8 +188,8 @@ def _patches(target: Target, items: list[RhymeItem], variant: str | None, seed: 
     def check(name: str, rate: Rate, used: bool) -> Check:
         """``used``: where a planner must follow; anywhere else, and throughout the plain variant, it must not."""
         if used and variant != "plain":
-            return Check(name, rate, f"≥ {PATCH_MIN}", at_least(rate, PATCH_MIN if variant else None))
-        return Check(name, rate, f"≤ {PATCH_MAX}", at_most(rate, PATCH_MAX if variant else None))
+            return Check.at_least(name, rate, PATCH_MIN, held=variant is not None)
+        return Check.at_most(name, rate, PATCH_MAX, held=variant is not None)
 
     donors = {"another document": (base[other], wanted), "a minimal pair": (pairs, sibling)}
     at_point = [

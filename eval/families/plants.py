@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -23,7 +24,8 @@ from nla.eval.adversaries import bag_of_words
 from nla.eval.auroc import auroc
 from nla.eval.explainers import explain
 from nla.eval.families.plants_report import PlantFigures, PlantsReport, Secrets, plant_checks
-from nla.eval.report import Rate, save
+from nla.eval.report import Rate
+from nla.eval.settings import EvaluationSettings
 from nla.eval.target import Patch, Target, last_token, open_pair, read_last, write
 from nla.eval.worlds import SWITCHBOARD, require_world
 from nla.organisms import switchboard
@@ -231,36 +233,37 @@ def exposure(chats: Sequence[Chat], arm: PlantArm, of: Plant, seed: int) -> dict
     return by_count
 
 
+@dataclass(frozen=True)
+class PlantsSettings(EvaluationSettings):
+    """Which plants are judged, on how many prompts."""
+
+    least: ClassVar = {"n_prompts": 2, "n_samples": 1}
+
+    plants: str | Path | None = None
+    """Folder of the adapters, one sub-folder for each plant; see :func:`adapters_of`."""
+    n_prompts: int = 100
+    """Prompts of each plant."""
+    n_samples: int = 4
+    """Explanations of each activation."""
+
+
 def evaluate_plants(
-    model: NLA | str | Path = "switchboard",
-    plants: str | Path | None = None,
-    n_prompts: int = 100,
-    samples: int = 4,
-    seed: int = 0,
-    device: str | torch.device | None = None,
-    out_dir: str | Path | None = None,
-    progress: Progress = silent,
+    model: NLA | str | Path = "switchboard", settings: PlantsSettings | None = None, progress: Progress = silent
 ) -> PlantsReport:
     """Judge the gates of Switchboard's plants, and what a pair reads of them.
 
     Args:
         model: a pair on Switchboard's target: a folder, or a loaded one.
-        plants: folder of the adapters, one sub-folder a plant; see :func:`adapters_of`.
-        n_prompts: prompts for every plant.
-        samples: explanations of each activation.
-        device: where to put a pair that is loaded here; None: the first GPU if there is one, else the CPU.
-        out_dir: where ``plants.json``, ``plants.md`` and ``plants.png`` go; None: nowhere.
 
     Raises:
-        ArgumentError: fewer than two prompts, or about the names that training had most often; no samples; or a pair of
-            another world.
+        ArgumentError: fewer than two prompts about the names that training had most often, or a pair of another world.
         ConfigError, WeightsError: an adapter is missing or does not fit.
     """
-    if n_prompts < 2 or samples < 1:
-        raise ArgumentError(f"n_prompts={n_prompts}, samples={samples}", "at least 2 and 1", "ask for more")
-    nla = open_pair(model, device)
-    require_world(nla.tokenizer, SWITCHBOARD, model, "nla eval plants")
-    folder = adapters_of(nla, plants)
+    settings = settings or PlantsSettings()
+    n_prompts, samples, seed = settings.n_prompts, settings.n_samples, settings.seed
+    nla = open_pair(model, settings.device)
+    require_world(nla.tokenizer, [SWITCHBOARD], model, "nla eval plants")
+    folder = adapters_of(nla, settings.plants)
     of = {name: plant for name, plant in PLANTS.items() if not plant.sham}
     words = [plant for plant in of.values() if plant.kind == "secret word"]
     drawn = {name: cued(plant, n_prompts, seed) for name, plant in of.items()}
@@ -292,8 +295,5 @@ def evaluate_plants(
             three = {name: arm.only(gated[plant.name]) for name, arm in three.items()}
         judged.append(plant_figures(plant, chats_here, three, seed))
     grid = secret_figures(chats, arms, seed)
-    report = PlantsReport(plant_checks(judged, grid), str(nla.point), samples, judged, grid, by_exposure)
     progress("plants", 1.0)
-    if out_dir is not None:
-        save(out_dir, "plants", report, report.to_markdown(), report.figure())
-    return report
+    return PlantsReport(plant_checks(judged, grid), str(nla.point), samples, judged, grid, by_exposure)

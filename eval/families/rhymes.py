@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
 from nla.autoencoder import NLA
 from nla.config import CONFIG_FILE
-from nla.errors import ArgumentError, ConfigError
+from nla.errors import ConfigError
 from nla.eval.circuits.gate import CAUSAL, Gate, gate_items
 from nla.eval.couplet_items import rhyme_items, variant_of
 from nla.eval.explainers import EncoderReader, hit_rate
@@ -24,10 +25,12 @@ from nla.eval.families.gates import GateReport, GateSettings, evaluate_gates
 from nla.eval.families.mention import NAMING_MIN, VISIBLE_MARGIN
 from nla.eval.families.naming import CONTINUED, WARM, Naming, NamingSettings, measure_naming
 from nla.eval.families.rhymes_report import RhymesReport
-from nla.eval.report import Check, Rate, at_least, at_most, save
+from nla.eval.report import Check, Rate
+from nla.eval.settings import EvaluationSettings
 from nla.eval.target import Target, open_pair, open_target
 from nla.eval.worlds import COUPLETS, require_world
 from nla.organisms import TARGETS
+from nla.pair.separate import Devices
 from nla.progress import Progress, silent
 
 CAUSAL_MIN, MOVED_MIN = 0.5, 0.9
@@ -35,8 +38,10 @@ _NO_CLAIMS = Rate(0.0, 0.0, 0.0, 0)
 
 
 @dataclass(frozen=True)
-class RhymeSettings:
+class RhymeSettings(EvaluationSettings):
     """What the rhyme protocol is run on, and beside what."""
+
+    least: ClassVar = {"n_items": 2, "n_samples": 1, "n_fit": 1}
 
     warm_start: NLA | str | Path | None = None
     """The pair before joint training."""
@@ -52,21 +57,11 @@ class RhymeSettings:
     """Other documents, on which the probe, the plans' means and the bag of words are fitted."""
     point: str = "resid_post.3"
     """Where a bare target is read; a pair knows its own."""
-    seed: int = 0
-    """Of items, samples and intervals."""
-    device: str | torch.device | None = None
-    """Where to put what is loaded here; None: the first GPU if there is one, else the CPU."""
-
-    def __post_init__(self) -> None:
-        if self.n_items < 2 or self.n_samples < 1 or self.seed < 0:
-            got = f"n_items={self.n_items}, n_samples={self.n_samples}, seed={self.seed}"
-            raise ArgumentError(got, "2 or more items, 1 or more samples, a seed of 0 or more", "correct them")
 
 
 def evaluate_rhymes(
     model: NLA | Target | str | Path,
     settings: RhymeSettings | None = None,
-    out_dir: str | Path | None = None,
     progress: Progress = silent,
 ) -> RhymesReport:
     """The rhyme protocol on held-out items.
@@ -74,7 +69,6 @@ def evaluate_rhymes(
     Args:
         model: a pair (loaded, name, folder or hub id), or a bare target (loaded, "couplets/plain", a model folder):
             then the gates and the probe alone say whether the plan is used, decodable, or neither.
-        out_dir: where ``rhymes.json``, ``.md`` and ``.png`` go; None: nowhere.
 
     Raises:
         ArgumentError: a pair or a target of another world than Couplets.
@@ -83,7 +77,7 @@ def evaluate_rhymes(
     settings = settings or RhymeSettings()
     n_items, n_fit, seed = settings.n_items, settings.n_fit, settings.seed
     nla, target = open_model(model, settings.point, settings.device)
-    require_world(target.tokenizer, COUPLETS, model, "nla eval rhymes")
+    require_world(target.tokenizer, [COUPLETS], model, "nla eval rhymes")
     before = {WARM: settings.warm_start, CONTINUED: settings.continued}
     pairs = {
         name: None if nla is None or pair is None else _same_target(open_pair(pair, settings.device), nla)
@@ -111,7 +105,7 @@ def evaluate_rhymes(
         separate = rhyme_items(n_separate, seed + 100)
         steering = edit_and_steer(nla, target, greedy, causal, separate, seed=seed, progress=progress)
 
-    report = RhymesReport(
+    return RhymesReport(
         target=measured.target,
         verdict=_verdict(measured, gate),
         n_items=n_items,
@@ -128,14 +122,9 @@ def evaluate_rhymes(
             *([] if steering is None else _steering_checks(steering)),
         ],
     )
-    if out_dir is not None:
-        save(out_dir, "rhymes", report, report.to_markdown(), report.figure())
-    return report
 
 
-def open_model(
-    model: NLA | Target | str | Path, point: str, device: str | torch.device | None = None
-) -> tuple[NLA | None, Target]:
+def open_model(model: NLA | Target | str | Path, point: str, device: Devices = None) -> tuple[NLA | None, Target]:
     """The pair, if there is one, and its target.
 
     Raises:
@@ -165,7 +154,7 @@ def _verdict(measured: GateReport, gate: Gate) -> str:
 def _causal_share(gate: Gate, bound: float | None) -> Check:
     rate = Rate.of(item.verdict == CAUSAL for item in gate.items)
     name = "items whose plan is causal at the point"
-    return Check(name, rate, "reported" if bound is None else f"≥ {bound}", at_least(rate, bound))
+    return Check(name, rate) if bound is None else Check.at_least(name, rate, bound)
 
 
 def _same_target(other: NLA, nla: NLA) -> NLA:
@@ -187,7 +176,7 @@ def _same_target(other: NLA, nla: NLA) -> NLA:
 def _naming_checks(naming: Naming, q: float | None) -> list[Check]:
     ours, control, warm = naming.sampled.named, naming.continued, naming.warm_start
     visible, before = naming.sampled.visible, None if warm is None else warm.visible
-    checks = [Check("naming on causal items, sampled", ours, f"≥ {NAMING_MIN}", at_least(ours, NAMING_MIN))]
+    checks = [Check.at_least("naming on causal items, sampled", ours, NAMING_MIN)]
     name = "naming above the hit rate q of warm-start texts"
     checks.append(Check(name, None, "q") if q is None else Check(name, ours, f"interval > {q:.3f}", ours.low > q))
     name = "naming above the warm start, continued"
@@ -201,24 +190,21 @@ def _naming_checks(naming: Naming, q: float | None) -> list[Check]:
     else:
         passed = visible is not None and visible.value >= before.value - VISIBLE_MARGIN
         checks.append(Check(name, visible or _NO_CLAIMS, f"≥ {before.value:.3f} − {VISIBLE_MARGIN}", passed))
-    checks.append(Check("naming of held-out plans, sampled", naming.held_out[0].named, "reported"))
+    checks.append(Check("naming of held-out plans, sampled", naming.held_out[0].named))
     return checks
 
 
 def _counterfactual_checks(counterfactual: Counterfactual) -> list[Check]:
-    naming, bound = counterfactual.naming, COUNTERFACTUAL_MIN
     return [
-        Check("counterfactual: the donor's word named", naming, f"≥ {bound}", at_least(naming, bound)),
-        Check("counterfactual: named, facts kept, and written", counterfactual.all_three, "reported"),
+        Check.at_least("counterfactual: the donor's word named", counterfactual.naming, COUNTERFACTUAL_MIN),
+        Check("counterfactual: named, facts kept, and written", counterfactual.all_three),
     ]
 
 
 def _steering_checks(steering: EditAndSteer) -> list[Check]:
-    edit = steering.edit.success
-    checks = [Check("edit and steer: ends on the new word", edit, f"≥ {STEER_MIN}", at_least(edit, STEER_MIN))]
+    checks = [Check.at_least("edit and steer: ends on the new word", steering.edit.success, STEER_MIN)]
     for arm in steering.controls:
         moved = arm.n_moved >= MOVED_MIN * steering.n_items
         name = f"steering control: {arm.name}" + ("" if moved else f" (moves only {arm.n_moved} items)")
-        passed = bool(at_most(arm.success, CONTROL_MAX)) and moved
-        checks.append(Check(name, arm.success, f"≤ {CONTROL_MAX}", passed))
+        checks.append(Check(name, arm.success, f"≤ {CONTROL_MAX}", moved and arm.success.value <= CONTROL_MAX))
     return checks

@@ -12,7 +12,7 @@ from nla.eval.families.editing import STEER_MIN, EditAndSteer
 from nla.eval.families.gates import GateReport
 from nla.eval.families.mention import NAMING_MIN
 from nla.eval.families.naming import Naming
-from nla.eval.report import Report, bars, cell, checks_table, heat, new_figure, one_line, table
+from nla.eval.report import Report, bars, cell, checks_table, heat, new_figure, one_line, paragraphs, table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,6 +24,7 @@ _N_SHOWN = 3
 class RhymesReport(Report):
     """Everything `nla eval rhymes` measures; the parts that need a pair are None for a bare target."""
 
+    name = "rhymes"
     target: str
     verdict: str
     n_items: int
@@ -35,31 +36,29 @@ class RhymesReport(Report):
 
     def to_markdown(self) -> str:
         """The whole report, verdict first."""
-        parts = [self.to_card()]
-        if self.naming is not None:
-            parts.append(_naming(self.naming))
-        if self.counterfactual is not None:
-            parts.append(_counterfactual(self.counterfactual))
-        if self.steering is not None:
-            parts.append(_steering(self.steering))
-        if self.naming is None:
-            parts.append("No explanations were judged: there is no pair here, or no item passed the gate.")
-        return "\n\n".join([*parts, self.gates.to_markdown()])
+        none = "No explanations were judged: there is no pair here, or no item passed the gate."
+        return paragraphs(
+            self.to_card(),
+            none if self.naming is None else _naming(self.naming),
+            "" if self.counterfactual is None else _counterfactual(self.counterfactual),
+            "" if self.steering is None else _steering(self.steering),
+            self.gates.to_markdown(),
+        )
 
     def to_card(self) -> str:
         """The verdict, what it rests on, and every figure that is held against a bound."""
         counts = ", ".join(f"{count} {verdict}" for verdict, count in self.gate.counts().items())
         gate = self.gate.to_json()
         mean, largest = gate["mean"], gate["largest"]
-        parts = [
+        return paragraphs(
             f"## Planned rhymes: {self.verdict}",
             f"{self.n_items} held-out items at `{self.gate.point}`: {counts}. Mean effect of the minimal donor: "
             f"{mean['effect']:.3f} at the point, {mean['effect_all_points']:.3f} at all points; 95th percentile of "
             f"{self.gate.n_controls} random and unrelated patches: {mean['control']:.3f} and "
             f"{mean['control_all_points']:.3f}, at most {largest['control']:.3f} and "
             f"{largest['control_all_points']:.3f}.",
-        ]
-        return "\n\n".join([*parts, checks_table(self.checks)] if self.checks else parts)
+            checks_table(self.checks),
+        )
 
     def figure(self) -> Figure:
         """Patch map; naming beside its controls; counterfactual; edit and steer."""
@@ -94,16 +93,14 @@ def _naming(naming: Naming) -> str:
     for one in scores:
         rows.append((one.reader, one.named, one.distractor, one.visible, one.facts_kept, p_values.get(one.reader)))
     rival = best(naming.adversaries)
-    return "\n\n".join(
-        [
-            "## Mention: is the planned word named?",
-            f"On the {naming.sampled.n_items} causal items. Margin over the best adversary ({rival.reader}): "
-            f"{naming.margin:+.3f}. An adversary that knows the rule reads the plan off the text; the counterfactual "
-            "tells it from a reader of activations.",
-            table(("reader", "names the plan", "a distractor", "visible claims true", "facts kept", "p (Holm)"), rows),
-            "First sampled explanations: "
-            + " · ".join(f"“{one_line(text)}”" for text in naming.sampled.examples[:_N_SHOWN]),
-        ]
+    return paragraphs(
+        "## Mention: is the planned word named?",
+        f"On the {naming.sampled.n_items} causal items. Margin over the best adversary ({rival.reader}): "
+        f"{naming.margin:+.3f}. An adversary that knows the rule reads the plan off the text; the counterfactual "
+        "tells it from a reader of activations.",
+        table(("reader", "names the plan", "a distractor", "visible claims true", "facts kept", "p (Holm)"), rows),
+        "First sampled explanations: "
+        + " · ".join(f"“{one_line(text)}”" for text in naming.sampled.examples[:_N_SHOWN]),
     )
 
 
@@ -128,16 +125,14 @@ def _counterfactual(counterfactual: Counterfactual) -> str:
         for one in counterfactual.readings
     ]
     control = next(one for one in counterfactual.readings if one.control)
-    return "\n\n".join(
-        [
-            "## Counterfactual: the text stays, the plan changes",
-            f"{counterfactual.n_items} items. The patched model writes the donor's word: "
-            f"{cell(counterfactual.behaviour)}. Named, facts kept and written: {cell(counterfactual.all_three)}. The "
-            f"text-only LM names it: {cell(counterfactual.text_only)}. Where all of the donor's activation stands (the "
-            f"control) it is named by {cell(control.donor.named)}: the nearer the two, the less but the plan this "
-            "activation holds.",
-            table(header, rows),
-        ]
+    return paragraphs(
+        "## Counterfactual: the text stays, the plan changes",
+        f"{counterfactual.n_items} items. The patched model writes the donor's word: "
+        f"{cell(counterfactual.behaviour)}. Named, facts kept and written: {cell(counterfactual.all_three)}. The "
+        f"text-only LM names it: {cell(counterfactual.text_only)}. Where all of the donor's activation stands (the "
+        f"control) it is named by {cell(control.donor.named)}: the nearer the two, the less but the plan this "
+        "activation holds.",
+        table(header, rows),
     )
 
 
@@ -151,11 +146,9 @@ def _steering(steering: EditAndSteer) -> str:
     arms = [steering.edit, *steering.controls, *steering.reported]
     header = ("direction", "items moved", "ends on the new word", "ends on another", "whole line right", "p (Holm)")
     rows = [(arm.name, arm.n_moved, arm.success, arm.changed, arm.whole_line, arm.p_value) for arm in arms]
-    return "\n\n".join(
-        [
-            "## Edit and steer",
-            f"{steering.n_items} items; every direction is added at {steering.strength} of the activation's length, "
-            "chosen on separate items. So far from where it was, a line may well end on some other word.",
-            table(header, rows),
-        ]
+    return paragraphs(
+        "## Edit and steer",
+        f"{steering.n_items} items; every direction is added at {steering.strength} of the activation's length, "
+        "chosen on separate items. So far from where it was, a line may well end on some other word.",
+        table(header, rows),
     )

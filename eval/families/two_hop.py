@@ -12,24 +12,28 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from nla.autoencoder import NLA
-from nla.errors import ArgumentError
 from nla.eval.adversaries import text_lm_claims
 from nla.eval.circuits import gate as causal
 from nla.eval.circuits import patching
 from nla.eval.circuits.minimal_pairs import MinimalPair
 from nla.eval.explainers import explain
-from nla.eval.report import Check, Rate, Report, at_least, at_most, bars, checks_table, new_figure, one_line, save
+from nla.eval.report import Check, Rate, Report, bars, checks_table, new_figure, one_line, paragraphs
+from nla.eval.settings import EvaluationSettings
 from nla.eval.target import Patch, Target, last_token, open_pair, read_last, write
 from nla.eval.worlds import SWITCHBOARD, require_world
 from nla.organisms.switchboard import claims, content, world
 from nla.organisms.switchboard.world import END, Chat, Exchange
 from nla.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 NAMED_MIN, COUNTERFACTUAL_MIN, BASELINE_MAX = 0.7, 0.7, 0.2
 PAIR, WARM, OUTSIDER, TEXT_LM = "the pair", "warm start", "outsider (guesses a town)", "text-only LM (knows the facts)"
@@ -83,6 +87,7 @@ class Hop:
 class TwoHopReport(Report):
     """What explanations say of the hidden town."""
 
+    name = "two_hop"
     point: str
     n_items: int
     samples: int
@@ -97,15 +102,33 @@ class TwoHopReport(Report):
     def to_markdown(self) -> str:
         """The readable report."""
         verdicts = ", ".join(f"{count} {verdict}" for verdict, count in self.gate.items())
-        return "\n\n".join(
-            [
-                f"## Two hops, read at `{self.point}` at the full stop after the name",
-                f"{self.n_items} questions: {verdicts}. {self.samples} sampled explanations each; 95 % intervals by "
-                "person.",
-                checks_table(self.checks),
-                "Examples: " + " · ".join(map(one_line, self.examples)),
-            ]
+        return paragraphs(
+            f"## Two hops, read at `{self.point}` at the full stop after the name",
+            f"{self.n_items} questions: {verdicts}. {self.samples} sampled explanations each; 95 % intervals by "
+            "person.",
+            checks_table(self.checks),
+            "Examples: " + " · ".join(map(one_line, self.examples)),
         )
+
+    def figure(self) -> Figure:
+        """Who names the town."""
+        picture = new_figure(7, 3)
+        bars(picture.add_subplot(), self.readers, "Names the town", {*self.readers} - {PAIR}, NAMED_MIN)
+        return picture
+
+
+@dataclass(frozen=True)
+class TwoHopSettings(EvaluationSettings):
+    """How many questions are judged, and beside what."""
+
+    least: ClassVar = {"n_items": 2, "n_samples": 1}
+
+    warm_start: NLA | str | Path | None = None
+    """The pair before joint training."""
+    n_items: int = 128
+    """Questions."""
+    n_samples: int = 4
+    """Explanations of each."""
 
 
 def hops(n_items: int, seed: int) -> list[Hop]:
@@ -156,33 +179,21 @@ def text_lm(target: Target, items: Sequence[Hop]) -> list[str]:
 
 
 def evaluate_two_hop(
-    model: NLA | str | Path,
-    warm_start: NLA | str | Path | None = None,
-    n_items: int = 128,
-    samples: int = 4,
-    seed: int = 0,
-    device: str | torch.device | None = None,
-    out_dir: str | Path | None = None,
-    progress: Progress = silent,
+    model: NLA | str | Path, settings: TwoHopSettings | None = None, progress: Progress = silent
 ) -> TwoHopReport:
     """Gate two-hop questions by patching, and judge whether the pair names the town.
 
     Args:
         model: a pair on Switchboard's target.
-        warm_start: the pair before joint training, to compare with.
-        n_items: questions.
-        samples: explanations of each.
-        device: where to put pairs that are loaded here; None: the first GPU if there is one, else the CPU.
-        out_dir: where ``two_hop.json``, ``two_hop.md`` and ``two_hop.png`` go; None: nowhere.
 
     Raises:
-        ArgumentError: fewer than two items, no samples, or a pair of another world.
+        ArgumentError: a pair of another world.
     """
-    if n_items < 2 or samples < 1:
-        raise ArgumentError(f"n_items={n_items}, samples={samples}", "at least 2 and 1", "ask for more")
-    nla = open_pair(model, device)
-    require_world(nla.tokenizer, SWITCHBOARD, model, "nla eval two-hop")
-    warm = None if warm_start is None else open_pair(warm_start, device)
+    settings = settings or TwoHopSettings()
+    n_items, samples, seed = settings.n_items, settings.n_samples, settings.seed
+    nla = open_pair(model, settings.device)
+    require_world(nla.tokenizer, [SWITCHBOARD], model, "nla eval two-hop")
+    warm = None if settings.warm_start is None else open_pair(settings.warm_start, settings.device)
     target, items = Target.of(nla), hops(n_items, seed)
     gate = gate_of(target, items, seed, progress)
     kept = [items[row] for row in gate.causal]
@@ -193,7 +204,7 @@ def evaluate_two_hop(
         unseen_vectors = read_last(target, [item.premise for item in unseen])
         held_out = _rate(nla, unseen_vectors, unseen, [str(item.question.bridge) for item in unseen], samples, seed)
     examples = explain(nla, read_last(target, [item.premise for item in kept[:4]]), seed=seed) if kept else []
-    report = TwoHopReport(
+    return TwoHopReport(
         checks=two_hop_checks(readers),
         point=str(nla.point),
         n_items=n_items,
@@ -203,11 +214,6 @@ def evaluate_two_hop(
         held_out=held_out,
         examples=[f"{item.question.person}: {text}" for item, text in zip(kept, examples, strict=False)],
     )
-    if out_dir is not None:
-        figure = new_figure(7, 3)
-        bars(figure.add_subplot(), readers, "Names the town", [name for name in readers if name != PAIR], NAMED_MIN)
-        save(out_dir, "two_hop", report, report.to_markdown(), figure)
-    return report
 
 
 def gate_of(target: Target, items: Sequence[Hop], seed: int, progress: Progress) -> causal.Gate:
@@ -272,19 +278,12 @@ def two_hop_checks(readers: dict[str, Rate]) -> list[Check]:
     rows = []
     for name, rate in readers.items():
         if name == PAIR:
-            rows.append(Check("the pair names the town", rate, f"≥ {NAMED_MIN}", at_least(rate, NAMED_MIN)))
+            rows.append(Check.at_least("the pair names the town", rate, NAMED_MIN))
         elif name == DONOR:
-            bound = f"≥ {COUNTERFACTUAL_MIN}"
-            rows.append(
-                Check(
-                    "the name's traces exchanged upstream, text unchanged: the pair names the donor's town",
-                    rate,
-                    bound,
-                    at_least(rate, COUNTERFACTUAL_MIN),
-                )
-            )
+            what = "the name's traces exchanged upstream, text unchanged: the pair names the donor's town"
+            rows.append(Check.at_least(what, rate, COUNTERFACTUAL_MIN))
         elif name in (SHUFFLED, OTHER_TOKEN):
-            rows.append(Check(name, rate, f"≤ {BASELINE_MAX}", at_most(rate, BASELINE_MAX)))
+            rows.append(Check.at_most(name, rate, BASELINE_MAX))
         else:
-            rows.append(Check(name, rate, "reported"))
+            rows.append(Check(name, rate))
     return rows

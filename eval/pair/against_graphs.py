@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -32,7 +32,8 @@ from nla.eval.pair.graph_concepts import (
     names,
     tokens_and_cells,
 )
-from nla.eval.report import Check, Figures, Rate, Report, bars, checks_table, new_figure, save, table
+from nla.eval.report import Check, Figures, Rate, Report, bars, checks_table, new_figure, paragraphs, table
+from nla.eval.settings import EvaluationSettings
 from nla.eval.target import open_pair
 from nla.models.points import Point, context_length
 from nla.progress import Progress, silent
@@ -74,6 +75,7 @@ class GraphScore(Figures):
 class GraphReport(Report):
     """What `nla eval graph` measures."""
 
+    name = "graph"
     files: list[str]
     point: str
     n_graphs: int
@@ -102,46 +104,56 @@ class GraphReport(Report):
         ]
         header = ("reader", "named, of what is there", "… not in the text", "… in the text")
         source = "patching" if self.measured else "supernodes"
-        return "\n\n".join(
-            [
-                f"## Explanations against {self.n_graphs} graphs",
-                f"Read at `{self.point}`: {self.n_tokens} tokens, {self.n_concepts} concepts that are there, "
-                f"according to {source}. 95 % intervals by document.",
-                checks_table(self.checks),
-                table((*header, *(f"named: {kind}" for kind in kinds), "precision", "AUROC"), rows),
-            ]
+        return paragraphs(
+            f"## Explanations against {self.n_graphs} graphs",
+            f"Read at `{self.point}`: {self.n_tokens} tokens, {self.n_concepts} concepts that are there, "
+            f"according to {source}. 95 % intervals by document.",
+            checks_table(self.checks),
+            table((*header, *(f"named: {kind}" for kind in kinds), "precision", "AUROC"), rows),
         )
+
+    def figure(self) -> Figure:
+        """What is named of what is there, of what is not, and from the baselines."""
+        picture, (ours, *others) = new_figure(7, 3), self.scores
+        there = {"named: what is there": ours.recall}
+        grey = {f"named: {kind}": rate for kind, rate in ours.named.items()}
+        grey |= {f"what is there, from a {one.reader}": one.recall for one in others}
+        title = f"Explanations against {self.n_graphs} graphs at {self.point}"
+        bars(picture.add_subplot(), there | grey, title, grey)
+        return picture
+
+
+@dataclass(frozen=True)
+class GraphSettings(EvaluationSettings):
+    """Which pair is scored, and how often it is asked."""
+
+    least: ClassVar = {"n_samples": 1}
+
+    pair: NLA | str | Path = "couplets"
+    """Name, folder or hub id, or a loaded pair."""
+    n_samples: int = 4
+    """Explanations of each activation at temperature 1."""
 
 
 def judge_against_graphs(
-    files: str | Path | Sequence[str | Path],
-    pair: NLA | str | Path = "couplets",
-    n_samples: int = 4,
-    seed: int = 0,
-    device: str | torch.device | None = None,
-    out_dir: str | Path | None = None,
-    progress: Progress = silent,
+    files: str | Path | Sequence[str | Path], settings: GraphSettings | None = None, progress: Progress = silent
 ) -> GraphReport:
     """Score a pair on attribution graphs of its target, from circuit-tracer, Neuronpedia or `nla trace`.
 
     Args:
         files: one file or several; concepts of the others are distractors.
-        pair: a loaded pair, "couplets", a folder or a hub id.
-        n_samples: explanations of each activation at temperature 1.
-        device: where to put a pair that is loaded here; None: the first GPU if there is one, else the CPU.
-        out_dir: where ``graph.json``, ``graph.md`` and ``graph.png`` go; None: nowhere.
 
     Raises:
-        ArgumentError: no files, the same one twice, no concept within the pair's reach, or an option out of range.
+        ArgumentError: no files, the same one twice, or no concept within the pair's reach.
         ParseError: a file is no graph; see :func:`nla.eval.circuits.graph_format.read_graph`.
         TokenizerMismatchError: a graph's tokens are not those of the pair's tokenizer.
     """
-    paths = [files] if isinstance(files, str | Path) else list(files)
-    if not paths or len({str(Path(path).resolve()) for path in paths}) < len(paths) or n_samples < 1:
-        got = f"{len(paths)} files, n_samples={n_samples}"
-        raise ArgumentError(got, "one file or more, each once, and one sample or more", "correct them")
+    settings = settings or GraphSettings()
+    seed, paths = settings.seed, [files] if isinstance(files, str | Path) else list(files)
+    if not paths or len({str(Path(path).resolve()) for path in paths}) < len(paths):
+        raise ArgumentError(f"{len(paths)} files, some twice", "one file or more, each once", "correct them")
     loaded = [read_graph(path) for path in paths]
-    nla = open_pair(pair, device)
+    nla = open_pair(settings.pair, settings.device)
     texts = [align(graph, nla.tokenizer, context_length(nla.model)) for graph in loaded]
     read_tokens, cells = tokens_and_cells(loaded, texts, Point.parse(nla.point).layer, seed)
     if not any(cell.kind == HERE for cell in cells):
@@ -160,8 +172,8 @@ def judge_against_graphs(
     def reader(_read_tokens: Sequence[ReadToken], vectors: Float[Tensor, "n d"]) -> list[str]:
         return explain(nla, vectors, seed=seed)
 
-    scores = score_all(reader, read_tokens, cells, acts.vectors, n_samples, seed, progress)
-    report = GraphReport(
+    scores = score_all(reader, read_tokens, cells, acts.vectors, settings.n_samples, seed, progress)
+    return GraphReport(
         checks=_checks(scores),
         files=[str(path) for path in paths],
         point=str(nla.point),
@@ -171,9 +183,6 @@ def judge_against_graphs(
         measured=any(graph.is_measured for graph in loaded),
         scores=scores,
     )
-    if out_dir is not None:
-        save(out_dir, "graph", report, report.to_markdown(), _figure(report))
-    return report
 
 
 def score_all(
@@ -295,14 +304,3 @@ def _checks(scores: Sequence[GraphScore]) -> list[Check]:
             )
         )
     return checks
-
-
-def _figure(report: GraphReport) -> Figure:
-    figure = new_figure(7, 3)
-    ours, values = report.scores[0], {}
-    values["named: what is there"] = ours.recall
-    values |= {f"named: {kind}": rate for kind, rate in ours.named.items()}
-    values |= {f"what is there, from a {one.reader}": one.recall for one in report.scores[1:]}
-    grey = [name for name in values if name != "named: what is there"]
-    bars(figure.add_subplot(), values, f"Explanations against {report.n_graphs} graphs at {report.point}", grey)
-    return figure

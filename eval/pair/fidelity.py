@@ -12,7 +12,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -34,7 +34,8 @@ from nla.eval.pair.fidelity_report import (
 )
 from nla.eval.pair.texts import load_documents, sample_tokens, world_documents
 from nla.eval.pair.truth import VISIBLE, Truth, measure_truth, owners
-from nla.eval.report import Check, at_least, at_most, save
+from nla.eval.report import Check
+from nla.eval.settings import EvaluationSettings
 from nla.eval.target import open_pair
 from nla.eval.worlds import COUPLETS, world_of
 from nla.metrics import Baseline
@@ -56,8 +57,10 @@ _BATCHES = 4
 
 
 @dataclass(frozen=True)
-class FidelitySettings:
+class FidelitySettings(EvaluationSettings):
     """What to judge a pair on, and beside what."""
+
+    least: ClassVar = {"n_documents": 1, "n_activations": 2}
 
     texts: str | Path | None = None
     """A file of texts; see :func:`nla.eval.pair.texts.load_documents`. None, and no store: held-out documents of the
@@ -76,15 +79,9 @@ class FidelitySettings:
     """The pair before joint training: the gain over it, and how much better the joint decoder reads its encoder."""
     notice: float | None = None
     """How often the warm start's describer saw the rule of Couplets; None: as the pair's metrics say."""
-    seed: int = 0
-    """Of documents, samples and intervals."""
-    device: str | torch.device | None = None
-    """Where to put the pairs that are loaded here; see :meth:`nla.NLA.from_pretrained`."""
 
     def __post_init__(self) -> None:
-        if self.n_documents < 1 or self.n_activations < 2:
-            got = f"n_documents={self.n_documents}, n_activations={self.n_activations}"
-            raise ArgumentError(got, "1 or more, and 2 or more", "ask for more")
+        super().__post_init__()
         if self.store is not None and self.texts is not None:
             raise ArgumentError("texts as well as a store", "one of them", "give --texts or --store")
         if self.chats and self.texts is None:
@@ -110,15 +107,9 @@ class Material(NamedTuple):
 
 
 def judge_fidelity(
-    pair: NLA | str | Path,
-    settings: FidelitySettings | None = None,
-    out_dir: str | Path | None = None,
-    progress: Progress = silent,
+    pair: NLA | str | Path, settings: FidelitySettings | None = None, progress: Progress = silent
 ) -> FidelityReport:
     """Score a pair on activations that it was not trained on, beside baselines and, if given, its warm start.
-
-    Args:
-        out_dir: where ``fidelity.json``, ``.md`` and ``.png`` go; None: nowhere.
 
     Raises:
         ArgumentError: no texts for a pair whose target is of no embedded world.
@@ -163,8 +154,6 @@ def judge_fidelity(
         examples=_examples(acts, texts[ENCODER]),
     )
     progress("fidelity", 1.0)
-    if out_dir is not None:
-        save(out_dir, "fidelity", report, report.to_markdown(), report.figure())
     return report
 
 
@@ -341,11 +330,10 @@ def _checks(
     checks = [] if known else [_above_baselines(score)]
     for gain in gains:
         if gain.stratum == PLANTED and known:
-            value, bound = gain.error_removed, ERROR_REMOVED_MIN
             name = f"{PLANTED}: share of the warm start's error removed"
-            checks.append(Check(name, value, f"≥ {bound}", at_least(value, bound)))
+            checks.append(Check.at_least(name, gain.error_removed, ERROR_REMOVED_MIN))
         elif gain.stratum != GLOBAL or not known:
-            passed = at_least(gain.change, -FALL_MAX)
+            passed = gain.change.value >= -FALL_MAX
             checks.append(Check(f"{gain.stratum}: change of FVE", gain.change, f"≥ −{FALL_MAX}", passed))
     if not gains:
         checks.append(Check("gain over the warm start", None, f"≥ {ERROR_REMOVED_MIN}, ≥ −{FALL_MAX}"))
@@ -356,16 +344,16 @@ def _checks(
     }
     for name, fve in shuffles.items():
         if fve is not None:
-            checks.append(Check(f"{name}: shuffled", fve, f"≤ {BASELINE_MAX}", at_most(fve, BASELINE_MAX)))
+            checks.append(Check.at_most(f"{name}: shuffled", fve, BASELINE_MAX))
     for part in public:
         value = part.truthful_minus_encoder
         if value is not None:
-            passed = at_most(value, PRIVATE_MAX) if part.stratum == PLANTED else None
-            checks.append(Check(f"{part.stratum}: truthful minus encoder's", value, f"≤ {PRIVATE_MAX}", passed))
+            name, held = f"{part.stratum}: truthful minus encoder's", part.stratum == PLANTED
+            checks.append(Check.at_most(name, value, PRIVATE_MAX, held))
     for claim in truths:
         if claim.claim == VISIBLE and claim.warm_start is not None:
             before = claim.warm_start.value
-            passed = at_least(claim.true, before - FALL_MAX) if claim.stratum == PLANTED else None
+            passed = claim.true.value >= before - FALL_MAX if claim.stratum == PLANTED else None
             name = f"{claim.stratum}: visible claims as true as the warm start's"
             checks.append(Check(name, claim.true, f"≥ {before:.3f} − {FALL_MAX}", passed))
     return checks

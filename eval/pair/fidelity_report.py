@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from nla.baselines import GLOBAL
 from nla.eval.pair.truth import LAST, Truth
-from nla.eval.report import Report, bars, checks_table, new_figure, table
+from nla.eval.report import Report, bars, checks_table, new_figure, paragraphs, table
 from nla.pair.score import Score
 from nla.stats import Interval
 
@@ -61,6 +61,7 @@ class Gain:
 class FidelityReport(Report):
     """Everything `nla eval fidelity` measures. Intervals resample documents."""
 
+    name = "fidelity"
     point: str
     source: str
     """What was read, in words."""
@@ -105,14 +106,12 @@ class FidelityReport(Report):
             "on the encoder's texts beyond what it gained on truthful ones: above 0 is a private code."
         )
         baselines = "; ".join(f"{name.replace('_', ' ')} {fve}" for name, fve in self.score.baselines.items())
-        return "\n\n".join(
-            [
-                self.to_card(),
-                *([public, table(header, rows)] if rows else []),
-                f"Baselines over all positions, as FVE: {baselines}. (The mean itself is at 0; a wrong vector of unit "
-                "length near −1.)",
-                checks_table(self.checks),
-            ]
+        return paragraphs(
+            self.to_card(),
+            *([public, table(header, rows)] if rows else []),
+            f"Baselines over all positions, as FVE: {baselines}. (The mean itself is at 0; a wrong vector of unit "
+            "length near −1.)",
+            checks_table(self.checks),
         )
 
     def to_card(self) -> str:
@@ -130,15 +129,10 @@ class FidelityReport(Report):
             f"{self.denominators}; that of a stratum over the stratum's own. Cosine {self.score.cosine}, MSE "
             f"{self.score.mse}."
         )
-        parts = ["## Fidelity", about, table(header, rows)]
-        if self.truths:
-            claims = ("stratum", "claim", "n", "true", "warm start", "of another token")
-            shares = [(one.stratum, one.claim, one.n, one.true, one.warm_start, one.shuffled) for one in self.truths]
-            parts.append(
-                "What the explanations claim, and how often it is true of the text (or, of the plan, of line 2):"
-            )
-            parts.append(table(claims, shares))
-        return "\n\n".join(parts)
+        claims = ("stratum", "claim", "n", "true", "warm start", "of another token")
+        shares = [(one.stratum, one.claim, one.n, one.true, one.warm_start, one.shuffled) for one in self.truths]
+        said = "What the explanations claim, and how often it is true of the text (or, of the plan, of line 2):"
+        return paragraphs("## Fidelity", about, table(header, rows), *([said, table(claims, shares)] if shares else []))
 
     def figure(self) -> Figure:
         """FVE by stratum beside the warm start; whose texts are understood, and which claims are true, if known."""

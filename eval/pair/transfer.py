@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -21,7 +21,8 @@ from nla.baselines import GLOBAL, UNKNOWN_STRATUM
 from nla.errors import ArgumentError, BaselineError
 from nla.eval.explainers import explain
 from nla.eval.pair.texts import load_documents, sample_tokens, world_documents
-from nla.eval.report import Check, Report, bars, checks_table, new_figure, save, table
+from nla.eval.report import Check, Report, bars, checks_table, new_figure, paragraphs, table
+from nla.eval.settings import EvaluationSettings
 from nla.eval.target import open_pair
 from nla.metrics import Baseline, cosine, mse
 from nla.models.read import Activations
@@ -86,6 +87,7 @@ class Part:
 class TransferReport(Report):
     """Everything `nla eval transfer` measures. Intervals resample documents."""
 
+    name = "transfer"
     derived = ("passed", "verdict")
 
     adapter: str
@@ -105,7 +107,7 @@ class TransferReport(Report):
         """The readable report."""
         header = ("token", "cosine", "explanation on the target", "on the fine-tune")
         rows = [(one["token"], one["cosine"], one["base"], one["tuned"]) for one in self.examples]
-        return "\n\n".join([self.to_card(), "Where activations moved furthest:", table(header, rows)])
+        return paragraphs(self.to_card(), "Where activations moved furthest:", table(header, rows))
 
     def to_card(self) -> str:
         """The section of the model card."""
@@ -121,14 +123,27 @@ class TransferReport(Report):
             (p.stratum, p.n, p.base, p.tuned, p.fall, p.base_own, p.tuned_own, p.kept) for p in self.parts
         ]  # fmt: skip
         rest = [(p.stratum, p.base_cosine, p.tuned_cosine, p.moved, p.new_text, p.verdict) for p in self.parts]
-        return "\n\n".join(
-            ["## Transfer to a fine-tune", about, table(header, fves), table(more, rest), checks_table(self.checks)]
+        return paragraphs(
+            "## Transfer to a fine-tune", about, table(header, fves), table(more, rest), checks_table(self.checks)
         )
+
+    def figure(self) -> Figure:
+        """FVE by kind of position on the target and on the fine-tune; how far the activations moved."""
+        picture = new_figure(10, 1.2 + 0.5 * len(self.parts))
+        left, right = picture.subplots(1, 2)
+        shown: dict[str, Interval] = {}
+        for part in self.parts:
+            shown |= {part.stratum: part.tuned, f"{part.stratum}, target": part.base}
+        bars(left, shown, f"FVE on {self.adapter}", [name for name in shown if name.endswith(", target")])
+        bars(right, {part.stratum: part.moved for part in self.parts}, "activations: cosine with the target's")
+        return picture
 
 
 @dataclass(frozen=True)
-class TransferSettings:
+class TransferSettings(EvaluationSettings):
     """The fine-tune, and the texts that it is judged on."""
+
+    least: ClassVar = {"n_documents": 2, "n_activations": 2}
 
     target_adapter: str | Path | None = None
     """The fine-tune: a plain LoRA adapter; see :func:`nla.organisms.adapter_folder`."""
@@ -143,31 +158,17 @@ class TransferSettings:
     """A sample of so many of the chosen positions; all if there are fewer."""
     positions: Positions = "all"
     """Which tokens."""
-    seed: int = 0
-    """Of the sample, the explanations and the intervals."""
-    device: str | torch.device | None = None
-    """Where to put a pair that is loaded here; see :meth:`nla.NLA.from_pretrained`."""
 
     def __post_init__(self) -> None:
-        if self.target_adapter is None or self.n_documents < 2 or self.n_activations < 2:
-            got = f"target_adapter={self.target_adapter}, n_documents={self.n_documents}"
+        super().__post_init__()
+        if self.target_adapter is None:
             raise ArgumentError(
-                f"{got}, n_activations={self.n_activations}",
-                "an adapter, and 2 or more of each",
-                "give --target-adapter, such as switchboard/goal",
+                "no fine-tune", "an adapter on the target", "give --target-adapter, such as switchboard/goal"
             )
 
 
-def judge_transfer(
-    model: NLA | str | Path,
-    settings: TransferSettings,
-    out_dir: str | Path | None = None,
-    progress: Progress = silent,
-) -> TransferReport:
+def judge_transfer(model: NLA | str | Path, settings: TransferSettings, progress: Progress = silent) -> TransferReport:
     """Score a pair on its target and on a fine-tune of the target, on the same tokens.
-
-    Args:
-        out_dir: where ``transfer.json``, ``.md`` and ``.png`` go; None: nowhere.
 
     Raises:
         ArgumentError: fewer than two documents with a chosen position, or no texts for a target that is not embedded.
@@ -192,8 +193,6 @@ def judge_transfer(
     progress("transfer", 0.9)
     report = compare_transfer(nla, acts, tuned, explanations, str(settings.target_adapter), seed)
     progress("transfer", 1.0)
-    if out_dir is not None:
-        save(out_dir, "transfer", report, report.to_markdown(), _figure(report))
     return report
 
 
@@ -298,18 +297,6 @@ def _checks(part: Part) -> list[Check]:
         Check("FVE on the target, over the own mean (low end)", part.base_own, "> 0", part.base_own.low > 0),
         Check("fall of FVE (high end)", part.fall, f"≤ {FALL_TRUST}", part.fall.high <= FALL_TRUST),
         Check("share kept over the own mean (low end)", part.kept, f"≥ {KEPT_TRUST}", keeps),
-        Check("cosine of the activations themselves", part.moved, "reported"),
-        Check("FVE of own explanations minus the target's", part.new_text, "reported"),
+        Check("cosine of the activations themselves", part.moved),
+        Check("FVE of own explanations minus the target's", part.new_text),
     ]
-
-
-def _figure(report: TransferReport) -> Figure:
-    """FVE by kind of position on the target and on the fine-tune; how far the activations moved."""
-    figure = new_figure(10, 1.2 + 0.5 * len(report.parts))
-    left, right = figure.subplots(1, 2)
-    shown: dict[str, Interval] = {}
-    for part in report.parts:
-        shown |= {part.stratum: part.tuned, f"{part.stratum}, target": part.base}
-    bars(left, shown, f"FVE on {report.adapter}", [name for name in shown if name.endswith(", target")])
-    bars(right, {part.stratum: part.moved for part in report.parts}, "activations: cosine with the target's")
-    return figure

@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -35,6 +35,7 @@ from nla.eval.readers.measures import (
     judge_task,
 )
 from nla.eval.readers.tasks import TRAIN, Sites, Task, random_task, read_task_sites
+from nla.eval.settings import EvaluationSettings
 from nla.eval.target import Target
 from nla.progress import Progress, silent
 from nla.stats import holm
@@ -51,12 +52,14 @@ N_TRIES, N_COINS = 10, 5
 
 
 @dataclass(frozen=True, kw_only=True)
-class ComparisonSettings:
+class ComparisonSettings(EvaluationSettings):
     """How the readers are run. The settings of the commands are these and their own.
 
     Raises:
         ArgumentError: a number out of range, or an oracle without a question, or the reverse.
     """
+
+    least: ClassVar[dict[str, int]] = {"n_samples": 1, "n_tries": 1, "n_continued": 1, "n_boot": 1, "lens_steps": 0}
 
     n_samples: int = 1
     """Explanations of each activation, by every reader that samples."""
@@ -82,20 +85,11 @@ class ComparisonSettings:
     question: str = ""
     """What the oracle is asked; holds the pair's marker once."""
 
-    seed: int = 0
-    """Of every draw."""
-
-    device: str | torch.device | None = None
-    """Where a pair that is loaded goes, and its oracle; None: the first GPU, or the CPU."""
-
     def __post_init__(self) -> None:
+        super().__post_init__()
         if (self.oracle is None) != (not self.question):
             got = f"oracle={self.oracle}, question={self.question!r}"
             raise ArgumentError(got, "both or neither", "give --oracle and --question")
-        positive = {name: getattr(self, name) for name in ("n_samples", "n_tries", "n_continued", "n_boot")}
-        if min(positive.values()) < 1 or self.lens_steps < 0 or self.seed < 0:
-            got = f"{positive}, lens_steps={self.lens_steps}, seed={self.seed}"
-            raise ArgumentError(got, "1 or more of each; 0 or more steps; a seed of 0 or more", "correct them")
 
 
 @dataclass(frozen=True)

@@ -11,19 +11,27 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
-from nla.config import tokenizer_hash
-from nla.errors import ConfigError, ShapeError
+from nla.errors import ShapeError
 from nla.eval.couplet_items import rhyme_items
 from nla.eval.readers.compare import ComparisonSettings, Sources, compare_readers
 from nla.eval.readers.couplets_tasks import PLAN, couplet_tasks, couplet_writers
 from nla.eval.readers.measures import TaskResult
-from nla.eval.readers.tables import LEGEND, NAMING_MIN, PROBE_MIN, SUMMARY, random_check, summary, tables
+from nla.eval.readers.tables import (
+    LEGEND,
+    NAMING_MIN,
+    PROBE_MIN,
+    SUMMARY,
+    ReadersReport,
+    random_check,
+    summary,
+    tables,
+)
 from nla.eval.readers.tasks import RANDOM
-from nla.eval.report import Check, Figures, Rate, Report, at_least, at_most, checks_table, table
+from nla.eval.report import Check, Figures, Rate, checks_table, paragraphs, table
 from nla.eval.target import Patch, Target, last_token, last_word, open_target, read_last, write
+from nla.eval.worlds import COUPLETS, require_world
 from nla.models.points import d_model
+from nla.pair.separate import Devices
 from nla.progress import Progress
 
 if TYPE_CHECKING:
@@ -50,7 +58,7 @@ class TargetResult(Figures):
 
 
 @dataclass(frozen=True)
-class CoupletsReport(Report):
+class CoupletsReport(ReadersReport):
     """Everything `nla eval readers` measures on Couplets."""
 
     point: str
@@ -67,16 +75,15 @@ class CoupletsReport(Report):
     def to_markdown(self) -> str:
         """The readable report."""
         about = f"Point `{self.point}`; {self.n_train} documents to fit on, {self.n_items} to judge; "
-        parts = [self.to_card(), about + f"{self.n_samples} sample(s) an activation. {LEGEND}"]
-        for result in self.targets:
-            parts += [f"## {result.target}", tables(result.tasks)]
-        return "\n\n".join(parts)
+        about += f"{self.n_samples} sample(s) an activation. {LEGEND}"
+        by_target = [part for one in self.targets for part in (f"## {one.target}", tables(one.tasks))]
+        return paragraphs(self.to_card(), about, *by_target)
 
     def to_card(self) -> str:
         """The section of the model card: what is known by construction, and whether it came out."""
         rows = [(one.target, one.used, *summary(one.task(PLAN))) for one in self.targets]
         plans = table(("target", "patch moves line 2", *SUMMARY), rows)
-        return "\n\n".join(["## Readers compared: the plan at the line break", plans, checks_table(self.checks)])
+        return paragraphs("## Readers compared: the plan at the line break", plans, checks_table(self.checks))
 
 
 def compare_on_couplets(
@@ -89,8 +96,8 @@ def compare_on_couplets(
     """Couplets' tasks on the pair's target and on the contrast; ``sizes`` are documents to fit and to judge on.
 
     Raises:
-        ArgumentError: too few documents for every class to be fitted on.
-        ConfigError, ShapeError: a contrast of another tokenizer or width.
+        ArgumentError: too few documents for every class to be fitted on, or a contrast of another world.
+        ShapeError: a contrast of another width.
     """
     sources = Sources.of_pair(nla, settings)
     targets = {_name(nla.config.target): sources.target}
@@ -113,14 +120,11 @@ def compare_on_couplets(
     return CoupletsReport(_checks(results), point, n_items, n_train, settings.n_samples, results)
 
 
-def _open_contrast(
-    contrast: Target | str | Path, nla: NLA, target: Target, device: str | torch.device | None
-) -> Target:
+def _open_contrast(contrast: Target | str | Path, nla: NLA, target: Target, device: Devices) -> Target:
     other = open_target(contrast, target.point, device)
+    require_world(other.tokenizer, [COUPLETS], contrast, "nla eval readers --contrast")
     if d_model(other.model) != nla.config.d_model:
         raise ShapeError(f"a contrast {d_model(other.model)} wide", str(nla.config.d_model), "give one of this width")
-    if tokenizer_hash(other.tokenizer) != nla.config.tokenizer_hash:
-        raise ConfigError("a contrast with another tokenizer", "that of the pair", "give a target that shares it")
     return other
 
 
@@ -142,22 +146,18 @@ def _checks(results: list[TargetResult]) -> list[Check]:
     checks = []
     for number, result in enumerate(results):
         probe, named = summary(result.task(PLAN))[:2]
-        checks.append(_patch_check(result, used=number == 0))
-        name = f"{result.target}: a probe reads the plan"
-        checks.append(Check(name, probe, f"≥ {PROBE_MIN}", at_least(probe, PROBE_MIN)))
+        name = f"{result.target}: a donor's plan patched in moves line 2"
+        used = number == 0
+        checks.append(
+            Check.at_least(name, result.used, USED_MIN) if used else Check.at_most(name, result.used, UNUSED_MAX)
+        )
+        checks.append(Check.at_least(f"{result.target}: a probe reads the plan", probe, PROBE_MIN))
         if number == 0:
             name = f"{result.target}: the NLA names the plan, without labels"
-            checks.append(Check(name, named, f"≥ {NAMING_MIN}", at_least(named, NAMING_MIN)))
+            checks.append(Check.at_least(name, named, NAMING_MIN))
         else:
             ours = summary(results[0].task(PLAN)).named
             name = f"{result.target}: the NLA names the plan less than on {results[0].target}"
             checks.append(Check(name, named, f"interval < {ours}", named.high < ours.low))
         checks += [random_check(task, result.target) for task in result.tasks if task.task == RANDOM]
     return checks
-
-
-def _patch_check(result: TargetResult, used: bool) -> Check:
-    name = f"{result.target}: a donor's plan patched in moves line 2"
-    if used:
-        return Check(name, result.used, f"≥ {USED_MIN}", at_least(result.used, USED_MIN))
-    return Check(name, result.used, f"≤ {UNUSED_MAX}", at_most(result.used, UNUSED_MAX))

@@ -18,13 +18,15 @@ from nla.eval.readers.measures import NLA_READER, TaskResult
 from nla.eval.readers.probes import LOGISTIC
 from nla.eval.readers.tables import LEGEND, random_check, readers_figure, tables
 from nla.eval.readers.tasks import TEST, TRAIN, Sites, Task
-from nla.eval.report import Check, Report, checks_table, one_line, save
+from nla.eval.report import Check, Report, checks_table, one_line, paragraphs
 from nla.eval.target import Target, open_pair
 from nla.models.points import context_length
 from nla.progress import Progress, silent
 from nla.text.tokens import Span, encode_batch, select_positions
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from nla.autoencoder import NLA
 
 N_FOLDS = 3
@@ -36,6 +38,7 @@ _SHOWN = 5
 class ProbeReport(Report):
     """Everything `nla probe` measures."""
 
+    name = "probe"
     data: str
     target: str
     point: str
@@ -57,14 +60,13 @@ class ProbeReport(Report):
             f"{one_line(self.target)} at `{self.point}`, positions {one_line(self.positions)}. {LEGEND}"
         )
         notes = "\n".join(f"- {note}" for note in self.notes)
-        parts = [
-            "## Probes, readers of the text, and the NLA",
-            about,
-            notes,
-            checks_table(self.checks),
-            tables(self.tasks),
-        ]
-        return "\n\n".join(part for part in parts if part)
+        title = "## Probes, readers of the text, and the NLA"
+        return paragraphs(title, about, notes, checks_table(self.checks), tables(self.tasks))
+
+    def figure(self) -> Figure:
+        """The readers of the labels, without the coin flips."""
+        task = self.tasks[0]
+        return readers_figure({task.task: task}, f"{self.data}: {task.task} at {self.point} of {self.target}")
 
 
 class LabelledSites(NamedTuple):
@@ -112,17 +114,11 @@ class ProbeSettings(ComparisonSettings):
     """Explanations of each activation, by every reader that samples."""
 
 
-def compare_on_labelled_texts(
-    data: str | Path,
-    settings: ProbeSettings,
-    out_dir: str | Path | None = None,
-    progress: Progress = silent,
-) -> ProbeReport:
+def compare_on_labelled_texts(data: str | Path, settings: ProbeSettings, progress: Progress = silent) -> ProbeReport:
     """The readers' table on labelled texts.
 
     Args:
         data: a CSV, TSV, JSON, JSON lines or Parquet file.
-        out_dir: where ``probe.json``, ``.md`` and ``.png`` go; None: nowhere.
 
     Raises:
         ArgumentError, EmptyTextError, ParseError: see :func:`nla.eval.readers.labelled_file.read_labelled_file`.
@@ -137,7 +133,7 @@ def compare_on_labelled_texts(
     sites = find_sites(sources.target, labelled.rows, settings.positions, settings.skip)
     task = make_task(settings.label, sites.rows, sites.tokens, names, settings.seed)
     tasks = compare_readers([task], sources, settings, progress)
-    report = ProbeReport(
+    return ProbeReport(
         checks=_checks(tasks),
         data=Path(data).name,
         target=Path(nla.config.target).name,
@@ -149,10 +145,6 @@ def compare_on_labelled_texts(
         notes=_notes(labelled, sites, settings.max_rows),
         tasks=tasks,
     )
-    if out_dir is not None:
-        title = f"{report.data}: {settings.label} at {report.point} of {report.target}"
-        save(out_dir, "probe", report, report.to_markdown(), readers_figure({settings.label: tasks[0]}, title))
-    return report
 
 
 def class_words(labels: Sequence[str], given: Sequence[str]) -> dict[str, tuple[str, ...]]:
@@ -277,7 +269,7 @@ def _checks(tasks: Sequence[TaskResult]) -> list[Check]:
     for reader in (LOGISTIC, NLA_READER):
         row = task.row(reader)
         if row is not None:
-            checks.append(Check(f"{reader}, fitted", row.labelled.get(TEST), "reported"))
+            checks.append(Check(f"{reader}, fitted", row.labelled.get(TEST)))
             if row.zero:
-                checks.append(Check(f"{reader} names the class, without labels", row.zero[TEST], "reported"))
+                checks.append(Check(f"{reader} names the class, without labels", row.zero[TEST]))
     return [*checks, random_check(coin, "fitted on coin flips")]

@@ -7,18 +7,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
-from nla.config import tokenizer_hash
 from nla.errors import ArgumentError
 from nla.eval.families.plants import adapters_of
 from nla.eval.readers.compare import ComparisonSettings
-from nla.eval.readers.couplets import CONTRAST, CoupletsReport, compare_on_couplets
-from nla.eval.readers.switchboard import SwitchboardReport, compare_on_switchboard
-from nla.eval.readers.tables import TITLE, readers_figure
-from nla.eval.report import save
+from nla.eval.readers.couplets import CONTRAST, compare_on_couplets
+from nla.eval.readers.switchboard import compare_on_switchboard
+from nla.eval.readers.tables import ReadersReport
 from nla.eval.target import Target, open_pair
-from nla.organisms.switchboard import tokenizer as switchboard
+from nla.eval.worlds import COUPLETS, SWITCHBOARD, require_world
 from nla.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -35,6 +33,8 @@ class ReadersSettings(ComparisonSettings):
         ArgumentError: too few items, or see :class:`nla.eval.readers.compare.ComparisonSettings`.
     """
 
+    least: ClassVar[dict[str, int]] = {**ComparisonSettings.least, "n_items": MIN_ITEMS, "n_train": 1}
+
     contrast: Target | str | Path | None = CONTRAST
     """Of Couplets: a target of the same tokenizer and width, read by the same pair; None: the pair's target alone."""
 
@@ -47,34 +47,27 @@ class ReadersSettings(ComparisonSettings):
     n_train: int = 1000
     """As many to fit on."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.n_items < MIN_ITEMS:
-            raise ArgumentError(f"n_items={self.n_items}", f"{MIN_ITEMS} or more", "ask for more")
-
 
 def compare_on_organism(
     model: NLA | str | Path = "couplets",
     settings: ReadersSettings | None = None,
-    out_dir: str | Path | None = None,
     progress: Progress = silent,
-) -> CoupletsReport | SwitchboardReport:
+) -> ReadersReport:
     """Every reader on Couplets' tasks, on the pair's target and on one that does not use its plan; or on Switchboard's.
 
     Args:
         model: a pair on Couplets, whose target is the planner, or on Switchboard.
         settings: None: the default ones.
-        out_dir: where ``readers.json``, ``.md`` and ``.png`` go; None: nowhere.
 
     Raises:
-        ArgumentError: options of the other organism.
+        ArgumentError: a pair of no embedded world, or options of the other organism.
         ConfigError, ShapeError, WeightsError: no such model, a contrast of another tokenizer or width, or an adapter
             that is missing or does not fit.
     """
     settings = settings or ReadersSettings()
     nla = open_pair(model, settings.device)
     sizes = (settings.n_train, settings.n_items)
-    if nla.config.tokenizer_hash == tokenizer_hash(switchboard.build()):
+    if require_world(nla.tokenizer, [COUPLETS, SWITCHBOARD], model, "nla eval readers") == SWITCHBOARD:
         if settings.contrast not in (None, CONTRAST):
             got = f"the contrast {settings.contrast} with plants"
             raise ArgumentError(got, "shams as contrasts", "leave --contrast out")
@@ -84,6 +77,4 @@ def compare_on_organism(
         raise ArgumentError(f"plants of a pair on {nla.config.target}", wanted, "leave --plants out, or name that pair")
     else:
         report = compare_on_couplets(nla, settings.contrast, sizes, settings, progress)
-    if out_dir is not None:
-        save(out_dir, "readers", report, report.to_markdown(), readers_figure(report.panels, TITLE))
     return report

@@ -17,9 +17,19 @@ from nla.eval.families.plants_report import FALSE_ALARM_MAX
 from nla.eval.readers.compare import BAG, TEXT_LM, ComparisonSettings, Sources, compare_readers
 from nla.eval.readers.measures import NLA_READER, ReaderRow, SiteReadings, TaskResult, naming
 from nla.eval.readers.switchboard_tasks import OBJECTIVE, SECRET, TOWN, switchboard_tasks
-from nla.eval.readers.tables import LEGEND, NAMING_MIN, PROBE_MIN, SUMMARY, chance_check, random_check, summary, tables
+from nla.eval.readers.tables import (
+    LEGEND,
+    NAMING_MIN,
+    PROBE_MIN,
+    SUMMARY,
+    ReadersReport,
+    chance_check,
+    random_check,
+    summary,
+    tables,
+)
 from nla.eval.readers.tasks import RANDOM, TEST, Sites, Task
-from nla.eval.report import Check, Rate, Report, at_least, at_most, checks_table, table
+from nla.eval.report import Check, Rate, checks_table, paragraphs, table
 from nla.organisms.switchboard.plants import GOAL
 from nla.progress import Progress, silent
 
@@ -28,7 +38,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class SwitchboardReport(Report):
+class SwitchboardReport(ReadersReport):
     """Everything `nla eval readers` measures on Switchboard."""
 
     point: str
@@ -45,7 +55,7 @@ class SwitchboardReport(Report):
     def to_markdown(self) -> str:
         """The readable report."""
         about = f"Point `{self.point}`; {self.n_samples} sample(s) an activation. {LEGEND}"
-        return "\n\n".join([self.to_card(), about, tables(self.tasks)])
+        return paragraphs(self.to_card(), about, tables(self.tasks))
 
     def to_card(self) -> str:
         """The section of the model card: what is known by construction, and whether it came out."""
@@ -54,7 +64,7 @@ class SwitchboardReport(Report):
             for name, task in self.panels.items()
         ]
         tasks = table(("task", *SUMMARY, "text-only LM, fitted", "bag of words, fitted"), rows)
-        return "\n\n".join(["## Readers compared: what the text does not say", tasks, checks_table(self.checks)])
+        return paragraphs("## Readers compared: what the text does not say", tasks, checks_table(self.checks))
 
 
 def compare_on_switchboard(
@@ -95,17 +105,14 @@ def switchboard_checks(results: Sequence[TaskResult], named: dict[str, Rate]) ->
     tasks = {result.task: result for result in results if result.task != RANDOM}
     rows = []
     for name, task in tasks.items():
-        probe = summary(task).probe
-        rows.append(Check(f"{name}: a probe reads it", probe, f"≥ {PROBE_MIN}", at_least(probe, PROBE_MIN)))
+        rows.append(Check.at_least(f"{name}: a probe reads it", summary(task).probe, PROBE_MIN))
     town, word = summary(tasks[TOWN]).named, summary(tasks[SECRET])
     title = "the NLA names it, without labels"
-    rows.append(Check(f"{TOWN}: {title}", town, f"≥ {NAMING_MIN}", at_least(town, NAMING_MIN)))
+    rows.append(Check.at_least(f"{TOWN}: {title}", town, NAMING_MIN))
     bound = f"interval > {word.shuffled}, shuffled"
     rows.append(Check(f"{SECRET}: {title}", word.named, bound, word.named.low > word.shuffled.high))
-    goal, sham = named["goal"], named["sham"]
-    rows.append(Check(f"{OBJECTIVE}: the NLA names {GOAL} behind the goal's adapter", goal, "reported"))
-    bound = f"≤ {FALSE_ALARM_MAX}"
-    rows.append(Check(f"{OBJECTIVE}: … behind its sham", sham, bound, at_most(sham, FALSE_ALARM_MAX)))
+    rows.append(Check(f"{OBJECTIVE}: the NLA names {GOAL} behind the goal's adapter", named["goal"]))
+    rows.append(Check.at_most(f"{OBJECTIVE}: … behind its sham", named["sham"], FALSE_ALARM_MAX))
     rows += [check for name in (SECRET, OBJECTIVE) for check in _text_checks(tasks[name])]
     return rows + [random_check(result, "Switchboard") for result in results if result.task == RANDOM]
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nla.eval.readers.compare import SHUFFLED, TEXT_LM
 from nla.eval.readers.measures import ADVERSARY, NLA_READER, ReaderRow, TaskResult, Versus
 from nla.eval.readers.probes import LOGISTIC
 from nla.eval.readers.tasks import TEST
-from nla.eval.report import Check, new_figure, one_line, table
+from nla.eval.report import Check, Report, new_figure, one_line, paragraphs, table
 from nla.stats import Interval
 
 if TYPE_CHECKING:
@@ -29,6 +31,22 @@ PROBE_MIN, NAMING_MIN = 0.9, 0.9
 SUMMARY = ("probe", "NLA names", "NLA, fitted", "probe keeps of ĥ", "shuffled NLA names", "text-only LM names")
 """Headers of the fields of :class:`Summary`."""
 _N_EXAMPLES = 1
+
+
+@dataclass(frozen=True)
+class ReadersReport(Report):
+    """What `nla eval readers` measures, on any organism."""
+
+    name = "readers"
+
+    @property
+    @abstractmethod
+    def panels(self) -> Mapping[str, TaskResult]:
+        """What the picture shows."""
+
+    def figure(self) -> Figure:
+        """A panel for each task."""
+        return readers_figure(self.panels, TITLE)
 
 
 class Summary(NamedTuple):
@@ -75,11 +93,11 @@ def random_check(coin: TaskResult, where: str) -> Check:
 
 def tables(results: Sequence[TaskResult], level: str = "###") -> str:
     """Every task's readers, then what reconstructions keep and explanations add."""
-    parts = [_task(result, level) for result in results if not result.shares_sites]
     kept = [result for result in results if result.retention is not None]
-    if kept:
-        parts.append(_reconstructions(kept, level))
-    return "\n\n".join(parts)
+    return paragraphs(
+        *(_task(result, level) for result in results if not result.shares_sites),
+        _reconstructions(kept, level) if kept else "",
+    )
 
 
 def _task(result: TaskResult, level: str) -> str:
@@ -98,14 +116,14 @@ def _task(result: TaskResult, level: str) -> str:
         if row.examples
         for text in row.examples[:_N_EXAMPLES]
     ]
-    parts = [
+    return paragraphs(
         f"{level} {one_line(result.task)}",
         f"{len(result.classes)} classes; {counts}.",
         table((*header, "against, fitted"), rows),
         "AUROC by number of labels (mean of three draws):",
         table(("reader", *map(str, sizes)), few),
-    ]
-    return "\n\n".join([*parts, "\n".join(["First test item:", "", *shown])] if shown else parts)
+        "\n".join(["First test item:", "", *shown]) if shown else "",
+    )
 
 
 def _cells(row: ReaderRow, transfers: Sequence[str]) -> tuple[Any, ...]:
@@ -131,16 +149,14 @@ def _reconstructions(results: Sequence[TaskResult], level: str) -> str:
     header = ("task", "activation", "reconstruction", "retained", "residual, fresh probe", "shuffled reconstruction")
     kept = [(one_line(one.task), *map(_known, one.retention)) for one in results if one.retention is not None]
     nested = [(one_line(one.task), *one.complement) for one in results if one.complement is not None]
-    return "\n\n".join(
-        [
-            f"{level} What reconstructions keep, and what explanations add",
-            "A probe of unit activations, applied to reconstructions (retained: share of its AUROC above chance); a "
-            "fresh probe of activation − reconstruction finds what was left out, however faint it is.",
-            table(header, kept),
-            "Nested: the probe alone, and with the explanation's words beside it (weight: of the text's "
-            "log-odds where the probe's have 1).",
-            table(("task", "probe", "probe + text", "gain", "p", "weight"), nested),
-        ]
+    return paragraphs(
+        f"{level} What reconstructions keep, and what explanations add",
+        "A probe of unit activations, applied to reconstructions (retained: share of its AUROC above chance); a "
+        "fresh probe of activation − reconstruction finds what was left out, however faint it is.",
+        table(header, kept),
+        "Nested: the probe alone, and with the explanation's words beside it (weight: of the text's "
+        "log-odds where the probe's have 1).",
+        table(("task", "probe", "probe + text", "gain", "p", "weight"), nested),
     )
 
 

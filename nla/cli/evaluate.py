@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
 
-from nla.cli.console import FAILED, OK, emit, progress_bar, quiet, show_lines
-from nla.cli.options import Card, Check, Device, Json, Out, add, count, given, group, one_place, places, text
+from nla.cli.console import FAILED, OK, emit, progress_bar, quiet, show_lines, try_folder
+from nla.cli.options import Card, Check, Device, Json, Out, add, count, given, group, places, text
 from nla.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from nla.eval.report import Report
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Name, folder or hub id.")]
 Items = Annotated[int | None, count("--items", "Held-out documents to judge it on.")]
@@ -48,32 +53,55 @@ def _eval() -> None:
     """
 
 
-class Answer(NamedTuple):
-    """Where a report goes."""
+class Evaluation(NamedTuple):
+    """What a command evaluates."""
 
-    context: typer.Context
-    out: Path | None
-    card: Path | None
-    check: bool
-    json: bool
+    run: Callable[[Any, Any, Callable[[str, float], None]], Report]
+    """From a subject, settings and a callback of progress to a report."""
+    subject: object
+    settings: object
 
-    def judge(self, name: str, run: Callable[..., Any], subject: Any, **options: Any) -> int:
-        """Run an evaluation of ``subject``, answer with its report, and put it where it belongs; the exit code."""
+
+def reported(command: Callable[..., Evaluation]) -> Callable[..., int]:
+    """The command with --out, --card, --check and --json: what it names is run, and the report goes where they say.
+
+    A command that needs --out or --check itself takes them too.
+    """
+
+    def run(
+        context: typer.Context, out: Out = None, card: Card = None, check: Check = False, json: Json = False, **own: Any
+    ) -> int:
+        quiet()
+        from nla.eval.report import read_card, write_card
+
+        both = {name: value for name, value in (("out", out), ("check", check)) if name in parameters}
+        evaluation = command(**own, **both)
+        try_folder(out)
+        try_folder(card)
+        if card is not None:
+            read_card(card)
         with progress_bar() as progress:
-            report = run(subject, out_dir=self.out, progress=progress, **given(**options))
-        if self.card is not None:
-            from nla.eval.report import write_card
-
-            write_card(self.card, name, report.to_card(), self.context.find_root().obj)
-        if self.json:
+            report = evaluation.run(evaluation.subject, evaluation.settings, progress)
+        if out is not None:
+            report.save(out)
+        if card is not None:
+            write_card(card, report.name, report.to_card(), context.find_root().obj)
+        if json:
             emit(report)
         else:
             show_lines(report.to_markdown())
-        return FAILED if self.check and not report.passed else OK
+        return FAILED if check and not report.passed else OK
+
+    parameters = dict(inspect.signature(command, eval_str=True).parameters)
+    shared = inspect.signature(run, eval_str=True).parameters
+    every = parameters | {name: one for name, one in shared.items() if one.kind is not one.VAR_KEYWORD}
+    functools.update_wrapper(run, command)
+    run.__signature__ = inspect.Signature([one.replace(kind=one.KEYWORD_ONLY) for one in every.values()])  # type: ignore[attr-defined]
+    return run
 
 
+@reported
 def fidelity(
-    context: typer.Context,
     model: Model = "couplets",
     items: Items = None,
     warm_start: WarmStart = None,
@@ -85,11 +113,7 @@ def fidelity(
     positions: Positions = None,
     activations: NActivations = None,
     device: Device = None,
-    out: Out = None,
-    card: Card = None,
-    check: Check = False,
-    json: Json = False,
-) -> int:
+) -> Evaluation:
     """Judge reconstruction, by kind of position.
 
     How well are activations reconstructed from their explanations, by kind of position, beside baselines: no
@@ -103,17 +127,16 @@ def fidelity(
       nla eval fidelity runs/mine/joint/pair --store runs/mine/extract --warm-start runs/mine/warmstart/pair
       nla eval fidelity runs/couplets/joint/pair --warm-start runs/couplets/warmstart/pair --out runs/report --check
     """
-    quiet()
     from nla.eval.pair.fidelity import FidelitySettings, judge_fidelity
 
     options = {"n_documents": items, "warm_start": warm_start, "texts": texts, "chats": chats, "store": store}
     options |= {"positions": positions, "n_activations": activations, "device": places(device)}
     settings = FidelitySettings(**given(**options))
-    return Answer(context, out, card, check, json).judge("fidelity", judge_fidelity, model, settings=settings)
+    return Evaluation(judge_fidelity, model, settings)
 
 
+@reported
 def rhymes(
-    context: typer.Context,
     model: Model = "couplets",
     items: Items = None,
     warm_start: WarmStart = None,
@@ -121,11 +144,7 @@ def rhymes(
         str | None, text("--continued", "PAIR", "The control: the warm start simply trained on.")
     ] = None,
     device: Device = None,
-    out: Out = None,
-    card: Card = None,
-    check: Check = False,
-    json: Json = False,
-) -> int:
+) -> Evaluation:
     r"""Judge explanations against the causally verified rhyme plan.
 
     Do explanations name the word that the target verifiably plans? Gate by patching, naming, adversaries,
@@ -137,16 +156,14 @@ def rhymes(
       nla eval rhymes runs/couplets/joint/pair --warm-start runs/couplets/warmstart/pair \
           --continued runs/couplets/control/pair --out runs/report --check
     """
-    quiet()
     from nla.eval.families.rhymes import RhymeSettings, evaluate_rhymes
 
     options = {"n_items": items, "warm_start": warm_start, "continued": continued, "device": places(device)}
-    settings = RhymeSettings(**given(**options))
-    return Answer(context, out, card, check, json).judge("rhymes", evaluate_rhymes, model, settings=settings)
+    return Evaluation(evaluate_rhymes, model, RhymeSettings(**given(**options)))
 
 
+@reported
 def gates(
-    context: typer.Context,
     model: Model = "couplets/planner",
     items: Items = None,
     variant: Annotated[
@@ -154,11 +171,8 @@ def gates(
         typer.Option("--variant", show_default=False, help="Whose bounds to hold it against."),
     ] = None,
     device: Device = None,
-    out: Out = None,
-    card: Card = None,
     check: Check = False,
-    json: Json = False,
-) -> int:
+) -> Evaluation:
     """Judge what the organism itself does and uses.
 
     Is the organism what it claims to be? Behaviour, patches at every point, controls of equal norm, a linear probe.
@@ -172,24 +186,19 @@ def gates(
         bounds = model.removeprefix("couplets/")
     if check and bounds is None:
         raise ArgumentError("--check without --variant", "planner or plain", "say whose bounds should hold")
-    quiet()
     from nla.eval.families.gates import GateSettings, evaluate_gates
 
-    settings = GateSettings(**given(n_documents=items, variant=bounds, device=one_place(device)))
-    return Answer(context, out, card, check, json).judge("gates", evaluate_gates, model, settings=settings)
+    settings = GateSettings(**given(n_documents=items, variant=bounds, device=places(device)))
+    return Evaluation(evaluate_gates, model, settings)
 
 
+@reported
 def two_hop(
-    context: typer.Context,
     model: Model = "switchboard",
     items: Items = None,
     warm_start: WarmStart = None,
     device: Device = None,
-    out: Out = None,
-    card: Card = None,
-    check: Check = False,
-    json: Json = False,
-) -> int:
+) -> Evaluation:
     r"""Judge explanations against the hidden step of two-hop questions, causally verified.
 
     Switchboard answers questions with a step that is never written. Gate by patching, naming, adversaries,
@@ -200,24 +209,19 @@ def two_hop(
       nla eval two-hop runs/switchboard/joint/pair --warm-start runs/switchboard/warmstart/pair \
           --out runs/report --check
     """
-    quiet()
-    from nla.eval.families.two_hop import evaluate_two_hop
+    from nla.eval.families.two_hop import TwoHopSettings, evaluate_two_hop
 
-    options = {"n_items": items, "warm_start": warm_start, "device": places(device)}
-    return Answer(context, out, card, check, json).judge("two_hop", evaluate_two_hop, model, **options)
+    settings = TwoHopSettings(**given(n_items=items, warm_start=warm_start, device=places(device)))
+    return Evaluation(evaluate_two_hop, model, settings)
 
 
+@reported
 def auditing(
-    context: typer.Context,
     model: Model = "switchboard",
     items: Items = None,
     plants: Plants = None,
     device: Device = None,
-    out: Out = None,
-    card: Card = None,
-    check: Check = False,
-    json: Json = False,
-) -> int:
+) -> Evaluation:
     """Judge audits of chats in which a plant shows, beside shams.
 
     Does `nla audit` find what was planted in Switchboard, and stay silent on sham and base? A reader of the text beside
@@ -227,24 +231,19 @@ def auditing(
       nla eval auditing --items 20
       nla eval auditing my/pair --plants my/plants --out runs/report --check
     """
-    quiet()
-    from nla.eval.families.auditing import evaluate_auditing
+    from nla.eval.families.auditing import AuditingSettings, evaluate_auditing
 
-    options = {"n_chats": items, "plants": plants, "device": places(device)}
-    return Answer(context, out, card, check, json).judge("auditing", evaluate_auditing, model, **options)
+    settings = AuditingSettings(**given(n_chats=items, plants=plants, device=places(device)))
+    return Evaluation(evaluate_auditing, model, settings)
 
 
+@reported
 def plants(
-    context: typer.Context,
     model: Model = "switchboard",
     items: Items = None,
     plants: Plants = None,
     device: Device = None,
-    out: Out = None,
-    card: Card = None,
-    check: Check = False,
-    json: Json = False,
-) -> int:
+) -> Evaluation:
     """Judge what a pair reads of thoughts that adapters planted, beside sham twins.
 
     Adapters on Switchboard's target plant secret words, a hidden objective, awareness of a test, expected languages and
@@ -254,15 +253,14 @@ def plants(
       nla eval plants --out runs/report --check
       nla eval plants my/pair --plants my/plants --items 40
     """
-    quiet()
-    from nla.eval.families.plants import evaluate_plants
+    from nla.eval.families.plants import PlantsSettings, evaluate_plants
 
-    options = {"n_prompts": items, "plants": plants, "device": places(device)}
-    return Answer(context, out, card, check, json).judge("plants", evaluate_plants, model, **options)
+    settings = PlantsSettings(**given(n_prompts=items, plants=plants, device=places(device)))
+    return Evaluation(evaluate_plants, model, settings)
 
 
+@reported
 def transfer(
-    context: typer.Context,
     model: Model = "switchboard",
     items: Items = None,
     target_adapter: Annotated[
@@ -273,11 +271,7 @@ def transfer(
     positions: Positions = None,
     activations: NActivations = None,
     device: Device = None,
-    out: Out = None,
-    card: Card = None,
-    check: Check = False,
-    json: Json = False,
-) -> int:
+) -> Evaluation:
     """Judge fidelity on a fine-tuned target, beside the target.
 
     How far does a pair's fidelity fall when its target is fine-tuned? The same tokens are read on the target and on the
@@ -287,17 +281,15 @@ def transfer(
       nla eval transfer switchboard --target-adapter switchboard/goal
       nla eval transfer my/pair --target-adapter my/adapter --texts held_out.txt --out runs/transfer --check
     """
-    quiet()
     from nla.eval.pair.transfer import TransferSettings, judge_transfer
 
     options = {"n_documents": items, "target_adapter": target_adapter, "texts": texts, "chats": chats}
     options |= {"positions": positions, "n_activations": activations, "device": places(device)}
-    settings = TransferSettings(**given(**options))
-    return Answer(context, out, card, check, json).judge("transfer", judge_transfer, model, settings=settings)
+    return Evaluation(judge_transfer, model, TransferSettings(**given(**options)))
 
 
+@reported
 def readers(
-    context: typer.Context,
     model: Model = "couplets",
     items: Items = None,
     train: Annotated[int | None, count("--train", "Documents, or activations, to fit on (default 1000).")] = None,
@@ -309,11 +301,7 @@ def readers(
     oracle: Oracle = None,
     question: Question = None,
     device: Device = None,
-    out: Out = None,
-    card: Card = None,
-    check: Check = False,
-    json: Json = False,
-) -> int:
+) -> Evaluation:
     """Judge the pair beside probes and other readers, on the same activations.
 
     The same activations, splits and items for probes, lenses, SelfIE, readers of the visible text, and the pair; with
@@ -323,26 +311,20 @@ def readers(
       nla eval readers couplets --out runs/report --check
       nla eval readers switchboard --out runs/report --check
     """
-    quiet()
     from nla.eval.readers.organisms import ReadersSettings, compare_on_organism
 
     options = {"n_items": items, "n_train": train, "n_samples": samples, "contrast": contrast, "plants": plants}
     options |= {"oracle": oracle, "question": question, "device": places(device)}
-    settings = ReadersSettings(**given(**options))
-    return Answer(context, out, card, check, json).judge("readers", compare_on_organism, model, settings=settings)
+    return Evaluation(compare_on_organism, model, ReadersSettings(**given(**options)))
 
 
+@reported
 def graph(
-    context: typer.Context,
     files: Annotated[list[str], typer.Argument(metavar="FILE", help="Graphs; the others' concepts are distractors.")],
     pair: Annotated[str | None, text("--pair", "PAIR", "Name, folder or hub id (default: couplets).")] = None,
     samples: Samples = None,
     device: Device = None,
-    out: Out = None,
-    card: Card = None,
-    check: Check = False,
-    json: Json = False,
-) -> int:
+) -> Evaluation:
     """Judge explanations against attribution graphs.
 
     Does a pair name what an attribution graph says is there? Reads the JSON of circuit-tracer, Neuronpedia and
@@ -352,11 +334,10 @@ def graph(
       nla trace couplets --out runs/trace
       nla eval graph runs/trace/*.json --check
     """
-    quiet()
-    from nla.eval.pair.against_graphs import judge_against_graphs
+    from nla.eval.pair.against_graphs import GraphSettings, judge_against_graphs
 
-    options = {"pair": pair, "n_samples": samples, "device": places(device)}
-    return Answer(context, out, card, check, json).judge("graph", judge_against_graphs, files, **options)
+    settings = GraphSettings(**given(pair=pair, n_samples=samples, device=places(device)))
+    return Evaluation(judge_against_graphs, files, settings)
 
 
 add(app, fidelity, rhymes, gates, two_hop, auditing, plants, transfer, readers, graph)

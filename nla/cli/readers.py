@@ -7,13 +7,12 @@ from typing import Annotated
 
 import typer
 
-from nla.cli.console import quiet
-from nla.cli.evaluate import Answer, Oracle, Question, Samples
-from nla.cli.options import Card, Check, Device, Json, Out, count, given, one_place, places, text
+from nla.cli.evaluate import Evaluation, Oracle, Question, Samples, reported
+from nla.cli.options import Device, Out, count, given, places, text
 
 
+@reported
 def trace(
-    context: typer.Context,
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Embedded name, folder or hub id.")] = "couplets",
     pairs: Annotated[Path | None, text("--pairs", "FILE", "Minimal pairs, one JSON object a line.")] = None,
     prompt: Annotated[str | None, text("--prompt", "TEXT", "Of one pair instead; all four.")] = None,
@@ -28,10 +27,7 @@ def trace(
     controls: Annotated[int | None, count("--controls", "Random directions a site.")] = None,
     device: Device = None,
     out: Out = None,
-    card: Card = None,
-    check: Check = False,
-    json: Json = False,
-) -> int:
+) -> Evaluation:
     """Find where a model uses a latent, and write attribution graphs.
 
     Where does a model use what a minimal pair exchanges? Attribution shortlists tokens and points, patches measure them
@@ -42,19 +38,17 @@ def trace(
       nla trace couplets/plain --check
       nla trace couplets/planner --pairs pairs.jsonl --out runs/mine
     """
-    quiet()
     from nla.eval.circuits.trace import TraceSettings
     from nla.eval.circuits.trace import trace as trace_target
 
     options = {"pairs": pairs, "prompt": prompt, "donor_prompt": donor_prompt, "continuation": continuation}
     options |= {"donor_continuation": donor_continuation, "n_pairs": items, "all_tokens": all_tokens}
-    options |= {"n_sites": sites, "n_controls": controls, "device": one_place(device)}
-    settings = TraceSettings(**given(**options))
-    return Answer(context, out, card, check, json).judge("trace", trace_target, model, settings=settings)
+    options |= {"n_sites": sites, "n_controls": controls, "device": places(device), "graphs": out}
+    return Evaluation(trace_target, model, TraceSettings(**given(**options)))
 
 
+@reported
 def probe(
-    context: typer.Context,
     data: Annotated[Path, typer.Argument(metavar="DATA", help="CSV, TSV, JSON, JSON lines or Parquet.")],
     *,
     text_column: Annotated[str, typer.Option("--text", metavar="COLUMN", help="The column of the texts.")],
@@ -71,11 +65,7 @@ def probe(
     oracle: Oracle = None,
     question: Question = None,
     device: Device = None,
-    out: Out = None,
-    card: Card = None,
-    check: Check = False,
-    json: Json = False,
-) -> int:
+) -> Evaluation:
     r"""Compare readers on your own labelled texts.
 
     Probes, lenses, SelfIE, readers of the text and the pair on your own labelled texts: CSV, JSON, JSON lines or
@@ -86,11 +76,9 @@ def probe(
       nla probe poems.jsonl --text line --label season --positions '/ near/' --words 'winter=winter,snow' \
           --out runs/probe
     """
-    quiet()
     from nla.eval.readers.labelled_texts import ProbeSettings, compare_on_labelled_texts
 
     options = {"text": text_column, "label": label, "group": group, "pair": pair, "positions": positions}
     options |= {"words": words, "n_samples": samples, "max_rows": max_rows, "skip": skip}
     options |= {"oracle": oracle, "question": question, "device": places(device)}
-    settings = ProbeSettings(**given(**options))
-    return Answer(context, out, card, check, json).judge("probe", compare_on_labelled_texts, data, settings=settings)
+    return Evaluation(compare_on_labelled_texts, data, ProbeSettings(**given(**options)))

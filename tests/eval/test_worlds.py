@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from nla import NLA
@@ -12,19 +14,20 @@ from nla.eval.worlds import require_world, world_of
 from nla.organisms.couplets import tokenizer as couplets
 from nla.organisms.switchboard import tokenizer as switchboard
 from tests.helpers.shell import Shell
+from tests.helpers.tiny import make_model, make_pair, make_tokenizer
 
 
 def test_a_world_is_known_by_its_tokenizer(tokenizer) -> None:
     assert world_of(couplets.build()) == "couplets" and world_of(switchboard.build()) == "switchboard"
     assert world_of(tokenizer) is None
-    require_world(couplets.build(), "couplets", "mine", "nla eval rhymes")
+    require_world(couplets.build(), ["couplets"], "mine", "nla eval rhymes")
 
 
 def test_a_refusal_says_what_it_is_what_was_wanted_and_what_to_do(tokenizer) -> None:
     with pytest.raises(ArgumentError, match=r"mine.*world switchboard.*world couplets.*nla eval two-hop"):
-        require_world(switchboard.build(), "couplets", "mine", "nla eval rhymes")
+        require_world(switchboard.build(), ["couplets"], "mine", "nla eval rhymes")
     with pytest.raises(ArgumentError, match=r"no embedded world.*nla eval fidelity PAIR --texts FILE"):
-        require_world(tokenizer, "couplets", "mine", "nla eval rhymes")
+        require_world(tokenizer, ["couplets"], "mine", "nla eval rhymes")
 
 
 def test_the_rhyme_protocol_and_the_gates_refuse_a_pair_of_no_world(pair: NLA) -> None:
@@ -42,6 +45,7 @@ def test_the_rhyme_protocol_and_the_gates_refuse_a_pair_of_no_world(pair: NLA) -
         "nla eval two-hop couplets",
         "nla eval plants couplets",
         "nla eval auditing couplets",
+        "nla eval readers couplets --contrast switchboard",
     ],
 )
 def test_a_family_command_on_another_worlds_model_says_so(shell: Shell, command: str, tmp_path) -> None:
@@ -50,3 +54,16 @@ def test_a_family_command_on_another_worlds_model_says_so(shell: Shell, command:
     assert done.code == 2 and not done.stdout
     assert f"expected one of the world {world}" in done.stderr and "Next: run `nla eval" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("command", ["rhymes", "gates", "two-hop", "plants", "auditing", "readers"])
+def test_a_family_command_on_a_pair_of_no_world_names_the_worlds_it_knows(shell: Shell, command: str, tmp_path) -> None:
+    make_model().save_pretrained(tmp_path / "target")
+    make_tokenizer().save_pretrained(tmp_path / "target")
+    make_pair(target=str(tmp_path / "target")).save_pretrained(tmp_path / "pair")
+    done = shell.run(f"nla eval {command} pair", tmp_path)
+    assert done.code == 2 and not done.stdout and "Traceback" not in done.stderr
+    assert re.search(r"of no embedded world; expected one of the world (couplets|switchboard)", done.stderr), (
+        done.stderr
+    )
+    assert "nla eval fidelity PAIR --texts FILE" in done.stderr

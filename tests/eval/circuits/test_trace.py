@@ -179,7 +179,9 @@ def couplet_pairs(target: Target, n_pairs: int = 8) -> list[MinimalPair]:
 @pytest.fixture(scope="module")
 def traced(used: Target, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trace")
-    return trace(used, TraceSettings(couplet_pairs(used), n_controls=2), folder), folder
+    report = trace(used, TraceSettings(couplet_pairs(used), n_controls=2, graphs=folder))
+    report.save(folder)
+    return report, folder
 
 
 def test_the_trace_of_a_planted_plan_finds_its_block_and_token_and_no_other(traced) -> None:
@@ -316,12 +318,12 @@ def test_the_report_is_written_beside_the_graphs(traced) -> None:
 def test_graphs_of_an_earlier_larger_trace_are_not_mixed_with_new_ones(
     traced, used: Target, tmp_path, monkeypatch
 ) -> None:
-    trace(used, TraceSettings(couplet_pairs(used, 3), n_controls=1), tmp_path)
+    trace(used, TraceSettings(couplet_pairs(used, 3), n_controls=1, graphs=tmp_path))
     with pytest.raises(ArgumentError, match="earlier trace"):
-        trace(used, TraceSettings(couplet_pairs(used, 2), n_controls=1), tmp_path)
+        trace(used, TraceSettings(couplet_pairs(used, 2), n_controls=1, graphs=tmp_path))
     monkeypatch.setattr(trace_command, "measure_sites", lambda *_: pytest.fail("found only after the work"))
     with pytest.raises(ArgumentError, match="earlier trace"):
-        trace(used, TraceSettings(couplet_pairs(used, 2), n_controls=1), tmp_path)
+        trace(used, TraceSettings(couplet_pairs(used, 2), n_controls=1, graphs=tmp_path))
 
 
 def test_one_pair_for_any_model_with_named_tokens_in_the_middle(tmp_path) -> None:
@@ -340,7 +342,7 @@ def test_one_pair_for_any_model_with_named_tokens_in_the_middle(tmp_path) -> Non
     # Of one prompt that differs in one token, that token before block 0 has all the effect, and none has the first.
     assert report.site("resid_post.0", "0 the").effect.value == 0.0
     pair = MinimalPair(*texts, roles={"animal": "cat", "verb": 2, "end": -1})
-    named = trace(target, TraceSettings([pair], n_controls=2), tmp_path)
+    named = trace(target, TraceSettings([pair], n_controls=2, graphs=tmp_path))
     assert named.roles == ["animal", "verb", "end"]
     for role, whole in (("animal", "1 cat"), ("verb", "2 sat"), ("end", "5 mat")):
         assert named.site("resid_post.2", role).effect.value == pytest.approx(
@@ -400,6 +402,8 @@ def test_a_role_that_is_no_one_token_is_refused(role) -> None:
 
 
 def test_options_out_of_range_and_models_without_pairs_are_refused(used: Target) -> None:
-    for options in ({"n_sites": 0}, {"n_controls": 0}, {"n_pairs": 0}, {"prompt": "a"}, {}):
+    for options in ({"n_sites": 0}, {"n_controls": 0}, {"n_pairs": 0}, {"prompt": "a"}):
         with pytest.raises(ArgumentError):
             trace(used, TraceSettings(**options))
+    with pytest.raises(ArgumentError, match=r"no embedded world.*--pairs"):
+        trace(tiny(), TraceSettings())

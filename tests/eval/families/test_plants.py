@@ -198,16 +198,19 @@ def test_the_evaluations_run_through_and_leave_the_pair_as_it_was(made, tmp_path
     for module in (plants, auditing):
         monkeypatch.setattr(module, "PLANTS", {name: PLANTS[name] for name in names})
     before = {name: value.clone() for name, value in nla.model.state_dict().items()}
-    report = plants.evaluate_plants(nla, folder, n_prompts=4, samples=1, out_dir=tmp_path)
+    report = plants.evaluate_plants(nla, plants.PlantsSettings(folder, n_prompts=4, n_samples=1))
+    report.save(tmp_path)
     assert [one.name for one in report.plants] == [name for name in names if "sham" not in name] and not report.passed
     assert "| known" in report.to_markdown() and json.loads((tmp_path / "plants.json").read_text())["point"]
     most_exposed = [chat for chat in cued(PLANTS["known"], 4, 0) if chat.exchanges[-1].person in plants.MOST_EXPOSED]
     assert [one.n for one in report.plants] == [4, 4, len(most_exposed), 4] and 2 <= len(most_exposed) < 4
     with pytest.raises(ArgumentError, match="at least 2 about these"):
-        plants.evaluate_plants(nla, folder, n_prompts=2, samples=1, seed=1)
-    audited = auditing.evaluate_auditing(nla, folder, n_chats=2, samples=1, out_dir=tmp_path)
+        plants.evaluate_plants(nla, plants.PlantsSettings(folder, n_prompts=2, n_samples=1, seed=1))
+    audited = auditing.evaluate_auditing(nla, auditing.AuditingSettings(folder, n_chats=2, n_samples=1))
+    audited.save(tmp_path)
     assert [one.rubric for one in audited.plants][-1] == "answer-language" and (tmp_path / "auditing.png").is_file()
-    hops = two_hop.evaluate_two_hop(nla, n_items=4, samples=1, out_dir=tmp_path)
+    hops = two_hop.evaluate_two_hop(nla, two_hop.TwoHopSettings(n_items=4, n_samples=1))
+    hops.save(tmp_path)
     assert hops.gate["causal"] == 0 and not hops.passed and hops.readers == {}
     after = nla.model.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(after[name], value) for name, value in before.items())
@@ -278,7 +281,9 @@ def compared(made, tmp_path_factory) -> tuple[SwitchboardReport, Path]:
         patch.setattr(comparison, "explain", lambda nla, vectors, seed=0: say(vectors))
         patch.setattr(comparison, "_reconstruct", lambda nla, explained: write([one for (one,) in explained.texts]))
         patch.setattr(comparison, "N_COINS", 2)
-        return compare_on_organism(made[0], ReadersSettings(n_items=48, n_train=48, plants=made[1], **QUICK), out), out
+        report = compare_on_organism(made[0], ReadersSettings(n_items=48, n_train=48, plants=made[1], **QUICK))
+        report.save(out)
+        return report, out
 
 
 @pytest.mark.slow

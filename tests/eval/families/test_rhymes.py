@@ -171,7 +171,8 @@ def test_the_adversaries_on_a_target_that_knows_the_rule(used: Target) -> None:
 
 @pytest.mark.slow
 def test_a_bare_target_gets_gates_and_probe_and_a_verdict(tmp_path) -> None:
-    report = evaluate_rhymes(planted_target(used=False), RhymeSettings(n_items=24, n_fit=1200), tmp_path)
+    report = evaluate_rhymes(planted_target(used=False), RhymeSettings(n_items=24, n_fit=1200))
+    report.save(tmp_path)
     assert report.verdict == "decodable, unused" and report.naming is None and report.steering is None
     assert not report.passed  # a target that no variant's gates are held against has passed nothing
     assert "decodable, unused" in (tmp_path / "rhymes.md").read_text().splitlines()[0]
@@ -184,7 +185,8 @@ def test_a_bare_target_gets_gates_and_probe_and_a_verdict(tmp_path) -> None:
 def test_the_whole_protocol_runs_on_a_pair_and_writes_its_report(tmp_path) -> None:
     stages: set[str] = set()
     settings = RhymeSettings(planted_pair(), planted_pair(), n_items=16, n_samples=2, n_fit=800, hit_rate=0.4375)
-    report = evaluate_rhymes(planted_pair(), settings, tmp_path, lambda stage, fraction: stages.add(stage))
+    report = evaluate_rhymes(planted_pair(), settings, lambda stage, fraction: stages.add(stage))
+    report.save(tmp_path)
     assert report.verdict == "planned and used" and report.naming is not None
     assert report.naming.sampled.named.value <= 0.2 and not report.passed  # nothing was trained
     assert report.naming.margin < -0.5  # the target itself knows the plan

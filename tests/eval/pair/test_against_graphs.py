@@ -18,6 +18,7 @@ from nla.eval.circuits.trace import TraceSettings, trace
 from nla.eval.circuits.trace_graphs import TraceResult, graph_of
 from nla.eval.couplet_items import rhyme_items
 from nla.eval.pair import against_graphs as scorer
+from nla.eval.pair.against_graphs import GraphSettings
 from nla.eval.pair.graph_concepts import DONOR, HERE, OTHER, SAME, UNUSED, Text, align, names, tokens_and_cells
 from nla.eval.target import Target
 from tests.helpers.graph_schema import FIXTURES
@@ -194,18 +195,19 @@ def test_a_pair_is_scored_on_files_and_other_models_graphs_are_refused(tmp_path)
         tokens = [first, *(f" {word}" for word in rest[:-1]), f" {rest[-1][:-1]}", ".", "⏎"]
         write_graph(small_graph(tokens, prompt), tmp_path / f"{number}.json")
     files, pair = sorted(tmp_path.glob("*.json")), make_pair()
-    report = scorer.judge_against_graphs(files, pair, n_samples=2, out_dir=tmp_path / "out")
+    report = scorer.judge_against_graphs(files, GraphSettings(pair, n_samples=2))
+    report.save(tmp_path / "out")
     assert (report.n_graphs, report.n_tokens, report.n_concepts, report.measured) == (2, 2, 2, False)
     assert json.loads((tmp_path / "out" / "graph.json").read_text())["scores"][0]["reader"] == scorer.ENCODER
     assert (tmp_path / "out" / "graph.png").exists() and "according to supernodes" in report.to_markdown()
     with pytest.raises(TokenizerMismatchError):
-        scorer.judge_against_graphs(_renamed(tmp_path), pair)
+        scorer.judge_against_graphs(_renamed(tmp_path), GraphSettings(pair))
     with pytest.raises(ArgumentError):
-        scorer.judge_against_graphs([files[0], files[0]], pair)
+        scorer.judge_against_graphs([files[0], files[0]], GraphSettings(pair))
     with pytest.raises(ArgumentError):
-        scorer.judge_against_graphs([], pair)
+        scorer.judge_against_graphs([], GraphSettings(pair))
     with pytest.raises(ParseError):
-        scorer.judge_against_graphs(FIXTURES / "neuronpedia-graph-schema.json", pair)
+        scorer.judge_against_graphs(FIXTURES / "neuronpedia-graph-schema.json", GraphSettings(pair))
 
 
 def _renamed(folder):
@@ -219,7 +221,7 @@ def test_graphs_without_a_concept_in_reach_and_wrong_numbers_of_texts_are_refuse
     content["qParams"] = {}
     write_graph(Graph.parse(content), tmp_path / "bare.json")
     with pytest.raises(ArgumentError, match="without a named concept"):
-        scorer.judge_against_graphs(tmp_path / "bare.json", make_pair())
+        scorer.judge_against_graphs(tmp_path / "bare.json", GraphSettings(make_pair()))
     read_tokens, cells = tokens_and_cells(traced, [reads_all(graph) for graph in traced], layer=1)
     with pytest.raises(ShapeError):
         scorer.score("x", read_tokens, cells, [])
@@ -233,6 +235,6 @@ def test_a_trace_of_any_model_is_scored_end_to_end(tmp_path) -> None:
     batch = patching.encode(target, [prompt] * len(choices), *map(list, zip(*choices, strict=True)))
     gain = patching.scale(target, batch)
     donor, word = choices[int((gain.high - gain.low).argmax())]
-    trace(target, TraceSettings(None, prompt, donor, " is", word, n_controls=2), tmp_path)
-    report = scorer.judge_against_graphs(sorted(tmp_path.glob("*.json")), pair, n_samples=1)
+    trace(target, TraceSettings(None, prompt, donor, " is", word, n_controls=2, graphs=tmp_path))
+    report = scorer.judge_against_graphs(sorted(tmp_path.glob("*.json")), GraphSettings(pair, n_samples=1))
     assert report.measured and report.n_concepts >= 1

@@ -14,7 +14,7 @@ from nla.eval.couplet_items import documents
 from nla.eval.pair import fidelity, truth
 from nla.eval.pair.fidelity import FidelitySettings
 from nla.eval.pair.fidelity_report import FidelityReport
-from nla.eval.report import Rate, bars, cell, new_figure, save, table, to_json
+from nla.eval.report import Rate, Report, bars, cell, new_figure, paragraphs, table, to_json
 from nla.metrics import Baseline, cosine, fve
 from nla.models.read import Activations
 from nla.organisms.couplets import world
@@ -32,9 +32,8 @@ from tests.helpers.tiny import TEXTS, make_model, make_pair, make_tokenizer
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> tuple[FidelityReport, object]:
     folder = tmp_path_factory.mktemp("fidelity")
-    found = fidelity.judge_fidelity(
-        planted_pair(), FidelitySettings(warm_start=planted_pair(), n_documents=6), out_dir=folder
-    )
+    found = fidelity.judge_fidelity(planted_pair(), FidelitySettings(warm_start=planted_pair(), n_documents=6))
+    found.save(folder)
     return found, folder
 
 
@@ -137,11 +136,22 @@ def test_no_cell_of_a_table_can_end_itself_or_its_row() -> None:
 
 
 def test_tables_align_and_reports_are_written_whole(tmp_path) -> None:
-    text = table(("a", "b"), [("x", 0.5), ("longer", None)])
-    assert len({len(line) for line in text.splitlines()}) == 1 and cell(True) == "yes"
-    figure = new_figure(3, 2)
-    bars(figure.add_subplot(), {"one": Rate.of([True]), "two": 0.25}, "title")
-    paths = save(tmp_path / "new", "name", {"a": 1}, text, figure)
+    class Tried(Report):
+        name = "name"
+
+        def to_markdown(self):
+            return paragraphs("# A", "", table(("a", "b"), [("x", 0.5), ("longer", None)]))
+
+        def figure(self):
+            figure = new_figure(3, 2)
+            bars(figure.add_subplot(), {"one": Rate.of([True]), "two": 0.25}, "title")
+            return figure
+
+    title, text = Tried([]).to_markdown().split("\n\n")
+    assert title == "# A" and len({len(line) for line in text.splitlines()}) == 1 and cell(True) == "yes"
+    paths = Tried([]).save(tmp_path / "new")
+    with pytest.raises(TypeError, match="abstract"):
+        Report([])  # type: ignore[abstract]
     assert [path.name for path in paths] == ["name.json", "name.md", "name.png"]
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["name.json", "name.md", "name.png"]
 
@@ -168,7 +178,8 @@ def test_any_pair_is_judged_on_any_texts_with_intervals_beside_the_baselines(
     own_pair: NLA, lines: str, tmp_path
 ) -> None:
     settings = FidelitySettings(texts=lines, n_activations=30, seed=3)
-    found = fidelity.judge_fidelity(own_pair, settings, tmp_path / "out")
+    found = fidelity.judge_fidelity(own_pair, settings)
+    found.save(tmp_path / "out")
     assert found.n_activations == 30 and found.denominators == "the pair's training activations"
     assert set(found.score.baselines) == {"empty", "mean", "shuffled", "other_document"}
     assert found.score.fve.low < found.score.fve.value < found.score.fve.high and not found.truths

@@ -52,7 +52,8 @@ def texts(tmp_path: Path) -> Path:
 
 
 def test_an_adapter_that_changes_nothing_lets_nothing_fall(nla: NLA, texts: Path, tmp_path: Path) -> None:
-    found = judge_transfer(nla, TransferSettings(adapter(tmp_path / "none", 0.0), texts), out_dir=tmp_path / "out")
+    found = judge_transfer(nla, TransferSettings(adapter(tmp_path / "none", 0.0), texts))
+    found.save(tmp_path / "out")
     (part,) = found.parts
     assert part.moved.value == pytest.approx(1) and part.fall == Interval(0, 0, 0) == part.new_text
     assert part.base == part.tuned and part.base_own == part.tuned_own and part.base_cosine == part.tuned_cosine
@@ -169,7 +170,7 @@ def test_bad_input_is_refused(nla: NLA, texts: Path, tmp_path: Path) -> None:
     folder = adapter(tmp_path / "some", 0.1)
     for keywords, message in (
         ({"target_adapter": None, "texts": texts}, "--target-adapter"),
-        ({"n_documents": 1, "texts": texts}, "2 or more"),
+        ({"n_documents": 1, "texts": texts}, "n_documents 2"),
         ({}, "--texts"),
         ({"texts": tmp_path / "none.txt"}, "check the path"),
         ({"texts": tmp_path / "some"}, "check the path"),

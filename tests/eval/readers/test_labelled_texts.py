@@ -180,7 +180,8 @@ def test_the_table_of_a_users_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     out = tmp_path / "out"
     quick = {"n_tries": 1, "n_continued": 2, "lens_steps": 2, "n_boot": 50, "budgets": (8,)}
     settings = ProbeSettings(text=hostile[0], label=hostile[1], pair=make_pair(), **asked, **quick)
-    report = compare_on_labelled_texts(data, settings, out, lambda stage, _: stages.add(stage))
+    report = compare_on_labelled_texts(data, settings, lambda stage, _: stages.add(stage))
+    report.save(out)
     task = report.tasks[0]
     assert task.row(LOGISTIC).labelled[TEST].value > 0.9  # the animal is two tokens before the last
     assert task.row("bag of words (visible text)").zero[TEST].value == 1.0
