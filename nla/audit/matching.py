@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
+from nla.errors import RubricError
 from nla.text.claims import claims
+from nla.text.patterns import Pattern, compile_pattern
 
 _VOWELS = "aeiou"
 _UNSPACED = "\u2e80"
@@ -69,8 +71,8 @@ def phrase(entry: str) -> str:
 class Words(NamedTuple):
     """Patterns that show a concept, and patterns that, in the same claim, take it back."""
 
-    shows: re.Pattern[str] | None
-    unless: re.Pattern[str] | None = None
+    shows: Pattern | None
+    unless: Pattern | None = None
 
     @classmethod
     def of(
@@ -83,7 +85,7 @@ class Words(NamedTuple):
         """From lists of words and phrases, lemmas (matched in all regular forms) and regular expressions.
 
         Raises:
-            re.error: a regular expression is none.
+            RubricError: a regular expression is none.
         """
         entries = [*words, *(form for lemma in lemmas for form in inflections(lemma))]
         return cls(_any([*map(phrase, entries), *regexes]), _any(unless))
@@ -92,7 +94,7 @@ class Words(NamedTuple):
         """All places of a text that show the concept, left to right."""
         if self.shows is None:
             return []
-        return [Hit(match.start(), match.end(), match[0]) for match in self.shows.finditer(text) if match[0]]
+        return [Hit(match.start(), match.end(), match[0]) for match in self.shows.findall(text) if match[0]]
 
     def claimed(self, text: str) -> bool:
         """Whether a claim of the text shows the concept and does not take it back."""
@@ -101,10 +103,9 @@ class Words(NamedTuple):
         )  # fmt: skip
 
 
-def _any(patterns: Sequence[str]) -> re.Pattern[str] | None:
-    for pattern in patterns:
-        re.compile(pattern)  # each on its own: a pattern's error names it, and none can close another's bracket
-    return re.compile("|".join(f"(?:{pattern})" for pattern in patterns), re.IGNORECASE) if patterns else None
+def _any(patterns: Sequence[str]) -> Pattern | None:
+    what = "the pattern of a rubric"
+    return compile_pattern(patterns, what, ignore_case=True, error=RubricError) if patterns else None
 
 
 def similarity(text: str, examples: tuple[str, ...]) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +23,7 @@ from nla.errors import ParseError, RubricError, visible
 from nla.organisms import RUBRICS
 from nla.storage.files import parse_yaml
 from nla.storage.schema import first_problem, shown
+from nla.text.patterns import compile_pattern
 from nla.transcripts.messages import ROLES, role_of
 from nla.transcripts.positions import STRUCTURE
 
@@ -45,9 +45,9 @@ def _word(text: str) -> str:
 
 def _pattern(text: str) -> str:
     try:
-        re.compile(text)
-    except re.error as error:
-        raise ValueError(f"a regular expression ({error.msg})") from error
+        compile_pattern(text, "the pattern")
+    except ParseError as error:
+        raise ValueError(f"{error.expected}, not {error.got}") from error
     return text
 
 

@@ -22,6 +22,7 @@ from nla.errors import (
     WeightsError,
 )
 from nla.storage.hub import fetch_file
+from nla.text.patterns import compile_pattern
 
 
 class Span(NamedTuple):
@@ -252,12 +253,7 @@ def _named_positions(spans: list[Span], positions: str, document: int) -> list[i
             '"all", "last", a list of token indexes, or a pattern between slashes such as "/\\n/"',
             f'write "/{re.escape(positions)}/" to match tokens with this text',
         )
-    try:
-        pattern = re.compile(positions[1:-1])
-    except re.error as error:
-        raise PositionError(
-            f"the pattern {positions!r} ({error})", "a regular expression", "escape its special characters"
-        ) from error
+    pattern = compile_pattern(positions[1:-1], "the pattern", error=PositionError)
     matching = [span.index for span in spans if not span.added and pattern.search(span.text)]
     if not matching:
         shown = " ".join(repr(span.text) for span in spans[:12])

@@ -7,6 +7,7 @@ import re
 from typing import NamedTuple
 
 from nla.errors import PositionError
+from nla.text.patterns import Pattern, compile_pattern
 from nla.transcripts.messages import ROLES
 from nla.transcripts.rendering import CONTENT, Chat, Region
 
@@ -100,7 +101,7 @@ def _named(chat: Chat, indexes: list[int]) -> list[Position]:
     ]
 
 
-def check_choice(positions: str) -> re.Pattern[str] | None:
+def check_choice(positions: str) -> Pattern | None:
     """The pattern in a choice of positions; None for one of ``CHOICES``.
 
     Raises:
@@ -114,12 +115,7 @@ def check_choice(positions: str) -> re.Pattern[str] | None:
             f"{', '.join(CHOICES)}, or a pattern between slashes such as '/\\n/'",
             f'write "/{re.escape(positions)}/" to match tokens with this text',
         )
-    try:
-        return re.compile(positions[1:-1])
-    except re.error as error:
-        raise PositionError(
-            f"the pattern {positions!r} ({error})", "a regular expression", "escape its marks"
-        ) from error
+    return compile_pattern(positions[1:-1], "the pattern", error=PositionError)
 
 
 def _matching(chat: Chat, indexes: list[int], pattern: str) -> list[int]:
