@@ -330,7 +330,7 @@ class NLA:
         acts: Activations | Float[Tensor, "n d"],
         samples: int = 4,
         temperature: float = 1.0,
-        seed: int | None = 0,
+        seed: int | Sequence[int] | None = 0,
         max_new_tokens: int | None = None,
         batch_size: int = 512,
         greedy: bool = False,

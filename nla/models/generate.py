@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
@@ -63,6 +63,7 @@ def generate(
     max_new_tokens: int,
     temperature: float | None = None,
     generator: torch.Generator | None = None,
+    draws: Float[Tensor, "n t"] | None = None,
     processors: Sequence[LogitsProcessor] = (),
     stopping: Sequence[StoppingCriteria] = (),
     intervene: Intervene | None = None,
@@ -81,6 +82,8 @@ def generate(
         pad: token id that fills rows up, from :func:`pad_of`.
         temperature: of sampling; None: the likeliest token at each step.
         generator: source of the samples, on the model's device; None: the global random state.
+        draws: a number in [0, 1) for each prompt and each token of its answer, which picks the token: answers then do
+            not depend on what they share a batch with. In the place of ``generator``.
         processors: what else changes the logits before a token is chosen.
         stopping: what else ends a row; transformers fills such a row up with ``pad``, which its answer then ends on.
         intervene: a context for each batch, such as an injection.
@@ -93,7 +96,6 @@ def generate(
         batches = length_batches([len(prompt) + max_new_tokens for prompt in prompts], max_tokens_per_batch)
     if temperature is not None and not temperature > 0:
         raise ArgumentError(f"temperature={temperature}", "a number above 0", "give none for the likeliest text")
-    choosers = [*processors, *([] if temperature is None else [Sampling(temperature, generator)])]
     whole: Any = model
     device, answers = device_of(model), []
     with inference(model), plainly(model):
@@ -102,12 +104,14 @@ def generate(
             ids = pad_sequence(rows, batch_first=True, padding_value=pad, padding_side="left")
             padding = ids.shape[1] - torch.tensor([len(row) for row in rows])
             mask = (torch.arange(ids.shape[1]) >= padding[:, None]).long()
+            drawn = None if draws is None else draws[torch.tensor(batch)]
+            choosers = [] if temperature is None else [Sampling(temperature, generator, drawn, ids.shape[1])]
             with intervene(torch.tensor(batch), padding) if intervene else contextlib.nullcontext():
                 out = whole.generate(
                     input_ids=ids.to(device),
                     attention_mask=mask.to(device),
                     generation_config=_settings(ends, pad, max_new_tokens),
-                    logits_processor=LogitsProcessorList(choosers),
+                    logits_processor=LogitsProcessorList([*processors, *choosers]),
                     stopping_criteria=StoppingCriteriaList(stopping),
                 )
             answers.append(out[:, ids.shape[1] :].cpu())
@@ -120,12 +124,25 @@ class Sampling(LogitsProcessor):
     transformers itself samples from the global random state alone, which two pairs in two threads would share.
     """
 
-    def __init__(self, temperature: float, generator: torch.Generator | None) -> None:
+    def __init__(
+        self,
+        temperature: float,
+        generator: torch.Generator | None,
+        draws: Float[Tensor, "b t"] | None = None,
+        prompt_length: int = 0,
+    ) -> None:
         self.temperature, self.generator = temperature, generator
+        self.draws, self.prompt_length = draws, prompt_length
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
         probabilities = torch.softmax(scores / self.temperature, dim=-1)
-        chosen = torch.multinomial(probabilities, num_samples=1, generator=self.generator)
+        if self.draws is None:
+            chosen = torch.multinomial(probabilities, num_samples=1, generator=self.generator)
+        else:
+            drawn = self.draws[:, input_ids.shape[1] - self.prompt_length, None].to(scores.device)
+            heights = probabilities.double().cumsum(dim=-1)
+            chosen = torch.searchsorted(heights, drawn.double() * heights[:, -1:], right=True)
+            chosen.clamp_(max=scores.shape[-1] - 1)
         return torch.full_like(scores, -torch.inf).scatter(1, chosen, 0.0)
 
 

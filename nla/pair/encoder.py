@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -65,7 +66,7 @@ class Encoder:
         samples: int = 4,
         temperature: float = 1.0,
         max_new_tokens: int | None = None,
-        seed: int | None = 0,
+        seed: int | Sequence[int] | None = 0,
         greedy: bool = False,
         batch_size: int = 512,
     ) -> Rollouts:
@@ -75,7 +76,8 @@ class Encoder:
             samples: answers per activation; they share batches with those of other activations.
             temperature: of sampling, above 0; 1 samples from the encoder's own distribution.
             max_new_tokens: longest answer; None: as in training.
-            seed: of a random source for this call alone; None draws from the global random state.
+            seed: of a random source for this call alone, or one for each activation, whose answers then do not depend on
+                the others in the call; None draws from the global random state.
             greedy: the likeliest token at each step instead of sampling.
             batch_size: rows (activations × samples) at a time.
 
@@ -97,6 +99,11 @@ class Encoder:
         entering = rescale(self.config.check_vectors(vectors), self.config.injection.norm)
         entering, device = entering.repeat_interleave(samples, dim=0), device_of(model)
 
+        own = None if isinstance(seed, int | None) else _draws(seed, samples, length)
+        if own is not None and len(own) != len(entering):
+            got = f"{len(own) // samples} seeds for {len(entering) // samples} activations"
+            raise ArgumentError(got, "one seed, or one for each activation", "give as many")
+
         def injected(rows: Tensor, padding: Tensor) -> contextlib.AbstractContextManager[None]:
             columns = padding + self.marker_position
             return inject(model, entering[rows].to(device), columns.to(device), self.config.injection.layer)
@@ -109,7 +116,8 @@ class Encoder:
                 pad=self.pad_id,
                 max_new_tokens=length,
                 temperature=None if greedy else temperature,
-                generator=seeded(seed, device),
+                generator=seeded(seed, device) if isinstance(seed, int) else None,
+                draws=own,
                 processors=[MarkerMask(self.config.injection.marker_id)],
                 intervene=injected,
                 batches=[range(len(entering))[i : i + batch_size] for i in range(0, len(entering), batch_size)],
@@ -124,6 +132,14 @@ class Encoder:
                 f"at most {context} tokens together, the model's context",
                 f"give max_new_tokens={context - prompt} or less",
             )
+
+
+def _draws(seeds: Sequence[int], samples: int, length: int) -> Float[Tensor, "n t"]:
+    """A number in [0, 1) for each token of each answer, from a random source of each activation's own."""
+    draws = torch.empty(len(seeds), samples, length, dtype=torch.float64)
+    for row, seed in zip(draws, seeds, strict=True):
+        row.uniform_(generator=torch.Generator().manual_seed(seed))
+    return draws.flatten(0, 1)
 
 
 def mask_marker(logits: Float[Tensor, "... v"], marker_id: int) -> Float[Tensor, "... v"]:

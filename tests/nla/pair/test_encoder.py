@@ -76,11 +76,14 @@ def test_the_marker_is_never_sampled_even_where_it_is_the_likeliest(pair) -> Non
 
 
 @pytest.mark.slow
-def test_samples_follow_the_masked_distribution_of_the_model(pair) -> None:
+@pytest.mark.parametrize("seed", [0, [0]])
+def test_samples_follow_the_masked_distribution_of_the_model(pair, seed) -> None:
     """The first token's frequencies over 4,000 samples against the softmax computed by hand."""
     logits = mask_marker(oracle_logits(pair, VECTORS[0], [])[-1] / 0.7, pair.config.injection.marker_id)
     expected = logits.softmax(-1)
-    found = pair.encoder.generate(VECTORS[:1], samples=4000, temperature=0.7, max_new_tokens=1, batch_size=1000)
+    found = pair.encoder.generate(
+        VECTORS[:1], samples=4000, temperature=0.7, max_new_tokens=1, seed=seed, batch_size=1000
+    )
     observed = torch.bincount(found.ids[:, 0], minlength=len(expected)) / 4000
     assert (observed - expected).abs().max() < 4 * (0.25 / 4000) ** 0.5
 
@@ -104,6 +107,18 @@ def test_a_seed_fixes_the_samples_and_the_global_state_is_left_alone(pair) -> No
     assert torch.equal(first.ids, again.ids)
     assert first.texts != pair.encoder.generate(VECTORS, seed=8).texts
     assert len(set(first.texts)) > len(VECTORS), "samples of one activation differ"
+
+
+def test_with_a_seed_for_each_activation_its_samples_do_not_depend_on_the_others(pair) -> None:
+    seeds = [3, 2**40, 5, 6, 7]
+    whole = pair.encoder.generate(VECTORS, samples=3, seed=seeds).texts
+    parts = pair.encoder.generate(VECTORS.flip(0), samples=3, seed=seeds[::-1], batch_size=4).texts
+    by_activation = [parts[row : row + 3] for row in range(0, 15, 3)][::-1]
+    assert [text for texts in by_activation for text in texts] == whole
+    assert pair.encoder.generate(VECTORS[2:3], samples=3, seed=seeds[2:3]).texts == whole[6:9]
+    assert len(set(whole)) > 5, "activations and their samples differ"
+    with pytest.raises(ArgumentError, match="2 seeds for 5 activations"):
+        pair.encoder.generate(VECTORS, seed=[1, 2])
 
 
 def test_without_a_seed_the_global_state_decides_and_moves_on(pair) -> None:
