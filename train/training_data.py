@@ -16,7 +16,7 @@ from torch import Tensor
 from nla.errors import DescriberError, ParseError, RecipeError
 from nla.models.read import Activations
 from nla.organisms import ground_truth
-from nla.organisms.ground_truth import GroundTruth
+from nla.organisms.ground_truth import Document, GroundTruth
 from nla.storage.files import read_json, write_atomic
 from nla.store.reader import Store, open_splits
 from nla.train.data.world import MANIFEST, documents, load_stores, load_texts
@@ -78,7 +78,7 @@ def activation_norm(recipe: Recipe, out: Path) -> float:
 # Worlds
 
 
-def load_documents(recipe: Recipe, out: Path) -> tuple[dict[str, Activations], dict[str, list[Any]]]:
+def load_documents(recipe: Recipe, out: Path) -> tuple[dict[str, Activations], dict[str, list[Document]]]:
     """The stored activations of each split of a world, and the documents that they were read from, drawn again.
 
     Raises:
@@ -110,7 +110,7 @@ def of_world(recipe: Recipe, out: Path) -> TrainingData:
 
 
 def truth_of(
-    world: GroundTruth, rows: Activations, documents_of_rows: list[Any]
+    world: GroundTruth, rows: Activations, documents_of_rows: list[Document]
 ) -> Callable[[list[str]], dict[str, float]]:
     """Figures of sampled explanations, one a row: ``named``, the share that names the latent where there is one, and
     ``visible``, the share of the other claims that are true, both as the suite counts them."""

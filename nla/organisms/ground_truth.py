@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import random
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from nla.errors import ArgumentError
 
@@ -28,8 +28,15 @@ class Offsets(NamedTuple):
     end: int
 
 
+class Document(Protocol):
+    """What a world's documents have in common: a couplet, a chat."""
+
+    @property
+    def text(self) -> str: ...
+
+
 class GroundTruth(Protocol):
-    """A module of this form, one a world (``nla.organisms.<world>.ground_truth``); documents have a ``text``."""
+    """A module of this form, one a world (``nla.organisms.<world>.ground_truth``)."""
 
     STRATA: tuple[str, ...]
     """Kinds of position."""
@@ -39,19 +46,19 @@ class GroundTruth(Protocol):
     ENCODER_PROMPT: str
     DECODER_TEMPLATE: str
 
-    def splits(self, n_documents: int, n_eval_documents: int, seed: int) -> dict[str, list[Any]]:
+    def splits(self, n_documents: int, n_eval_documents: int, seed: int) -> dict[str, list[Document]]:
         """``train``, ``eval`` and ``held_out`` documents (of latents never trained on); no text is in two of them."""
         ...
 
-    def strata(self, document: Any, spans: Sequence[HasOffsets]) -> list[str]:
+    def strata(self, document: Document, spans: Sequence[HasOffsets]) -> list[str]:
         """The kind of position of every token."""
         ...
 
-    def truthful(self, document: Any, span: HasOffsets) -> str:
+    def truthful(self, document: Document, span: HasOffsets) -> str:
         """What a reader that knows everything says at a token."""
         ...
 
-    def describe(self, document: Any, span: HasOffsets, rng: random.Random, notice: float) -> str:
+    def describe(self, document: Document, span: HasOffsets, rng: random.Random, notice: float) -> str:
         """What an outsider writes who sees the visible text, and the latent with probability ``notice``."""
         ...
 
@@ -59,11 +66,11 @@ class GroundTruth(Protocol):
         """How often the outsider's guess of a latent is right."""
         ...
 
-    def named(self, document: Any, span: HasOffsets, text: str) -> bool | None:
+    def named(self, document: Document, span: HasOffsets, text: str) -> bool | None:
         """Whether a text names the latent at a token; None where there is none that the visible text does not say."""
         ...
 
-    def visible_claims(self, document: Any, span: HasOffsets, text: str) -> list[bool]:
+    def visible_claims(self, document: Document, span: HasOffsets, text: str) -> list[bool]:
         """Whether each claim that the visible text decides is true."""
         ...
 

@@ -43,7 +43,7 @@ Refuse = Callable[[Problem], NLAError]
 """From what is wrong, the typed error to raise."""
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """A value for a message: one line, a few dozen characters, however large it is or pretends to be.
 
     >>> shown("x" * 1000)[:4], len(shown([["x"] * 1000] * 1000)) < 200
@@ -83,7 +83,7 @@ def checked(refuse: Refuse, section: str = "", kw_only: bool = True) -> Callable
 
 
 def build(
-    cls: type[Checked], content: Any, source: str, refuse: Refuse, optional: frozenset[str] | None = None
+    cls: type[Checked], content: object, source: str, refuse: Refuse, optional: frozenset[str] | None = None
 ) -> Checked:
     """A dataclass of :func:`checked`, and those inside of it, from the mapping that a file holds; None is an empty one.
 
@@ -121,7 +121,7 @@ def build(
     raise wrong
 
 
-def dataclass_in(hint: Any) -> Any:
+def dataclass_in(hint: object) -> type | None:
     """The dataclass that a field's type names; None: it names none."""
     kinds = (hint, *get_args(hint))
     return next((kind for kind in kinds if isinstance(kind, type) and dataclasses.is_dataclass(kind)), None)

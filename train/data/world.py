@@ -6,7 +6,7 @@ import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from pydantic import Field
@@ -16,7 +16,7 @@ from nla.baselines import save_baselines
 from nla.errors import ParseError
 from nla.metrics import Baseline
 from nla.models.read import Activations, read
-from nla.organisms.ground_truth import GroundTruth
+from nla.organisms.ground_truth import Document, GroundTruth
 from nla.storage.files import write_atomic, write_json
 from nla.text.tokens import Span
 from nla.train.schema import Count, Number, section
@@ -53,12 +53,14 @@ class Texts(NamedTuple):
     truthful: list[str]
 
 
-def documents(world: GroundTruth, settings: ExtractSettings, seed: int) -> dict[str, list[Any]]:
+def documents(world: GroundTruth, settings: ExtractSettings, seed: int) -> dict[str, list[Document]]:
     """The documents of every split. A text stands in one split only; the seed decides all of them."""
     return world.splits(settings.n_documents, settings.n_eval_documents, seed)
 
 
-def choose_positions(world: GroundTruth, document: Any, spans: Sequence[Span], n_other: int, key: str) -> list[int]:
+def choose_positions(
+    world: GroundTruth, document: Document, spans: Sequence[Span], n_other: int, key: str
+) -> list[int]:
     """Every token of a main stratum and ``n_other`` more, drawn by a generator keyed to the document."""
     kinds = world.strata(document, spans)
     main = [span.index for span, kind in zip(spans, kinds, strict=True) if kind in world.MAIN]
@@ -116,7 +118,7 @@ def load_stores(out_dir: Path) -> dict[str, Activations]:
 
 
 def describe(
-    world: GroundTruth, store: Activations, documents: Sequence[Any], settings: DescribeSettings, key: str
+    world: GroundTruth, store: Activations, documents: Sequence[Document], settings: DescribeSettings, key: str
 ) -> Texts:
     """For every activation of a store, what an outsider could write from the visible words alone; each row has a
     generator of its own, keyed by ``key``."""
