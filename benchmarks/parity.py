@@ -31,8 +31,8 @@ import parity_pairs as pairs
 from nla import NLA
 from nla.config import InjectionConfig, NLAConfig, tokenizer_hash
 from nla.formats import easynla, kitft, kitft_export
-from nla.metrics import cosine, mse
-from nla.models.hooks import inject, rescale
+from nla.metrics import cosine, mse, rescale
+from nla.models.hooks import inject
 from nla.models.points import blocks
 from nla.text.tokens import render_prompt
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nla.baselines import GLOBAL, UNKNOWN_STRATUM
 from nla.config import NLAConfig
-from nla.errors import ArgumentError
+from nla.errors import ArgumentError, ConfigError
 from nla.metrics import Baseline, cosine, unit
 from nla.models.generate import ends_of
 from nla.models.points import Point, block, device_of, unwrapped
@@ -23,14 +23,13 @@ from nla.models.read import Activations, Intervene, Strata, read
 from nla.pair import folder as pair_folder
 from nla.pair import publish
 from nla.pair.decoder import Decoder, DecoderBatch
-from nla.pair.encoder import Encoder, parse, strip_tags
-from nla.pair.explanations import Explanation, Explanations, Trust, agreement
+from nla.pair.encoder import Encoder
+from nla.pair.explanations import Explanations, judge
 from nla.pair.roles import Head, Parts, Role, Roles, SharedBase, check_role, planted, require_shared
 from nla.pair.score import Score, check_store, denominators, score
 from nla.pair.separate import Devices
 from nla.storage.hashes import hash_weights
 from nla.store.reader import Store
-from nla.text.claims import claims
 from nla.text.tokens import Positions
 
 
@@ -51,7 +50,7 @@ class NLA:
         tokenizer: PreTrainedTokenizerBase,
         config: NLAConfig,
         baselines: Mapping[str, Baseline] | None = None,
-        metrics: Mapping[str, Any] | None = None,
+        metrics: Mapping[str, object] | None = None,
     ) -> None:
         """Put the parts together; most callers want :meth:`from_pretrained` or :meth:`create`.
 
@@ -73,17 +72,30 @@ class NLA:
         """Where the full weights of a local encoder and decoder lie, by role."""
         self.origin: tuple[str, str | None] | None = None
         """What it was loaded from: a folder's absolute path or a hub id, and the revision; None: made here."""
-        self.point = Point.parse(config.point)
 
     @property
     def config(self) -> NLAConfig:
-        """The contract of the pair. Encoder and decoder follow what is set here, but for the prompt, the injection and
-        the point, which they were made with."""
+        """The contract of the pair. Setting another makes encoder, decoder and point anew by it.
+
+        Raises:
+            ConfigError, MarkerError, PointError: it does not fit the tokenizer, the target or the models.
+        """
         return self.encoder.config
 
     @config.setter
     def config(self, config: NLAConfig) -> None:
-        self.encoder.config = self.decoder.config = config
+        encoder, decoder = Encoder(self.roles, self.tokenizer, config), Decoder(self.roles, self.tokenizer, config)
+        if isinstance(self.roles, SharedBase):
+            self.roles.cut(config)
+        elif config.point != self.config.point:
+            got = f"the point {config.point} for a decoder that is cut at {self.config.point}"
+            raise ConfigError(got, "the point that its weights are for", "import the pair again, at the other point")
+        self.encoder, self.decoder = encoder, decoder
+
+    @property
+    def point(self) -> Point:
+        """Where activations are read."""
+        return Point.parse(self.config.point)
 
     @property
     def prompt_ids(self) -> Int[Tensor, "1 t"]:
@@ -268,11 +280,6 @@ class NLA:
         return unwrapped(self.roles.model_of(name))
 
     @property
-    def decoder_view(self) -> PreTrainedModel:
-        """The decoder's backbone up to the point; of a shared base it shares parameters and adapters."""
-        return self.roles.view
-
-    @property
     def head(self) -> Head:
         """The decoder's head."""
         return self.roles.head
@@ -344,42 +351,14 @@ class NLA:
         The other arguments are those of :meth:`nla.pair.encoder.Encoder.generate`, whose errors this raises too.
         """
         vectors, samples = vectors_of(acts), 1 if greedy else samples
-        rollouts = self.encoder.generate(vectors, samples, temperature, max_new_tokens, seed, greedy, batch_size)
-        parsed = [parse(text, self.config) for text in rollouts.texts]
-        texts = [
-            strip_tags(answer, self.config) if text is None else text
-            for answer, text in zip(rollouts.texts, parsed, strict=True)
-        ]
-        predicted = self.decoder.decode(texts, strict=False)
-        cosines = cosine(vectors.repeat_interleave(samples, dim=0), predicted).reshape(-1, samples).tolist()
-        baselines = self._best_baseline(vectors).tolist()
-        explanations = []
-        for row, baseline in enumerate(baselines):
-            of_row = slice(row * samples, (row + 1) * samples)
-            mean = sum(cosines[row]) / samples
-            agreed = agreement([claims(text) for text in texts[of_row]])
-            explanation = Explanation(
-                texts=texts[of_row],
-                complete=[text is not None for text in parsed[of_row]],
-                cosine=cosines[row],
-                trust=Trust.of(mean, agreed, mean - baseline),
-            )
-            if isinstance(acts, Activations):
-                explanation = replace(
-                    explanation, span=acts.spans[row], document=int(acts.document[row]), stratum=acts.strata[row]
-                )
-            explanations.append(explanation)
-        return Explanations(explanations)
-
-    def _best_baseline(self, vectors: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
-        """Highest cosine that a baseline reaches on each activation: no explanation, or the mean training activation.
-
-        Both are the same in every call, so an activation's margin does not depend on what else is explained with it.
-        """
-        baselines = [self.decoder.decode([""], strict=False)[0]]
-        if GLOBAL in self.baselines:
-            baselines.append(self.baselines[GLOBAL].mean)
-        return (unit(vectors) @ unit(torch.stack(baselines)).T).amax(dim=1)
+        known = acts if isinstance(acts, Activations) else None
+        written = self.encoder.generate(vectors, samples, temperature, max_new_tokens, seed, greedy, batch_size)
+        predicted = self.decoder.decode([*written.explanations, ""], strict=False)
+        mean = [self.baselines[GLOBAL].mean] if GLOBAL in self.baselines else []
+        # Both are the same in every call: a margin does not depend on what else is explained with an activation.
+        baselines = (unit(vectors) @ unit(torch.stack([predicted[-1], *mean])).T).amax(dim=1)
+        cosines = cosine(vectors.repeat_interleave(samples, dim=0), predicted[:-1]).reshape(-1, samples)
+        return judge(written.explanations, written.complete, cosines, baselines, known)
 
     # Explanations to reconstructions
 

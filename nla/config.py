@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -210,13 +211,13 @@ class NLAConfig:
         """Encoder and decoder are whole models of their own, and no adapters on the target."""
         return self.encoder_weights is not None
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """A JSON-ready dict of all fields and a checksum over them."""
         content = dataclasses.asdict(self)
         return {**content, _CHECKSUM: _content_checksum(content)}
 
     @classmethod
-    def from_json(cls, content: dict[str, Any], source: str = "the config") -> NLAConfig:
+    def from_json(cls, content: Mapping[str, object], source: str = "the config") -> NLAConfig:
         """The config in a dict that :meth:`to_json` made. ``source`` names it in errors.
 
         Raises:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from nla.errors import BaselineError, NonFiniteError, ShapeError
@@ -27,6 +28,23 @@ def check_finite(vectors: Tensor) -> None:
             "finite vectors",
             "find where it arose: a half-precision overflow in the target, or a division by zero",
         )
+
+
+def rescale(vectors: Float[Tensor, "n d"], norm: float | None) -> Float[Tensor, "n d"]:
+    """Vectors (n, d) scaled TO the L2 norm ``norm`` (not multiplied by it), float32; None: to 1, for "add".
+
+    Raises:
+        ShapeError: not two-dimensional.
+        NonFiniteError: NaN, infinity, or a vector of length zero, which has no direction.
+    """
+    if vectors.ndim != 2:
+        raise ShapeError(f"vectors of shape {tuple(vectors.shape)}", "(n, d)", "pass a batch, such as vector[None]")
+    check_finite(vectors)
+    lengths = vectors.float().norm(dim=-1, keepdim=True)
+    if (lengths == 0).any():
+        row = int((lengths[:, 0] == 0).nonzero()[0])
+        raise NonFiniteError(f"a vector of zeros in row {row}", "a direction", "drop this row; it has nothing to read")
+    return vectors.float() / lengths * (1.0 if norm is None else norm)
 
 
 def unit(vectors: Tensor) -> Tensor:

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from nla.errors import ArgumentError, ShapeError
 from nla.eval.target import Target
+from nla.metrics import rescale
 from nla.models.generate import ends_of, generate, pad_of, seeded
-from nla.models.hooks import inject, rescale
+from nla.models.hooks import inject
 from nla.models.lora import load_adapter, read_adapter_config
 from nla.models.points import d_model, device_of, unwrapped
 from nla.pair.encoder import MarkerMask, strip_tags

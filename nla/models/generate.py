@@ -85,7 +85,7 @@ def generate(
         draws: a number in [0, 1) for each prompt and each token of its answer, which picks the token: answers then do
             not depend on what they share a batch with. In the place of ``generator``.
         processors: what else changes the logits before a token is chosen.
-        stopping: what else ends a row; transformers fills such a row up with ``pad``, which its answer then ends on.
+        stopping: what else ends a row, whose answer then has no end token.
         intervene: a context for each batch, such as an injection.
         batches: numbers of the prompts of each batch; None: by length, up to ``max_tokens_per_batch``.
 
@@ -97,7 +97,7 @@ def generate(
     if temperature is not None and not temperature > 0:
         raise ArgumentError(f"temperature={temperature}", "a number above 0", "give none for the likeliest text")
     whole: Any = model
-    device, answers = device_of(model), []
+    device, answers, real = device_of(model), [], []
     with inference(model), plainly(model):
         for batch in batches:
             rows = [torch.tensor(prompts[row], dtype=torch.int64) for row in batch]
@@ -106,16 +106,19 @@ def generate(
             mask = (torch.arange(ids.shape[1]) >= padding[:, None]).long()
             drawn = None if draws is None else draws[torch.tensor(batch)]
             choosers = [] if temperature is None else [Sampling(temperature, generator, drawn, ids.shape[1])]
+            stops = Stops(stopping, ids)
             with intervene(torch.tensor(batch), padding) if intervene else contextlib.nullcontext():
                 out = whole.generate(
                     input_ids=ids.to(device),
                     attention_mask=mask.to(device),
                     generation_config=_settings(ends, pad, max_new_tokens),
                     logits_processor=LogitsProcessorList([*processors, *choosers]),
-                    stopping_criteria=StoppingCriteriaList(stopping),
+                    stopping_criteria=StoppingCriteriaList([stops] if stopping else []),
                 )
-            answers.append(out[:, ids.shape[1] :].cpu())
-    return _gathered(answers, batches, len(prompts), ends, pad)
+            answer = out[:, ids.shape[1] :].cpu()
+            answers.append(answer)
+            real.append(stops.lengths if stopping else torch.full((len(batch),), answer.shape[1]))
+    return _gathered(answers, real, batches, len(prompts), ends, pad)
 
 
 class Sampling(LogitsProcessor):
@@ -144,6 +147,23 @@ class Sampling(LogitsProcessor):
             chosen = torch.searchsorted(heights, drawn.double() * heights[:, -1:], right=True)
             chosen.clamp_(max=scores.shape[-1] - 1)
         return torch.full_like(scores, -torch.inf).scatter(1, chosen, 0.0)
+
+
+class Stops(StoppingCriteria):
+    """Ends a row once any of some criteria does, and notes how long its answer is then; transformers pads it after."""
+
+    def __init__(self, criteria: Sequence[StoppingCriteria], prompts: Int[Tensor, "b t"]) -> None:
+        self.criteria, self.prompt_length = criteria, prompts.shape[1]
+        self.lengths: Int[Tensor, " b"] = torch.zeros(len(prompts), dtype=torch.int64)
+        """Of each answer: at its end, or so far."""
+        self._done: Bool[Tensor, " b"] = torch.zeros(len(prompts), dtype=torch.bool)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: object) -> Tensor:  # type: ignore[override]
+        criteria: list[Any] = list(self.criteria)
+        done = torch.stack([ends(input_ids, scores) for ends in criteria]).any(dim=0)
+        self.lengths[~self._done] = input_ids.shape[1] - self.prompt_length
+        self._done |= done.cpu()
+        return done
 
 
 def ends_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -196,17 +216,22 @@ def plainly(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _gathered(
-    answers: list[Tensor], batches: Sequence[Sequence[int]], n_prompts: int, ends: Sequence[int], pad: int
+    answers: list[Tensor],
+    real_lengths: list[Tensor],
+    batches: Sequence[Sequence[int]],
+    n_prompts: int,
+    ends: Sequence[int],
+    pad: int,
 ) -> Generated:
     """Batches of answers as one tensor in the order of the prompts, padded after each end."""
     width = max((answer.shape[1] for answer in answers), default=0)
     ids = torch.full((n_prompts, width), pad, dtype=torch.int64)
     longest = torch.zeros(n_prompts, dtype=torch.int64)
-    for batch, answer in zip(batches, answers, strict=True):
+    for batch, answer, real in zip(batches, answers, real_lengths, strict=True):
         rows = torch.tensor(batch)
         ids[rows, : answer.shape[1]] = answer
-        longest[rows] = answer.shape[1]
-    # A batch stops at its longest row: columns beyond it were made here and are no answer.
+        longest[rows] = real
+    # A batch stops at its longest row, and a stopped row before it: columns beyond are padding and no answer.
     real = torch.arange(width) < longest[:, None]
     is_end = torch.isin(ids, torch.tensor(list(ends), dtype=torch.int64)) & real
     ended = is_end.any(dim=1)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from nla.config import InjectionConfig
-from nla.errors import ArgumentError, MarkerError, NonFiniteError, PositionError, ShapeError
+from nla.errors import ArgumentError, MarkerError, PositionError, ShapeError
 from nla.metrics import check_finite, unit
 from nla.models.points import Point, block, d_model, embeddings
 
@@ -63,23 +63,6 @@ def locate_marker(
     return columns
 
 
-def rescale(vectors: Float[Tensor, "n d"], norm: float | None) -> Float[Tensor, "n d"]:
-    """Vectors (n, d) scaled TO the L2 norm ``norm`` (not multiplied by it), float32; None: to 1, for "add".
-
-    Raises:
-        ShapeError: not two-dimensional.
-        NonFiniteError: NaN, infinity, or a vector of length zero, which has no direction.
-    """
-    if vectors.ndim != 2:
-        raise ShapeError(f"vectors of shape {tuple(vectors.shape)}", "(n, d)", "pass a batch, such as vector[None]")
-    check_finite(vectors)
-    lengths = vectors.float().norm(dim=-1, keepdim=True)
-    if (lengths == 0).any():
-        row = int((lengths[:, 0] == 0).nonzero()[0])
-        raise NonFiniteError(f"a vector of zeros in row {row}", "a direction", "drop this row; it has nothing to read")
-    return vectors.float() / lengths * (1.0 if norm is None else norm)
-
-
 @contextlib.contextmanager
 def inject(
     model: nn.Module, vectors: Float[Tensor, "b d"], positions: Int[Tensor, " b"], layer: int | None = None
@@ -91,7 +74,7 @@ def inject(
 
     Args:
         model: a causal LM, with or without adapters.
-        vectors: already at the injection norm (:func:`rescale`); gradients flow into them if they ask for it.
+        vectors: at the injection norm already (:func:`nla.metrics.rescale`); gradients flow into them if asked for.
         positions: columns, from :func:`locate_marker`.
         layer: None: the vector takes the place of the input embedding (the embedding module's output, so a model that
             scales its embeddings does not scale the vector). A block's index: to the block's output h the vector is

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 import torch
 from torch import nn
@@ -30,27 +30,35 @@ _HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.")
 _RESTORE = "restore the target's folder, or download it again"
 
 
+class LoadSettings(TypedDict, total=False):
+    """How a target is loaded; every function that loads one takes these keywords."""
+
+    revision: str | None
+    """Branch, tag or commit on the hub; None: main."""
+
+    dtype: str | None
+    """One of :data:`nla.config.DTYPES`, for all weights: "float32" if it is not given; None: the checkpoint's own, or
+    float32 if its configuration names none of these."""
+
+    device: str | torch.device | None
+    """Where to put it; None: the first GPU if there is one, else the CPU."""
+
+    quantization: str | None
+    """By bitsandbytes, "8bit", or "4bit" (NF4, its constants quantised too); None: as stored."""
+
+    adapter: str | Path | None
+    """A PEFT folder, or a hub id, with a plain LoRA adapter, which is merged into the weights."""
+
+
 def load_target(
-    source: str | Path,
-    *,
-    revision: str | None = None,
-    dtype: str | None = "float32",
-    device: str | torch.device | None = None,
-    quantization: str | None = None,
-    adapter: str | Path | None = None,
-    trust_remote_code: bool = False,
+    source: str | Path, *, trust_remote_code: bool = False, **settings: Unpack[LoadSettings]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal LM in evaluation mode, and its tokenizer. Of a multimodal model, the text side alone.
 
     Args:
         source: a folder or a hub id.
-        revision: branch, tag or commit on the hub; None: main.
-        dtype: one of :data:`nla.config.DTYPES`, for all weights; None: the checkpoint's own, or float32 if its
-            configuration names none of these.
-        device: where to put it; None: the first GPU if there is one, else the CPU.
-        quantization: by bitsandbytes, "8bit", or "4bit" (NF4, its constants quantised too); None: as stored.
-        adapter: a PEFT folder, or a hub id, with a plain LoRA adapter, which is merged into the weights.
         trust_remote_code: let a tokenizer bring its own code; a model never does, since only known types are loaded.
+        settings: see :class:`LoadSettings`.
 
     Raises:
         TargetError: there is no such target, it cannot be reached, or it has no safetensors.
@@ -62,24 +70,14 @@ def load_target(
             not installed.
         ConfigError: the adapter does not fit.
     """
-    on = _checked_device(device)
-    _check_keywords(dtype, quantization, adapter)
-    checkpoint = _locate(str(source), revision)
-    tokenizer = load_tokenizer(checkpoint.source, checkpoint.commit or revision, trust_remote_code)
-    model = _load(checkpoint, None, _settings(dtype or checkpoint.dtype, on, quantization))
-    return _finish(model, checkpoint, adapter, None if quantization else on), tokenizer
+    on = _checked_device(settings.get("device"))
+    _check_keywords(settings)
+    checkpoint = _locate(str(source), settings.get("revision"))
+    tokenizer = load_tokenizer(checkpoint.source, checkpoint.commit or checkpoint.revision, trust_remote_code)
+    return _load(checkpoint, None, settings, on), tokenizer
 
 
-def load_truncated(
-    source: str | Path,
-    point: str | Point,
-    *,
-    revision: str | None = None,
-    dtype: str | None = "float32",
-    device: str | torch.device | None = None,
-    quantization: str | None = None,
-    adapter: str | Path | None = None,
-) -> PreTrainedModel:
+def load_truncated(source: str | Path, point: str | Point, **settings: Unpack[LoadSettings]) -> PreTrainedModel:
     """The backbone up to a point, without final norm and head: its ``last_hidden_state`` is the activation.
 
     Blocks above the point and the head are never read; files that hold nothing else, of the final norm at most, are
@@ -89,13 +87,13 @@ def load_truncated(
     Raises:
         PointError: the model has no such block.
     """
-    on = _checked_device(device)
-    _check_keywords(dtype, quantization, adapter)
-    checkpoint = _locate(str(source), revision)
+    on = _checked_device(settings.get("device"))
+    _check_keywords(settings)
+    checkpoint = _locate(str(source), settings.get("revision"))
     n_blocks = Point.parse(point).within(checkpoint.config.num_hidden_layers).layer + 1
-    model = _load(checkpoint, n_blocks, _settings(dtype or checkpoint.dtype, on, quantization))
+    model = _load(checkpoint, n_blocks, settings, on)
     setattr(model, layout(model.config.model_type).norm, nn.Identity())
-    return _finish(model, checkpoint, adapter, None if quantization else on)
+    return model
 
 
 @dataclass(frozen=True)
@@ -200,8 +198,8 @@ def _weight_files(source: str, revision: str | None) -> dict[str, str]:
         raise WeightsError(f"{path}, which is truncated or corrupt ({error})", "a whole file", _RESTORE) from error
 
 
-def _load(checkpoint: _Checkpoint, n_blocks: int | None, settings: dict[str, Any]) -> PreTrainedModel:
-    """The model, or its backbone of ``n_blocks``, on the CPU unless ``settings`` say otherwise.
+def _load(checkpoint: _Checkpoint, n_blocks: int | None, settings: LoadSettings, on: torch.device) -> PreTrainedModel:
+    """The model, or its backbone of ``n_blocks``, on a device, checked.
 
     transformers sees a folder of nothing but the files that are needed, so it can neither read the others nor follow
     an adapter or code that lies beside them.
@@ -225,8 +223,9 @@ def _load(checkpoint: _Checkpoint, n_blocks: int | None, settings: dict[str, Any
         generation = fetch_file(
             checkpoint.source, checkpoint.commit or checkpoint.revision, "generation_config.json", optional=True
         )
+        arguments = _arguments(settings, checkpoint.dtype, on)
         if generation is None:
-            settings = {**settings, "generation_config": checkpoint.generation}
+            arguments["generation_config"] = checkpoint.generation
         else:
             (Path(folder) / generation.name).symlink_to(generation.resolve())
         kind: Any = AutoModelForCausalLM if n_blocks is None else AutoModel
@@ -238,7 +237,7 @@ def _load(checkpoint: _Checkpoint, n_blocks: int | None, settings: dict[str, Any
                     key_mapping=renamed,
                     use_safetensors=True,
                     output_loading_info=True,
-                    **settings,
+                    **arguments,
                 )
         except (OSError, SafetensorError, ValueError, RuntimeError) as error:
             raise WeightsError(
@@ -250,7 +249,7 @@ def _load(checkpoint: _Checkpoint, n_blocks: int | None, settings: dict[str, Any
         raise WeightsError(
             f"a target in {checkpoint.source} without {missing[:3]} ({len(missing)} in all)", "all weights", _RESTORE
         )
-    return model
+    return _finish(model, checkpoint, settings, on)
 
 
 def _needed(name: str, parts: Layout, n_blocks: int | None) -> bool:
@@ -303,15 +302,16 @@ def _checked_device(device: str | torch.device | None) -> torch.device:
     return on
 
 
-def _check_keywords(dtype: str | None, quantization: str | None, adapter: str | Path | None) -> None:
+def _check_keywords(settings: LoadSettings) -> None:
     """Refuse before anything is downloaded what cannot be loaded."""
+    dtype, quantization = settings.get("dtype"), settings.get("quantization")
     if dtype is not None and dtype not in DTYPES:
         raise ArgumentError(f"dtype={dtype!r}", f"one of {', '.join(DTYPES)}", "use one of these")
     if quantization is None:
         return
     if quantization not in QUANTIZATIONS:
         raise ArgumentError(f"quantization={quantization!r}", f"one of {', '.join(QUANTIZATIONS)}", "use one of these")
-    if adapter is not None:
+    if settings.get("adapter") is not None:
         raise ArgumentError(
             f"an adapter to merge into {quantization} weights",
             "weights that a merge does not round again",
@@ -325,9 +325,10 @@ def _check_keywords(dtype: str | None, quantization: str | None, adapter: str | 
         )
 
 
-def _settings(dtype: str, on: torch.device, quantization: str | None) -> dict[str, Any]:
+def _arguments(settings: LoadSettings, stored: str, on: torch.device) -> dict[str, Any]:
     """What transformers is told of types."""
-    kind = getattr(torch, dtype)
+    kind = getattr(torch, settings.get("dtype", "float32") or stored)
+    quantization = settings.get("quantization")
     if quantization is None:
         return {"dtype": kind}
     from transformers import BitsAndBytesConfig
@@ -340,10 +341,10 @@ def _settings(dtype: str, on: torch.device, quantization: str | None) -> dict[st
 
 
 def _finish(
-    model: PreTrainedModel, checkpoint: _Checkpoint, adapter: str | Path | None, on: torch.device | None
+    model: PreTrainedModel, checkpoint: _Checkpoint, settings: LoadSettings, on: torch.device
 ) -> PreTrainedModel:
-    """The model on a device (None: it is there), checked, with its adapter, and named after where it came from."""
-    if on is not None:
+    """The model on a device, checked, with its adapter, and named after where it came from."""
+    if settings.get("quantization") is None:  # bitsandbytes has put it there
         whole: Any = model  # the class's own method, which refuses what cannot be moved
         whole.to(on)
     for name, parameter in model.named_parameters():
@@ -351,6 +352,7 @@ def _finish(
             raise NonFiniteError(
                 f"NaN or infinity in {name} of the target in {checkpoint.source}", "finite weights", _RESTORE
             )
+    adapter = settings.get("adapter")
     if adapter is not None:
         merge_adapter(model, adapter)
     model.name_or_path = model.config._name_or_path = checkpoint.source

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nla.errors import ConfigError, WeightsError
 from nla.models.points import backbone, blocks, layout, unwrapped
@@ -18,7 +18,8 @@ from nla.storage.hub import fetch_file
 from nla.storage.tensors import load_tensors, save_tensors
 
 if TYPE_CHECKING:
-    from peft import PeftConfig, PeftModel
+    from peft import LoraConfig, PeftConfig, PeftModel
+    from transformers import PreTrainedModel
 
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -115,17 +116,18 @@ def load_adapter(folder: str | Path, model: PeftModel, adapter: str) -> None:
 TARGET_ADAPTER = "target"
 
 
-def merge_adapter(model: Any, folder: str | Path) -> None:
+def merge_adapter(model: PreTrainedModel, folder: str | Path) -> None:
     """Add a plain LoRA adapter to the weights of a model, or of a backbone that holds its first blocks, for good.
 
     Raises:
         ConfigError, WeightsError, NonFiniteError: see :func:`nla.pair.roles.planted`.
     """
-    attach(model, located(folder)).merge_and_unload()
+    tuned: Any = attach(model, located(folder))
+    tuned.merge_and_unload()
     model.requires_grad_(True)
 
 
-def attach(model: Any, folder: Path) -> Any:
+def attach(model: PreTrainedModel, folder: Path) -> PeftModel:
     """A model with an adapter in its layers, which it keeps until it is unloaded."""
     from peft import get_peft_model
 
@@ -141,7 +143,7 @@ def attach(model: Any, folder: Path) -> Any:
     return tuned
 
 
-def fitted(folder: Path, model: Any) -> tuple[Any, dict[str, Tensor]]:
+def fitted(folder: Path, model: nn.Module) -> tuple[LoraConfig, dict[str, Tensor]]:
     """An adapter's configuration and tensors under the names that ``model`` gives its layers.
 
     Layers are found by what follows the list of blocks, so an adapter of a multimodal wrapper fits the text side alone,
@@ -193,7 +195,7 @@ def _beyond(name: str, match: re.Match[str] | None, is_cut: bool, n_blocks: int)
     return is_cut and int(match[2]) >= n_blocks
 
 
-def fill(folder: Path, model: Any, state: dict[str, Tensor]) -> None:
+def fill(folder: Path, model: PeftModel, state: dict[str, Tensor]) -> None:
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
     current = get_peft_model_state_dict(model, adapter_name=TARGET_ADAPTER, save_embedding_layers=False)

@@ -84,7 +84,7 @@ class Activations:
     def __iter__(self) -> Iterator[Activations]:
         return (self[row] for row in range(len(self)))
 
-    def replace(self, **changes: Any) -> Activations:
+    def replace(self, **changes: object) -> Activations:
         """A copy with other fields, such as ``vectors`` of the same number."""
         return replace(self, **changes)
 

@@ -25,7 +25,7 @@ _DIFFERENCES = {
 }
 
 
-def card(metrics: Mapping[str, Any], config: NLAConfig, name: str = "<this folder>", local: bool = True) -> str:
+def card(metrics: Mapping[str, object], config: NLAConfig, name: str = "<this folder>", local: bool = True) -> str:
     """A README.md with the hub's header.
 
     Args:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nla.config import NLAConfig
@@ -16,9 +17,8 @@ from nla.metrics import unit
 from nla.models.generate import pad_of
 from nla.models.hooks import inference
 from nla.models.points import context_length, device_of
-from nla.models.read import padded
 from nla.pair.roles import Roles
-from nla.text.tokens import check_texts, encode_batch, length_batches
+from nla.text.tokens import check_texts, encode_batch, length_batches, unknown_id
 
 MAX_TOKENS_PER_BATCH = 16384
 
@@ -66,9 +66,11 @@ class Decoder:
     ) -> Float[Tensor, "n d"] | Float[Tensor, "n s d"]:
         """What ``NLA.reconstruct`` promises, from one text or a list of samples for each activation."""
         groups = [[entry] if isinstance(entry, str) or not isinstance(entry, Sequence) else [*entry] for entry in lists]
+        texts = [text for group in groups for text in group]
+        check_texts(texts)
         if not all(groups):
             raise ArgumentError("an activation without a sample", "one text or more for each", "leave it out")
-        predicted = unit(self.decode([text for group in groups for text in group], strict))
+        predicted = unit(self.decode(texts, strict))
         sizes = torch.tensor([len(group) for group in groups], dtype=torch.int64)
         if per_sample:
             if len(sizes.unique()) > 1:
@@ -120,26 +122,29 @@ class Decoder:
             EmptyTextError: an explanation is empty.
             ContextLengthError, VocabularyError: see :func:`nla.text.tokens.encode_batch`.
         """
-        check_texts(texts)
-        for number, text in enumerate(texts):
-            if strict and not text.strip():
-                raise EmptyTextError(
-                    f"explanation {number}: {text!r}, which is empty",
-                    "an explanation of one word or more",
-                    "leave it out; what the decoder makes of no text is the baseline `empty` of nla.score(...)",
-                )
-        prompts = [self.config.decoder_template.replace("{explanation}", text) for text in (*texts, "")]
-        limit, special = context_length(self.roles.model_of("decoder")), self.config.decoder.special_tokens
-        encoded = encode_batch(self.tokenizer, prompts, limit if strict else None, allow_unknown=not strict)
-        *rows, empty = [
-            entry.ids if special else [span.token_id for span in entry.spans if not span.added] for entry in encoded
-        ]
+        if strict:
+            check_texts(texts)
+            for number, text in enumerate(texts):
+                if not text.strip():
+                    raise EmptyTextError(
+                        f"explanation {number}: {text!r}, which is empty",
+                        "an explanation of one word or more",
+                        "leave it out; what the decoder makes of no text is the baseline `empty` of nla.score(...)",
+                    )
+        template, special = self.config.decoder_template, self.config.decoder.special_tokens
+        prompts = [template.replace("{explanation}", text) for text in (*texts, "")]
+        tokens: Any = self.tokenizer(prompts, add_special_tokens=special, verbose=False)
+        *rows, empty = tokens["input_ids"]
+        limit, unknown = context_length(self.roles.model_of("decoder")), unknown_id(self.tokenizer)
+        if strict and any(len(row) > limit or unknown in row for row in rows):
+            encode_batch(self.tokenizer, prompts[:-1], limit)  # says which text, and which words
         return [row if len(row) <= limit else empty for row in rows]
 
 
 def pad_batch(rows: Sequence[Sequence[int]], pad: int) -> DecoderBatch:
     """Rows of token ids as one batch with its mask, padded on the right."""
-    ids = padded(rows, pad)
+    tokens = [torch.tensor(row, dtype=torch.int64) for row in rows]
+    ids = pad_sequence(tokens, batch_first=True, padding_value=pad)
     lengths = torch.tensor([len(row) for row in rows]).reshape(-1, 1)
     return DecoderBatch(ids, (torch.arange(ids.shape[1]) < lengths).long())
 

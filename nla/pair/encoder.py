@@ -13,8 +13,9 @@ from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
 from nla.config import NLAConfig
 from nla.errors import ArgumentError, ContextLengthError
+from nla.metrics import rescale
 from nla.models.generate import ends_of, generate, pad_of, seeded
-from nla.models.hooks import inject, locate_marker, rescale
+from nla.models.hooks import inject, locate_marker
 from nla.models.points import context_length, device_of, unwrapped
 from nla.pair.roles import Roles
 from nla.text.tokens import render_prompt
@@ -31,6 +32,12 @@ class Rollouts(NamedTuple):
 
     texts: list[str]
     """The answers as text, without the end token: "<explanation>…</explanation>" if all is well."""
+
+    explanations: list[str]
+    """What there is of an explanation in each answer, without its tags."""
+
+    complete: list[bool]
+    """Per answer: it is one whole explanation between its tags."""
 
 
 class MarkerMask(LogitsProcessor):
@@ -84,7 +91,7 @@ class Encoder:
         Raises:
             ArgumentError: an argument is out of range.
             ContextLengthError: prompt and longest answer together do not fit the context.
-            ShapeError, NonFiniteError: see :func:`nla.models.hooks.rescale`.
+            ShapeError, NonFiniteError: see :func:`nla.metrics.rescale`.
         """
         length = self.config.max_new_tokens if max_new_tokens is None else max_new_tokens
         for name, value in (("samples", samples), ("max_new_tokens", length), ("batch_size", batch_size)):
@@ -122,7 +129,10 @@ class Encoder:
                 intervene=injected,
                 batches=[range(len(entering))[i : i + batch_size] for i in range(0, len(entering), batch_size)],
             )
-        return Rollouts(written.ids, written.mask, written.texts(self.tokenizer))
+        texts = written.texts(self.tokenizer)
+        parsed = [parse(text, self.config) for text in texts]
+        explanations = [one or strip_tags(text, self.config) for one, text in zip(parsed, texts, strict=True)]
+        return Rollouts(written.ids, written.mask, texts, explanations, [one is not None for one in parsed])
 
     def _check_room(self, context: int, max_new_tokens: int) -> None:
         prompt = self.prompt_ids.shape[1]

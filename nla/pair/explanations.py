@@ -8,9 +8,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
-from typing import Any, NamedTuple
+from typing import NamedTuple, overload
+
+from jaxtyping import Float
+from torch import Tensor
 
 from nla.errors import ArgumentError, visible
+from nla.models.read import Activations
 from nla.text.claims import claims
 from nla.text.tokens import Span
 
@@ -92,6 +96,33 @@ def agreement(samples: Sequence[Sequence[str]]) -> float | None:
     return math.fsum(overlaps) / len(overlaps)
 
 
+def judge(
+    texts: Sequence[str],
+    complete: Sequence[bool],
+    cosines: Float[Tensor, "n s"],
+    baselines: Float[Tensor, " n"],
+    acts: Activations | None,
+) -> Explanations:
+    """The explanations of n activations from s samples of each, activation by activation.
+
+    Args:
+        complete: per sample, it is one whole explanation.
+        cosines: of each activation with the reconstruction from each of its samples.
+        baselines: the highest cosine that a text reaches which knows nothing of the activation.
+        acts: the tokens that were read, if known.
+    """
+    judged, samples = [], cosines.shape[1]
+    for row, (of_row, baseline) in enumerate(zip(cosines.tolist(), baselines.tolist(), strict=True)):
+        written = list(texts[row * samples : (row + 1) * samples])
+        mean = sum(of_row) / samples
+        trust = Trust.of(mean, agreement([claims(text) for text in written]), mean - baseline)
+        one = Explanation(written, list(complete[row * samples : (row + 1) * samples]), of_row, trust)
+        if acts is not None:
+            one.span, one.document, one.stratum = acts.spans[row], int(acts.document[row]), acts.strata[row]
+        judged.append(one)
+    return Explanations(judged)
+
+
 def normalise(claim: str) -> str:
     """A claim as it is compared: lower case, single spaces, no punctuation at its ends.
 
@@ -151,7 +182,7 @@ class Explanation:
         """The claims of each sample."""
         return [claims(text) for text in self.texts]
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """A JSON-ready dict."""
         return {
             "token": self.token,
@@ -176,7 +207,13 @@ class Explanations(Sequence[Explanation]):
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, index: Any) -> Any:
+    @overload
+    def __getitem__(self, index: int) -> Explanation: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Explanations: ...
+
+    def __getitem__(self, index: int | slice) -> Explanation | Explanations:
         """An explanation by int; Explanations by slice."""
         return Explanations(self.items[index]) if isinstance(index, slice) else self.items[index]
 
@@ -205,7 +242,7 @@ class Explanations(Sequence[Explanation]):
         """Trust by activation."""
         return [one.trust for one in self.items]
 
-    def to_json(self) -> list[dict[str, Any]]:
+    def to_json(self) -> list[dict[str, object]]:
         """A JSON-ready list."""
         return [one.to_json() for one in self.items]
 

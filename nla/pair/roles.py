@@ -152,11 +152,19 @@ class SharedBase:
         """Raises PointError, ArchitectureError: the model has no such point."""
         self.model = cast(PreTrainedModel, model)  # PEFT's wrapper has what the model has
         self.head = head
-        self.view = truncated_view(model, config.point)
-        if config.decoder.final_norm:
-            setattr(self.view, layout(self.view.config.model_type).norm, final_norm(model))
+        self.cut(config)
         self.target_adapter: str | None = None
         self._turn = Turn()
+
+    def cut(self, config: NLAConfig) -> None:
+        """Let the view end at the config's point, with the final norm or without it.
+
+        Raises:
+            PointError: the model has no such point.
+        """
+        self.view = truncated_view(self.model, config.point)
+        if config.decoder.final_norm:
+            setattr(self.view, layout(self.view.config.model_type).norm, final_norm(self.model))
 
     @classmethod
     def create(cls, target: PreTrainedModel, config: NLAConfig, rank: int, alpha: float | None) -> SharedBase:
@@ -328,7 +336,7 @@ class Parts:
     baselines: dict[str, Baseline] = field(default_factory=dict)
     """Of unit-normalised training activations, by stratum, and "global"."""
 
-    metrics: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, object] = field(default_factory=dict)
     """What was measured, as saved in metrics.json."""
 
     target_folder: Path | None = None
@@ -412,6 +420,24 @@ def check_role(name: str) -> None:
     """
     if name not in ROLES:
         raise ArgumentError(f"role {name!r}", '"target", "encoder" or "decoder"', "use one of these")
+
+
+def refuse_own_adapters(model: nn.Module) -> None:
+    """Refuse a shared base on which the encoder's or the decoder's adapter is on: it is not the bare target.
+
+    Raises:
+        ArgumentError: one of them is.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layer = next((module for module in model.modules() if isinstance(module, BaseTunerLayer)), None)
+    if layer is None or layer.disable_adapters or not set(_ADAPTERS.values()) <= set(getattr(layer, "lora_A", ())):
+        return
+    on = set(layer.active_adapters) & set(_ADAPTERS.values())
+    if on:
+        raise ArgumentError(
+            f"a pair's base with its adapter {min(on)!r} on", "the bare target", 'call it within nla.role("target")'
+        )
 
 
 def require_shared(roles: Roles, what: str) -> SharedBase:

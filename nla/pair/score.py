@@ -67,7 +67,7 @@ class Score:
     baselines: dict[str, Interval]
     """FVE of the baselines."""
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """A JSON-ready dict; an interval is {"value", "low", "high"}, its ends None where they are unknown."""
         return {
             "n": self.n,

@@ -39,7 +39,7 @@ def assemble(
     head: Callable[[], Head],
     device: Devices = None,
     baselines: dict[str, Baseline] | None = None,
-    metrics: dict[str, Any] | None = None,
+    metrics: dict[str, object] | None = None,
     trust_remote_code: bool = False,
     verify: bool = True,
 ) -> Parts:

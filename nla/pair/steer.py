@@ -17,6 +17,7 @@ from nla.models.generate import MAX_TOKENS_PER_BATCH, ends_of, generate, pad_of
 from nla.models.hooks import add, replace
 from nla.models.points import Point, context_length, unwrapped
 from nla.pair.decoder import Decoder
+from nla.pair.roles import refuse_own_adapters
 from nla.text.tokens import Span, encode_batch, select_positions
 
 
@@ -34,7 +35,7 @@ def generate_patched(
     """Greedy continuations of texts, each with an intervention at one of its tokens.
 
     Args:
-        model: a causal LM, as it stands; of a pair the target, within ``nla.role("target")``.
+        model: a causal LM, as it stands; of a pair ``nla.base``, within ``nla.role("target")``.
         texts: texts, or their token ids.
         positions: token index in each text, or "last" or a pattern that matches one token of each.
         vectors: one per text; None: no intervention.
@@ -45,11 +46,13 @@ def generate_patched(
 
     Raises:
         PositionError: an index is out of range, or a pattern matches no token or several.
+        ArgumentError: the base of a pair outside the role "target": an adapter of the pair is on.
         ArgumentError, ShapeError, NonFiniteError, ContextLengthError: see the two hooks.
     """
     if max_new_tokens < 1:
         raise ArgumentError(f"max_new_tokens={max_new_tokens}", "1 or more", "continue by at least one token")
     base = unwrapped(model)
+    refuse_own_adapters(base)
     ids, columns = _prompts(tokenizer, texts, positions, context_length(base), max_new_tokens)
     if vectors is not None and len(vectors) != len(ids):
         raise ShapeError(f"{len(vectors)} vectors for {len(ids)} texts", "one for each", "repeat it for each text")

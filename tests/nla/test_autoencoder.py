@@ -24,15 +24,15 @@ from nla.errors import (
     TokenizerMismatchError,
     VocabularyError,
 )
-from nla.metrics import Baseline
-from nla.models.hooks import inject, rescale
+from nla.metrics import Baseline, rescale
+from nla.models.hooks import inject
 from nla.pair import encoder
 from nla.pair.explanations import Explanations, Trust, agreement
 from nla.store.reader import Store
 from nla.store.shards import Document
 from nla.store.writer import StoreWriter
 from nla.text import claims
-from nla.text.tokens import Span
+from nla.text.tokens import Span, render_prompt
 from tests.helpers.tiny import CONTEXT, D_MODEL, MARKER, TEXTS, make_config, make_model, make_pair, make_tokenizer
 
 IDS = torch.tensor([[11, 33, 37, 40, 12, 20, 21]])
@@ -386,3 +386,20 @@ def test_folders_are_one_target_however_they_are_written(tmp_path: Path, monkeyp
         pair.fit_baselines(store_of(tmp_path / str(number), torch.randn(4, D_MODEL), target=target))
     with pytest.raises(StoreError, match="someone/target"):
         pair.fit_baselines(store_of(tmp_path / "hub", torch.randn(4, D_MODEL), target="someone/target"))
+
+
+def test_a_config_that_is_set_reaches_prompt_injection_point_and_view() -> None:
+    pair, fresh = make_pair(), make_pair(point="resid_post.2")
+    acts = fresh.read(TEXTS[:1])
+    assert not torch.allclose(pair.read(TEXTS[:1]).vectors, acts.vectors, atol=1e-3)
+    pair.config = fresh.config
+    assert str(pair.point) == "resid_post.2" and torch.equal(pair.read(TEXTS[:1]).vectors, acts.vectors)
+    assert len(pair.roles.view.layers) == 3
+    changed = replace(pair.config, encoder_prompt=f"so, {pair.config.encoder_prompt}")
+    pair.config = changed
+    assert torch.equal(pair.prompt_ids, torch.tensor([render_prompt(pair.tokenizer, changed.encoder_prompt)]))
+    with pytest.raises(MarkerError):
+        pair.config = replace(changed, injection=replace(changed.injection, left_id=changed.injection.left_id + 1))
+    with pytest.raises(PointError):
+        pair.config = replace(changed, point="resid_post.9")
+    assert pair.config == changed

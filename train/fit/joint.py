@@ -16,8 +16,9 @@ from transformers import PreTrainedModel
 from trl import GRPOConfig, GRPOTrainer
 
 from nla.errors import ArgumentError, ShapeError
+from nla.metrics import rescale
 from nla.models.generate import plainly
-from nla.models.hooks import inject, rescale
+from nla.models.hooks import inject
 from nla.train.fit import processes
 from nla.train.fit.checkpoints import (
     AtomicCheckpoints,

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nla.errors import ShapeError
-from nla.models.hooks import rescale
+from nla.metrics import rescale
 
 CHUNK = 16_384
 """Rows held at a time by what passes over all of them."""

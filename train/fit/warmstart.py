@@ -14,8 +14,8 @@ from transformers import Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from nla.errors import ArgumentError, ConfigError, ShapeError
-from nla.metrics import mse
-from nla.models.hooks import inject, rescale
+from nla.metrics import mse, rescale
+from nla.models.hooks import inject
 from nla.text.tokens import plain_ids
 from nla.train.fit import processes
 from nla.train.fit.checkpoints import (

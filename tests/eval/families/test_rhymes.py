@@ -215,7 +215,6 @@ def test_a_control_pair_at_another_point_is_refused() -> None:
 
     pair, other = planted_pair(), planted_pair()
     other.config = dataclasses.replace(other.config, point="resid_post.0")
-    other.point = other.point._replace(layer=0)
     with pytest.raises(ConfigError, match="resid_post"):
         rhymes._same_target(other, pair)
     retrained = planted_pair()

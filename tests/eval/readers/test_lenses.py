@@ -12,8 +12,8 @@ from nla.eval.auroc import macro_auroc
 from nla.eval.readers import lenses, patchscopes
 from nla.eval.readers.patchscopes import Prompt
 from nla.eval.target import Target
+from nla.metrics import rescale
 from nla.models import points
-from nla.models.hooks import rescale
 from nla.models.lora import save_adapter
 from nla.models.points import Point
 from nla.models.read import read, vectors_at

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from nla.errors import MarkerError, NonFiniteError, PointError, ShapeError
-from nla.models.hooks import inject, locate_marker, rescale
+from nla.metrics import rescale
+from nla.models.hooks import inject, locate_marker
 from nla.models.points import blocks
 from nla.text.tokens import render_prompt
 from tests.helpers.tiny import D_MODEL, make_config, make_model, make_pair, make_tokenizer

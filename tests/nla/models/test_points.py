@@ -92,9 +92,9 @@ def test_the_view_shares_parameters_and_holds_no_upper_block(model) -> None:
 def test_adapters_added_later_act_in_the_view() -> None:
     pair = make_pair(scale=0.3)
     with torch.no_grad(), pair.role("target"):
-        plain = pair.decoder_view(input_ids=IDS).last_hidden_state
+        plain = pair.roles.view(input_ids=IDS).last_hidden_state
     with torch.no_grad(), pair.role("encoder"):
-        adapted = pair.decoder_view(input_ids=IDS).last_hidden_state
+        adapted = pair.roles.view(input_ids=IDS).last_hidden_state
         oracle = pair.model(IDS, output_hidden_states=True).hidden_states[2]
     assert torch.equal(adapted, oracle)
     assert not torch.allclose(adapted, plain, atol=1e-2)

@@ -57,7 +57,7 @@ def test_a_mask_that_is_not_of_right_padding_is_refused(pair) -> None:
     ids, mask = pad_batch(pair.decoder.prompt_rows(TEXTS), 0)
     for bad in (mask.flip(1), torch.zeros_like(mask), mask[:, 1:]):
         with pytest.raises(ShapeError, match="right"):
-            last_stream(pair.decoder_view, ids, bad)
+            last_stream(pair.roles.view, ids, bad)
 
 
 @pytest.mark.parametrize("text", ["", "  \n"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nla.errors import ArgumentError, ContextLengthError, NonFiniteError, ShapeError
-from nla.models.hooks import rescale
+from nla.metrics import rescale
 from nla.pair.encoder import mask_marker, parse, strip_tags
 from nla.pair.explanations import Explanation, Explanations, Trust
 from nla.text.claims import claims

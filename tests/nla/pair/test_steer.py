@@ -123,6 +123,10 @@ def test_a_pairs_target_is_steered_not_its_encoder() -> None:
     expected = generate_patched(make_model(), TOKENIZER, TEXTS, POINT, "last", NEW, 8)
     with pair.role("target"):
         assert generate_patched(pair.base, pair.tokenizer, TEXTS, POINT, "last", NEW, 8) == expected
+    with pytest.raises(ArgumentError, match="default"):
+        generate_patched(pair.base, pair.tokenizer, TEXTS, POINT, "last", NEW, 8)
+    with pair.role("decoder"), pytest.raises(ArgumentError, match="decoder"):
+        generate_patched(pair.base, pair.tokenizer, TEXTS, POINT, "last", NEW, 8)
 
 
 def test_strength_adds_instead_of_replacing() -> None:

@@ -1,0 +1,41 @@
+"""Writing: how answers end."""
+
+from __future__ import annotations
+
+import torch
+from transformers import StoppingCriteria
+
+from nla.models.generate import generate
+from tests.helpers.tiny import make_model
+
+PROMPTS = [[14, 15, 16], [17, 18], [20, 21, 22, 23], [14, 18]]
+SETTINGS = {"ends": [], "pad": 0, "max_new_tokens": 12}
+
+
+class AfterTokens(StoppingCriteria):
+    """Ends row i once it has written ``lengths[i]`` tokens."""
+
+    def __init__(self, lengths: list[int], prompt_length: int) -> None:
+        self.lengths, self.prompt_length = torch.tensor(lengths), prompt_length
+
+    def __call__(self, input_ids, scores, **kwargs):  # type: ignore[override]
+        return input_ids.shape[1] - self.prompt_length >= self.lengths
+
+
+def test_a_row_that_a_criterion_ends_has_what_it_wrote_and_no_padding() -> None:
+    model, lengths = make_model(), [5, 1, 12, 3]
+    whole = generate(model, PROMPTS, **SETTINGS).rows()
+    stop = AfterTokens(lengths, prompt_length=4)
+    stopped = generate(model, PROMPTS, **SETTINGS, stopping=[stop], batches=[range(4)])
+    assert stopped.rows() == [row[:length] for row, length in zip(whole, lengths, strict=True)]
+    assert stopped.mask.sum(dim=1).tolist() == lengths and not stopped.ended.any()
+    assert (stopped.ids[1, 1:] == 0).all()
+
+
+def test_an_end_token_before_the_criterion_still_ends_a_row() -> None:
+    model = make_model()
+    whole = generate(model, PROMPTS[:1], **SETTINGS).rows()[0]
+    end = whole[2]
+    first = whole.index(end)
+    written = generate(model, PROMPTS[:1], **{**SETTINGS, "ends": [end]}, stopping=[AfterTokens([9], 3)])
+    assert written.rows() == [whole[:first]] and bool(written.ended)
