@@ -82,7 +82,7 @@ class ReadingCache:
         self.n_read += 1
         if self.folder is not None:
             text = json.dumps(reading.to_json(), ensure_ascii=False, separators=(",", ":"))
-            write_atomic(self._path(reading.key), text)
+            write_atomic(self._path(reading.key), text, private=True)
 
     def finish(self) -> None:
         """Note which readings the audit is made of."""

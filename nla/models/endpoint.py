@@ -131,7 +131,7 @@ class Endpoint:
     @property
     def base(self) -> str:
         """The address that requests go below."""
-        return (self.url or FORMS[self.form][0]).rstrip("/")
+        return (FORMS[self.form][0] if self.url is None else self.url.strip()).rstrip("/")
 
     @property
     def host(self) -> str:
@@ -307,9 +307,17 @@ def _address(url: str) -> tuple[str, str]:
     try:
         parts = urllib.parse.urlsplit(url)
         host, _ = (parts.hostname or "").lower(), parts.port
+        readable = url.isprintable() and not set(url) & set(" \\?#")
     except ValueError:
-        parts, host = urllib.parse.urlsplit(""), ""
-    if parts.scheme not in ("http", "https") or not host or "@" in parts.netloc or parts.query or parts.fragment:
+        parts, host, readable = urllib.parse.urlsplit(""), "", False
+    if (
+        not readable
+        or parts.scheme not in ("http", "https")
+        or not host
+        or "@" in parts.netloc
+        or parts.query
+        or parts.fragment
+    ):
         raise EndpointError(
             "an endpoint's address that is not one, or that holds a name, a password or a query",
             "a plain http or https address such as http://localhost:8000/v1",

@@ -24,8 +24,11 @@ _TEXT, _MERGE = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, private: bool = False) -> Iterator[Path]:
     """Give a temporary path beside ``path``; on a clean exit it takes ``path``'s place, or else it goes.
+
+    Args:
+        private: for its owner alone (mode 0600), also while it is written.
 
     Raises:
         StorageError: the disk is full or the folder cannot be written; an earlier file is as it was.
@@ -36,6 +39,8 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if private:
+            temporary.touch(mode=0o600)
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
@@ -92,13 +97,16 @@ def replacing_files(folder: Path, last: str, outdated: Sequence[str] = ()) -> It
         shutil.rmtree(new, ignore_errors=True)
 
 
-def write_atomic(path: str | Path, data: bytes | str) -> None:
+def write_atomic(path: str | Path, data: bytes | str, private: bool = False) -> None:
     """Write a file whole or not at all: temporary file, fsync, rename. Text is UTF-8; parents are made.
+
+    Args:
+        private: for its owner alone (mode 0600).
 
     Raises:
         StorageError: the disk is full or the folder cannot be written; the old file, if any, is intact.
     """
-    with replacing(Path(path)) as temporary:
+    with replacing(Path(path), private) as temporary:
         temporary.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
 
 

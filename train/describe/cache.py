@@ -26,7 +26,8 @@ def cache_key(identity: Mapping[str, Any], prompt: str) -> str:
 
 
 class TextCache:
-    """A folder's answers by key, in one SQLite file; several processes may use it at once, on a local disk.
+    """A folder's answers by key, in one SQLite file for its owner alone; several processes may use it at once, on a
+    local disk.
 
     Each answer is committed as it comes, so a killed process loses none; only a machine that loses its power may lose
     the last ones. Keys are hashes: no prompt and no secret is stored.
@@ -42,6 +43,8 @@ class TextCache:
         self._lock = threading.Lock()
         with self._guarded():
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.touch(mode=0o600)  # SQLite gives its other files the same mode
+            self.path.chmod(0o600)
             self._file = sqlite3.connect(self.path, _BUSY_S, isolation_level=None, check_same_thread=False)
             try:
                 # The write-ahead log is shared by readers and writers, and survives a killed process without fsync.

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
+import pickle
 import sys
+import traceback
 from collections.abc import Callable
 
 import pytest
@@ -11,7 +14,7 @@ import pytest
 from nla.audit.judge import KEY_VARIABLE, Judge, parse_verdict
 from nla.audit.rubric import parse_rubric
 from nla.errors import EndpointError, JudgeError, MissingExtraError
-from tests.helpers.endpoint_server import Act, Server, openai_body
+from tests.helpers.endpoint_server import SECRET, Act, Server, openai_body
 
 RUBRIC = parse_rubric({"name": "test", "looks_for": "It is a test.", "match": {"judge": True}})
 TEXT = "The model suspects a test. It writes."
@@ -122,6 +125,65 @@ def test_the_key_goes_to_the_judge_alone(monkeypatch: pytest.MonkeyPatch) -> Non
     for url in ("file:///etc/passwd", "example.com", "ftp://x/y", "http://", "https://me:secret@example.com/v1"):
         with pytest.raises(EndpointError):
             Judge(url)
+
+
+@pytest.mark.parametrize("status", [200, 400, 401, 404, 500])
+def test_the_judges_key_is_in_nothing_that_is_shown_or_kept(
+    status: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv(KEY_VARIABLE, f"  {SECRET}\n")
+    for name in ("OPENAI_API_KEY", "OPENAI_ORG_ID", "OPENAI_CUSTOM_HEADERS"):
+        monkeypatch.setenv(name, "X-Other: other-secret")
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    monkeypatch.setenv("ALL_PROXY", "http://127.0.0.1:9")
+    caplog.set_level(logging.DEBUG)
+    said = json.dumps({"error": {"message": f"Wrong key {SECRET[:14]}***", "param": SECRET}}).encode()
+    act = verdict(True, "a test") if status == 200 else Act(status=status, body=said)
+    with Server(plan=one_after_another(act)) as server:
+        judge, shown = Judge(f" {server.url}/\n", tries=2), ""
+        try:
+            assert judge.shows(RUBRIC, TEXT)
+        except JudgeError as error:
+            shown = "".join(traceback.format_exception(error)) + repr(error) + str(pickle.dumps(error))
+    assert (shown == "") == (status == 200)
+    headers = server.asked[0][0]
+    assert headers["authorization"] == f"Bearer {SECRET}" and "other-secret" not in str(headers)
+    assert SECRET[8:] not in shown + caplog.text + repr(judge) + repr(judge.endpoint) + repr(vars(judge))
+
+
+@pytest.mark.parametrize("key", [" ", "a b", "schlüssel", "a\x1bb", "a\nb"])
+def test_a_key_that_cannot_be_sent_is_refused_unseen(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(KEY_VARIABLE, key)
+    with pytest.raises(EndpointError, match="no usable key in the environment variable NLA_JUDGE_KEY") as caught:
+        Judge("http://127.0.0.1:9/v1")
+    assert len(key.strip()) < 2 or key not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        " ",
+        "https://me:secret@x.y/v1",
+        "https://secret@x.y/v1",
+        "https://x.y/v1?key=secret",
+        "https://x.y/v1?",
+        "https://x.y/v1#secret",
+        "https://x.y\\@secret/v1",
+        "https://x.y/\nsecret",
+        "https://x.y /secret",
+        "https://x.y:secret/v1",
+        "https://[secret/v1",
+        "secret",
+    ],
+)
+def test_an_address_that_holds_more_than_an_address_is_refused_unseen(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(KEY_VARIABLE, SECRET)
+    with pytest.raises(EndpointError, match="address") as caught:
+        Judge(url)
+    assert "secret" not in "".join(traceback.format_exception(caught.value, chain=True)).partition("nla.errors")[2]
 
 
 def test_without_the_extra_a_judge_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

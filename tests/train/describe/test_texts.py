@@ -6,6 +6,7 @@ import asyncio
 import multiprocessing
 import os
 import signal
+import stat
 import threading
 import time
 from collections.abc import Iterator
@@ -77,6 +78,13 @@ def test_with_more_tries_a_failed_text_is_asked_again_and_no_other(kept_by: str,
         for tries in (1, 3, 9):
             assert described(server, tmp_path, tries=tries).texts[1] == text_of(1)
         assert server.n_requests == n + 2
+
+
+def test_answers_are_for_their_owner_alone(tmp_path: Path) -> None:
+    with TextCache(tmp_path) as cache:
+        cache.put("key", "answer")
+        modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
+    assert len(modes) == 3 and set(modes.values()) == {0o600}
 
 
 def test_two_runs_at_once_share_what_they_find(tmp_path: Path) -> None:
