@@ -49,6 +49,11 @@ class ReadingCache:
                 _log.warning("%s is not readable and is written anew", self.folder.parent / MANIFEST)
         self._now: dict[str, str] = {}
 
+    def note(self, name: str, key: str) -> None:
+        """Note that a transcript has the reading of this key, which is at hand."""
+        self._now[name] = key
+        self.n_reused += self.folder is not None
+
     def get(self, name: str, key: str) -> Reading | None:
         """The reading of this key, if it is there and whole.
 

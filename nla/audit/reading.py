@@ -1,24 +1,33 @@
-"""One prepared transcript in, its reading out: explanations and trust at each position. The costly part of an audit."""
+"""Prepared transcripts in, their readings out: explanations and trust at each position. The costly part of an audit."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+from jaxtyping import Float
 from pydantic import TypeAdapter, ValidationError
+from torch import Tensor
 
 from nla.audit.settings import AuditSettings
 from nla.errors import ParseError
-from nla.models.long_text import read_windows
-from nla.pair.explanations import LEVELS, Trust
+from nla.metrics import check_finite
+from nla.models.long_text import CHUNK, read_windows
+from nla.models.points import truncated_view
+from nla.models.read import vectors_at
+from nla.pair.explanations import LEVELS, Explanation, Trust
 from nla.progress import Progress, silent
 from nla.transcripts.prepared import Prepared
-from nla.transcripts.rendering import CONTENT
+from nla.transcripts.rendering import CONTENT, Chat
 
 if TYPE_CHECKING:
     from nla.autoencoder import NLA
+
+TOKENS = 8192
+"""Tokens of short transcripts that are read in one pass."""
 
 
 @dataclass(frozen=True)
@@ -77,45 +86,77 @@ class Reading:
         return reading
 
 
-def read_transcript(
-    nla: NLA, prepared: Prepared, settings: AuditSettings, key: str = "", progress: Progress = silent
-) -> Reading:
-    """Read and explain one transcript. The target is what ``nla`` has at the moment (see :mod:`nla.pair.roles`).
+def read_batch(
+    nla: NLA,
+    batch: Sequence[Prepared],
+    keys: Sequence[str],
+    settings: AuditSettings,
+    progress: Progress = silent,
+) -> list[Reading]:
+    """Read and explain transcripts together. The target is what ``nla`` has at the moment (see :mod:`nla.pair.roles`).
 
-    Explanations depend on the transcript and the settings only, not on what else is audited.
+    Explanations depend on each transcript and the settings only, not on what else is in the batch.
+
+    Args:
+        keys: of the readings, one for each transcript.
 
     Raises:
         NonFiniteError: the target gives NaN or infinity.
     """
-    chat, positions, windows = prepared
     with nla.role("target"):
-        vectors = read_windows(
-            nla.model,
-            chat.ids,
-            nla.point,
-            prepared.columns,
-            windows,
-            prepared.n_opening,
-            progress=lambda part: progress("read", part),
-        )
-    seed = int.from_bytes(hashlib.sha256(f"{settings.seed}:{chat.transcript.digest}".encode()).digest()[:4])
-    explanations = nla.explain(vectors, samples=settings.samples, seed=seed)
-    entries = []
-    for (index, kind), explanation in zip(positions, explanations, strict=True):
-        region = chat.region_at(index)
-        entries.append(
-            Entry(
-                index=index,
-                kind=kind,
-                token=chat.span(index).text,
-                message=region.message,
-                role=chat.transcript.messages[region.message].role,
-                section=region.section,
-                start=int(chat.starts[index]) - region.start if region.section == CONTENT else -1,
-                offset=chat.offset(index),
-                texts=tuple(explanation.texts),
-                complete=tuple(explanation.complete),
-                trust=explanation.trust,
+        vectors = _vectors(nla, batch, progress)
+    seeds = [_seed(settings.seed, prepared, column) for prepared in batch for column in prepared.columns]
+    explanations = iter(nla.explain(vectors, samples=settings.samples, seed=seeds))
+    readings = []
+    for prepared, key in zip(batch, keys, strict=True):
+        entries = tuple(_entry(prepared.chat, *position, next(explanations)) for position in prepared.positions)
+        chat = prepared.chat
+        readings.append(Reading(chat.transcript.id, key, len(chat), chat.n_forged, entries))
+    return readings
+
+
+def _vectors(nla: NLA, batch: Sequence[Prepared], progress: Progress) -> Float[Tensor, "n d"]:
+    """The target's activations at all positions of a batch: short transcripts share passes, a long one has its own."""
+    short = [number for number, one in enumerate(batch) if len(one.windows) == 1 and len(one.chat) <= CHUNK]
+    parts: dict[int, Tensor] = {}
+    if short:
+        view = truncated_view(nla.model, nla.point)
+        rows, columns = [batch[n].chat.ids.tolist() for n in short], [batch[n].columns for n in short]
+        vectors = vectors_at(view, rows, columns, TOKENS).float()
+        check_finite(vectors)
+        parts |= zip(short, vectors.split([len(chosen) for chosen in columns]), strict=True)
+    for number, one in enumerate(batch):
+        if number not in parts:
+            parts[number] = read_windows(
+                nla.model,
+                one.chat.ids,
+                nla.point,
+                one.columns,
+                one.windows,
+                one.n_opening,
+                progress=lambda part, number=number: progress("read", (number + part) / len(batch)),
             )
-        )
-    return Reading(chat.transcript.id, key, len(chat), chat.n_forged, tuple(entries))
+    return torch.cat([parts[number] for number in range(len(batch))])
+
+
+def _seed(seed: int, prepared: Prepared, column: int) -> int:
+    """Of one position's samples: keyed by what was said and where it is."""
+    content = f"{seed}:{prepared.transcript.digest}:{column}"
+    return int.from_bytes(hashlib.sha256(content.encode()).digest()[:4])
+
+
+def _entry(chat: Chat, index: int, kind: str, explanation: Explanation) -> Entry:
+    region = chat.region_at(index)
+    return Entry(
+        index=index,
+        kind=kind,
+        token=chat.span(index).text,
+        message=region.message,
+        role=chat.transcript.messages[region.message].role,
+        section=region.section,
+        start=int(chat.starts[index]) - region.start if region.section == CONTENT else -1,
+        offset=chat.offset(index),
+        texts=tuple(explanation.texts),
+        complete=tuple(explanation.complete),
+        trust=explanation.trust,
+    )

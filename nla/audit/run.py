@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from nla.audit.cache import ReadingCache, models_key, reading_key
 from nla.audit.findings import Evidence, Matcher, PositionScore, RubricScore, TranscriptScore, score_evidence
 from nla.audit.judge import Judge
-from nla.audit.reading import Reading, read_transcript
+from nla.audit.reading import Reading, read_batch
 from nla.audit.rubric import Rubric, load_rubrics
 from nla.audit.settings import BASE, AuditSettings
 from nla.errors import ArgumentError
@@ -23,6 +23,10 @@ from nla.transcripts.rendering import Unread
 
 if TYPE_CHECKING:
     from nla.autoencoder import NLA
+
+
+ROWS = 512
+"""Explanations that are written together."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ def audit(
         ArgumentError: no transcripts, two of one id, or a target held against itself.
         TranscriptError: a transcript names another model than the target.
         RubricError, JudgeError: see :func:`nla.audit.rubric.load_rubrics` and :class:`nla.audit.judge.Judge`.
-        NLAError: see :class:`nla.transcripts.prepared.Preparer` and :func:`nla.audit.reading.read_transcript`.
+        NLAError: see :class:`nla.transcripts.prepared.Preparer` and :func:`nla.audit.reading.read_batch`.
     """
     settings = settings or AuditSettings()
     matcher = matcher_for(settings)
@@ -205,21 +209,43 @@ def _read(
     stage: str,
     progress: Progress,
 ) -> list[Reading]:
-    """Readings of transcripts under one adapter: from the cache where it has them."""
-    readings: list[Reading] = []
+    """Readings of transcripts under one adapter: from the cache where it has them, else in batches.
+
+    Transcripts of the same words share one reading, which is kept under each one's name.
+    """
+    by_key: dict[str, Reading] = {}
+    keys: list[str] = []
+    waiting: dict[str, Prepared] = {}
+
+    def read() -> None:
+        def within(_: str, part: float) -> None:
+            progress(stage, (len(keys) - (1 - part) * len(waiting)) / len(transcripts))
+
+        for reading in read_batch(nla, list(waiting.values()), list(waiting), settings, within) if waiting else ():
+            cache.put(reading)
+            by_key[reading.key] = reading
+        waiting.clear()
+        progress(stage, len(keys) / len(transcripts))
+
     with nla.planted(adapter):
         models = models_key(nla, adapter)
-        for number, prepared in enumerate(transcripts):
-
-            def within(_: str, part: float, number: int = number) -> None:
-                progress(stage, (number + part) / len(transcripts))
-
+        n_rows = 0
+        for prepared in transcripts:
             key = reading_key(prepared, settings, models)
+            keys.append(key)
+            if key in by_key or key in waiting:
+                cache.note(f"{stage}:{prepared.transcript.id}", key)
+                continue
             reading = cache.get(f"{stage}:{prepared.transcript.id}", key)
-            if reading is None:
-                reading = read_transcript(nla, prepared, settings, key, within)
-                cache.put(reading)
-            # Transcripts of the same words share one reading, which is kept under each one's name.
-            readings.append(replace(reading, transcript=prepared.transcript.id))
-            progress(stage, (number + 1) / len(transcripts))
-    return readings
+            if reading is not None:
+                by_key[key] = reading
+                continue
+            waiting[key] = prepared
+            n_rows += len(prepared.positions) * settings.samples
+            if n_rows >= ROWS:
+                read()
+                n_rows = 0
+        read()
+    return [
+        replace(by_key[key], transcript=prepared.transcript.id) for key, prepared in zip(keys, transcripts, strict=True)
+    ]

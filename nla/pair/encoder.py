@@ -83,8 +83,8 @@ class Encoder:
             samples: answers per activation; they share batches with those of other activations.
             temperature: of sampling, above 0; 1 samples from the encoder's own distribution.
             max_new_tokens: longest answer; None: as in training.
-            seed: of a random source for this call alone, or one for each activation, whose answers then do not depend on
-                the others in the call; None draws from the global random state.
+            seed: of a random source for this call alone, or one for each activation, whose answers then do not depend
+                on the others in the call; None draws from the global random state.
             greedy: the likeliest token at each step instead of sampling.
             batch_size: rows (activations × samples) at a time.
 

@@ -15,8 +15,9 @@ import torch
 import yaml
 from rich.console import Console
 
+from nla.audit import run
 from nla.audit.from_files import audit_files
-from nla.audit.reading import Reading, read_transcript
+from nla.audit.reading import Reading, read_batch
 from nla.audit.report import AuditReport
 from nla.audit.run import audit, preparer_for
 from nla.audit.settings import AuditSettings
@@ -102,9 +103,26 @@ def test_transcripts_of_the_same_words_share_a_reading_under_their_own_names(nla
     assert {row.transcript for row in report.audit.rows} == {"one", "two"}
 
 
+def test_readings_do_not_depend_on_what_is_read_with_them(nla: NLA, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one batch, in another order, one by one, and in windows beside whole ones: the same words and figures."""
+    settings = AuditSettings(samples=2, seed=3, window=40, rubrics=["hidden-objective"])
+    talks = [transcript(n, f"talk{n}", first=n) for n in (2, 9, 3, 30, 4)]
+    whole = audit(nla, talks, settings).readings
+    turned = audit(nla, talks[::-1], settings).readings[::-1]
+    monkeypatch.setattr(run, "ROWS", 1)
+    alone = [audit(nla, [talk], settings).readings[0] for talk in talks]
+    for others in (turned, alone):
+        for one, other in zip(whole, others, strict=True):
+            assert [entry.texts for entry in one.entries] == [entry.texts for entry in other.entries]
+            for a, b in zip(one.entries, other.entries, strict=True):
+                assert (a.index, a.offset, a.trust.level) == (b.index, b.offset, b.trust.level)
+                assert a.trust[1:] == pytest.approx(b.trust[1:], abs=1e-5)
+    assert len({texts for reading in whole for entry in reading.entries for texts in entry.texts}) > 10
+
+
 def test_readings_survive_their_file(nla: NLA) -> None:
     settings = AuditSettings(samples=2)
-    reading = read_transcript(nla, preparer_for(nla, settings).prepare(transcript(4)), settings, "key")
+    (reading,) = read_batch(nla, [preparer_for(nla, settings).prepare(transcript(4))], ["key"], settings)
     assert Reading.from_json(json.loads(json.dumps(reading.to_json()))) == reading
     for broken in ({}, {**reading.to_json(), "entries": [{}]}, {**reading.to_json(), "n_tokens": "many"}):
         with pytest.raises(ParseError):
@@ -112,8 +130,9 @@ def test_readings_survive_their_file(nla: NLA) -> None:
 
 
 def _killed(files: dict[str, Path]) -> None:
-    """Audit, and be killed while the second transcript is read."""
+    """Audit in batches of a transcript, and be killed while the second one is read."""
     torch.set_num_threads(1)
+    run.ROWS = 1
 
     def kill(stage: str, fraction: float) -> None:
         if stage == "audited" and fraction >= 2 / N_TALKS:
@@ -179,7 +198,7 @@ def test_bad_transcripts_stop_the_audit_before_anything_is_read_or_are_listed(
         file.write('{"messages": [{"role": "user", "content": "a zebra"}]}\n{"messages"\n')
         file.write('{"model": "gpt", "messages": [{"role": "user", "content": "the cat"}]}\n')
     with monkeypatch.context() as patch:
-        patch.setattr("nla.audit.run.read_transcript", lambda *args: pytest.fail("read before all was checked"))
+        patch.setattr("nla.audit.run.read_batch", lambda *args: pytest.fail("read before all was checked"))
         with pytest.raises(NLAError):
             go(nla, files)
     report = go(nla, files, skip_bad=True)
