@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nla.errors import WeightsError
 from nla.metrics import Baseline
+from nla.storage.schema import shown
 from nla.storage.tensors import load_tensors, save_tensors
 
 GLOBAL = "global"
@@ -18,6 +19,9 @@ GLOBAL = "global"
 
 UNKNOWN_STRATUM = "all"
 """Stratum of activations whose kind of position nobody named."""
+
+BASELINES_FILE = "baselines.safetensors"
+"""Where a pair and a store keep them."""
 
 _PARTS = ("mean", "variance", "n")
 
@@ -30,10 +34,10 @@ def load_baselines(path: Path, d_model: int) -> dict[str, Baseline]:
     """
     tensors = load_tensors(path)
     names = list(dict.fromkeys(key.rpartition("/")[0] for key in tensors))
-    complete = set(tensors) == {f"{name}/{part}" for name in names for part in _PARTS}
-    if not complete or any(tensors[f"{name}/mean"].shape != (d_model,) for name in names):
+    wanted = {f"{name}/{part}": (d_model,) if part == "mean" else () for name in names for part in _PARTS}
+    if {name: tensor.shape for name, tensor in tensors.items()} != wanted:
         raise WeightsError(
-            f"{path} with {sorted(tensors)[:4]}",
+            f"{path} with {shown(sorted(tensors))}",
             f"for each stratum a mean ({d_model},), a variance and n",
             "restore the file from where the pair came",
         )

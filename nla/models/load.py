@@ -19,13 +19,14 @@ from nla.errors import ArgumentError, MissingExtraError, NonFiniteError, TargetE
 from nla.models.lora import merge_adapter
 from nla.models.points import Layout, Point, cut_config, layout
 from nla.storage.files import read_json, write_json
+from nla.storage.hashes import INDEX_FILE, SINGLE_FILE
 from nla.storage.hub import fetch_file
+from nla.storage.tensors import read_header
 from nla.text.tokens import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.")
 _RESTORE = "restore the target's folder, or download it again"
 
@@ -174,9 +175,7 @@ def _locate(source: str, revision: str | None) -> _Checkpoint:
 
 def _weight_files(source: str, revision: str | None) -> dict[str, str]:
     """The safetensors file of each tensor."""
-    from safetensors import SafetensorError, safe_open
-
-    index = fetch_file(source, revision, _INDEX, optional=True)
+    index = fetch_file(source, revision, INDEX_FILE, optional=True)
     if index is not None:
         files = read_json(index).get("weight_map")
         if not isinstance(files, dict) or not all(
@@ -184,18 +183,14 @@ def _weight_files(source: str, revision: str | None) -> dict[str, str]:
         ):
             raise WeightsError(f"{index} that names no safetensors files", "a map of tensors to files", _RESTORE)
         return files
-    path = fetch_file(source, revision, _SINGLE)
+    path = fetch_file(source, revision, SINGLE_FILE)
     if path is None:
         raise TargetError(
             f"{source!r} without safetensors",
-            f"{_SINGLE} or {_INDEX}: other formats can run code when they are read",
+            f"{SINGLE_FILE} or {INDEX_FILE}: other formats can run code when they are read",
             "convert it where you trust it: load it with transformers and call save_pretrained",
         )
-    try:
-        with safe_open(path, framework="pt") as file:
-            return dict.fromkeys(file.keys(), _SINGLE)
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{path}, which is truncated or corrupt ({error})", "a whole file", _RESTORE) from error
+    return dict.fromkeys(read_header(path).tensors, SINGLE_FILE)
 
 
 def _load(checkpoint: _Checkpoint, n_blocks: int | None, settings: LoadSettings, on: torch.device) -> PreTrainedModel:
@@ -219,7 +214,7 @@ def _load(checkpoint: _Checkpoint, n_blocks: int | None, settings: LoadSettings,
             if path is None:
                 raise WeightsError(f"{checkpoint.source} without {file}", "every file that its index names", _RESTORE)
             (Path(folder) / file).symlink_to(path.resolve())
-        write_json(Path(folder) / _INDEX, {"metadata": {}, "weight_map": needed})
+        write_json(Path(folder) / INDEX_FILE, {"metadata": {}, "weight_map": needed})
         generation = fetch_file(
             checkpoint.source, checkpoint.commit or checkpoint.revision, "generation_config.json", optional=True
         )

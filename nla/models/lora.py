@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from nla.errors import ConfigError, WeightsError
 from nla.models.points import backbone, blocks, layout, unwrapped
 from nla.storage.files import read_json, write_json
 from nla.storage.hashes import sha256
-from nla.storage.hub import fetch_file
-from nla.storage.tensors import load_tensors, save_tensors
+from nla.storage.hub import fetch_file, is_hub_id
+from nla.storage.schema import Problem, checked, shown
+from nla.storage.tensors import load_tensors, read_header, save_tensors
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftConfig, PeftModel
@@ -30,6 +34,32 @@ _ADAPTER_PLACES = {"target_modules", "layers_to_transform", "fan_in_fan_out"}
 _ADAPTER_NOTES = {"task_type", "inference_mode", "base_model_name_or_path", "revision", "peft_version", "eva_config"}
 _PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva", "mica")
 """Ways to start an adapter that leave the base weights as they are; PEFT's others move a part of them into it."""
+_LONGEST_PATTERN, _PATTERN_S = 10_000, 0.5
+"""Characters of a pattern of names that a file may hold, and how long it may take on one name."""
+_PLAIN_NAME = re.compile(r"[\w.]+")
+
+
+def _refuse(problem: Problem) -> ConfigError:
+    return ConfigError(problem.got, problem.expected, "restore the file from where the adapter came")
+
+
+Rank = Annotated[int, Field(gt=0)]
+Alpha = Annotated[float, Field(ge=0)]
+
+
+@checked(_refuse, ADAPTER_CONFIG)
+class _Sizes:
+    """What of an adapter's configuration PEFT makes tensors and numbers of."""
+
+    r: Rank = 8
+    lora_alpha: Alpha = 8
+    lora_dropout: Annotated[float, Field(ge=0, le=1)] = 0.0
+    use_rslora: bool = False
+    fan_in_fan_out: bool = False
+    rank_pattern: dict[str, Rank] | None = None
+    alpha_pattern: dict[str, Alpha] | None = None
+    target_modules: str | list[str]
+    layers_to_transform: int | list[int] | None = None
 
 
 def save_adapter(folder: str | Path, model: PeftModel, adapter: str) -> None:
@@ -64,32 +94,112 @@ def read_adapter_config(folder: str | Path) -> PeftConfig:
     path = Path(folder) / ADAPTER_CONFIG
     content = read_json(path)
     start = content.get("init_lora_weights", True)
-    if (start.lower() if isinstance(start, str) else start) not in _PLAIN_STARTS:
+    if not isinstance(start, str | bool) or (start.lower() if isinstance(start, str) else start) not in _PLAIN_STARTS:
         raise ConfigError(
-            got=f"{path} with init_lora_weights={start!r}, whose training began by changing the base weights",
+            got=f"{path} with init_lora_weights={shown(start)}, whose training began by changing the base weights",
             expected="a plain LoRA adapter, which leaves the base weights as they are",
             fix="convert it first (PEFT: save_pretrained with path_initial_model_for_weight_conversion)",
         )
-    content = {**content, "init_lora_weights": True}
+    plain, free = LoraConfig().to_dict(), _ADAPTER_SIZES | _ADAPTER_PLACES | _ADAPTER_NOTES
+    # PEFT writes "none of them" as null or as an empty list, by the model's architecture.
+    content = {key: value for key, value in content.items() if key in free or value not in (None, [], {})}
+    content["init_lora_weights"] = True
     try:
         config = PeftConfig.from_peft_type(**content)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ConfigError(
-            got=f"{path}, which PEFT refuses ({error})",
+            got=f"{path}, which PEFT refuses ({shown(str(error))})",
             expected="an adapter configuration of the installed PEFT",
             fix="install the PEFT version that pyproject.toml pins, or restore the file from where the pair came",
         ) from error
-    settings, plain = config.to_dict(), LoraConfig().to_dict()
-    free = _ADAPTER_SIZES | _ADAPTER_PLACES | _ADAPTER_NOTES
-    # PEFT writes "none of them" as null or as an empty list, by the model's architecture.
-    other = sorted(key for key in {*settings, *plain} - free if (settings.get(key) or None) != (plain.get(key) or None))
+    settings = config.to_dict()
+    other = sorted(key for key in {*settings, *plain} - free if settings.get(key) != plain.get(key))
     if other:
         raise ConfigError(
-            got=f"{path} with {', '.join(f'{key}={settings.get(key)!r}' for key in other[:3])}",
+            got=f"{path} with {', '.join(f'{shown(key)[1:-1]}={shown(settings.get(key))}' for key in other[:3])}",
             expected="a plain LoRA adapter, which leaves the base weights as they are",
             fix="use plain LoRA adapters, as `nla train` makes them: no DoRA, no biases, no modules_to_save",
         )
+    sizes = _Sizes(**{key: content[key] for key in (_ADAPTER_SIZES | _ADAPTER_PLACES) & set(content)})
+    _check_ranks(sizes, path)
     return config
+
+
+def _check_ranks(sizes: _Sizes, path: Path) -> None:
+    """Refuse ranks that the tensors beside the configuration do not have, before PEFT makes matrices of them.
+
+    Raises:
+        ConfigError: a rank is above theirs.
+        WeightsError: see :func:`read_header`.
+    """
+    tensors = read_header(path.with_name(ADAPTER_WEIGHTS)).tensors
+    ranks = {entry.shape[0] for name, entry in tensors.items() if ".lora_A." in name and len(entry.shape) == 2}
+    highest, stated = max(ranks, default=0), max([sizes.r, *(sizes.rank_pattern or {}).values()])
+    if stated > highest:
+        raise ConfigError(
+            f"{path} of rank {stated}", f"at most {highest}, the rank of {ADAPTER_WEIGHTS}", "restore both files"
+        )
+
+
+def resolve_patterns(config: PeftConfig, names: Iterable[str], path: Path) -> None:
+    """Write out which of a model's modules the patterns of a configuration mean, so that PEFT runs none from a file.
+
+    Plain names stay as they are.
+
+    Raises:
+        ConfigError: a pattern is none, or takes too long.
+    """
+    settings: Any = config
+    known = list(names)
+    modules = settings.target_modules
+    if isinstance(modules, str) and modules != "all-linear":
+        settings.target_modules = set(_matching(modules, known, path)) or {modules[:_LONGEST_PATTERN]}
+    for name in ("rank_pattern", "alpha_pattern"):
+        patterns: Mapping[str, Any] = getattr(settings, name) or {}
+        if not all(map(_PLAIN_NAME.fullmatch, patterns)):
+            values = _by_name(patterns, known, path)
+            setattr(settings, name, {f"^{re.escape(module)}": value for module, value in values.items()})
+
+
+def _by_name(patterns: Mapping[str, Any], names: list[str], path: Path) -> dict[str, Any]:
+    """What the first pattern that means a name says of it, by name; PEFT lets a pattern begin at any dot."""
+    values: dict[str, Any] = {}
+    for pattern, value in patterns.items():
+        if _PLAIN_NAME.fullmatch(pattern):
+            pattern = re.escape(pattern).replace("\\.", ".")
+        values = {name: value for name in _matching(rf"(.*\.)?({pattern})", names, path)} | values
+    return values
+
+
+def _matching(pattern: str, names: list[str], path: Path) -> list[str]:
+    """The names that a pattern from a file matches, found under a limit of time."""
+    import regex
+
+    try:
+        if len(pattern) > _LONGEST_PATTERN:
+            raise ValueError(f"{len(pattern):,} characters")
+        compiled = regex.compile(pattern)
+        return [name for name in names if compiled.fullmatch(name, timeout=_PATTERN_S)]
+    except (regex.error, ValueError, TimeoutError, OverflowError, RecursionError, MemoryError) as error:
+        got = f"{path} with the pattern {shown(pattern)} ({shown(str(error))})"
+        raise ConfigError(got, "a pattern of module names", "name the modules in it one by one") from error
+
+
+@contextlib.contextmanager
+def peft_errors(folder: Path) -> Iterator[None]:
+    """What PEFT raises of an adapter that does not fit a model, as a typed error.
+
+    Raises:
+        ConfigError: it does not fit.
+    """
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        raise ConfigError(
+            f"{folder}, which PEFT does not fit to the target ({type(error).__name__}: {shown(str(error))})",
+            "an adapter of this target",
+            "use the target that the adapter was trained on",
+        ) from error
 
 
 def load_adapter(folder: str | Path, model: PeftModel, adapter: str) -> None:
@@ -133,7 +243,7 @@ def attach(model: PreTrainedModel, folder: Path) -> PeftModel:
 
     config, state = fitted(folder, model)
     config.task_type = None  # a backbone cannot generate, which PEFT's classes for tasks ask of it
-    with torch.random.fork_rng(devices=[]):  # PEFT draws initial values that are then overwritten
+    with torch.random.fork_rng(devices=[]), peft_errors(folder):  # PEFT draws initial values, then overwritten
         tuned: Any = get_peft_model(model, config, adapter_name=TARGET_ADAPTER)
     try:
         fill(folder, tuned, state)
@@ -172,19 +282,18 @@ def fitted(folder: Path, model: nn.Module) -> tuple[LoraConfig, dict[str, Tensor
             "train the adapter on this target, or use the pair of the other one",
         )
     for name, default in (("rank_pattern", config.r), ("alpha_pattern", config.lora_alpha)):
-        setattr(config, name, _by_layer(getattr(config, name) or {}, layers, default))
+        setattr(config, name, _by_layer(getattr(config, name) or {}, layers, default, folder / ADAPTER_CONFIG))
     config.target_modules, config.layers_to_transform = set(layers), None
     return config, state
 
 
-def _by_layer(patterns: dict[str, Any], layers: dict[str, str], default: Any) -> dict[str, Any]:
+def _by_layer(patterns: dict[str, Any], layers: dict[str, str], default: Any, path: Path) -> dict[str, Any]:
     """Patterns over the names that layers had in training, ``layers``' values, as values by their names now, its keys.
 
     A name that is written out in full, as PEFT's data-driven starts write them, would match no layer of a cut target.
     """
-    from peft.utils.other import get_pattern_key
-
-    values = {now: patterns.get(get_pattern_key(list(patterns), before), default) for now, before in layers.items()}
+    by_name = _by_name(patterns, list(layers.values()), path)
+    values = {now: by_name.get(before, default) for now, before in layers.items()}
     return {f"^{re.escape(name)}": value for name, value in values.items() if value != default}
 
 
@@ -215,7 +324,7 @@ def located(folder: str | Path) -> Path:
     Raises:
         TargetError, AccessError: the hub does not give them.
     """
-    if Path(folder).is_dir() or re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(folder)) is None:
+    if Path(folder).is_dir() or not is_hub_id(str(folder)):
         return Path(folder)
     files = [fetch_file(str(folder), None, name) for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)]
     return Path(folder) if files[0] is None else files[0].parent

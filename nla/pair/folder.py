@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +11,20 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from transformers import PreTrainedModel
 
-from nla.baselines import load_baselines, save_baselines
+from nla.baselines import BASELINES_FILE, load_baselines, save_baselines
 from nla.config import CONFIG_FILE, NLAConfig, WeightsConfig
 from nla.errors import ArgumentError, ConfigError, WeightsError
 from nla.models.generate import ends_of
 from nla.models.load import load_target
-from nla.models.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, load_adapter, read_adapter_config, save_adapter
+from nla.models.lora import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    load_adapter,
+    peft_errors,
+    read_adapter_config,
+    resolve_patterns,
+    save_adapter,
+)
 from nla.models.points import device_of, unwrapped
 from nla.organisms import ORGANISMS, pair_folder
 from nla.pair.card import CARD_FILE, card
@@ -25,7 +32,7 @@ from nla.pair.roles import DECODER_ADAPTER, ENCODER_ADAPTER, Head, Parts, Shared
 from nla.pair.separate import Devices, Sources, assemble, check_weights, is_local, refuse_outside, source_of
 from nla.storage.files import read_json, replacing_files, write_atomic, write_json
 from nla.storage.hashes import hash_weights, sha256
-from nla.storage.hub import download, place_of
+from nla.storage.hub import download, is_hub_id, place_of
 from nla.storage.tensors import load_tensors, save_tensors
 
 if TYPE_CHECKING:
@@ -35,7 +42,6 @@ if TYPE_CHECKING:
 ENCODER_FOLDER = "encoder"
 DECODER_FOLDER = "decoder"
 HEAD_FILE = "head.safetensors"
-BASELINES_FILE = "baselines.safetensors"
 METRICS_FILE = "metrics.json"
 MANIFEST = (
     f"{ENCODER_FOLDER}/{ADAPTER_CONFIG}",
@@ -113,14 +119,19 @@ def load_shared(model: PreTrainedModel, config: NLAConfig, folder: Path, head: H
     """
     from peft import get_peft_model
 
+    folders = [folder / part for part in (ENCODER_FOLDER, DECODER_FOLDER)]
+    adapters = [read_adapter_config(part) for part in folders]
+    names = [name for name, _ in model.named_modules()]
+    for adapter, part in zip(adapters, folders, strict=True):
+        resolve_patterns(adapter, names, part / ADAPTER_CONFIG)
+        adapter.base_model_name_or_path = model.name_or_path
     with torch.random.fork_rng(devices=[]):  # PEFT draws initial values that are then overwritten
-        adapters = [read_adapter_config(folder / part) for part in (ENCODER_FOLDER, DECODER_FOLDER)]
-        for adapter in adapters:
-            adapter.base_model_name_or_path = model.name_or_path
-        shared: Any = get_peft_model(model, adapters[0], adapter_name=ENCODER_ADAPTER)
-        shared.add_adapter(DECODER_ADAPTER, adapters[1])
-    load_adapter(folder / ENCODER_FOLDER, shared, ENCODER_ADAPTER)
-    load_adapter(folder / DECODER_FOLDER, shared, DECODER_ADAPTER)
+        with peft_errors(folders[0]):
+            shared: Any = get_peft_model(model, adapters[0], adapter_name=ENCODER_ADAPTER)
+        with peft_errors(folders[1]):
+            shared.add_adapter(DECODER_ADAPTER, adapters[1])
+    for part, adapter in zip(folders, (ENCODER_ADAPTER, DECODER_ADAPTER), strict=True):
+        load_adapter(part, shared, adapter)
     shared.eval()
     return SharedBase(shared, head.to(device_of(model)), config)
 
@@ -135,7 +146,7 @@ def find_folder(name_or_path: str | Path, revision: str | None = None) -> tuple[
     name = pair_folder(name_or_path)
     if Path(name).expanduser().is_dir():
         return Path(name).expanduser(), False
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is None:
+    if not is_hub_id(name):
         raise ConfigError(
             f"no pair {name!r}",
             f"a folder, a hub id such as 'someone/pair', or one of {', '.join(ORGANISMS)}",

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from nla.config import NLAConfig
 from nla.errors import ArgumentError, SeparateModelsError
 from nla.metrics import Baseline
-from nla.models.lora import TARGET_ADAPTER, attach, fill, fitted, located
+from nla.models.lora import TARGET_ADAPTER, attach, fill, fitted, located, peft_errors
 from nla.models.points import device_of, final_norm, layout, linear_names, truncated_view
 
 if TYPE_CHECKING:
@@ -391,7 +391,7 @@ def _shared(roles: SharedBase, folder: Path) -> Iterator[None]:
     model: Any = roles.model
     config, state = fitted(folder, model)
     try:
-        with torch.random.fork_rng(devices=[]):  # PEFT draws initial values that are then overwritten
+        with torch.random.fork_rng(devices=[]), peft_errors(folder):  # PEFT draws initial values, then overwritten
             model.add_adapter(TARGET_ADAPTER, config)
         fill(folder, model, state)
         roles.target_adapter = TARGET_ADAPTER

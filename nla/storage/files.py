@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import re
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import yaml
 from safetensors import SafetensorError
 
 from nla.errors import ConfigError, ParseError, StorageError, visible
 
-MAX_YAML_NODES = 100_000
-"""Values of a YAML text, aliases written out: above it, a few lines could fill the memory."""
+MAX_JSON_BYTES, MAX_JSON_VALUES, MAX_JSON_DEPTH, MAX_DIGITS = 64 * 2**20, 2_000_000, 100, 300
+"""Of a JSON file that is read whole. A number of more digits is no float either."""
+MAX_YAML_BYTES, MAX_YAML_NODES = 2**20, 100_000
+"""Of a YAML text; nodes are its values, aliases written out: above it, a few lines could fill the memory."""
 _OF_TAGS = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError)
 """What PyYAML lets through of tags such as ``!!bool x`` and ``!!int ""``."""
-_TEXT, _MERGE = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
+_TEXT, _MERGE, _DATE = (f"tag:yaml.org,2002:{name}" for name in ("str", "merge", "timestamp"))
+_PLAIN = {_TEXT, _MERGE, *(f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "seq", "map"))}
 
 
 @contextlib.contextmanager
@@ -106,8 +112,13 @@ def write_atomic(path: str | Path, data: bytes | str, private: bool = False) -> 
     Raises:
         StorageError: the disk is full or the folder cannot be written; the old file, if any, is intact.
     """
+    try:
+        content = data.encode() if isinstance(data, str) else data
+    except UnicodeEncodeError as error:
+        got = f"a text with {data[error.start]!r}, half of a character, for {path}"
+        raise StorageError(got, "whole characters", "rename the folder or file that it names, or correct it") from error
     with replacing(Path(path), private) as temporary:
-        temporary.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
+        temporary.write_bytes(content)
 
 
 def write_json(path: str | Path, content: Any) -> None:
@@ -119,23 +130,96 @@ def write_json(path: str | Path, content: Any) -> None:
     write_atomic(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
+@contextlib.contextmanager
+def open_regular(path: str | Path) -> Iterator[BinaryIO]:
+    """A file opened to be read; what is no regular file, such as a pipe or a device, is refused and not waited for.
+
+    Raises:
+        OSError: there is no such file, it is of another kind, or it cannot be read.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except ValueError as error:  # NUL in a name, or what no name of a file can hold
+        raise OSError(errno.EINVAL, str(error)) from error
+    with open(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file")
+        yield file
+
+
+def read_bytes(path: str | Path, most: int) -> bytes:
+    """The content of a regular file of at most ``most`` bytes.
+
+    Raises:
+        OSError: see :func:`open_regular`; or it is larger.
+    """
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > most:
+            raise OSError(errno.EFBIG, f"{size:,} bytes, where {most:,} are the most")
+        return file.read(most)
+
+
 def read_json(path: str | Path) -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:
-        ConfigError: the file is missing, not JSON, or not an object.
+        ConfigError: the file is missing, not JSON (see :func:`parse_json`), or not an object.
     """
     path = Path(path)
     restore = f"restore {path.name} from where the folder came, or make the folder again"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(read_bytes(path, MAX_JSON_BYTES).decode())
     except OSError as error:
-        raise ConfigError(got=f"no readable {path}", expected="a JSON file there", fix=restore) from error
-    except (ValueError, RecursionError) as error:
+        raise ConfigError(got=f"no readable {path} ({error})", expected="a JSON file there", fix=restore) from error
+    except ValueError as error:
         raise ConfigError(got=f"{path}, which is not JSON ({error})", expected="a JSON file", fix=restore) from error
     if not isinstance(content, dict):
         raise ConfigError(got=f"{path} holding a {type(content).__name__}", expected="a JSON object", fix=restore)
     return content
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text whose keys stand once, whose texts are whole characters, and whose size is bounded.
+
+    Raises:
+        ValueError: it is anything else.
+    """
+    if sum(map(text.count, "[{,")) > MAX_JSON_VALUES:
+        raise ValueError(f"more than {MAX_JSON_VALUES:,} values")
+    try:
+        content = json.loads(text, object_pairs_hook=_once, parse_int=_integer)
+        depth, level = 0, [content]
+        while level:
+            depth += 1
+            if depth > MAX_JSON_DEPTH:
+                raise RecursionError
+            inner = [value.values() if isinstance(value, dict) else value for value in level]
+            level = [value for values in inner if not isinstance(values, str) for value in values if _is_nested(value)]
+        if re.search(r"\\u[dD][89a-fA-F]", text):
+            json.dumps(content, ensure_ascii=False).encode()
+    except RecursionError as error:
+        raise ValueError(f"nested deeper than {MAX_JSON_DEPTH}") from error
+    return content
+
+
+def _is_nested(value: object) -> bool:
+    return isinstance(value, (dict, list))
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice[:60]!r} twice")
+    return content
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)
 
 
 def read_yaml(path: str | Path) -> Any:
@@ -145,20 +229,24 @@ def read_yaml(path: str | Path) -> Any:
         ParseError: the file cannot be read, or :func:`parse_yaml` refuses its text.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        text = read_bytes(path, MAX_YAML_BYTES).decode("utf-8-sig")
     except (OSError, ValueError) as error:
-        raise ParseError(f"no readable {path} ({type(error).__name__})", "a YAML file there", "name another") from error
+        raise ParseError(f"no readable {path} ({error})", "a YAML file there", "name another") from error
     return parse_yaml(text, str(path))
 
 
 def parse_yaml(text: str, source: str) -> Any:
-    """The plain values of a YAML text: no objects, keys that are texts, and no aliases that unfold without end.
+    """The plain values of a YAML text, those that JSON has: keys that are texts, no objects, no endless aliases.
+
+    A date that stands without quotes is a text.
 
     Raises:
         ParseError: it is anything else; the message names ``source`` and the line.
     """
     loader = None
     try:
+        if len(text) > MAX_YAML_BYTES or sum(map(text.count, "\n,[{")) > MAX_YAML_NODES:
+            raise ValueError(f"more than {MAX_YAML_BYTES:,} characters or {MAX_YAML_NODES:,} values")
         loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
         if node is None:
@@ -177,12 +265,15 @@ def parse_yaml(text: str, source: str) -> Any:
 
 
 def _check_nodes(node: yaml.Node, sizes: dict[int, int]) -> int:
-    """How many values a node stands for, aliases written out; it refuses too many, and keys that are no texts."""
+    """How many values a node stands for, aliases written out; too many, odd tags and odd keys are refused."""
     if id(node) in sizes:
         if sizes[id(node)] == 0:  # not counted to its end: it holds itself
             raise yaml.MarkedYAMLError(problem="an alias inside of what it stands for", problem_mark=node.start_mark)
         return sizes[id(node)]
     sizes[id(node)], size = 0, 1
+    node.tag = _TEXT if node.tag == _DATE else node.tag
+    if node.tag not in _PLAIN:
+        raise yaml.MarkedYAMLError(problem=f"the tag {node.tag!r}", problem_mark=node.start_mark)
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             if key.tag not in (_TEXT, _MERGE):

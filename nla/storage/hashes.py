@@ -10,16 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from nla.errors import ConfigError, WeightsError
-from nla.storage.files import read_json, write_json
+from nla.storage.files import MAX_JSON_BYTES, open_regular, read_bytes, read_json, write_json
+from nla.storage.tensors import read_header
 
 
-def digest(content: Any) -> str:
+def digest(content: object) -> str:
     """SHA-256 of JSON-like content, whatever the order of its keys."""
     canonical = json.dumps(content, sort_keys=True, ensure_ascii=True, separators=(",", ":"), default=str)
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-_INDEX_FILE, _SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
+INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
+"""Where transformers keeps a model's weights: the index of several files, or the only one."""
 _REMEMBERED_BYTES = 64 * 2**20
 """Files of so many bytes or more are not hashed again while they stay as they are."""
 _REMEMBERED_FILES = 1000
@@ -28,14 +30,21 @@ _REMEMBERED_FILES = 1000
 def sha256(path: str | Path) -> str:
     """SHA-256 of a file's bytes, all of which are read: about a second for each GB.
 
+    Before that the header of safetensors is held against the file, and the size of JSON against the most that is read.
+
     Raises:
-        WeightsError: the file is missing or cannot be read.
+        WeightsError: the file is missing, cannot be read, or is visibly not what its name says.
     """
+    path = Path(path)
     try:
-        with Path(path).open("rb") as file:
+        if path.suffix == ".safetensors":
+            read_header(path)
+        elif path.suffix == ".json":
+            return hashlib.sha256(read_bytes(path, MAX_JSON_BYTES)).hexdigest()
+        with open_regular(path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        fix = f"restore {Path(path).name} from where the folder came, or train the pair again"
+        fix = f"restore {path.name} from where the folder came, or train the pair again"
         raise WeightsError(f"no readable {path} ({error})", "a file there", fix) from error
 
 
@@ -53,11 +62,11 @@ def hash_weights(source: str | Path) -> str | None:
     folder = Path(source)
     if not folder.is_dir():
         return None
-    if (folder / _INDEX_FILE).is_file():
-        weights = read_json(folder / _INDEX_FILE).get("weight_map")
+    if (folder / INDEX_FILE).is_file():
+        weights = read_json(folder / INDEX_FILE).get("weight_map")
         names = {Path(str(name)).name for name in weights.values()} if isinstance(weights, dict) else set()
     else:
-        names = {_SINGLE_FILE} if (folder / _SINGLE_FILE).is_file() else {p.name for p in folder.glob("*.safetensors")}
+        names = {SINGLE_FILE} if (folder / SINGLE_FILE).is_file() else {p.name for p in folder.glob("*.safetensors")}
     names |= {"config.json"} if (folder / "config.json").is_file() else set()
     listing = "\n".join(f"{_remembered_sha256(folder / name)} {name}" for name in sorted(names))
     return hashlib.sha256(listing.encode()).hexdigest()

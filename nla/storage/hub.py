@@ -15,7 +15,14 @@ log = logging.getLogger(__name__)
 
 _LOGIN = "log in with `hf auth login` or set HF_TOKEN"
 _TIMEOUT_S = 10.0
+_LONGEST_ID = 200
+_NAME = r"[\w-][\w.-]*"
 _FILES = ["*.json", "*.safetensors", "*.md", "*.txt", "*.jinja", "*.model", "*.yaml"]
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form of a repository that somebody owns, such as "someone/model"."""
+    return len(name) <= _LONGEST_ID and re.fullmatch(rf"{_NAME}/[\w.-]+", name) is not None
 
 
 def download(name: str, revision: str | None = None, patterns: list[str] | None = None) -> Path:
@@ -59,7 +66,7 @@ def fetch_file(source: str, revision: str | None, name: str, optional: bool = Fa
     if Path(source).is_dir():
         path = Path(source) / name
         return path if path.is_file() else None
-    if re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source) is None:
+    if not is_hub_id(source) and re.fullmatch(_NAME, source) is None:
         raise TargetError(f"no target {source!r}", "a folder, or a hub id such as 'someone/model'", "check the name")
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import (

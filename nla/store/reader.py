@@ -25,11 +25,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from nla.baselines import BASELINES_FILE, load_baselines
 from nla.config import tokenizer_hash
-from nla.errors import ArgumentError, ShapeError, StoreError, TokenizerMismatchError
+from nla.errors import ArgumentError, ShapeError, StoreError, TokenizerMismatchError, visible
 from nla.metrics import Baseline
 from nla.models.read import Activations
 from nla.storage.hashes import sha256
+from nla.storage.schema import shown
 from nla.store.manifest import MANIFEST_FILE as MANIFEST_FILE
 from nla.store.manifest import Manifest as Manifest
 from nla.store.shards import HASH_BYTES, Shard
@@ -39,7 +41,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 SPLITS = ("train", "eval")
-BASELINES_FILE, CHUNKS_FOLDER = "baselines.safetensors", "chunks"
+CHUNKS_FOLDER = "chunks"
 _MOST_OPEN = 512
 """Shards that stay mapped; opening one again is cheap."""
 
@@ -49,6 +51,7 @@ class Rows:
 
     Raises:
         IndexError: a row outside the split.
+        StoreError, NonFiniteError: a shard is damaged, or holds NaN or infinity.
     """
 
     def __init__(self, store: Store) -> None:
@@ -77,7 +80,7 @@ class Rows:
         rows = self._store.rows(index)
         out = torch.empty(len(rows), self._store.d_model)
         for shard, places, inside in self._store.by_shard(rows):
-            out[places] = shard.vectors[inside].float()
+            out[places] = shard.rows(inside)
         return out[0] if isinstance(index, int) else out
 
 
@@ -104,8 +107,8 @@ class Store:
         """
         folder, manifest = Path(folder), Manifest.load(folder)
         if split not in manifest.shards:
-            known = ", ".join(manifest.shards)
-            raise StoreError(f"the split {split!r} of {folder}", f"one of {known}", "correct the split")
+            known = ", ".join(map(visible, manifest.shards))
+            raise StoreError(f"the split {shown(split)} of {folder}", f"one of {known}", "correct the split")
         for entry in manifest.shards[split]:
             path = folder / entry.file
             size = path.stat().st_size if path.is_file() else None
@@ -152,7 +155,15 @@ class Store:
 
     def _shard(self, number: int) -> Shard:
         if number not in self._shards:
-            self._shards[number] = Shard(self.folder / self.entries[number].file)
+            entry = self.entries[number]
+            shard = Shard(self.folder / entry.file, self.d_model)
+            if (shard.n, shard.n_documents) != (entry.rows, entry.documents):
+                raise StoreError(
+                    f"{shard.path} of {shard.n} vectors and {shard.n_documents} documents",
+                    f"{entry.rows} and {entry.documents}, as the manifest says",
+                    "run the command that made the store again: it reads this chunk again",
+                )
+            self._shards[number] = shard
             if len(self._shards) > _MOST_OPEN:
                 self._shards.popitem(last=False)
         self._shards.move_to_end(number)
@@ -224,8 +235,6 @@ class Store:
         Raises:
             WeightsError: the file is damaged.
         """
-        from nla.baselines import load_baselines
-
         return load_baselines(self.folder / BASELINES_FILE, self.d_model)
 
     @cached_property

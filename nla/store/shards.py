@@ -15,19 +15,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from nla.errors import NonFiniteError, ShapeError, StoreError
+from nla.errors import NLAError, NonFiniteError, ShapeError, StoreError
 from nla.metrics import unit
+from nla.storage.files import parse_json
 from nla.storage.hashes import sha256
-from nla.storage.tensors import save_tensors
+from nla.storage.schema import shown
+from nla.storage.tensors import Entry, read_header, save_tensors
 from nla.text.tokens import Span
 
 HASH_BYTES = 16
@@ -39,8 +41,21 @@ DTYPES = {
     "I64": torch.int64,
     "U8": torch.uint8,
 }
-_NAMES = {"vectors", "span", "document", "stratum", "norm", "number", "hash", "text", "text_end", "words"}
-_NAMES |= {"unit_sum", "unit_square"}
+_FORM = {
+    "vectors": (("F32", "F16", "BF16", "F64"), "n d"),
+    "span": (("I64",), "n 5"),
+    "document": (("I64",), "n"),
+    "stratum": (("I64",), "n"),
+    "norm": (("F32",), "n"),
+    "number": (("I64",), "k"),
+    "hash": (("U8",), f"k {HASH_BYTES}"),
+    "text": (("U8",), "bytes"),
+    "text_end": (("I64",), "k"),
+    "words": (("U8",), "letters"),
+    "unit_sum": (("F64",), "s d"),
+    "unit_square": (("F64",), "s"),
+}
+"""Types and axes of a shard's tensors; an axis of one name has one size."""
 
 
 def text_hash(text: str) -> bytes:
@@ -155,34 +170,96 @@ def _check_finite(vectors: Tensor, owner: Tensor, documents: Sequence[Document])
         )
 
 
-@dataclass
 class Shard:
     """An open shard: tensors are views into the mapped file, and only what is touched is read.
+
+    Its header is checked when it is opened, and numbers that point elsewhere when their tensor is first asked for.
+
+    Args:
+        d_model: width that its vectors must have; None: any.
 
     Raises:
         StoreError: the file is missing, half-written, or no shard.
     """
 
-    path: Path
+    def __init__(self, path: Path, d_model: int | None = None) -> None:
+        self.path = path
+        self._checked: dict[str, Tensor] = {}
+        try:
+            self._tensors = read_header(path).tensors
+            self._sizes = _sizes(self._tensors, d_model)
+            # Maps without keeping the file open: thousands of shards stay below the limit on open files.
+            self._data = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
+        except (NLAError, OSError, ValueError, RuntimeError) as error:
+            raise self._refused(error.got if isinstance(error, NLAError) else str(error)) from error
 
-    def __post_init__(self) -> None:
-        self._places, self._data = _map(self.path)
+    @property
+    def n(self) -> int:
+        """Number of vectors."""
+        return self._sizes["n"]
+
+    @property
+    def n_documents(self) -> int:
+        """Number of documents."""
+        return self._sizes["k"]
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor of the file, without a copy."""
-        entry = self._places[name]
-        start, end = entry["data_offsets"]
-        return self._data[start:end].view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
+        """One tensor of the file, without a copy.
+
+        Raises:
+            StoreError: it points to documents, strata or characters that the shard does not hold.
+        """
+        if name not in self._checked:
+            entry = self._tensors[name]
+            data = self._data[entry.start : entry.end]
+            kind = DTYPES[entry.dtype]
+            tensor = (data if entry.start % kind.itemsize == 0 else data.clone()).view(kind).reshape(entry.shape)
+            if not self._is_inside(name, tensor):
+                raise self._refused(f"its {name} points outside of it")
+            self._checked[name] = tensor
+        return self._checked[name]
+
+    def _is_inside(self, name: str, tensor: Tensor) -> bool:
+        """Whether what points elsewhere in the shard stays inside of it."""
+        if name in ("document", "stratum"):
+            n = self.n_documents if name == "document" else self._sizes["s"]
+            return bool(((tensor >= 0) & (tensor < n)).all())
+        if name == "text_end":
+            ordered = bool((tensor.diff() >= 0).all())
+            return ordered and (not len(tensor) or (bool(tensor[0] >= 0) and int(tensor[-1]) == self._sizes["bytes"]))
+        if name == "span":
+            return bool((tensor >= 0).all()) and bool((tensor[:, 1] <= tensor[:, 2]).all())
+        return True
 
     @property
     def vectors(self) -> Tensor:
         """(n, d), as the target gave them."""
         return self.tensor("vectors")
 
+    def rows(self, inside: Tensor) -> Float[Tensor, "k d"]:
+        """Some vectors, in float32.
+
+        Raises:
+            NonFiniteError: one of them is NaN or infinite.
+        """
+        vectors = self.vectors[inside].float()
+        if not vectors.isfinite().all():
+            fix = "restore the file from where the store came, or run the command that made it again"
+            raise NonFiniteError(f"NaN or infinity in the vectors of {self.path}", "finite vectors", fix)
+        return vectors
+
     @cached_property
     def strata(self) -> list[str]:
         """Names of the strata that ``stratum`` counts."""
-        return json.loads(bytes(self.tensor("words").tolist()))["strata"]
+        try:
+            names = parse_json(self.tensor("words").numpy().tobytes().decode())["strata"]
+            if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+                raise ValueError("names of strata that are no texts")
+            if len(names) != self._sizes["s"]:
+                raise ValueError(f"{len(names)} names for {self._sizes['s']} strata")
+        except (ValueError, KeyError, TypeError) as error:
+            raise self._refused(str(error)) from error
+        return names
 
     @cached_property
     def text_ends(self) -> list[int]:
@@ -192,29 +269,32 @@ class Shard:
     def text(self, document: int) -> str:
         """The text of one of the shard's documents."""
         start = self.text_ends[document - 1] if document else 0
-        return self.tensor("text")[start : self.text_ends[document]].numpy().tobytes().decode()
+        try:
+            return self.tensor("text")[start : self.text_ends[document]].numpy().tobytes().decode()
+        except UnicodeDecodeError as error:
+            raise self._refused(str(error)) from error
 
-
-def _map(path: Path) -> tuple[dict[str, Any], Tensor]:
-    """The header of a safetensors file, and its data as one tensor of bytes over the mapped file.
-
-    ``torch.from_file`` maps without keeping the file open: a store of many thousand shards stays below the limit on
-    open files.
-    """
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length)) if 2 <= length <= size - 8 else {}
-        places = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        ends = [entry["data_offsets"][1] for entry in places.values()]
-        if not set(places) >= _NAMES or max(ends) + length + 8 != size:
-            raise ValueError("cut, or of another form")
-        data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
-        return places, data[length + 8 :]
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise StoreError(
-            f"the shard {path}, which is missing, half-written or damaged ({error})",
+    def _refused(self, what: str) -> StoreError:
+        return StoreError(
+            f"the shard {self.path}, which is missing, half-written or damaged ({what})",
             "a whole shard of a store",
             "delete it and run the command that made the store again: it reads this chunk again",
-        ) from error
+        )
+
+
+def _sizes(tensors: Mapping[str, Entry], d_model: int | None) -> dict[str, int]:
+    """How many vectors (n), documents (k), strata (s), bytes and dimensions (d) a shard has, if its header is one's.
+
+    Raises:
+        ValueError: it is none's.
+    """
+    if set(tensors) != set(_FORM):
+        raise ValueError(f"the tensors {shown(sorted(tensors))}")
+    sizes: dict[str, int] = {} if d_model is None else {"d": d_model}
+    for name, (dtypes, axes) in _FORM.items():
+        entry, names = tensors[name], axes.split()
+        known = zip(names, entry.shape, strict=False)
+        shape = tuple(int(axis) if axis.isdigit() else sizes.setdefault(axis, size) for axis, size in known)
+        if entry.dtype not in dtypes or len(names) != len(entry.shape) or shape != entry.shape:
+            raise ValueError(f"{name} of {entry.dtype} {entry.shape}, where {' or '.join(dtypes)} ({axes}) belongs")
+    return sizes

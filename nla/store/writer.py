@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nla.baselines import GLOBAL
+from nla.baselines import BASELINES_FILE, GLOBAL, save_baselines
 from nla.errors import BaselineError, StorageError, StoreError
 from nla.metrics import Baseline
 from nla.storage.files import read_json, write_json
 from nla.storage.hashes import sha256
-from nla.store.manifest import MANIFEST_FILE, SETTINGS_FILE, STORE_VERSION, Manifest
-from nla.store.reader import BASELINES_FILE, CHUNKS_FOLDER, SPLITS
+from nla.storage.schema import shown
+from nla.store.manifest import MANIFEST_FILE, SETTINGS_FILE, STORE_VERSION, Manifest, Record
+from nla.store.reader import CHUNKS_FOLDER, SPLITS
 from nla.store.shards import Document, Shard, ShardEntry, write_shard
 
 QUANTILES = (0.0, 0.01, 0.25, 0.5, 0.75, 0.99, 1.0)
@@ -58,8 +59,7 @@ class StoreWriter:
         path = self._record(chunk)
         if not path.exists():
             return False
-        shards = read_json(path)["shards"].values()
-        return all(_size(self.folder / entry["file"]) == entry["bytes"] for entry in shards)
+        return all(_size(self.folder / entry.file) == entry.bytes for entry in Record.load(path).shards.values())
 
     def write(
         self,
@@ -79,8 +79,7 @@ class StoreWriter:
         for split, (documents, vectors) in splits.items():
             if documents:
                 entries[split] = write_shard(self.folder, f"{split}/{chunk:06d}.safetensors", documents, vectors)
-        shards = {split: entry._asdict() for split, entry in entries.items()}
-        write_json(self._record(chunk), {"chunk": chunk, "counts": dict(counts), "shards": shards})
+        write_json(self._record(chunk), Record(chunk=chunk, counts=dict(counts), shards=entries).to_json())
 
     def finish(self, n_chunks: int) -> Manifest | None:
         """The manifest, once all chunks have their record; None while other processes are at work.
@@ -95,15 +94,12 @@ class StoreWriter:
             return self._finish(n_chunks)
 
     def _finish(self, n_chunks: int) -> Manifest:
-        records = [read_json(self._record(chunk)) for chunk in range(n_chunks)]
+        records = [Record.load(self._record(chunk)) for chunk in range(n_chunks)]
         counts: dict[str, int] = {}
         for record in records:
-            for name, count in record["counts"].items():
+            for name, count in record.counts.items():
                 counts[name] = counts.get(name, 0) + count
-        shards = {
-            split: [ShardEntry(**record["shards"][split]) for record in records if split in record["shards"]]
-            for split in SPLITS
-        }
+        shards = {split: [r.shards[split] for r in records if split in r.shards] for split in SPLITS}
         _refuse_empty(self.folder, shards, counts)
         baselines = self._baselines(shards["train"])
         manifest = Manifest(
@@ -135,12 +131,10 @@ class StoreWriter:
         return self.folder / CHUNKS_FOLDER / f"{chunk:06d}.json"
 
     def _open(self, entries: Sequence[ShardEntry]) -> Iterator[Shard]:
-        return (Shard(self.folder / entry.file) for entry in entries)
+        return (Shard(self.folder / entry.file, self.about["d_model"]) for entry in entries)
 
     def _baselines(self, entries: Sequence[ShardEntry]) -> dict[str, Baseline]:
         """Mean and variance of the unit vectors u, from the shards' sums: E‖u − μ‖² = E‖u‖² − ‖μ‖²."""
-        from nla.baselines import save_baselines
-
         sums: dict[str, Tensor] = {}
         squares, n = Counter[str](), Counter[str]()
         for shard in self._open(entries):
@@ -203,9 +197,9 @@ def _refuse_other(folder: Path, begun: Mapping[str, Any], wanted: Mapping[str, A
     flat_begun, flat_wanted = _flat(begun), _flat(wanted)
     other = [k for k in sorted({*flat_begun, *flat_wanted}) if flat_begun.get(k) != flat_wanted.get(k)]
     if other:
-        shown = "; ".join(f"{k}: {flat_begun.get(k)!r} there, {flat_wanted.get(k)!r} now" for k in other[:4])
+        both = [f"{k}: {shown(flat_begun.get(k))} there, {shown(flat_wanted.get(k))} now" for k in other[:4]]
         raise StoreError(
-            f"{folder}, which holds a store of other settings ({shown})",
+            f"{folder}, which holds a store of other settings ({'; '.join(both)})",
             "the settings that it was begun with, or an empty folder",
             "choose another folder, or delete this one to read again",
         )

@@ -207,18 +207,24 @@ def test_an_adapter_that_was_trained_on_a_changed_base_is_refused(tmp_path, star
     assert "pair" not in str(caught.value)
 
 
+def write_weights(path: Path, value: int) -> None:
+    """A file of one tensor, of the same size whatever its value."""
+    save_file({"a": torch.tensor([value])}, path)
+
+
 def test_of_a_models_folder_the_weights_that_load_are_hashed_and_no_others(tmp_path):
-    for name in ("config.json", "model.safetensors", "notes.txt"):
+    write_weights(tmp_path / "model.safetensors", 0)
+    for name in ("config.json", "notes.txt"):
         (tmp_path / name).write_bytes(name.encode())
     found = hashes.hash_weights(tmp_path)
     (tmp_path / "consolidated.safetensors").write_bytes(b"a copy in another layout")
     assert hashes.hash_weights(tmp_path) == found
-    (tmp_path / "model.safetensors").write_bytes(b"other")
+    write_weights(tmp_path / "model.safetensors", 1)
     assert hashes.hash_weights(tmp_path) != found
     native.write_json(tmp_path / "model.safetensors.index.json", {"weight_map": {"a": "m1.safetensors"}})
     with pytest.raises(WeightsError, match="m1"):
         hashes.hash_weights(tmp_path)
-    (tmp_path / "m1.safetensors").write_bytes(b"1")
+    write_weights(tmp_path / "m1.safetensors", 1)
     indexed = hashes.hash_weights(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"unused now")
     assert hashes.hash_weights(tmp_path) == indexed
@@ -240,7 +246,7 @@ def cache(tmp_path, monkeypatch):
 
     monkeypatch.setattr(hashes, "sha256", counted)
     (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "model.safetensors").write_bytes(b"one")
+    write_weights(tmp_path / "model" / "model.safetensors", 1)
     return tmp_path / "cache" / "nla" / "sha256.json", hashed
 
 
@@ -250,7 +256,7 @@ def test_a_large_file_is_hashed_once_and_again_when_it_changed(tmp_path, cache):
     first = hashes.hash_weights(tmp_path / "model")
     assert hashes.hash_weights(tmp_path / "model") == first and hashed == ["model.safetensors"] and notes.is_file()
     times = weights.stat()
-    weights.write_bytes(b"two")  # as long, and then as old
+    write_weights(weights, 2)  # as long, and then as old
     os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert hashes.hash_weights(tmp_path / "model") != first and len(hashed) == 2
 

@@ -35,7 +35,8 @@ def test_plain_values_come_as_they_are_written_and_aliases_as_what_they_stand_fo
         ("a: 1\nyes: 1", "line 2.*key that is no text"),
         ("1: 2", "key that is no text"),
         ("? [a]\n: b", "key that is no text"),
-        ("a: 2001-99-99", "month"),
+        ("a: !!binary aGk=", "binary"),
+        ("a: !!set {x}", "set"),
         ("!!python/object/apply:os.system ['x']", "python/object"),
         ("a\0: b", "not YAML"),
         ("a: *x", "undefined alias"),
@@ -45,6 +46,13 @@ def test_plain_values_come_as_they_are_written_and_aliases_as_what_they_stand_fo
 def test_what_is_no_plain_yaml_is_refused_with_its_place(text: str, says: str) -> None:
     with pytest.raises(ParseError, match=f"the source.*{says}"):
         parse_yaml(text, "the source")
+
+
+def test_a_date_without_quotes_is_a_text() -> None:
+    assert parse_yaml("a: 2001-09-09\nb: 2001-99-99", "x") == {
+        "a": "2001-09-09",
+        "b": "2001-99-99",
+    }
 
 
 def test_a_file_that_cannot_be_read_is_a_typed_error(tmp_path: Path) -> None:

@@ -149,7 +149,8 @@ def test_a_store_of_many_shards_keeps_no_file_open(tmp_path):
 def test_rows_of_many_shards_are_found_in_the_time_of_one_sort(tmp_path, monkeypatch):
     _, manifest = make(tmp_path)
     entries = [manifest.shards["train"][0]._replace(rows=10)] * 20_000
-    store = Store(tmp_path, "train", replace(manifest, shards={"train": entries}))
+    sizes = {"n": {"train": 200_000}, "n_documents": {"train": 20_000 * entries[0].documents}}
+    store = Store(tmp_path, "train", replace(manifest, shards={"train": entries}, **sizes))
     monkeypatch.setattr(Store, "_shard", lambda self, number: number)
     rows = torch.randperm(200_000, generator=torch.Generator().manual_seed(0))
     started = time.process_time()
@@ -316,19 +317,25 @@ def test_another_tokenizer_is_refused(tmp_path, tokenizer):
 
 def test_rows_beyond_four_gib_are_read(tmp_path):
     """A sparse file of 5 GiB: offsets that were kept in 32 bits would give another row."""
-    path = tmp_path / "x.safetensors"
-    write_shard(tmp_path, path.name, [document(0, "abc")], vectors(2, 0))
+    path, width = tmp_path / "x.safetensors", 1000
+    write_shard(tmp_path, path.name, [document(0, "abc")], torch.ones(2, width))
     data = path.read_bytes()
     length = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + length])
-    n, end = 5 * 2**30 // (4 * D), max(entry["data_offsets"][1] for name, entry in header.items() if name[0] != "_")
-    end += -end % 8
-    header["vectors"] = {"dtype": "F32", "shape": [n, D], "data_offsets": [end, end + 4 * n * D]}
+    header, n, small, end = json.loads(data[8 : 8 + length]), 5 * 2**30 // (4 * width), b"", 0
+    rows = {"span": 40, "document": 8, "stratum": 8, "norm": 4, "vectors": 4 * width}
+    for name in [name for name in header if name not in rows and name != "__metadata__"] + list(rows):
+        start, stop = header[name]["data_offsets"]
+        size = n * rows[name] if name in rows else stop - start
+        if name in rows:
+            header[name]["shape"][0] = n
+        else:
+            small += data[8 + length + start : 8 + length + stop]
+        header[name]["data_offsets"], end = [end, end + size], end + size
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text + data[8 + length :])
-        file.truncate(8 + len(text) + end + 4 * n * D)
-        file.seek(-4 * D, os.SEEK_END)
-        file.write(vectors(1, 5).numpy().tobytes())
-    assert Shard(path).vectors[torch.tensor([n - 1])].equal(vectors(1, 5)) and Shard(path).text(0) == "abc"
+        file.write(len(text).to_bytes(8, "little") + text + small)
+        file.truncate(8 + len(text) + end)
+        file.seek(-4 * width, os.SEEK_END)
+        file.write(torch.arange(float(width)).numpy().tobytes())
+    shard = Shard(path)
+    assert shard.rows(torch.tensor([n - 1])).equal(torch.arange(float(width))[None]) and shard.text(0) == "abc"

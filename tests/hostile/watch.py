@@ -1,0 +1,91 @@
+"""One use of a file in a forked child under limits of time and memory: what came of it, in a word and a line."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from nla.errors import NLAError
+
+CPU_S, WALL_S = 2.0, 20.0
+"""CPU time is what is judged: a busy machine makes no case fail. The wall clock ends what waits for ever."""
+MOST_BYTES = 200 * 2**20
+LONGEST_MESSAGE = 2_000
+GOOD = ("refused", "loaded")
+
+
+class Outcome(NamedTuple):
+    """What came of one case."""
+
+    word: str
+    """One of ``GOOD``, or: crashed, wrong, wordy, hung, memory, killed."""
+
+    detail: str
+    """The error, and the line of ours that it went through last."""
+
+
+def watched(use: Callable[[Path], None], path: Path) -> Outcome:
+    """Run ``use(path)`` in a child. It is to raise an NLAError, or to return after its own checks (by ``assert``)."""
+    allowed = MOST_BYTES + sum(file.lstat().st_blocks * 512 for file in path.rglob("*"))
+    before = _pages(1)
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reader)
+        outcome = _limited(use, path)
+        os.write(writer, json.dumps(outcome).encode()[:60_000])
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as pipe:
+        said = pipe.read()
+    _, status, usage = os.wait4(child, 0)
+    if os.WIFSIGNALED(status):
+        number = os.WTERMSIG(status)
+        hung = number in (signal.SIGPROF, signal.SIGALRM)
+        return Outcome("hung" if hung else "killed", signal.Signals(number).name)
+    outcome = Outcome(*json.loads(said))
+    grown = usage.ru_maxrss * 1024 - before
+    return Outcome("memory", f"{grown / 2**20:.0f} MB; {outcome}") if grown > allowed else outcome
+
+
+def _limited(use: Callable[[Path], None], path: Path) -> Outcome:
+    for number in (signal.SIGPROF, signal.SIGALRM):
+        signal.signal(number, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_PROF, CPU_S)
+    signal.setitimer(signal.ITIMER_REAL, WALL_S)
+    limit = _pages(5) + 8 * MOST_BYTES
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    silence = os.open(os.devnull, os.O_RDWR)
+    for stream in (0, 1, 2):
+        os.dup2(silence, stream)
+    try:
+        use(path)
+    except NLAError as error:
+        word = "refused" if len(str(error)) <= LONGEST_MESSAGE else "wordy"
+        return Outcome(word, f"{type(error).__name__}: {str(error)[:500]}")
+    except AssertionError as error:
+        if "/nla/" not in traceback.extract_tb(error.__traceback__)[-1].filename:
+            return Outcome("wrong", f"{error} {_last_line(error)}")
+        return Outcome("crashed", f"AssertionError {_last_line(error)}")
+    except BaseException as error:
+        return Outcome("crashed", f"{type(error).__name__}: {str(error)[:200]} {_last_line(error)}")
+    return Outcome("loaded", "")
+
+
+def _last_line(error: BaseException) -> str:
+    """The last line of the library that an error went through."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if "/nla/" in frame.filename and "site-packages" not in frame.filename]
+    frame = (ours or frames)[-1]
+    return f"at {Path(frame.filename).parent.name}/{Path(frame.filename).name}:{frame.lineno} {frame.line}"
+
+
+def _pages(column: int) -> int:
+    """Bytes of this process by a column of statm: 1 resident, 5 its data."""
+    return int(Path("/proc/self/statm").read_text().split()[column]) * resource.getpagesize()
