@@ -17,12 +17,20 @@ def visible(text: str) -> str:
     )
 
 
+_LONGEST_PART = 1000
+"""Characters of each of an error's three parts: what a file holds never fills a screen."""
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _LONGEST_PART else f"{text[: _LONGEST_PART // 2]} … {text[-_LONGEST_PART // 2 :]}"
+
+
 class NLAError(Exception):
     """Base of all errors raised for bad input or bad files; catch it to catch them all."""
 
     def __init__(self, got: str, expected: str, fix: str) -> None:
-        self.got, self.expected, self.fix = got, expected, fix
-        super().__init__(f"Got {got}; expected {expected}. Next: {fix}")
+        self.got, self.expected, self.fix = _cut(got), _cut(expected), _cut(fix)
+        super().__init__(f"Got {self.got}; expected {self.expected}. Next: {self.fix}")
 
     def __reduce__(self) -> tuple:
         return type(self), (self.got, self.expected, self.fix)

@@ -35,8 +35,9 @@ from nla.pair.folder import DECODER_FOLDER, ENCODER_FOLDER, load_shared
 from nla.pair.roles import Head
 from nla.pair.separate import Devices, expand
 from nla.storage import hub
-from nla.storage.files import read_json, write_atomic, write_json
+from nla.storage.files import read_json, write_json
 from nla.storage.hashes import hash_weights
+from nla.storage.schema import shown
 from nla.storage.tensors import load_tensors, save_tensors
 
 AR_WEIGHTS, AR_META, AR_FOLDER = "ar_lora_value_head.safetensors", "ar_meta.json", "critic"
@@ -94,6 +95,7 @@ def load(
         source, revision=target_revision, dtype=dtype, device=device, quantization=meta["quant"]
     )
     config = _config(about, meta, source, model, tokenizer, dtype, max_new_tokens, target_revision)
+    config.check(tokenizer, model)
     with tempfile.TemporaryDirectory() as folder:
         head = _convert(model, meta, av_folder, ar_folder / AR_WEIGHTS, Path(folder), config)
         pair = NLA(load_shared(model, config, Path(folder), head), tokenizer, config)
@@ -149,7 +151,8 @@ def _convert(model: Any, meta: dict[str, Any], av: Path, weights: Path, folder: 
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if not (av / name).is_file():
             raise WeightsError(f"{av} without {name}", "the AV's PEFT adapter", _FIX)
-        write_atomic(folder / ENCODER_FOLDER / name, (av / name).read_bytes())
+        (folder / ENCODER_FOLDER).mkdir(exist_ok=True)
+        (folder / ENCODER_FOLDER / name).symlink_to((av / name).resolve())
     tensors, n_blocks = load_tensors(weights), meta["ar_num_layers"]
     head = Head(config.d_model, bias=False)
     weight = tensors.pop(_HEAD_NAME, None)
@@ -182,7 +185,7 @@ def _renamed(tensors: dict[str, Tensor], model: Any, n_blocks: int, path: Path) 
     for name, tensor in tensors.items():
         match = _NAME.fullmatch(name)
         if match is None or int(match["block"]) >= n_blocks:
-            got = f"{path} with {name}"
+            got = f"{path} with {shown(name)}"
             raise WeightsError(got, f"LoRA of blocks 0 to {n_blocks - 1}, and {_HEAD_NAME}", _FIX)
         renamed[f"base_model.model.{where}.{match['block']}.{match['module']}.lora_{match['half']}.weight"] = tensor
         leaves.add(match["module"].rsplit(".", 1)[-1])
@@ -193,10 +196,15 @@ def _read_meta(path: Path) -> dict[str, Any]:
     """``ar_meta.json``, with what old versions of EasyNLA left out."""
     meta = {"quant": None, "final_norm_stripped": False, **read_json(path)}
     for key, kind in {"ar_num_layers": int, "lora_r": int, "lora_alpha": (int, float)}.items():
-        if not isinstance(meta.get(key), kind) or isinstance(meta[key], bool) or meta[key] <= 0:
-            raise SidecarError(f"{path} with {key}: {meta.get(key)!r}", "a number above 0", _FIX)
-    if meta["quant"] not in (None, "none", "4bit", "8bit"):
-        raise SidecarError(f"{path} with quant: {meta['quant']!r}", 'null, "none", "8bit" or "4bit"', _FIX)
+        value: Any = meta.get(key)
+        if not isinstance(value, kind) or isinstance(value, bool) or not 0 < value < 2**31:
+            raise SidecarError(f"{path} with {key}: {shown(value)}", "a number above 0", _FIX)
+    if not isinstance(meta["final_norm_stripped"], bool):
+        raise SidecarError(
+            f"{path} with final_norm_stripped: {shown(meta['final_norm_stripped'])}", "true or false", _FIX
+        )
+    if meta["quant"] not in [None, "none", "4bit", "8bit"]:
+        raise SidecarError(f"{path} with quant: {shown(meta['quant'])}", 'null, "none", "8bit" or "4bit"', _FIX)
     return {**meta, "quant": None if meta["quant"] == "none" else meta["quant"]}
 
 
@@ -222,7 +230,7 @@ def _base(av: Path, about: Sidecar) -> str:
     bases = list(dict.fromkeys(str(name) for name in names if name))
     if len(bases) != 1:
         raise SidecarError(
-            f"{av / ADAPTER_CONFIG} of an adapter on {names[0]!r}, and {about.path} of activations of {names[1]!r}",
+            f"{av / ADAPTER_CONFIG} on {shown(names[0])}, and {about.path} of activations of {names[1]!r}",
             "one model under one name",
             "if they are the same model give target=...; a pair on a merged checkpoint cannot be imported",
         )

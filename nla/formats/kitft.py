@@ -12,7 +12,7 @@ from typing import Any
 
 from nla.autoencoder import NLA
 from nla.config import DecoderConfig, NLAConfig, WeightsConfig, tokenizer_hash
-from nla.errors import ConfigError, SidecarError, TokenizerMismatchError
+from nla.errors import SidecarError, TokenizerMismatchError
 from nla.formats.kitft_sidecar import (
     EXPLANATION_TAGS,
     FIX,
@@ -24,12 +24,10 @@ from nla.formats.kitft_sidecar import (
     read_sidecar,
     required,
 )
-from nla.models.points import layout
-from nla.pair.roles import Head
+from nla.models.load import read_config
+from nla.pair.folder import load_head
 from nla.pair.separate import Devices, Sources, assemble, check_same_ids, expand
 from nla.storage import hub
-from nla.storage.files import read_json
-from nla.storage.tensors import load_tensors
 from nla.text.tokens import load_tokenizer, render_prompt
 
 VALUE_HEAD = "value_head.safetensors"
@@ -74,6 +72,7 @@ def load(
         TokenizerMismatchError, MarkerError: the tokenizer is not that of the sidecar.
         WeightsError, NonFiniteError: the head is missing or broken. Of other weights these come at first use.
         ArchitectureError: an AV or AR of a type whose blocks are not known.
+        TargetError: one without a config.json.
         HubError, AccessError: the hub lacks a repository, does not open it, or cannot be reached.
     """
     av, ar, target = expand(av), expand(ar), None if target is None else expand(target)
@@ -97,7 +96,7 @@ def load(
     config.check_model(configs[0])
     _check_bos(config, tokenizer)
     sources = Sources(*(hub.place_of(source) for source in (config.target, av, ar)))
-    head = partial(_head, config, decoder / VALUE_HEAD)
+    head = partial(load_head, config, decoder / VALUE_HEAD)
     return NLA.from_parts(assemble(config, sources, head, device, trust_remote_code=trust_remote_code, verify=False))
 
 
@@ -143,7 +142,7 @@ def _weights(source: str, folder: Path) -> WeightsConfig:
 
 def _check_together(ours: Sidecar, theirs: Sidecar, av: Path, ar: Path, compare_bases: bool) -> tuple[Any, Any]:
     """The text configs of AV and AR, if each fits its sidecar and both are of one pair."""
-    configs = (_text_config(av), _text_config(ar))
+    configs = (read_config(str(av), None), read_config(str(ar), None))
     for sidecar, config, role in zip((ours, theirs), configs, ("AV", "AR"), strict=True):
         if sidecar.role != role:
             fix = "give the AV first and the AR second"
@@ -175,19 +174,6 @@ def _check_together(ours: Sidecar, theirs: Sidecar, av: Path, ar: Path, compare_
     return configs
 
 
-def _text_config(folder: Path) -> Any:
-    from transformers import AutoConfig
-
-    try:
-        layout(str(read_json(folder / "config.json").get("model_type")))
-        whole = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        text = whole.get_text_config()
-        text.dtype = whole.dtype if text.dtype is None else text.dtype
-        return text
-    except (OSError, ValueError, TypeError, KeyError, ConfigError) as error:
-        raise SidecarError(f"{folder} without a usable config.json ({error})", "a model's folder", FIX) from error
-
-
 def _dtype(config: Any, folder: Path) -> str:
     if config.dtype is None:
         raise SidecarError(f"{folder}/config.json without a dtype", "the type of its weights", "give dtype=...")
@@ -210,14 +196,3 @@ def _check_bos(config: NLAConfig, tokenizer: Any) -> None:
                 f"one, id {bos}, at its beginning",
                 "use the tokenizer and chat template that were published with the weights",
             )
-
-
-def _head(config: NLAConfig, path: Path) -> Head:
-    from nla.errors import WeightsError
-
-    head, weight = Head(config.d_model, bias=False), load_tensors(path, expected_keys=["weight"])["weight"]
-    if weight.shape != head.weight.shape:
-        fix = "use the head that was published with the AR"
-        raise WeightsError(f"{path} of {tuple(weight.shape)}", f"{tuple(head.weight.shape)}, the width of the AR", fix)
-    head.load_state_dict({"weight": weight.float()})
-    return head

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from nla.config import InjectionConfig
-from nla.errors import SidecarError, TokenizerMismatchError
+from nla.errors import ParseError, SidecarError, TokenizerMismatchError
+from nla.storage.files import read_yaml
+from nla.storage.schema import shown
 
 SIDECAR = "nla_meta.yaml"
 EXPLANATION_TAGS = ("<explanation>", "</explanation>")
@@ -60,39 +62,47 @@ class Sidecar:
     """The decoder's text, for ``str.format``."""
 
 
+def read_meta(path: Path, *kinds: str) -> dict[str, Any]:
+    """The keys and values of a sidecar that is of one of these kinds, in a schema that is known.
+
+    Raises:
+        SidecarError: it is missing, not YAML, or of another kind or schema.
+    """
+    try:
+        meta = read_yaml(path)
+    except ParseError as error:
+        raise SidecarError(error.got, f"a sidecar, {path.name}", FIX) from error
+    if not isinstance(meta, dict):
+        raise SidecarError(f"{path} holding {shown(meta)}", "keys and values", FIX)
+    if meta.get("kind") not in kinds:
+        raise SidecarError(f"{path} with kind: {shown(meta.get('kind'))}", " or ".join(kinds), FIX)
+    schema = meta.get("schema_version", 1)
+    if schema not in SCHEMAS or isinstance(schema, bool):
+        got = f"{path} with schema_version: {shown(schema)}"
+        raise SidecarError(got, f"one of {', '.join(map(str, SCHEMAS))}", "install a newer version of nla")
+    return meta
+
+
 def read_sidecar(path: Path) -> Sidecar:
     """Read a sidecar of a model or of a data set.
 
     Raises:
-        SidecarError: it is missing, not YAML, of another schema, lacks a key, or has a value of another type; the
-            message names key and file.
+        SidecarError: see :func:`read_meta`; or it lacks a key, or has a value of another type; the message names key
+            and file.
     """
-    import yaml
-
-    try:
-        meta = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise SidecarError(f"no readable {path} ({error})", "the sidecar of a checkpoint", FIX) from error
-    if not isinstance(meta, dict):
-        raise SidecarError(f"{path} holding a {type(meta).__name__}", "keys and values", FIX)
-    kind = _get(meta, path, str, "kind")
-    if kind not in ("nla_model", "nla_dataset"):
-        raise SidecarError(f"{path} with kind: {kind!r}", "nla_model or nla_dataset", FIX)
-    schema = meta.get("schema_version", 1)
-    if schema not in SCHEMAS:
-        got = f"{path} with schema_version: {schema!r}"
-        raise SidecarError(got, f"one of {', '.join(map(str, SCHEMAS))}", "install a newer version of nla")
-    role = _maybe(meta, path, str, "role")
+    meta = read_meta(path, "nla_model", "nla_dataset")
+    kind = meta["kind"]
+    role = maybe(meta, path, str, "role")
     if kind == "nla_model" and role not in _ROLES:
-        raise SidecarError(f"{path} with role: {role!r}", f"one of {', '.join(_ROLES)}", FIX)
-    extraction = _maybe(meta, path, dict, "extraction") or {}
-    d_model = _get(meta, path, int, *(("d_model",) if kind == "nla_model" else ("extraction", "d_model")))
+        raise SidecarError(f"{path} with role: {shown(role)}", f"one of {', '.join(_ROLES)}", FIX)
+    extraction = maybe(meta, path, dict, "extraction") or {}
+    d_model = get(meta, path, int, *(("d_model",) if kind == "nla_model" else ("extraction", "d_model")))
     ids = ("injection_token_id", "injection_left_neighbor_id", "injection_right_neighbor_id")
-    critic = next((name for name in ("critic", "ar") if _maybe(meta, path, dict, name)), "critic")
+    critic = next((name for name in ("critic", "ar") if maybe(meta, path, dict, name)), "critic")
     # Schema 1 wrote the layer under the name that config.json has for the number of blocks.
     paths = (("extraction_layer_index",), ("extraction", "layer_index"), (critic, "extraction_layer_index"))
-    layers = [_maybe(meta, path, int, *keys) for keys in (*paths, (critic, "num_hidden_layers"))]
-    bases = [_maybe(meta, path, str, *keys) for keys in (("base_checkpoint",), ("extraction", "base_model"))]
+    layers = [maybe(meta, path, int, *keys) for keys in (*paths, (critic, "num_hidden_layers"))]
+    bases = [maybe(meta, path, str, *keys) for keys in (("base_checkpoint",), ("extraction", "base_model"))]
     return Sidecar(
         path=str(path),
         role=_ROLES.get(str(role)),
@@ -101,8 +111,8 @@ def read_sidecar(path: Path) -> Sidecar:
         layer=next((layer for layer in layers if layer is not None), None),
         injection_norm=_norm(extraction.get("injection_scale"), d_model, path),
         normalised=_norm(extraction.get("mse_scale", "sqrt_d_model"), d_model, path) is not None,
-        marker=_get(meta, path, str, "tokens", "injection_char"),
-        ids=tuple(_get(meta, path, int, "tokens", name) for name in ids),  # type: ignore[arg-type]
+        marker=get(meta, path, str, "tokens", "injection_char"),
+        ids=tuple(get(meta, path, int, "tokens", name) for name in ids),  # type: ignore[arg-type]
         encoder_template=_template(meta, path, "av", "actor"),
         decoder_template=_template(meta, path, "ar", "critic"),
     )
@@ -118,7 +128,7 @@ def injection_of(sidecar: Sidecar, tokenizer: Any, layer: int | None = None) -> 
     ids = tokenizer.encode(sidecar.marker, add_special_tokens=False)
     if ids != [sidecar.ids[0]]:
         raise TokenizerMismatchError(
-            f"a tokenizer that makes {ids} of the marker {sidecar.marker!r}",
+            f"a tokenizer that makes {shown(ids)} of the marker {shown(sidecar.marker)}",
             f"[{sidecar.ids[0]}], as {sidecar.path} says",
             "use the tokenizer that was published with the weights",
         )
@@ -161,22 +171,22 @@ def _filled(template: str, sidecar: Sidecar, **values: str) -> str:
         strange = [name for _, name, spec, conversion in parts if name is not None and (spec or conversion)]
         strange += [name for _, name, _, _ in parts if name is not None and name not in values]
         if strange:
-            raise ValueError(f"the slot {strange[0]!r}")
+            raise ValueError(f"the slot {shown(strange[0])}")
         return template.format(**values)
     except ValueError as error:
         got = f"{sidecar.path} with a template that cannot be filled ({error})"
         raise SidecarError(got, f"one slot, {{{next(iter(values))}}}, and no other braces", FIX) from error
 
 
-def _get(meta: dict, path: Path, kind: type, *keys: str) -> Any:
+def get(meta: dict, path: Path, kind: type, *keys: str) -> Any:
     """A value by its path of keys, which must be there."""
-    value = _maybe(meta, path, kind, *keys)
+    value = maybe(meta, path, kind, *keys)
     if value is None:
         raise SidecarError(f"{path} without {'.'.join(keys)}", f"{_KINDS[kind]} there", FIX)
     return value
 
 
-def _maybe(meta: dict, path: Path, kind: type, *keys: str) -> Any:
+def maybe(meta: dict, path: Path, kind: type, *keys: str) -> Any:
     """A value by its path of keys; None where there is none."""
     value: Any = meta
     for n, key in enumerate(keys, start=1):
@@ -184,14 +194,14 @@ def _maybe(meta: dict, path: Path, kind: type, *keys: str) -> Any:
         if value is None:
             return None
         if not isinstance(value, wanted) or isinstance(value, bool):
-            got = f"{path} with {'.'.join(keys[:n])}: {value!r}"
+            got = f"{path} with {'.'.join(keys[:n])}: {shown(value)}"
             raise SidecarError(got, f"{_KINDS[wanted]} there", FIX)
     return value
 
 
 def _template(meta: dict, path: Path, *names: str) -> str | None:
     """A template under either of its names."""
-    templates = (_maybe(meta, path, str, "prompt_templates", name) for name in names)
+    templates = (maybe(meta, path, str, "prompt_templates", name) for name in names)
     return next(filter(None, templates), None)
 
 
@@ -204,5 +214,5 @@ def _norm(value: Any, d_model: int, path: Path) -> float | None:
     except (TypeError, ValueError, OverflowError):
         length = math.nan
     if not (math.isfinite(length) and length > 0):
-        raise SidecarError(f"{path} with a scale of {value!r}", 'a number above 0, "sqrt_d_model" or null', FIX)
+        raise SidecarError(f"{path} with a scale of {shown(value)}", 'a number above 0, "sqrt_d_model" or null', FIX)
     return length

@@ -20,14 +20,15 @@ from nla.config import tokenizer_hash
 from nla.errors import (
     ArgumentError,
     CorpusError,
-    NonFiniteError,
     ShapeError,
     SidecarError,
     StorageError,
     TokenizerMismatchError,
 )
+from nla.formats.kitft_sidecar import FIX, get, maybe, read_meta
 from nla.models.points import Point
-from nla.storage.files import replacing, write_atomic
+from nla.storage.files import open_regular, replacing, write_atomic
+from nla.storage.schema import shown
 from nla.store.reader import SPLITS, Manifest, Store
 from nla.store.shards import Document, is_held_out
 from nla.store.writer import StoreWriter
@@ -46,8 +47,7 @@ OPENING = 48
 """Characters by which imported documents are compared, after those that all begin with: what is drawn of two copies
 differs, how they begin does not."""
 ROWS_PER_CHUNK = 4096
-_SCHEMAS = (1, 2)
-_EXTRACTION = ("base_model", "d_model", "layer_index", "norm")
+_EXTRACTION = {"base_model": str, "d_model": int, "layer_index": int, "norm": str}
 
 
 class _Row(NamedTuple):
@@ -68,30 +68,18 @@ def read_sidecar(path: str | Path) -> dict[str, Any]:
     Raises:
         SidecarError: it is missing, not YAML, of another kind or schema, lacks a key, or its vectors are not raw.
     """
-    import yaml
-
-    sidecar, fix = sidecar_path(path), "take the sidecar that was made with this very file"
-    try:
-        content = yaml.safe_load(sidecar.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise SidecarError(f"no readable {sidecar} ({error})", "the parquet's sidecar", fix) from error
-    content = content if isinstance(content, dict) else {}
-    if content.get("kind") != "nla_dataset" or content.get("schema_version") not in _SCHEMAS:
-        got = f"{sidecar} of kind {content.get('kind')!r} and schema {content.get('schema_version')!r}"
-        raise SidecarError(got, f"kind 'nla_dataset' and schema {' or '.join(map(str, _SCHEMAS))}", fix)
-    extraction = content.get("extraction")
-    extraction = extraction if isinstance(extraction, dict) else {}
-    lacking = [f"extraction.{key}" for key in _EXTRACTION if key not in extraction]
-    lacking += [] if "row_count" in content else ["row_count"]
-    if lacking:
-        raise SidecarError(f"{sidecar} without {', '.join(lacking)}", "all keys of a data set's sidecar", fix)
-    for key in ("d_model", "layer_index"):
-        if not isinstance(extraction[key], int):
-            raise SidecarError(f"{sidecar} with extraction.{key} = {extraction[key]!r}", "a whole number", fix)
-    if extraction["norm"] != "none":
-        got = f"{sidecar} with extraction.norm = {extraction['norm']!r}"
+    sidecar = sidecar_path(path)
+    meta = read_meta(sidecar, "nla_dataset")
+    for kind, *keys in ((int, "row_count"), *((kind, "extraction", key) for key, kind in _EXTRACTION.items())):
+        value = get(meta, sidecar, kind, *keys)
+        if kind is int and not 0 <= value < 2**31:
+            raise SidecarError(f"{sidecar} with {'.'.join(keys)} = {shown(value)}", "a number that can be", FIX)
+    for keys in (("tokenizer_hash",), ("revision",), ("extraction", "corpus")):
+        maybe(meta, sidecar, str, *keys)
+    if meta["extraction"]["norm"] != "none":
+        got = f"{sidecar} with extraction.norm = {shown(meta['extraction']['norm'])}"
         raise SidecarError(got, "raw vectors: norm 'none'", "extract them again: their norms are lost")
-    return content
+    return meta
 
 
 def import_parquet(
@@ -202,9 +190,15 @@ def _batches(path: Path, sidecar: Mapping[str, Any], columns: Sequence[str]) -> 
     import pyarrow.parquet as pq
 
     try:
-        with pq.ParquetFile(path) as table:
+        with open_regular(path) as file, pq.ParquetFile(file) as table:
             _check_table(table, sidecar, path)
-            yield from table.iter_batches(batch_size=ROWS_PER_CHUNK, columns=list(columns))
+            for batch in table.iter_batches(batch_size=ROWS_PER_CHUNK, columns=list(columns)):
+                batch.validate(full=True)
+                if any(column.null_count for column in batch.columns):
+                    raise CorpusError(
+                        f"{path} with rows that lack a value", "all columns in each", "extract them again"
+                    )
+                yield batch
     except (pa.ArrowException, OSError) as error:
         raise CorpusError(f"{path}, which cannot be read ({error})", "a whole parquet file", "restore it") from error
 
@@ -218,10 +212,7 @@ def _openings(path: Path, sidecar: Mapping[str, Any]) -> dict[str, str]:
 
     def rows() -> Iterator[tuple[str, str]]:
         for batch in _batches(path, sidecar, (DOCUMENT, TEXT)):
-            columns = [batch.column(name) for name in (DOCUMENT, TEXT)]
-            if any(column.null_count for column in columns):
-                raise CorpusError(f"rows of {path} without a text or document", "both in each", "extract them again")
-            yield from zip(*(column.to_pylist() for column in columns), strict=True)
+            yield from zip(*(batch.column(name).to_pylist() for name in (DOCUMENT, TEXT)), strict=True)
 
     shared, parted = "", False
     for _, text in rows():
@@ -245,11 +236,23 @@ def _last_start(rows: Sequence[_Row]) -> int:
 
 
 def _check_table(table: Any, sidecar: Mapping[str, Any], path: Path) -> None:
-    lacking = [name for name in COLUMNS if name not in table.schema_arrow.names]
-    if lacking:
+    """Refuse a file whose columns are not those of a data set, or whose rows are not those of its sidecar."""
+    from pyarrow import types
+
+    def is_vector(kind: Any) -> bool:
+        lists = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
+        return lists and types.is_floating(kind.value_type)
+
+    def is_text(kind: Any) -> bool:
+        return types.is_string(kind) or types.is_large_string(kind)
+
+    checks = {LENGTH: types.is_integer, TEXT: is_text, VECTOR: is_vector, LAYER: types.is_integer, DOCUMENT: is_text}
+    schema = table.schema_arrow
+    wrong = [n for n, fits in checks.items() if schema.names.count(n) != 1 or not fits(schema.field(n).type)]
+    if wrong:
         raise CorpusError(
-            f"{path} with the columns {', '.join(table.schema_arrow.names)}",
-            f"also {', '.join(lacking)}",
+            f"{path} with the columns {shown({field.name: str(field.type) for field in schema})}",
+            f"also {', '.join(wrong)}, each once and of the reference's type",
             "give a file that the reference's extraction wrote (base.parquet, or a split of it)",
         )
     if table.metadata.num_rows != sidecar["row_count"]:
@@ -262,8 +265,6 @@ def _check_table(table: Any, sidecar: Mapping[str, Any], path: Path) -> None:
 
 def _rows(batch: Any, extraction: Mapping[str, Any], path: Path) -> list[_Row]:
     width, column = extraction["d_model"], batch.column(VECTOR)
-    if column.null_count:
-        raise NonFiniteError(f"{column.null_count} rows of {path} without a vector", "one a row", "extract them again")
     flat = torch.from_numpy(column.flatten().to_numpy(zero_copy_only=False).copy()).float()
     if len(flat) != len(column) * width or set(column.value_lengths().unique().to_pylist()) - {width}:
         got = f"vectors of width {sorted(set(column.value_lengths().to_pylist()))} in {path}"
@@ -273,6 +274,9 @@ def _rows(batch: Any, extraction: Mapping[str, Any], path: Path) -> list[_Row]:
         got = f"rows of layer {', '.join(map(str, sorted(layers, key=str)))} in {path}"
         raise SidecarError(got, f"layer {extraction['layer_index']}, as its sidecar says", "split the file by layer")
     columns = [batch.column(name).to_pylist() for name in (DOCUMENT, TEXT, LENGTH)]
+    wrong = [length for length in columns[2] if not 0 < length < 2**31]
+    if wrong:
+        raise CorpusError(f"{path} with {LENGTH} = {wrong[0]}", "a number of tokens", "extract them again")
     return [_Row(*row) for row in zip(*columns, flat.reshape(-1, width), strict=True)]
 
 
@@ -337,7 +341,9 @@ def export_parquet(store: Store, path: str | Path) -> None:
 
 def _source(manifest: Manifest) -> str:
     imported = manifest.settings.get("sidecar")
-    return imported["extraction"].get("corpus", "imported") if imported else str(manifest.settings.get("source"))
+    extraction = imported.get("extraction") if isinstance(imported, dict) else None
+    corpus = extraction.get("corpus", "imported") if isinstance(extraction, dict) else manifest.settings.get("source")
+    return str(corpus)
 
 
 def _sidecar(store: Store, source: str) -> str:

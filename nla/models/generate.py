@@ -20,7 +20,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from nla.errors import ArgumentError
+from nla.errors import ArgumentError, NonFiniteError
 from nla.models.hooks import Intervene, inference
 from nla.models.points import device_of, unwrapped
 from nla.text.tokens import length_batches
@@ -139,6 +139,9 @@ class Sampling(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
         probabilities = torch.softmax(scores / self.temperature, dim=-1)
+        if not probabilities[:, -1].isfinite().all():  # one logit that is not finite leaves a row of nothing else
+            fix = "restore the weights, or use another dtype: values of this size overflow in it"
+            raise NonFiniteError("logits that are NaN or infinite", "finite ones", fix)
         if self.draws is None:
             chosen = torch.multinomial(probabilities, num_samples=1, generator=self.generator)
         else:

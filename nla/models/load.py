@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,12 +21,15 @@ from nla.models.points import Layout, Point, cut_config, layout
 from nla.storage.files import read_json, write_json
 from nla.storage.hashes import INDEX_FILE, SINGLE_FILE
 from nla.storage.hub import fetch_file
+from nla.storage.schema import shown
 from nla.storage.tensors import read_header
 from nla.text.tokens import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+_OF_CONFIGS = (TypeError, LookupError, AttributeError, ArithmeticError, AssertionError)
+"""What transformers lets through of values in a configuration that it does not expect."""
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.")
 _RESTORE = "restore the target's folder, or download it again"
 
@@ -132,7 +135,10 @@ def read_config(source: str, revision: str | None) -> PretrainedConfig:
     Raises:
         TargetError, AccessError, ArchitectureError, WeightsError: as for :func:`load_target`.
     """
-    return _config(source, revision)[1].get_text_config()
+    _, whole = _config(source, revision)
+    text = whole.get_text_config()
+    text.dtype = whole.dtype if text.dtype is None else text.dtype
+    return text
 
 
 def _config(source: str, revision: str | None) -> tuple[Path, PretrainedConfig]:
@@ -145,8 +151,8 @@ def _config(source: str, revision: str | None) -> tuple[Path, PretrainedConfig]:
     layout(str(read_json(path).get("model_type")))
     try:
         return path, AutoConfig.from_pretrained(path.parent, trust_remote_code=False)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        got = f"{source} with a config.json that does not load ({error})"
+    except Exception as error:  # what transformers makes of a value that it does not expect may raise anything
+        got = f"{source} with a config.json that does not load ({type(error).__name__}: {shown(str(error))})"
         raise WeightsError(got, "one that does", _RESTORE) from error
 
 
@@ -207,22 +213,21 @@ def _load(checkpoint: _Checkpoint, n_blocks: int | None, settings: LoadSettings,
         if name.endswith(("dropout", "pdrop")) and isinstance(value, float):
             setattr(config, name, 0.0)  # training runs through a target, and never trains it
     needed = {name: file for name, file in checkpoint.files.items() if _needed(name, checkpoint.parts, n_blocks)}
+    _check_depth(needed, config.num_hidden_layers, checkpoint)
     renamed = _renamed(checkpoint.parts.text) if checkpoint.parts.text else None
     with tempfile.TemporaryDirectory() as folder:
         for file in sorted(set(needed.values())):
             path = fetch_file(checkpoint.source, checkpoint.commit or checkpoint.revision, file)
             if path is None:
                 raise WeightsError(f"{checkpoint.source} without {file}", "every file that its index names", _RESTORE)
+            read_header(path)
             (Path(folder) / file).symlink_to(path.resolve())
         write_json(Path(folder) / INDEX_FILE, {"metadata": {}, "weight_map": needed})
         generation = fetch_file(
             checkpoint.source, checkpoint.commit or checkpoint.revision, "generation_config.json", optional=True
         )
         arguments = _arguments(settings, checkpoint.dtype, on)
-        if generation is None:
-            arguments["generation_config"] = checkpoint.generation
-        else:
-            (Path(folder) / generation.name).symlink_to(generation.resolve())
+        arguments["generation_config"] = _generation(generation) if generation else checkpoint.generation
         kind: Any = AutoModelForCausalLM if n_blocks is None else AutoModel
         try:
             with _quiet():
@@ -234,9 +239,10 @@ def _load(checkpoint: _Checkpoint, n_blocks: int | None, settings: LoadSettings,
                     output_loading_info=True,
                     **arguments,
                 )
-        except (OSError, SafetensorError, ValueError, RuntimeError) as error:
+        except (OSError, SafetensorError, ValueError, RuntimeError, *_OF_CONFIGS) as error:
+            what = f"{type(error).__name__}: {error}"
             raise WeightsError(
-                f"a target in {checkpoint.source} that does not load ({error})", "a whole model", _RESTORE
+                f"a target in {checkpoint.source} that does not load ({what})", "a whole model", _RESTORE
             ) from error
     norms = [] if n_blocks is None else [f"{checkpoint.parts.norm}.{part}" for part in ("weight", "bias")]
     missing = sorted(set(info["missing_keys"]) - set(norms)) + sorted(map(str, info["mismatched_keys"]))
@@ -245,6 +251,27 @@ def _load(checkpoint: _Checkpoint, n_blocks: int | None, settings: LoadSettings,
             f"a target in {checkpoint.source} without {missing[:3]} ({len(missing)} in all)", "all weights", _RESTORE
         )
     return _finish(model, checkpoint, settings, on)
+
+
+def _generation(path: Path) -> GenerationConfig:
+    """How a target generates, by the file beside its configuration."""
+    from transformers import GenerationConfig
+
+    try:
+        return GenerationConfig.from_dict(read_json(path))
+    except (ValueError, *_OF_CONFIGS) as error:
+        got = f"{path}, which does not load ({type(error).__name__}: {shown(str(error))})"
+        raise WeightsError(got, "settings of generation", _RESTORE) from error
+
+
+def _check_depth(names: Iterable[str], n_blocks: int, checkpoint: _Checkpoint) -> None:
+    """Refuse a configuration of more blocks than the files hold, before modules are made for them."""
+    pattern = re.compile(rf"(?:^|\.){checkpoint.parts.blocks}\.(\d{{1,9}})\.")
+    stored = max((int(match[1]) + 1 for name in names if (match := pattern.search(name))), default=0)
+    if n_blocks > stored:
+        raise WeightsError(
+            f"{checkpoint.source} with a config.json of {n_blocks} blocks", f"{stored}, as its weights have", _RESTORE
+        )
 
 
 def _needed(name: str, parts: Layout, n_blocks: int | None) -> bool:

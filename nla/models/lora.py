@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,6 +21,7 @@ from nla.storage.hashes import sha256
 from nla.storage.hub import fetch_file, is_hub_id
 from nla.storage.schema import Problem, checked, shown
 from nla.storage.tensors import load_tensors, read_header, save_tensors
+from nla.text.patterns import compile_pattern
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftConfig, PeftModel
@@ -34,8 +36,6 @@ _ADAPTER_PLACES = {"target_modules", "layers_to_transform", "fan_in_fan_out"}
 _ADAPTER_NOTES = {"task_type", "inference_mode", "base_model_name_or_path", "revision", "peft_version", "eva_config"}
 _PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva", "mica")
 """Ways to start an adapter that leave the base weights as they are; PEFT's others move a part of them into it."""
-_LONGEST_PATTERN, _PATTERN_S = 10_000, 0.5
-"""Characters of a pattern of names that a file may hold, and how long it may take on one name."""
 _PLAIN_NAME = re.compile(r"[\w.]+")
 
 
@@ -105,7 +105,9 @@ def read_adapter_config(folder: str | Path) -> PeftConfig:
     content = {key: value for key, value in content.items() if key in free or value not in (None, [], {})}
     content["init_lora_weights"] = True
     try:
-        config = PeftConfig.from_peft_type(**content)
+        with warnings.catch_warnings():  # PEFT names on the screen what it does not know, as the file has it
+            warnings.simplefilter("ignore")
+            config = PeftConfig.from_peft_type(**content)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ConfigError(
             got=f"{path}, which PEFT refuses ({shown(str(error))})",
@@ -153,7 +155,7 @@ def resolve_patterns(config: PeftConfig, names: Iterable[str], path: Path) -> No
     known = list(names)
     modules = settings.target_modules
     if isinstance(modules, str) and modules != "all-linear":
-        settings.target_modules = set(_matching(modules, known, path)) or {modules[:_LONGEST_PATTERN]}
+        settings.target_modules = set(_matching(modules, known, path)) or {modules}
     for name in ("rank_pattern", "alpha_pattern"):
         patterns: Mapping[str, Any] = getattr(settings, name) or {}
         if not all(map(_PLAIN_NAME.fullmatch, patterns)):
@@ -172,17 +174,9 @@ def _by_name(patterns: Mapping[str, Any], names: list[str], path: Path) -> dict[
 
 
 def _matching(pattern: str, names: list[str], path: Path) -> list[str]:
-    """The names that a pattern from a file matches, found under a limit of time."""
-    import regex
-
-    try:
-        if len(pattern) > _LONGEST_PATTERN:
-            raise ValueError(f"{len(pattern):,} characters")
-        compiled = regex.compile(pattern)
-        return [name for name in names if compiled.fullmatch(name, timeout=_PATTERN_S)]
-    except (regex.error, ValueError, TimeoutError, OverflowError, RecursionError, MemoryError) as error:
-        got = f"{path} with the pattern {shown(pattern)} ({shown(str(error))})"
-        raise ConfigError(got, "a pattern of module names", "name the modules in it one by one") from error
+    """The names that a pattern from a file matches, searched under a limit of time."""
+    compiled = compile_pattern(pattern, f"{path} with the pattern", error=ConfigError)
+    return [name for name in names if compiled.fullmatch(name)]
 
 
 @contextlib.contextmanager
@@ -260,31 +254,32 @@ def fitted(folder: Path, model: nn.Module) -> tuple[LoraConfig, dict[str, Tensor
     and one of a whole model a backbone. What lies above the blocks that ``model`` has is left out; so is the vision.
     """
     config: Any = read_adapter_config(folder)
-    stored = load_tensors(folder / ADAPTER_WEIGHTS)
     base = unwrapped(model)
     stack, n_blocks = backbone(base), len(blocks(base))
     layer_path = re.compile(rf"^(?!.*vision).*?\b({layout(stack.config.model_type).blocks}\.(\d+)\..+)$")
     known = {match[1]: name for name, _ in base.named_modules() if (match := layer_path.match(name))}
     layers: dict[str, str] = {}
-    state, strange = {}, []
-    for name, tensor in stored.items():
+    renamed: dict[str, str] = {}
+    strange = []
+    for name in read_header(folder / ADAPTER_WEIGHTS).tensors:
         path, _, part = name.rpartition(".lora_")
         match = layer_path.match(path)
         if match is not None and match[1] in known:
             layers[known[match[1]]] = path.removeprefix("base_model.model.")
-            state[f"base_model.model.{known[match[1]]}.lora_{part}"] = tensor
+            renamed[name] = f"base_model.model.{known[match[1]]}.lora_{part}"
         elif not _beyond(name, match, base is stack, n_blocks):
             strange.append(name)
     if strange or not layers:
         raise ConfigError(
-            f"{folder}, which does not fit the target ({(strange or ['it reaches none of its layers'])[0]})",
+            f"{folder}, which does not fit the target ({shown((strange or ['it reaches none of its layers'])[0])})",
             "an adapter of the pair's target",
             "train the adapter on this target, or use the pair of the other one",
         )
     for name, default in (("rank_pattern", config.r), ("alpha_pattern", config.lora_alpha)):
         setattr(config, name, _by_layer(getattr(config, name) or {}, layers, default, folder / ADAPTER_CONFIG))
     config.target_modules, config.layers_to_transform = set(layers), None
-    return config, state
+    stored = load_tensors(folder / ADAPTER_WEIGHTS)
+    return config, {now: stored[before] for before, now in renamed.items()}
 
 
 def _by_layer(patterns: dict[str, Any], layers: dict[str, str], default: Any, path: Path) -> dict[str, Any]:

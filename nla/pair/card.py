@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+
+import yaml
+from pydantic import AliasChoices, BaseModel, Field, JsonValue, ValidationError
 
 from nla.config import NLAConfig
-from nla.errors import ConfigError
+from nla.errors import ConfigError, ParseError, visible
+from nla.storage.files import parse_yaml
+from nla.storage.schema import first_problem, shown
 
 CARD_FILE = "README.md"
 ABSENT = "not measured"
@@ -17,12 +22,47 @@ _DENOMINATOR = (
     "FVE = 1 − E|h − ĥ|² / E|h − h̄|², with h and ĥ scaled to unit length and h̄ the mean of the unit-length training "
     "activations, not rescaled"
 )
-_OLD_BASELINES_KEY = "rocks"
-"""What metrics.json of 0.3 and before calls the baselines."""
 _DIFFERENCES = {
     "joint_minus_warm": "FVE of the joint decoder minus that of the warm-start decoder, on the encoder's own texts",
     "truthful_minus_encoder": "FVE of a truthful reader's texts minus that of the encoder's, under the joint decoder",
 }
+
+
+class _Interval(BaseModel):
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+
+    def __str__(self) -> str:
+        ends = "" if self.low is None or self.high is None else f" [{self.low:.3f}, {self.high:.3f}]"
+        return f"{_number(self.value)}{ends}"
+
+
+class _Stratum(BaseModel):
+    fve: _Interval
+
+
+class _Score(BaseModel):
+    n: int
+    fve: _Interval
+    cosine: _Interval
+    by_stratum: dict[str, _Stratum] = {}
+    baselines: dict[str, _Interval] = Field(default={}, validation_alias=AliasChoices("baselines", "rocks"))
+    """In metrics.json of 0.3 and before under another name."""
+
+
+class _Figures(BaseModel):
+    """What of metrics.json a card shows."""
+
+    score: _Score | None = None
+    joint: dict[str, JsonValue] | None = None
+    data: str | None = None
+    recipe: str | None = None
+
+    def joint_figure(self, name: str) -> float | None:
+        """A number of joint training; None: there is none."""
+        value = (self.joint or {}).get(name)
+        return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def card(metrics: Mapping[str, object], config: NLAConfig, name: str = "<this folder>", local: bool = True) -> str:
@@ -34,13 +74,22 @@ def card(metrics: Mapping[str, object], config: NLAConfig, name: str = "<this fo
             ``nla train`` writes).
         name: what the pair is loaded by.
         local: the target lies in a folder; the header then names no base model.
+
+    Raises:
+        ConfigError: metrics.json does not hold such figures.
     """
+    try:
+        figures = _Figures.model_validate({key: metrics[key] for key in _Figures.model_fields if key in metrics})
+    except ValidationError as error:
+        problem = first_problem(error, _Figures)
+        fix = "restore the file, or delete it and measure the pair again"
+        raise ConfigError(f"metrics.json with {problem.got}", problem.expected, fix) from error
     parts = [
         _what(config, name),
-        _figures(metrics),
-        _baselines(metrics),
-        _public(metrics),
-        _data(metrics),
+        _fidelity(figures),
+        _baselines(figures),
+        _public(figures),
+        _data(figures),
         _limits(config),
     ]
     body = "\n\n".join(parts)
@@ -56,21 +105,18 @@ def renewed(old: str, new: str) -> str:
     Raises:
         ConfigError: the header of ``old`` is not YAML.
     """
-    import yaml
-
     (old_header, old_body), (header, body) = _parted(old), _parted(new)
     if not old_body.strip():
         return new
+    fix = "correct the card"
     try:
-        kept = yaml.safe_load(old_header) or {}
-        if not isinstance(kept, dict):
-            raise ValueError(f"a {type(kept).__name__}")
-    except (ValueError, yaml.YAMLError) as error:
-        raise ConfigError(
-            f"a {CARD_FILE} whose header cannot be read ({error})", "YAML between two lines of ---", "correct the card"
-        ) from error
+        kept = parse_yaml(old_header, f"the header of {CARD_FILE}") or {}
+    except ParseError as error:
+        raise ConfigError(error.got, "YAML between two lines of ---", fix) from error
+    tags = kept.get("tags") or [] if isinstance(kept, dict) else None
+    if not isinstance(tags, list):
+        raise ConfigError(f"a {CARD_FILE} with the header {shown(kept)}", "keys and values, and a list of tags", fix)
     fresh = yaml.safe_load(header)
-    tags = kept.get("tags") or []
     merged = {**kept, **fresh, "tags": [*fresh["tags"], *(t for t in tags if t not in fresh["tags"])]}
     before, begin, rest = old_body.partition(BEGIN)
     _, end, after = rest.partition(END)
@@ -89,9 +135,9 @@ def _parted(text: str) -> tuple[str, str]:
 
 
 def _header(config: NLAConfig, local: bool) -> str:
-    base = [] if local else [f"base_model: {config.target}"]
-    tags = ["tags:", *(f"- {tag}" for tag in _TAGS)]
-    return "\n".join(["---", *base, "library_name: nla", *tags, "---"])
+    content = {} if local else {"base_model": config.target}
+    content |= {"library_name": "nla", "tags": list(_TAGS)}
+    return f"---\n{yaml.safe_dump(content, sort_keys=False, allow_unicode=True)}---"
 
 
 def _what(config: NLAConfig, name: str) -> str:
@@ -110,49 +156,44 @@ Explains activations of `{config.target}`{revision} at `{config.point}` (width {
     print(nla.score(acts, nla.reconstruct(notes)))"""
 
 
-def _figures(metrics: Mapping[str, Any]) -> str:
+def _fidelity(figures: _Figures) -> str:
     rows: list[tuple[str, str]] = []
-    score, joint = metrics.get("score"), metrics.get("joint") or {}
-    if score:
-        rows = [("FVE", _interval(score["fve"])), ("cosine", _interval(score["cosine"]))]
-        rows += [(f"FVE in {stratum}", _interval(part["fve"])) for stratum, part in score["by_stratum"].items()]
-        note = f"On {score['n']} activations"
+    score, joint = figures.score, figures.joint
+    if score is not None:
+        rows = [("FVE", str(score.fve)), ("cosine", str(score.cosine))]
+        rows += [(f"FVE in {stratum}", str(part.fve)) for stratum, part in score.by_stratum.items()]
+        note = f"On {score.n} activations"
     else:
-        rows = [("FVE", _number(joint.get("fve/global")))]
-        rows += [
-            (f"FVE in {key.removeprefix('fve/')}", _number(value))
-            for key, value in joint.items()
-            if key.startswith("fve/") and key != "fve/global"
-        ]
+        strata = [key for key in joint or {} if key.startswith("fve/") and key != "fve/global"]
+        rows = [("FVE", _number(figures.joint_figure("fve/global")))]
+        rows += [(f"FVE in {key.removeprefix('fve/')}", _number(figures.joint_figure(key))) for key in strata]
         note = "On the texts held out in joint training" if joint else "No figures are in metrics.json"
     about = f"{note}. {_DENOMINATOR}; a stratum's own mean and variance within a stratum."
     return f"## Fidelity\n\n{about}\n\n{_table(('measured', 'value'), rows)}"
 
 
-def _baselines(metrics: Mapping[str, Any]) -> str:
-    score = metrics.get("score") or {}
-    measured = score.get("baselines", score.get(_OLD_BASELINES_KEY, {}))
+def _baselines(figures: _Figures) -> str:
+    measured = {} if figures.score is None else figures.score.baselines
     names = {
         "empty": "the decoder without an explanation",
         "shuffled": "another activation's reconstruction",
         "other_document": "a reconstruction from another document",
         "mean": "the mean training activation",
     }
-    rows = [(what, _interval(measured[key]) if key in measured else ABSENT) for key, what in names.items()]
+    rows = [(what, str(measured.get(key, ABSENT))) for key, what in names.items()]
     return f"## Baselines: FVE of what never saw the activation\n\n{_table(('baseline', 'FVE'), rows)}"
 
 
-def _public(metrics: Mapping[str, Any]) -> str:
-    joint = metrics.get("joint") or {}
-    rows = [(what, _number(joint.get(f"difference/{key}/global"))) for key, what in _DIFFERENCES.items()]
+def _public(figures: _Figures) -> str:
+    rows = [(what, _number(figures.joint_figure(f"difference/{key}/global"))) for key, what in _DIFFERENCES.items()]
     return (
         "## Is the code public?\n\nFVE cannot tell words that mean what they say from a private code; two differences "
         f"can, and both are near zero for a public one.\n\n{_table(('difference', 'value'), rows)}"
     )
 
 
-def _data(metrics: Mapping[str, Any]) -> str:
-    data, recipe = metrics.get("data"), metrics.get("recipe")
+def _data(figures: _Figures) -> str:
+    data, recipe = (visible(text or "") for text in (figures.data, figures.recipe))
     return f"## Data\n\nTrained on: {data or 'not recorded'}. Recipe: {f'`{recipe}`' if recipe else 'not recorded'}."
 
 
@@ -166,16 +207,10 @@ def _limits(config: NLAConfig) -> str:
 All figures: `metrics.json`; what `nla eval ... --card <this folder>` found stands below."""
 
 
-def _interval(interval: Mapping[str, Any]) -> str:
-    if interval.get("low") is None:
-        return _number(interval["value"])
-    return f"{interval['value']:.3f} [{interval['low']:.3f}, {interval['high']:.3f}]"
-
-
-def _number(value: Any) -> str:
-    return ABSENT if value is None else f"{value:.3f}"
+def _number(value: float | None) -> str:
+    return ABSENT if value is None or not math.isfinite(value) else f"{value:.3f}"
 
 
 def _table(header: tuple[str, str], rows: Sequence[tuple[str, str]]) -> str:
-    lines = [header, ("---", "---"), *rows]
+    lines = [header, ("---", "---"), *((visible(cell).replace("|", "\\|") for cell in row) for row in rows)]
     return "\n".join(f"| {left} | {right} |" for left, right in lines)

@@ -210,16 +210,17 @@ def load_head(config: NLAConfig, path: Path) -> Head:
     Raises:
         WeightsError, NonFiniteError: missing, corrupt, or not a head of this width.
     """
-    head = Head(config.d_model, config.decoder.head_bias)
-    current = head.state_dict()
-    tensors = load_tensors(path, expected_keys=current)
-    wrong = [name for name in current if tensors[name].shape != current[name].shape]
+    d = config.d_model
+    shapes = {"weight": (d, d)} | ({"bias": (d,)} if config.decoder.head_bias else {})
+    tensors = load_tensors(path, expected_keys=shapes)
+    wrong = [name for name, shape in shapes.items() if tensors[name].shape != shape]
     if wrong:
         raise WeightsError(
             f"{path}, where {wrong[0]} is {tuple(tensors[wrong[0]].shape)}",
-            f"{tuple(current[wrong[0]].shape)}, the target's width",
+            f"{shapes[wrong[0]]}, the target's width",
             "restore the head that was trained with this pair",
         )
+    head = Head(d, config.decoder.head_bias)
     head.load_state_dict(tensors)
     return head
 

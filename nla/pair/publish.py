@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -13,8 +14,11 @@ from nla.pair.card import CARD_FILE, card, renewed
 from nla.pair.folder import METRICS_FILE, check_files, manifest, save
 from nla.pair.roles import Parts
 from nla.pair.separate import is_local
-from nla.storage.files import read_json
+from nla.storage.files import read_bytes, read_json
 from nla.storage.hub import download, hub_errors
+
+_LONGEST_CARD = 2**20
+"""Bytes of a model card."""
 
 
 def push(
@@ -50,8 +54,8 @@ def push_folder(
     config = NLAConfig.load(folder)
     check_files(config, folder)
     _refuse_local(_local_parts(config, folder))
-    metrics = read_json(folder / METRICS_FILE) if (folder / METRICS_FILE).is_file() else {}
-    old = (folder / CARD_FILE).read_text(encoding="utf-8") if (folder / CARD_FILE).is_file() else ""
+    metrics = read_json(folder / METRICS_FILE) if os.path.lexists(folder / METRICS_FILE) else {}
+    old = _read_card(folder / CARD_FILE) if os.path.lexists(folder / CARD_FILE) else ""
     text = renewed(old, card(metrics, config, repo_id, local=False))
     contents: dict[str, str | bytes] = {name: str(folder / name) for name in (*manifest(config), CONFIG_FILE)}
     contents |= {METRICS_FILE: str(folder / METRICS_FILE) if (folder / METRICS_FILE).is_file() else b"{}"}
@@ -64,6 +68,20 @@ def push_folder(
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         commit = api.create_commit(repo_id, operations, commit_message=message, revision=revision)
     return str(commit.commit_url)
+
+
+def _read_card(path: Path) -> str:
+    """A card that is there.
+
+    Raises:
+        ConfigError: it is no text, or too long for one.
+    """
+    try:
+        return read_bytes(path, _LONGEST_CARD).decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"no readable {path} ({error})", "a text in UTF-8", "correct the card, or delete it"
+        ) from error
 
 
 def _loaded_from(origin: tuple[str, str | None]) -> Path:

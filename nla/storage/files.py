@@ -11,8 +11,9 @@ import shutil
 import stat
 import uuid
 from collections.abc import Iterator, Sequence
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import yaml
 from safetensors import SafetensorError
@@ -131,7 +132,7 @@ def write_json(path: str | Path, content: Any) -> None:
 
 
 @contextlib.contextmanager
-def open_regular(path: str | Path) -> Iterator[BinaryIO]:
+def open_regular(path: str | Path) -> Iterator[BufferedReader]:
     """A file opened to be read; what is no regular file, such as a pipe or a device, is refused and not waited for.
 
     Raises:
@@ -171,7 +172,9 @@ def read_json(path: str | Path) -> dict[str, Any]:
     try:
         content = parse_json(read_bytes(path, MAX_JSON_BYTES).decode())
     except OSError as error:
-        raise ConfigError(got=f"no readable {path} ({error})", expected="a JSON file there", fix=restore) from error
+        raise ConfigError(
+            got=f"no readable {path} ({error.strerror})", expected="a JSON file there", fix=restore
+        ) from error
     except ValueError as error:
         raise ConfigError(got=f"{path}, which is not JSON ({error})", expected="a JSON file", fix=restore) from error
     if not isinstance(content, dict):
@@ -189,13 +192,12 @@ def parse_json(text: str) -> Any:
         raise ValueError(f"more than {MAX_JSON_VALUES:,} values")
     try:
         content = json.loads(text, object_pairs_hook=_once, parse_int=_integer)
-        depth, level = 0, [content]
+        depth, level = 0, _containers([content])
         while level:
             depth += 1
             if depth > MAX_JSON_DEPTH:
                 raise RecursionError
-            inner = [value.values() if isinstance(value, dict) else value for value in level]
-            level = [value for values in inner if not isinstance(values, str) for value in values if _is_nested(value)]
+            level = [inner for value in level for inner in _containers(value)]
         if re.search(r"\\u[dD][89a-fA-F]", text):
             json.dumps(content, ensure_ascii=False).encode()
     except RecursionError as error:
@@ -203,8 +205,9 @@ def parse_json(text: str) -> Any:
     return content
 
 
-def _is_nested(value: object) -> bool:
-    return isinstance(value, (dict, list))
+def _containers(values: Any) -> list[Any]:
+    """The mappings and lists among the values of one."""
+    return [v for v in (values.values() if isinstance(values, dict) else values) if isinstance(v, (dict, list))]
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -45,7 +45,7 @@ def sha256(path: str | Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         fix = f"restore {path.name} from where the folder came, or train the pair again"
-        raise WeightsError(f"no readable {path} ({error})", "a file there", fix) from error
+        raise WeightsError(f"no readable {path} ({error.strerror})", "a file there", fix) from error
 
 
 def hash_weights(source: str | Path) -> str | None:

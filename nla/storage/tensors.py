@@ -18,8 +18,8 @@ from nla.errors import NonFiniteError, WeightsError
 from nla.storage.files import open_regular, parse_json, replacing
 from nla.storage.schema import shown
 
-MAX_HEADER_BYTES = 16 * 2**20
-"""Of a safetensors header: some 150,000 tensors."""
+MAX_HEADER_BYTES, MAX_TENSORS = 8 * 2**20, 50_000
+"""Of one safetensors file."""
 _CHECKSUM, _METADATA = "sha256", "__metadata__"
 _BITS = {"F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4, "C64": 64, "U16": 16}
 _BITS |= {"U32": 32, "U64": 64, "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8}
@@ -62,7 +62,7 @@ def read_header(path: str | Path) -> Header:
                 raise ValueError(f"a header of {length:,} bytes in a file of {size:,}")
             return _checked(parse_json(file.read(length).decode()), 8 + length, size)
     except OSError as error:
-        raise WeightsError(f"no readable {path} ({error})", "a safetensors file there", restore) from error
+        raise WeightsError(f"no readable {path} ({error.strerror})", "a safetensors file there", restore) from error
     except ValueError as error:
         got = f"{path}, which is truncated or corrupt ({error})"
         raise WeightsError(got, "a whole safetensors file", restore) from error
@@ -74,8 +74,8 @@ def _checked(content: Any, offset: int, size: int) -> Header:
     Raises:
         ValueError: it is none.
     """
-    if not isinstance(content, dict):
-        raise ValueError("a header that is no object")
+    if not isinstance(content, dict) or len(content) > MAX_TENSORS:
+        raise ValueError(f"a header that is no mapping of at most {MAX_TENSORS:,} tensors")
     metadata = content.pop(_METADATA, None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError("metadata that is not all texts")

@@ -6,6 +6,7 @@ A use raises a typed error, or asserts that all it was given is finite and right
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import sys
@@ -29,7 +30,7 @@ from nla.formats import easynla, kitft, parquet
 from nla.models.load import load_target, load_truncated
 from nla.models.read import read
 from nla.pair.publish import push_folder
-from nla.storage.hashes import digest, hash_weights, sha256
+from nla.storage.hashes import digest
 from nla.storage.tensors import hash_tensors
 from nla.store.reader import BASELINES_FILE, SPLITS, Store, open_splits
 from nla.store.shards import Document
@@ -84,6 +85,10 @@ def _seal_tensors(folder: Path) -> None:
             continue
 
 
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def _is_small(path: Path) -> bool:
     return path.is_file() and path.stat().st_size < 2**24
 
@@ -114,9 +119,9 @@ def seal_pair(folder: Path) -> None:
     content.pop("checksum", None)
     files = content.get("files")
     if isinstance(files, dict):
-        content["files"] = {n: sha256(folder / "pair" / n) if _ok(folder / "pair" / n) else v for n, v in files.items()}
-    if all(_is_small(path) for path in (folder / "target").glob("*.safetensors")) and "target_weights" in content:
-        content["target_weights"] = hash_weights(folder / "target")
+        content["files"] = {
+            n: _sha256(folder / "pair" / n) if _ok(folder / "pair" / n) else v for n, v in files.items()
+        }
     text = json.dumps({**content, "checksum": f"sha256:{digest(content)}"})
     (folder / "pair" / CONFIG_FILE).write_text(text)
 
@@ -137,6 +142,13 @@ def use_pair(folder: Path) -> None:
     assert all(math.isfinite(cosine) for note in notes for cosine in note.cosine)
     if "global" in nla.baselines:
         assert math.isfinite(nla.score(acts, predicted, n_boot=5).fve.value)
+
+
+def make_card_folder(folder: Path) -> None:
+    pair = make_pair()  # its target is on a hub
+    pair.metrics = {"score": pair.score(pair.read(TEXTS), torch.randn(len(pair.read(TEXTS)), 32), n_boot=10).to_json()}
+    pair.metrics |= {"joint": {"fve/global": 0.5, "fve/x": 0.1}, "data": "texts"}
+    pair.save_pretrained(folder / "pair")
 
 
 def use_card(folder: Path) -> None:
@@ -199,7 +211,7 @@ def make_store(folder: Path) -> None:
             for number in range(2):
                 text = f"{split} ✓ {chunk} {number}"
                 spans = [Span(i + 1, text[i], i, i + 1, i) for i in range(len(text) - 3, len(text))]
-                documents.append(Document(2 * chunk + number, text, spans, ["user", "tool", "tool"]))
+                documents.append(Document(10 * len(split) + 2 * chunk + number, text, spans, ["user", "tool", "tool"]))
             splits[split] = (documents, torch.randn(6, 6, generator=generator) + 1)
         writer.write(chunk, splits, {"seen": 4})
     writer.finish(2)
@@ -214,11 +226,11 @@ def seal_store(folder: Path) -> None:
             for entry in entries:
                 shard = folder / "store" / entry["file"]
                 if _is_small(shard):
-                    entry |= {"bytes": shard.stat().st_size, "sha256": sha256(shard)}
+                    entry |= {"bytes": shard.stat().st_size, "sha256": _sha256(shard)}
                 elif shard.is_file():
                     entry["bytes"] = shard.stat().st_size
         if _is_small(folder / "store" / BASELINES_FILE):
-            content["baselines_sha256"] = sha256(folder / "store" / BASELINES_FILE)
+            content["baselines_sha256"] = _sha256(folder / "store" / BASELINES_FILE)
         path.write_text(json.dumps(content))
     except (TypeError, KeyError, AttributeError, OSError, ValueError):
         return
@@ -348,7 +360,7 @@ def use_parquet(folder: Path) -> None:
 TOKENIZER_FILES = ["target/tokenizer*.json", "target/chat_template.jinja"]
 KINDS = {
     "pair": Kind(make_pair_folder, ["pair/**/*.json", "pair/**/*.safetensors"], use_pair, seal_pair),
-    "card": Kind(make_pair_folder, ["pair/README.md", "pair/metrics.json"], use_card, seal_pair),
+    "card": Kind(make_card_folder, ["pair/README.md", "pair/metrics.json"], use_card, seal_pair),
     "target": Kind(make_target, ["target/*config.json", "target/*.safetensors"], use_target),
     "tokenizer": Kind(make_target, TOKENIZER_FILES, use_tokenizer),
     "adapter": Kind(make_adapter, ["adapter/*"], use_adapter, _seal_tensors),

@@ -14,6 +14,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import yaml
+
 Mutation = Callable[[Path, Random], None]
 
 _SLOT = "@slot@"
@@ -64,9 +66,24 @@ YAMLS += [
 ]
 
 
+TEMPLATES = ["{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "{{ 'x' * 10**10 }}"]
+TEMPLATES += [
+    "{{ raise_exception('no') }}",
+    "{{ ''.__class__.__mro__ }}",
+    "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}",
+]
+TEMPLATES += ["{{ messages[9].content }}", "{% include 'x' %}", "{{ 1 / 0 }}", "{%", ""]
+TEMPLATES += [
+    "{{ messages[0].content * 100000 }}",
+    "{{ cycler.__init__.__globals__ }}",
+    "x" * 1_000_000,
+    "{{ 9 ** 9 ** 9 }}",
+]
+
+
 def json_value(path: Path, random: Random) -> None:
     """One value of a JSON (or JSON-like YAML) file replaced, dropped, renamed or written twice."""
-    content = json.loads(path.read_text())
+    content = (json.loads if path.suffix == ".json" else yaml.safe_load)(path.read_text())
     places = _places(content)
     said = [place for place in places if place[0][place[1]] not in (None, False, [], {})]
     parent, key = random.choice(said if said and random.random() < 0.7 else places)
@@ -119,6 +136,11 @@ def yaml_as_such(path: Path, random: Random) -> None:
     """A YAML file with a piece of YAML in it that bombs, runs code, or is of no type that it says."""
     piece, old = random.choice(YAMLS), path.read_text()
     path.write_text(random.choice([piece, f"{piece}\n{old}", f"{old}\n{piece}", old.replace(": ", f": {piece} ", 1)]))
+
+
+def template(path: Path, random: Random) -> None:
+    """A chat template that loops, grows, refuses, reaches for what it must not have, or is none."""
+    path.write_text(random.choice([random.choice(TEMPLATES), path.read_text() + random.choice(TEMPLATES)]))
 
 
 def file_as_such(path: Path, random: Random) -> None:
@@ -228,5 +250,6 @@ def mutate(path: Path, random: Random) -> None:
         ".json": [json_value] * 8,
         ".yaml": [json_value] * 5 + [yaml_as_such] * 3,
         ".safetensors": [tensor_header] * 5 + [tensor_values] * 3,
+        ".jinja": [template] * 5,
     }
     random.choice([*kinds.get(path.suffix, [content_as_such]), content_as_such, file_as_such])(path, random)

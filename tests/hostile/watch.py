@@ -33,25 +33,26 @@ class Outcome(NamedTuple):
 def watched(use: Callable[[Path], None], path: Path) -> Outcome:
     """Run ``use(path)`` in a child. It is to raise an NLAError, or to return after its own checks (by ``assert``)."""
     allowed = MOST_BYTES + sum(file.lstat().st_blocks * 512 for file in path.rglob("*"))
-    before = _pages(1)
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(reader)
+        start = _bytes("RssAnon")
         outcome = _limited(use, path)
-        os.write(writer, json.dumps(outcome).encode()[:60_000])
+        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - start - _bytes("RssFile")
+        if grown > allowed:
+            outcome = Outcome("memory", f"{grown / 2**20:.0f} MB; {outcome}")
+        os.write(writer, json.dumps(outcome).encode())
         os._exit(0)
     os.close(writer)
     with os.fdopen(reader, "rb") as pipe:
         said = pipe.read()
-    _, status, usage = os.wait4(child, 0)
+    _, status = os.waitpid(child, 0)
     if os.WIFSIGNALED(status):
         number = os.WTERMSIG(status)
         hung = number in (signal.SIGPROF, signal.SIGALRM)
         return Outcome("hung" if hung else "killed", signal.Signals(number).name)
-    outcome = Outcome(*json.loads(said))
-    grown = usage.ru_maxrss * 1024 - before
-    return Outcome("memory", f"{grown / 2**20:.0f} MB; {outcome}") if grown > allowed else outcome
+    return Outcome(*json.loads(said))
 
 
 def _limited(use: Callable[[Path], None], path: Path) -> Outcome:
@@ -59,7 +60,7 @@ def _limited(use: Callable[[Path], None], path: Path) -> Outcome:
         signal.signal(number, signal.SIG_DFL)
     signal.setitimer(signal.ITIMER_PROF, CPU_S)
     signal.setitimer(signal.ITIMER_REAL, WALL_S)
-    limit = _pages(5) + 8 * MOST_BYTES
+    limit = _bytes("VmData") + 8 * MOST_BYTES
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     silence = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
@@ -86,6 +87,7 @@ def _last_line(error: BaseException) -> str:
     return f"at {Path(frame.filename).parent.name}/{Path(frame.filename).name}:{frame.lineno} {frame.line}"
 
 
-def _pages(column: int) -> int:
-    """Bytes of this process by a column of statm: 1 resident, 5 its data."""
-    return int(Path("/proc/self/statm").read_text().split()[column]) * resource.getpagesize()
+def _bytes(name: str) -> int:
+    """What the kernel says of this process's memory under a name such as "RssAnon"."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))

@@ -162,7 +162,7 @@ def test_weights_that_do_not_fit_are_refused(root: Path) -> None:
         with pytest.raises(WeightsError, match=named):
             load(root)
     path.unlink()
-    with pytest.raises(WeightsError, match="no file"):
+    with pytest.raises(WeightsError, match="no readable"):
         load(root)
 
 

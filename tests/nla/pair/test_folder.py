@@ -268,7 +268,6 @@ def test_a_damaged_target_is_refused(saved: Path) -> None:
     path = saved.parent / "planner" / "model.safetensors"
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 2])
-    vouch(saved)
     with pytest.raises(WeightsError, match="truncated or corrupt"):
         load(saved)
 
