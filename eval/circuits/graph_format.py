@@ -7,7 +7,8 @@ One JSON object with ``metadata``, ``qParams``, ``nodes`` and ``links``. What is
   What a node is, ``feature_type`` alone says.
 - An embedding is ``E_{vocabulary id}_{token}``; its ``feature`` is the token's index, not the vocabulary's.
 - ``feature`` holds layer and index mixed, in a way that depends on the model. The id has them apart.
-- Labels are the names of supernodes; ``clerp`` is mostly empty.
+- A name that somebody gave is that of a supernode. Where there are none, a feature's label, custom or automatic, is in
+  ``clerp``, which describes other nodes too: embeddings, outputs, sites of `nla trace`.
 """
 
 from __future__ import annotations
@@ -36,6 +37,12 @@ _FIX = "correct this place, or write the graph again with the tool that made it 
 # Words of a supernode's name that say what it does ("say Austin"), not what it is about.
 _NOT_CONCEPTS = re.compile(
     r"an?|and|before|after|for|in|of|on|or|outputs?|predicts?|says?|saying|the|then|to|tokens?|upweights?|with"
+)
+# Beside these, words of an automatic label that speak of texts or stand in any sentence.
+_NOT_IN_LABELS = re.compile(
+    r"about|are|as|at|be|by|concepts?|contexts?|descriptions?|etc|expressions?|first|from|instances?|into|is|its?|last|"
+    r"like|mentions?|names?|next|not|occurrences?|others?|over|phrases?|previous|references?|related|sentences?|such|"
+    r"terms?|texts?|that|their|these|things?|this|those|under|variations?|various|where|which|words?"
 )
 
 
@@ -114,7 +121,7 @@ class Node(NamedTuple):
 
 
 class Supernode(NamedTuple):
-    """Nodes that someone gave one name, and the words of that name."""
+    """Nodes of one name, and the words of that name."""
 
     name: str
     members: tuple[Node, ...]
@@ -141,6 +148,9 @@ class Graph:
     nodes: list[Node]
     links: list[Link]
     supernodes: list[Supernode]
+    """Those that somebody named; of a graph without any, the features of each label."""
+    labelled: bool = False
+    """Whether they are the features' labels."""
 
     @property
     def slug(self) -> str:
@@ -180,7 +190,8 @@ class Graph:
         nodes = [_node(node, n_tokens, f"{where}: nodes[{i}]") for i, node in enumerate(parts.nodes)]
         known = _by_id(nodes, where)
         links = [_link(link, known, f"{where}: links[{i}]") for i, link in enumerate(parts.links)]
-        return cls(content, nodes, links, list(_supernodes(parts, nodes, known, f"{where}: qParams.supernodes")))
+        named = list(_supernodes(parts, nodes, known, f"{where}: qParams.supernodes"))
+        return cls(content, nodes, links, named or _by_label(nodes), labelled=not named)
 
 
 def read_graph(path: str | Path) -> Graph:
@@ -231,6 +242,16 @@ def concept_words(name: str) -> tuple[str, ...]:
     """
     words = dict.fromkeys(word.casefold() for word in re.findall(r"[^\W_]+(?:['’-][^\W_]+)*", name))
     return tuple(word for word in words if not _NOT_CONCEPTS.fullmatch(word)) or tuple(words)
+
+
+def label_words(label: str) -> tuple[str, ...]:
+    """The words of a feature's label that say what it is about, in lower case; none if it only says where it is.
+
+    >>> label_words("references to cats and other felines"), label_words("previous token")
+    (('cats', 'felines'), ())
+    """
+    words = (word for word in concept_words(label) if not _NOT_CONCEPTS.fullmatch(word))
+    return tuple(word for word in words if not _NOT_IN_LABELS.fullmatch(word))
 
 
 def shown_token(text: str) -> str:
@@ -298,6 +319,15 @@ def _supernodes(parts: _GraphPart, nodes: list[Node], known: dict[str, Node], wh
                 raise _wrong(identity, "a node_id, since several nodes have this jsNodeId", f"{here}[{i}]")
         members = tuple(known.get(identity) or by_viewer[identity] for identity in ids)
         yield Supernode(name, members, concept_words(name))
+
+
+def _by_label(nodes: list[Node]) -> list[Supernode]:
+    """The features of each label; what embeddings, outputs, errors and sites are called is no label."""
+    members: dict[str, list[Node]] = {}
+    for node in nodes:
+        if node.label and node.kind not in (EMBEDDING, LOGIT, CAUSAL_SITE) and not node.is_error:
+            members.setdefault(node.label, []).append(node)
+    return [Supernode(label, tuple(labelled), label_words(label)) for label, labelled in members.items()]
 
 
 def _first_wrong(error: ValidationError, where: str) -> ParseError:

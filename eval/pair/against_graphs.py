@@ -83,7 +83,9 @@ class GraphReport(Report):
     n_concepts: int
     """Concepts at tokens: how often something was there to be named."""
     measured: bool
-    """Whether patching shows what is there; otherwise supernodes alone say it."""
+    """Whether patching shows what is there; otherwise names alone say it."""
+    labelled: bool
+    """Whether these are labels of features in all graphs, since nobody named supernodes."""
     scores: list[GraphScore]
     """The encoder, then the baselines."""
 
@@ -103,7 +105,7 @@ class GraphReport(Report):
             for one in self.scores
         ]
         header = ("reader", "named, of what is there", "… not in the text", "… in the text")
-        source = "patching" if self.measured else "supernodes"
+        source = "patching" if self.measured else "labels of features" if self.labelled else "supernodes"
         return paragraphs(
             f"## Explanations against {self.n_graphs} graphs",
             f"Read at `{self.point}`: {self.n_tokens} tokens, {self.n_concepts} concepts that are there, "
@@ -159,8 +161,8 @@ def judge_against_graphs(
     if not any(cell.kind == HERE for cell in cells):
         raise ArgumentError(
             f"{len(loaded)} graphs without a named concept at {nla.point} or before",
-            "supernodes (qParams.supernodes) at layers that the pair reads",
-            "name nodes in the viewer and save the graph, or score a pair of a deeper point",
+            "supernodes (qParams.supernodes), or features with labels (clerp), at layers that the pair reads",
+            "name nodes in the viewer and save the graph, download it with labels, or score a pair of a deeper point",
         )
     columns = [
         [texts[i].columns[token.position] for token in read_tokens if token.graph == i] for i in range(len(texts))
@@ -181,6 +183,7 @@ def judge_against_graphs(
         n_tokens=len(read_tokens),
         n_concepts=sum(cell.kind == HERE for cell in cells),
         measured=any(graph.is_measured for graph in loaded),
+        labelled=all(graph.labelled for graph in loaded),
         scores=scores,
     )
 

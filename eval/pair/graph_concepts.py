@@ -1,16 +1,18 @@
 """What an NLA is asked about attribution graphs: at which tokens it reads, and which concepts are there or are not.
 
-An NLA at a token and a layer answers for the supernodes that have a node at this token and no deeper. Beside them stand
-concepts that it must not name: the same graph's other supernodes, the donor's word, concepts of other graphs that are
-as frequent, and the latent's own word at tokens where patching shows no effect.
+An NLA at a token and a layer answers for the supernodes that have a node at this token and no deeper; in a graph without
+supernodes, for the labels of such nodes. Beside them stand concepts that it must not name: the same graph's others, the
+donor's word, concepts of other graphs that are as frequent, and the latent's own word at tokens where patching shows no
+effect.
 """
 
 from __future__ import annotations
 
+import functools
 import random
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any, NamedTuple
 
 from nla.errors import TokenizerMismatchError, visible
@@ -127,8 +129,9 @@ def _cells(
     if donor and latent in present and not taken.intersection(donor):
         cells.append(cell(donor, DONOR))
         known.update(donor)
+    absent = sorted(one for one in frequency if one and not known.intersection(one) and not _any_of(one, seen))
     for words in present:
-        near = sorted(one for one in frequency if one and not known.intersection(one) and not _any_of(one, seen))
+        near = absent.copy()
         rng.shuffle(near)
         near.sort(key=lambda one: abs(frequency[one] - frequency[words]))
         cells += [cell(one, OTHER) for one in near[:N_OTHER]]
@@ -144,11 +147,12 @@ def names(text: str, concept: Concept) -> bool:
     return _any_of(concept, _words(text))
 
 
-def _words(text: str) -> set[str]:
-    return {word.casefold() for word in re.findall(r"[^\W_]+(?:['’-][^\W_]+)*", text)}
+@functools.lru_cache(maxsize=1 << 14)  # each explanation is searched for every concept that is asked about
+def _words(text: str) -> frozenset[str]:
+    return frozenset(word.casefold() for word in re.findall(r"[^\W_]+(?:['’-][^\W_]+)*", text))
 
 
-def _any_of(concept: Concept, words: set[str]) -> bool:
+def _any_of(concept: Concept, words: Set[str]) -> bool:
     return any(word in words or f"{word}s" in words or (word.endswith("s") and word[:-1] in words) for word in concept)
 
 

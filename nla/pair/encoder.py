@@ -14,7 +14,7 @@ from transformers import LogitsProcessor, PreTrainedTokenizerBase
 from nla.config import NLAConfig
 from nla.errors import ArgumentError, ContextLengthError
 from nla.metrics import rescale
-from nla.models.generate import ends_of, generate, pad_of, seeded
+from nla.models.generate import ends_of, generate, pad_of, rows_at_a_time, seeded
 from nla.models.hooks import inject, locate_marker
 from nla.models.points import context_length, device_of, unwrapped
 from nla.pair.roles import Roles
@@ -86,7 +86,7 @@ class Encoder:
             seed: of a random source for this call alone, or one for each activation, whose answers then do not depend
                 on the others in the call; None draws from the global random state.
             greedy: the likeliest token at each step instead of sampling.
-            batch_size: rows (activations × samples) at a time.
+            batch_size: rows (activations × samples) at a time; see :func:`nla.models.generate.rows_at_a_time`.
 
         Raises:
             ArgumentError: an argument is out of range.
@@ -115,6 +115,7 @@ class Encoder:
             columns = padding + self.marker_position
             return inject(model, entering[rows].to(device), columns.to(device), self.config.injection.layer)
 
+        size = rows_at_a_time(model, self.prompt_ids.shape[1] + length, batch_size)
         with self.roles.play("encoder"):
             written = generate(
                 model,
@@ -127,7 +128,7 @@ class Encoder:
                 draws=own,
                 processors=[MarkerMask(self.config.injection.marker_id)],
                 intervene=injected,
-                batches=[range(len(entering))[i : i + batch_size] for i in range(0, len(entering), batch_size)],
+                batches=[range(len(entering))[i : i + size] for i in range(0, len(entering), size)],
             )
         texts = written.texts(self.tokenizer)
         parsed = [parse(text, self.config) for text in texts]
