@@ -118,10 +118,14 @@ class Report(Figures, ABC):
     checks: list[Check]
 
     @property
+    def held(self) -> list[Check]:
+        """The conditions that could be held against something."""
+        return [check for check in self.checks if check.passed is not None]
+
+    @property
     def passed(self) -> bool:
-        """Whether every condition holds that could be held against something; where there was none, nothing has."""
-        held = [check.passed for check in self.checks if check.passed is not None]
-        return bool(held) and all(held)
+        """Whether all of these hold; where there was none, nothing has."""
+        return bool(self.held) and all(check.passed for check in self.held)
 
     def __str__(self) -> str:
         return self.to_markdown()

@@ -1,6 +1,6 @@
 """What an NLA is asked about attribution graphs: at which tokens it reads, and which concepts are there or are not.
 
-An NLA at a token and a layer answers for the supernodes that have a node at this token and no deeper; in a graph without
+An NLA at a token and a layer answers for the supernodes that have a node at this token and no deeper; in graphs without
 supernodes, for the labels of such nodes. Beside them stand concepts that it must not name: the same graph's others, the
 donor's word, concepts of other graphs that are as frequent, and the latent's own word at tokens where patching shows no
 effect.
@@ -22,6 +22,8 @@ from nla.text.tokens import encode_batch
 
 HERE, SAME, DONOR, OTHER, UNUSED = "here", "same graph", "donor's word", "other graph", "no effect here"
 N_OTHER = 3
+MAX_ASKED = 256
+"""Concepts of a kind that are asked about at one token, drawn at random where there are more."""
 
 Concept = tuple[str, ...]
 """Words, any of which names it."""
@@ -93,8 +95,11 @@ def tokens_and_cells(
     documents: dict[tuple, int] = {}
     for number, (graph, text) in enumerate(zip(graphs, texts, strict=True)):
         document = documents.setdefault(_document(graph), len(documents))
-        for position, column in enumerate(text.columns):
-            asked = [] if column < 0 else _cells(graph, len(read_tokens), position, layer, frequency, rng)
+        members = (node.position for one in graph.supernodes for node in one.members)
+        sites = (node.position for node in graph.nodes if node.kind == CAUSAL_SITE)
+        for position in sorted({*members, *sites}):
+            readable = text.columns[position] >= 0
+            asked = _cells(graph, len(read_tokens), position, layer, frequency, rng) if readable else []
             if asked:
                 read_tokens.append(ReadToken(number, position, document))
                 cells += asked
@@ -104,16 +109,14 @@ def tokens_and_cells(
 def _cells(
     graph: Graph, token: int, position: int, layer: int, frequency: Counter[Concept], rng: random.Random
 ) -> list[ConceptCell]:
-    before = graph.tokens[: position + 1]
-    # A word may be one token, or several: joined without a space they are the text.
-    seen = _words(" ".join(before)) | _words("".join(before))
+    def some(concepts: Sequence[Concept]) -> Sequence[Concept]:
+        return concepts if len(concepts) <= MAX_ASKED else rng.sample(concepts, MAX_ASKED)
 
     def cell(concept: Concept, kind: str) -> ConceptCell:
         return ConceptCell(token, concept, kind, _any_of(concept, seen))
 
     here = [(one.words, one.at(position, layer)) for one in graph.supernodes if one.words]
-    present = dict.fromkeys(words for words, members in here if members)
-    cells = [cell(words, HERE) for words in present]
+    present = dict.fromkeys(some(list(dict.fromkeys(words for words, members in here if members))))
     # A concept of this token at deeper layers may or may not be there already: nothing is asked about it.
     taken = {word for one in graph.supernodes if _is_at(one.members, position) for word in one.words}
     latent, donor = (_pair_word(graph, name) for name in ("target", "donor_target"))
@@ -121,17 +124,21 @@ def _cells(
     strongest = max((node.activation or 0.0 for node in sites if node.layer <= layer), default=0.0)
     if not present and not (latent and sites):
         return []
+    before = graph.tokens[: position + 1]
+    # A word may be one token, or several: joined without a space they are the text.
+    seen = _words(" ".join(before)) | _words("".join(before))
+    cells = [cell(words, HERE) for words in present]
     others = dict.fromkeys(words for words, members in here if not members and not taken.intersection(words))
-    cells += [cell(words, SAME) for words in others if words != latent or not sites]
+    cells += [cell(words, SAME) for words in some(list(others)) if words != latent or not sites]
     if latent and sites and latent not in present and strongest < MIN_EFFECT:
         cells.append(cell(latent, UNUSED))
     known = {word for one in graph.supernodes for word in one.words}
     if donor and latent in present and not taken.intersection(donor):
         cells.append(cell(donor, DONOR))
         known.update(donor)
-    absent = sorted(one for one in frequency if one and not known.intersection(one) and not _any_of(one, seen))
+    absent = some(sorted(one for one in frequency if one and not known.intersection(one) and not _any_of(one, seen)))
     for words in present:
-        near = absent.copy()
+        near = list(absent)
         rng.shuffle(near)
         near.sort(key=lambda one: abs(frequency[one] - frequency[words]))
         cells += [cell(one, OTHER) for one in near[:N_OTHER]]

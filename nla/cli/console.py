@@ -18,8 +18,9 @@ from nla.errors import ArgumentError, StorageError, visible
 if TYPE_CHECKING:
     from nla.autoencoder import NLA
 
-OK, FAILED, USAGE, INTERNAL, INTERRUPTED = 0, 1, 2, 70, 130
-"""Exit codes: done; a threshold does not hold; wrong command or input; a fault of the program; Ctrl-C."""
+OK, FAILED, USAGE, UNDECIDED, INTERNAL, INTERRUPTED = 0, 1, 2, 3, 70, 130
+"""Exit codes: done; a threshold does not hold; wrong command or input; there is nothing that --check could hold against
+anything; a fault of the program; Ctrl-C."""
 LINE_WIDTH = 112
 LINE_EVERY_S = 30.0
 """Seconds between two lines of progress where there is no terminal to draw a bar on."""
@@ -87,10 +88,17 @@ def quiet() -> None:
 
 
 def emit(content: Any) -> None:
-    """JSON on standard output; a number that is not finite is null."""
+    """JSON on standard output; a number that is not finite is null, what could act on a terminal is an escape."""
     from nla.eval.report import to_json
 
-    print(json.dumps(to_json(content), indent=2, ensure_ascii=False, allow_nan=False))
+    written = json.dumps(to_json(content), indent=2, ensure_ascii=False, allow_nan=False)
+    lines = written if written.isprintable() else "".join(map(_escaped, written))
+    print(lines)
+
+
+def _escaped(character: str) -> str:
+    """A character of JSON as it is, or as an escape if it has no shape: controls, C1 too, and marks of direction."""
+    return character if character.isprintable() or character == "\n" else json.dumps(character)[1:-1]
 
 
 def show(*parts: Any) -> None:

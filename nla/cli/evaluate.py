@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
 
-from nla.cli.console import FAILED, OK, emit, progress_bar, quiet, show_lines, try_folder
+from nla.cli.console import FAILED, OK, UNDECIDED, emit, progress_bar, quiet, show_lines, try_folder
 from nla.cli.options import Card, Check, Device, Json, Out, add, count, given, group, places, text
 from nla.errors import ArgumentError
 
@@ -50,6 +51,7 @@ def _eval() -> None:
     exit codes:
       0    done; with --check, every threshold holds
       1    --check was given and a threshold does not hold
+      3    --check was given and no threshold could be held against anything
     """
 
 
@@ -90,6 +92,9 @@ def reported(command: Callable[..., Evaluation]) -> Callable[..., int]:
             emit(report)
         else:
             show_lines(report.to_markdown())
+        if check and not report.held:
+            print("nla: nothing was held against a threshold. Next: give what it is compared with", file=sys.stderr)
+            return UNDECIDED
         return FAILED if check and not report.passed else OK
 
     parameters = dict(inspect.signature(command, eval_str=True).parameters)

@@ -5,6 +5,7 @@ Every heavy import stands inside the command that needs it, so that ``nla --help
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import shlex
@@ -21,6 +22,8 @@ from nla.cli.console import INTERNAL, INTERRUPTED, OK, USAGE
 from nla.cli.options import CONTEXT, Group, add
 from nla.errors import InterruptedTraining, NLAError, visible
 
+_SHOWN = 80
+
 
 class Commands(Group):
     """All commands, and what becomes of the errors that they raise."""
@@ -35,12 +38,16 @@ class Commands(Group):
         except NLAError as error:
             print("nla: " + visible(" ".join(str(error).split())), file=sys.stderr)
             return INTERRUPTED if isinstance(error, InterruptedTraining) else USAGE
-        except BrokenPipeError:  # the reader, such as `head`, has seen enough: leave nothing to flush to it
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return OK
-        except (TyperException, typer.Exit):
+        except (TyperException, typer.Exit, BrokenPipeError):
             raise
-        except Exception:
+        except Exception as error:
+            if isinstance(error, OSError) and error.filename is not None:  # a name that no file can have, no permission
+                name = visible(str(error.filename))
+                said = f"Got {name if len(name) <= _SHOWN else name[:_SHOWN] + '…'} ({error.strerror}); expected a path"
+                print(f"nla: {said} that can be opened. Next: check the name and its permissions", file=sys.stderr)
+                return USAGE
+            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                raise  # of standard output: what writes files has errors of its own
             print("\n".join(map(visible, traceback.format_exc().splitlines())), file=sys.stderr)
             print("nla: a fault of nla itself. Next: report it with the lines above and the command", file=sys.stderr)
             return INTERNAL
@@ -48,7 +55,22 @@ class Commands(Group):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = _run(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+        return code
+    except (OSError, SystemExit) as error:  # Typer and rich turn a closed pipe into an exit
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # leave nothing to flush
+        if isinstance(cause, BrokenPipeError):  # the reader, such as `head`, has seen enough
+            return OK
+        print(f"nla: Got a standard output that takes no more ({cause.strerror}). Next: free space", file=sys.stderr)
+        return USAGE
+
+
+def _run(words: list[str]) -> int:
     try:
         command_line = shlex.join(["nla", *words])  # for the cards that say what made their figures
         return commands().main(words, prog_name="nla", standalone_mode=False, obj=command_line) or OK
@@ -95,6 +117,7 @@ def nla(
       0    done; with --check, every threshold holds
       1    --check was given and a threshold does not hold
       2    the command or its input is wrong; one line on stderr says what to do next
+      3    --check was given and there is nothing to hold against anything, such as too few controls
       70   an error of the program itself, with its traceback on stderr
       130  stopped by Ctrl-C; the same command resumes a training
     """

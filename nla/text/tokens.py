@@ -210,7 +210,8 @@ def _empty(number: int, text: str) -> EmptyTextError:
 
 def _refuse_unknown(number: int, spans: list[Span]) -> None:
     words = list(dict.fromkeys(span.text.strip() for span in spans))
-    shown = ", ".join(repr(word) for word in words[:10]) + (" …" if len(words) > 10 else "")
+    shown = ", ".join(repr(word if len(word) <= 40 else word[:40] + "…") for word in words[:10])
+    shown += " …" if len(words) > 10 else ""
     raise VocabularyError(
         f"text {number} with {len(words)} word(s) outside the vocabulary: {shown}",
         "words that the target's tokenizer knows",

@@ -8,10 +8,12 @@ import random
 
 import pytest
 
-from nla.errors import ParseError
+from nla.errors import NLAError, ParseError
 from nla.eval.circuits import graph_format
 from nla.eval.circuits.graph_format import Graph, concept_words, read_graph, write_graph
+from nla.eval.pair.graph_concepts import Text, align, tokens_and_cells
 from tests.helpers.graph_schema import FIXTURES, PUBLISHED, complaints
+from tests.helpers.tiny import make_tokenizer
 
 TWO_HOP = FIXTURES / "two-hop-graph.json"
 CONTENT = json.loads(TWO_HOP.read_text())
@@ -239,3 +241,78 @@ def test_control_characters_of_a_file_do_not_reach_the_message(content: dict) ->
     with pytest.raises(ParseError) as error:
         Graph.parse(content, "\x1b[2J.json")
     assert "\x1b" not in str(error.value)
+
+
+def hostile_file(rng: random.Random) -> bytes:
+    """A graph file that somebody, or a bad transfer, has spoilt: in its bytes, its JSON or its values."""
+    content = copy.deepcopy(CONTENT)
+    nodes, links, view = content["nodes"], content["links"], content["qParams"]
+    node = rng.choice(nodes)
+    spoil = rng.choice(
+        [
+            lambda: node.update({rng.choice(list(node)): rng.choice(ODD)}),
+            lambda: rng.choice(links).update({rng.choice(["source", "target", "weight"]): rng.choice(ODD)}),
+            lambda: content["metadata"].update({rng.choice(list(content["metadata"])): rng.choice(ODD)}),
+            lambda: content.update({rng.choice(list(content)): rng.choice(ODD)}),
+            lambda: view.update(supernodes=rng.choice([ODD, [ODD], [[one] for one in ODD], [["a", *ODD]]])),
+            lambda: view.update(supernodes=[[f"n{i}", nodes[2]["node_id"]] for i in range(20_000)]),
+            lambda: (view.update(supernodes=[]), [one.update(clerp=f"label {i} " * 50) for i, one in enumerate(nodes)]),
+            lambda: nodes.extend([dict(node)] * rng.choice([1, 5_000])),
+            lambda: content["metadata"].update(prompt_tokens=["a"] * 50_000, prompt="a" * 50_000),
+            lambda: content["metadata"].update(minimal_pair=rng.choice(ODD), generation_settings=rng.choice(ODD)),
+        ]
+    )
+    for _ in range(rng.randint(0, 2)):
+        spoil()
+    written = json.dumps(content).encode()
+    cut = rng.randrange(len(written))
+    changes = [
+        lambda: written,
+        lambda: written[:cut],
+        lambda: written[:cut] + rng.randbytes(rng.randint(1, 9)) + written[cut + 1 :],
+        lambda: written.replace(b"0.", rng.choice([b"9" * 5000, b"1e999", b"NaN", b"-Infinity"]), 1),
+        lambda: written.replace(b"[", b"[" * 100_000, 1),
+        lambda: written.replace(b'"clerp"', b'"a":' + b'{"a":' * 50_000 + b'1,"clerp"', 1),
+        lambda: written + rng.randbytes(40),
+        lambda: written.decode().encode("utf-16"),
+        lambda: rng.randbytes(2_000),
+        lambda: written.replace(
+            b'"ctx_idx": 9', b'"ctx_idx": ' + rng.choice([b"-9", b"9e0", b"99999999999999999999"]), 1
+        ),
+    ]
+    return rng.choice(changes)()
+
+
+ODD = [
+    None,
+    True,
+    -1,
+    10**400,
+    1.5,
+    "",
+    "\ud800",
+    "\x1b[2J\u202e",
+    "a" * 100_000,
+    [],
+    {},
+    [[]],
+    [None],
+    {"a": 1},
+    "0_7_9",
+]
+
+
+def test_300_spoilt_files_are_read_or_refused_in_a_sentence(tmp_path) -> None:
+    rng, n_refused, tokenizer = random.Random(7), 0, make_tokenizer()
+    for _ in range(300):
+        (tmp_path / "graph.json").write_bytes(hostile_file(rng))
+        try:
+            graph = read_graph(tmp_path / "graph.json")
+            texts = [Text(graph.prompt, list(range(len(graph.tokens))))]
+            tokens_and_cells([graph], texts, layer=20)
+            align(graph, tokenizer, None)
+        except NLAError as error:
+            n_refused += 1
+            said = str(error)
+            assert len(said) < 1500 and said.isprintable(), said[:300]
+    assert n_refused > 200
