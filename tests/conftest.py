@@ -32,6 +32,16 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
                 metafunc.parametrize(name, list(architectures), indirect=True)
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Each of two processes begins with half of the slow tests: so what is left at the end is short."""
+    if hasattr(config, "workerinput"):
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        fast = [item for item in items if not item.get_closest_marker("slow")]
+        half = len(slow) // 2
+        n_first = len(items) // 2 - half
+        items[:] = slow[:half] + fast[:n_first] + slow[half:] + fast[n_first:]
+
+
 def pytest_collection_finish() -> None:
     """Collecting garbage, as every run of a trainer does, takes a second with all that the imports have left in memory:
     what is there before the first test is not looked at again."""

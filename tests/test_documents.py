@@ -48,6 +48,13 @@ class NotRun(NamedTuple):
     reason: str
 
 
+class RunsIn(NamedTuple):
+    """A command that runs once, where the same command is shown: in a document, or among the examples of a help."""
+
+    place: str
+    """The document's path, or the command whose help it is, such as "eval rhymes"."""
+
+
 class Block(NamedTuple):
     """A fenced block of a document."""
 
@@ -55,7 +62,6 @@ class Block(NamedTuple):
     text: str
 
 
-TINY = "--items 4"
 CORPUS = (
     "--set corpus.source=corpus.jsonl --set corpus.config=null --set corpus.streaming=false --set corpus.max_tokens=60 "
     "--set corpus.n_positions=3 --set corpus.first_position=5 --set describer.describer=quote "
@@ -76,7 +82,7 @@ SMALL_COUPLETS = (
 INSTALLS = "installs everything into a new environment; its commands run in CI and in this suite"
 HUB = "needs the hub"
 
-DOCUMENTS: dict[str, dict[str, Run | NotRun]] = {
+DOCUMENTS: dict[str, dict[str, Run | RunsIn | NotRun]] = {
     "README.md": {
         "printf 'One spring": Run(says="The next line ends with", leaves="docs/token-view.svg"),
         "make demo": NotRun(INSTALLS + " (tests/nla/organisms/test_shipped.py runs `nla demo`)"),
@@ -121,9 +127,8 @@ DOCUMENTS: dict[str, dict[str, Run | NotRun]] = {
     },
     "docs/evaluation.md": {
         "nla eval fidelity couplets --texts": Run(says="(?i)fve"),
-        "nla eval gates couplets/planner": Run(says="planned and used", append="--items 60"),
-        "nla eval gates couplets/plain": Run(says="decodable, unused", append="--items 60"),
-        "nla eval rhymes couplets --out": Run(says="(?i)named", leaves="runs/report/rhymes.png", append="--items 8"),
+        "nla eval gates": RunsIn("eval gates"),
+        "nla eval rhymes couplets --out": RunsIn("eval rhymes"),
     },
     "docs/graphs.md": {
         "nla trace couplets --out": Run(says="causal", leaves="runs/trace/report/trace.json", append="--items 10"),
@@ -163,8 +168,7 @@ DOCUMENTS: dict[str, dict[str, Run | NotRun]] = {
         "nla train couplets": Run(leaves="runs/couplets/control/pair/nla_config.json", append=SMALL_COUPLETS),
         "nla eval rhymes couplets": Run(says="(?i)warm start", append="--items 8"),
         "nla eval fidelity couplets": Run(says="(?i)newline", append="--items 8"),
-        "nla eval gates couplets/planner": NotRun("docs/evaluation.md runs it"),
-        "nla eval gates couplets/plain": NotRun("docs/evaluation.md runs it"),
+        "nla eval gates": RunsIn("eval gates"),
         "python -m nla.train.organisms.couplets planner": Run(leaves="planner/model.safetensors", append="--steps 2"),
         "python -m nla.train.organisms.couplets plain": Run(leaves="plain/model.safetensors", append="--steps 2"),
     },
@@ -178,12 +182,8 @@ DOCUMENTS: dict[str, dict[str, Run | NotRun]] = {
         "python -m nla.train.organisms.adapters": NotRun(
             "35 minutes; tests/train/organisms/test_adapters.py runs a part"
         ),
-        "nla eval two-hop": Run(says="(?i)causal", append=TINY, instead=(r"runs/switchboard/\w+/pair", "switchboard")),
-        "nla eval plants": Run(
-            says="word-hat",
-            append=TINY,
-            instead=("runs/switchboard/joint/pair --plants runs/switchboard/plants", "switchboard"),
-        ),
+        "nla eval two-hop": RunsIn("eval two-hop"),
+        "nla eval plants": RunsIn("eval plants"),
         "nla eval auditing": NotRun("six minutes; tests/nla/audit/test_switchboard_audits.py audits such chats"),
     },
 }
@@ -220,11 +220,14 @@ def is_open(command: str) -> bool:
     return len(re.findall(r"\bdo\b", command)) > len(re.findall(r"\bdone\b", command))
 
 
+def without_comment(command: str) -> str:
+    """The command alone."""
+    return command.partition("   #")[0].rstrip()
+
+
 def run_shell(shell: Shell, folder: Path, command: str, run: Run) -> None:
     """Run a command in the folder, and hold it against its outcome."""
-    text, _, comment = command.partition("   #")
-    del comment
-    words = f"{text.rstrip()} {run.append}".rstrip()
+    words = f"{without_comment(command)} {run.append}".rstrip()
     words = re.sub(*run.instead, words) if run.instead[0] else words
     result = shell.run(words, folder)
     assert result.code == run.code, f"{words}\n{result.stdout[-2000:]}\n{result.stderr[-2000:]}"
@@ -251,7 +254,7 @@ def steps(document: str) -> list[tuple[str, str]]:
     return shown
 
 
-def entry(document: str, shown: str, prepares: bool = False) -> Run | NotRun:
+def entry(document: str, shown: str, prepares: bool = False) -> Run | RunsIn | NotRun:
     """What the table says of a command or block; one that only prepares the folder need not be there."""
     matching = [key for key in DOCUMENTS[document] if shown.startswith(key)]
     if prepares and not matching:
@@ -270,18 +273,20 @@ def test_what_a_document_shows_runs(document: str, shell: Shell, tmp_path: Path)
         recipe = load_benchmark("recipe")
         recipe.make_target(tmp_path / "my" / "model", recipe.make_corpus(tmp_path / "corpus.jsonl", 96))
     namespace: dict[str, object] = {}
+    ran: set[str] = set()
     for kind, shown in steps(document):
         if kind in WRITTEN:
             if named := re.match(r"# (\S+\.\w+)\n", shown):
                 (tmp_path / named[1]).write_text(shown, encoding="utf-8")
             continue
         run = entry(document, shown, prepares=kind == "sh" and not PROGRAMS.search(first_line(shown)))
-        if isinstance(run, NotRun):
+        if not isinstance(run, Run):
             continue
         if kind == "python":
             run_python(tmp_path, shown, namespace, run)
-        else:
+        elif without_comment(shown) not in ran:
             run_shell(shell, tmp_path, shown, run)
+            ran.add(without_comment(shown))
 
 
 def test_every_document_is_in_the_table_and_every_block_has_a_kind() -> None:

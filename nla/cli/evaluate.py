@@ -130,7 +130,7 @@ def fidelity(
       nla eval fidelity
       nla eval fidelity someone/nla-qwen2.5-7b --texts held_out.txt --out runs/report
       nla eval fidelity runs/mine/joint/pair --store runs/mine/extract --warm-start runs/mine/warmstart/pair
-      nla eval fidelity runs/couplets/joint/pair --warm-start runs/couplets/warmstart/pair --out runs/report --check
+      nla eval fidelity couplets --warm-start runs/couplets/warmstart/pair --check
     """
     from nla.eval.pair.fidelity import FidelitySettings, judge_fidelity
 
@@ -156,10 +156,10 @@ def rhymes(
     counterfactuals, edit-and-steer with controls.
 
     examples:
-      nla eval rhymes --items 60
+      nla eval rhymes couplets --out runs/report
       nla eval rhymes couplets/plain              a target without a pair: is the plan used, or only decodable?
-      nla eval rhymes runs/couplets/joint/pair --warm-start runs/couplets/warmstart/pair \
-          --continued runs/couplets/control/pair --out runs/report --check
+      nla eval rhymes couplets --warm-start runs/couplets/warmstart/pair \
+          --continued runs/couplets/control/pair --check
     """
     from nla.eval.families.rhymes import RhymeSettings, evaluate_rhymes
 
@@ -256,7 +256,7 @@ def plants(
 
     examples:
       nla eval plants --out runs/report --check
-      nla eval plants my/pair --plants my/plants --items 40
+      nla eval plants runs/switchboard/joint/pair --plants runs/switchboard/plants
     """
     from nla.eval.families.plants import PlantsSettings, evaluate_plants
 

@@ -74,7 +74,7 @@ def probe(
     examples:
       nla probe poems.csv --text line --label season
       nla probe poems.jsonl --text line --label season --positions '/ near/' --words 'winter=winter,snow' \
-          --out runs/probe
+          --words 'summer=summer,sun'
     """
     from nla.eval.readers.labelled_texts import ProbeSettings, compare_on_labelled_texts
 

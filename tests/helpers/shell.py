@@ -136,17 +136,21 @@ def in_two_processes(words: str) -> str:
 
 
 def serve(address: str) -> None:
-    """Import what is heavy, by loading a pair, then fork for each client."""
+    """Do once what each process does first: heavy imports, by loading a pair, and the list of trained documents. Then
+    fork for each client.
+    """
     import torch
 
     import nla.train.fit.joint
     import nla.train.run  # noqa: F401
     from nla import NLA
     from nla.cli import view
+    from nla.eval import couplet_items
 
     torch.set_num_threads(1)
     pair = NLA.from_pretrained("couplets")
     view.token_view(pair.explain(pair.read("In spring\n", "last"), samples=1), "")
+    couplet_items.trained_on()
     del pair
     gc.collect()
     gc.freeze()  # forks then share the memory, and do not look through it

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import yaml
 
 from tests.helpers.hub_server import Hub
+from tests.helpers.shell import Shell
 from tests.helpers.tiny import load_benchmark, make_pair
 
 NLA = Path(sys.executable).parent / "nla"
@@ -74,7 +76,7 @@ def test_wrong_usage_and_bad_input_exit_with_2():
 
 
 @pytest.mark.slow
-def test_probe_works_from_the_command_line(tmp_path: Path):
+def test_probe_works_from_the_command_line(shell: Shell, tmp_path: Path):
     """It never did in 0.3: what --words held was overwritten before it arrived."""
     rows = [(season, word) for season in ("winter", "summer") for word in ("ribbon", "candle", "letter", "basket") * 3]
     names = ["Anna", "Emma", "Kate", "Ivy", "Henry", "Frank"] * 4
@@ -95,24 +97,24 @@ def test_probe_works_from_the_command_line(tmp_path: Path):
         "--words",
         "summer=summer",
     ]
-    done = nla(*words, "--positions", "/ near/", "--device", "cpu", "--json", folder=tmp_path)
-    assert done.returncode == 0, done.stderr
+    done = shell.run(shlex.join(["nla", *words, "--positions", "/ near/", "--device", "cpu", "--json"]), tmp_path)
+    assert done.code == 0, done.stderr
     content = json.loads(done.stdout)
     assert (content["data"], content["positions"], content["n_rows"]) == ("poems.csv", "/ near/", 24)
     assert content["tasks"][0]["classes"] == ["summer", "winter"]
 
 
 @pytest.mark.slow
-def test_a_recipe_is_printed_that_the_plan_of_its_training_takes(tmp_path: Path):
+def test_a_recipe_is_printed_that_the_plan_of_its_training_takes(shell: Shell, tmp_path: Path):
     recipe = load_benchmark("recipe")
     recipe.make_target(tmp_path / "target", recipe.make_corpus(tmp_path / "corpus.jsonl", 60))
-    made = nla("recipe", "target", folder=tmp_path)
-    assert made.returncode == 0, made.stderr
+    made = shell.run("nla recipe target", tmp_path)
+    assert made.code == 0, made.stderr
     content = yaml.safe_load(made.stdout)
     assert (content["point"], content["dtype"], content["shape"]["n_blocks"]) == ("resid_post.2", "float32", 4)
     (tmp_path / "my.yaml").write_text(made.stdout)
-    planned = nla("train", "my.yaml", "--dry-run", "--json", folder=tmp_path)
-    assert planned.returncode == 0, planned.stderr
+    planned = shell.run("nla train my.yaml --dry-run --json", tmp_path)
+    assert planned.code == 0, planned.stderr
     plan = json.loads(planned.stdout)
     assert list(plan) == ["extract", "describe", "warmstart", "joint"]
     assert all(stage["would_run"] and stage["shape"] == "counted" for stage in plan.values())

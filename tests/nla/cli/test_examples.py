@@ -8,7 +8,6 @@ smaller, ``instead`` replaces the name of a model on the hub. What does not run 
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,8 @@ from nla.organisms import couplets, switchboard
 from tests.helpers.command_line import commands, examples, helps
 from tests.helpers.shell import Shell
 from tests.helpers.tiny import load_benchmark
-from tests.test_documents import NotRun, Run, run_shell
+from tests.test_documents import DOCUMENTS, NotRun, Run, RunsIn, run_shell, steps, without_comment
+from tests.test_documents import entry as document_entry
 
 ROOT = Path(__file__).parents[3]
 HUB = "needs the hub"
@@ -33,7 +33,7 @@ CORPUS = (
     "--set describer.describer=quote"
 )
 
-EXAMPLES: dict[str, Run | NotRun] = {
+EXAMPLES: dict[str, Run | RunsIn | NotRun] = {
     "nla demo": NotRun("a minute and more: tests/nla/organisms/test_shipped.py runs it through the installed nla"),
     "nla explain 'In spring": Run(says="trust.*spring.*The last word is"),
     "printf 'In spring Anna left a red ribbon near the rat,\\n' | nla explain -": Run(says="The next line ends with"),
@@ -50,37 +50,37 @@ EXAMPLES: dict[str, Run | NotRun] = {
     "nla eval fidelity": Run(says="(?i)newline", append="--items 6"),
     "nla eval fidelity someone": Run(says="(?i)fve", leaves="runs/report/fidelity.json", append="--activations 60"),
     "nla eval fidelity runs/mine": Run(says="(?i)fve", append="--activations 60"),
-    "nla eval fidelity runs/couplets": Run(says="(?i)warm", append="--items 6", code=1),
-    "nla eval rhymes --items 60": Run(says="(?i)causal", append="--items 6"),
-    "nla eval rhymes couplets/plain": Run(says="(?i)unused", append="--items 6"),
-    "nla eval rhymes runs/couplets": Run(
-        says="(?i)warm start", leaves="runs/report/rhymes.png", append="--items 6", code=1
+    "nla eval fidelity couplets": RunsIn("docs/results.md"),
+    "nla eval rhymes couplets --out": Run(
+        says="(?i)named.*causal", leaves="runs/report/rhymes.png", append="--items 6"
     ),
-    "nla eval gates couplets/planner": Run(says="planned and used", append="--items 60"),
+    "nla eval rhymes couplets/plain": Run(says="(?i)unused", append="--items 6"),
+    "nla eval rhymes couplets --warm-start": RunsIn("docs/results.md"),
+    "nla eval gates couplets/planner": Run(says="planned and used", append="--items 30"),
     "nla eval gates couplets/plain": Run(
-        says="decodable, unused", leaves="runs/report/gates.json", append="--items 60"
+        says="decodable, unused", leaves="runs/report/gates.json", append="--items 30"
     ),
     "nla eval two-hop --items 60": Run(says="(?i)causal", append="--items 4"),
     "nla eval two-hop runs/switchboard": Run(says="(?i)warm start", append="--items 4", code=1),
     "nla eval auditing": NotRun("six minutes; tests/nla/audit/test_switchboard_audits.py audits such chats"),
     "nla eval plants --out": Run(says="word-hat", leaves="runs/report/plants.json", append="--items 4", code=1),
-    "nla eval plants my/pair": Run(says="word-hat", append="--items 4"),
+    "nla eval plants runs/switchboard": Run(says="word-hat", append="--items 4"),
     "nla eval transfer switchboard": Run(says="(?i)fve", append="--activations 60"),
     "nla eval transfer my/pair": Run(leaves="runs/transfer/transfer.json", append="--activations 60", code=1),
     "nla eval readers": NotRun("minutes even where it is small; tests/test_documents.py runs it on Switchboard"),
     "nla eval graph": Run(says="(?i)auroc", append="--samples 1"),
     "nla audit chats.jsonl --pair switchboard --controls": Run(
-        says="24 transcripts", leaves="runs/audit/audit.html", append="--samples 1 --budget 2"
+        says="8 transcripts", leaves="runs/audit/audit.html", append="--samples 1 --budget 2"
     ),
     "nla audit chats.jsonl --pair switchboard --rubric": Run(says="no controls", append="--samples 1 --budget 2"),
     "nla audit chats.jsonl --pair switchboard --target-adapter": Run(
-        says="24 control transcripts", leaves="runs/goal/audit.json", append="--samples 1 --budget 2"
+        says="8 control transcripts", leaves="runs/goal/audit.json", append="--samples 1 --budget 2"
     ),
-    "nla trace couplets --out": Run(says="causal", leaves="runs/trace/report/trace.json", append="--items 8"),
+    "nla trace couplets --out": RunsIn("docs/graphs.md"),
     "nla trace couplets/plain": Run(append="--items 8"),
-    "nla trace couplets/planner --pairs": Run(says="resid_post", leaves="runs/mine/report/trace.json"),
+    "nla trace couplets/planner --pairs": RunsIn("docs/graphs.md"),
     "nla probe poems.csv": Run(says="AUROC"),
-    "nla probe poems.jsonl": Run(says="AUROC", leaves="runs/probe/probe.json"),
+    "nla probe poems.jsonl": RunsIn("docs/probes.md"),
     "nla train qwen2.5-7b --dry-run": NotRun(HUB + "; the plan of a recipe that `nla recipe` wrote is made here"),
     "nla train couplets": NotRun("an hour; tests/test_documents.py runs the same stages in small"),
     "accelerate launch": NotRun("needs four GPUs and the hub"),
@@ -113,6 +113,7 @@ STORE = (
     "--set kind=lines --set positions=last --set max_tokens=60 --set eval_fraction=0.3"
 )
 PREPARE = {
+    "eval graph": "nla trace couplets --out runs/trace --items 8",
     "eval fidelity": f"{STORE}; mkdir -p runs/mine; mv runs/acts runs/mine/extract",
     "export kitft": STORE,
     "export parquet": STORE,
@@ -123,7 +124,7 @@ PREPARE = {
 """What runs before the examples of a command: what they say was made elsewhere."""
 
 
-def entry(example: str) -> Run | NotRun:
+def entry(example: str) -> Run | RunsIn | NotRun:
     """What the table says of an example."""
     matching = [key for key in EXAMPLES if example.startswith(key)]
     assert matching, f"add this to the table of {Path(__file__).name}: {example}"
@@ -154,14 +155,12 @@ def workspace(tmp_path: Path) -> Path:
     (tmp_path / "poems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "poems.csv").write_text("line,season\n" + "".join(f'"{row["line"]}",{row["season"]}\n' for row in rows))
     for name, source in (("chats", "goal"), ("ordinary", "goal-sham")):
-        (tmp_path / f"{name}.jsonl").write_text((ROOT / f"docs/examples/{source}.jsonl").read_text())
+        chats = (ROOT / f"docs/examples/{source}.jsonl").read_text().splitlines(keepends=True)
+        (tmp_path / f"{name}.jsonl").write_text("".join(chats[:8]))
     chat = json.loads((tmp_path / "chats.jsonl").read_text().splitlines()[0])
     (tmp_path / "chat.txt").write_text(chat["messages"][1]["content"])
     rubric = (ROOT / "nla/audit/rubrics/evaluation-awareness.yaml").read_text()
     (tmp_path / "my_rubric.yaml").write_text(rubric.replace("name: evaluation-awareness", "name: mine"))
-    found = re.search(r"^cat > pairs.jsonl <<'EOF'\n(.*?)^EOF", (ROOT / "docs/graphs.md").read_text(), re.M | re.S)
-    assert found is not None
-    (tmp_path / "pairs.jsonl").write_text(found[1])
     (tmp_path / "jq.py").write_text(
         "import json, sys\n"
         "for one in json.load(sys.stdin)['explanations']:\n"
@@ -171,12 +170,13 @@ def workspace(tmp_path: Path) -> Path:
         (tmp_path / "runs" / name).mkdir(parents=True)
         for stage in ("joint", "warmstart", "control"):
             (tmp_path / "runs" / name / stage).symlink_to(organism)
+    (tmp_path / "runs/switchboard/plants").symlink_to(switchboard.ADAPTERS_FOLDER)
     (tmp_path / "runs/qwen2.5-7b").mkdir()
     (tmp_path / "runs/qwen2.5-7b/joint").symlink_to(couplets.PAIR.parent)
     (tmp_path / "someone").mkdir()
     (tmp_path / "someone/nla-qwen2.5-7b").symlink_to(couplets.PAIR)
     (tmp_path / "my").mkdir()
-    links = {"pair": switchboard.PAIR, "plants": switchboard.ADAPTERS_FOLDER, "target": switchboard.TARGET}
+    links = {"pair": switchboard.PAIR, "target": switchboard.TARGET}
     for name, folder in {**links, "adapter": switchboard.ADAPTERS_FOLDER / "goal"}.items():
         (tmp_path / "my" / name).symlink_to(folder)
     return tmp_path
@@ -230,6 +230,18 @@ def test_every_example_is_in_the_table_and_every_entry_is_an_example() -> None:
     assert not gone, f"the help no longer shows {gone}"
 
 
+def test_a_command_that_runs_elsewhere_is_the_very_same_there() -> None:
+    ran = {name: [text for text in found if isinstance(entry(text), Run)] for name, found in shown().items()}
+    elsewhere = [(text, entry(text)) for found in shown().values() for text in found]
+    for document in DOCUMENTS:
+        texts = [text for kind, text in steps(document) if kind == "sh" and text.startswith("nla ")]
+        found = [(without_comment(text), document_entry(document, text)) for text in texts]
+        ran[document] = [text for text, run in found if isinstance(run, Run)]
+        elsewhere += found
+    for text, run in elsewhere:
+        assert not isinstance(run, RunsIn) or text in ran[run.place], f"{run} does not run: {text}"
+
+
 def test_every_command_runs_in_an_example_or_has_a_reason() -> None:
-    without = {name for name in commands() if not any(isinstance(entry(e), Run) for e in shown()[name])}
+    without = {name for name in commands() if not any(isinstance(entry(e), Run | RunsIn) for e in shown()[name])}
     assert without == {"demo", "push", "eval auditing", "eval readers"}

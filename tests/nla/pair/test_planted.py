@@ -1,4 +1,4 @@
-"""An adapter on the target of a pair of whole models: it changes what is read, and goes without a trace."""
+"""An adapter on the target of a pair: it changes what is read, and goes without a trace."""
 
 from __future__ import annotations
 
@@ -15,15 +15,17 @@ from nla.models.points import truncated_view
 from nla.models.read import read
 from nla.pair.roles import Head, SeparateModels
 from nla.storage.tensors import load_tensors, save_tensors
-from tests.helpers.tiny import D_MODEL, TEXTS, make_config, make_model, make_tokenizer
+from tests.helpers.adapters import LORA, lora_folder
+from tests.helpers.tiny import D_MODEL, TEXTS, make_config, make_model, make_pair, make_tokenizer
 
 POINT = "resid_post.1"
-LORA = LoraConfig(r=2, target_modules=["q_proj", "down_proj"])
 
 
-@pytest.fixture
-def separate() -> NLA:
-    """Target, encoder and decoder as three models."""
+@pytest.fixture(params=["shared", "separate"])
+def pair(request: pytest.FixtureRequest) -> NLA:
+    """A pair of adapters on one base, and one of three whole models, of the same target."""
+    if request.param == "shared":
+        return make_pair()
     roles = SeparateModels(
         make_model, lambda: make_model(seed=1), lambda: truncated_view(make_model(seed=2), POINT), lambda: Head(D_MODEL)
     )
@@ -32,49 +34,49 @@ def separate() -> NLA:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    model = get_peft_model(make_model(), LORA)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(parameter, std=0.3)
-    save_adapter(tmp_path / "plant", model, "default")
-    return tmp_path / "plant"
+    """An adapter in a block below the point."""
+    return lora_folder(tmp_path / "plant")
 
 
-def test_an_adapter_changes_what_is_read_and_nothing_else(separate: NLA, folder: Path) -> None:
-    before, names = separate.read(TEXTS).vectors, [name for name, _ in separate.model.named_parameters()]
-    notes, flags = separate.explain(before[:2], seed=3).texts, [p.requires_grad for p in separate.model.parameters()]
+def test_an_adapter_changes_what_is_read_and_nothing_else(pair: NLA, folder: Path) -> None:
+    before, names = pair.read(TEXTS).vectors, [name for name, _ in pair.model.named_parameters()]
+    notes, flags = pair.explain(before[:2], seed=3).texts, [p.requires_grad for p in pair.model.parameters()]
     oracle = get_peft_model(make_model(), LORA)
     oracle.load_adapter(folder, "default")
-    expected = read(oracle.eval(), separate.tokenizer, TEXTS, POINT).vectors
-    with separate.planted(folder):
-        assert torch.allclose(separate.read(TEXTS).vectors, expected, atol=1e-6)
-        assert separate.explain(before[:2], seed=3).texts == notes
-        with pytest.raises(ArgumentError), separate.planted(folder):
+    expected = read(oracle.eval(), pair.tokenizer, TEXTS, POINT).vectors
+    with pair.planted(folder):
+        assert torch.allclose(pair.read(TEXTS).vectors, expected, atol=1e-6)
+        assert pair.explain(before[:2], seed=3).texts == notes
+        with pytest.raises(ArgumentError), pair.planted(folder):
             pass
-        assert torch.allclose(separate.read(TEXTS).vectors, expected, atol=1e-6)
+        assert torch.allclose(pair.read(TEXTS).vectors, expected, atol=1e-6)
     assert not torch.allclose(before, expected, atol=1e-2)
-    assert torch.equal(separate.read(TEXTS).vectors, before)
-    assert [name for name, _ in separate.model.named_parameters()] == names
-    assert [p.requires_grad for p in separate.model.parameters()] == flags
+    assert torch.equal(pair.read(TEXTS).vectors, before)
+    assert [name for name, _ in pair.model.named_parameters()] == names
+    assert [p.requires_grad for p in pair.model.parameters()] == flags
 
 
-def test_an_adapter_that_does_not_fit_leaves_the_target_as_it_was(separate: NLA, folder: Path) -> None:
-    before, weights = separate.read(TEXTS).vectors, folder / "adapter_model.safetensors"
+def test_an_adapter_that_does_not_fit_is_refused_and_leaves_the_target_as_it_was(pair: NLA, folder: Path) -> None:
+    before, weights = pair.read(TEXTS).vectors, folder / "adapter_model.safetensors"
     whole = load_tensors(weights)
-    for changed, error in (
-        ({name.replace("q_proj", "no_such"): tensor for name, tensor in whole.items()}, ConfigError),
-        ({name: tensor[:1].clone() for name, tensor in whole.items()}, WeightsError),
-        (dict(list(whole.items())[1:]), WeightsError),
+    with pytest.raises(ConfigError), pair.planted(folder / "none"):
+        pass
+    for changed, error, says in (
+        ({name.replace("q_proj", "no_such"): tensor for name, tensor in whole.items()}, ConfigError, "does not fit"),
+        ({name: tensor[:1].clone() for name, tensor in whole.items()}, WeightsError, ""),
+        (dict(list(whole.items())[1:]), WeightsError, ""),
+        (None, WeightsError, ""),
     ):
-        save_tensors(weights, changed)
-        with pytest.raises(error), separate.planted(folder):
+        if changed is None:
+            weights.write_bytes(b"cut")
+        else:
+            save_tensors(weights, changed)
+        with pytest.raises(error, match=says or None), pair.planted(folder):
             pass
-        assert torch.equal(separate.read(TEXTS).vectors, before)
+        assert torch.equal(pair.read(TEXTS).vectors, before)
 
 
-def test_an_adapter_on_the_hub_is_downloaded(separate: NLA, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_adapter_on_the_hub_is_downloaded(pair: NLA, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
     def fetch(source: str, revision: str | None, name: str) -> Path:
@@ -83,10 +85,10 @@ def test_an_adapter_on_the_hub_is_downloaded(separate: NLA, folder: Path, monkey
 
     monkeypatch.setattr("nla.models.lora.fetch_file", fetch)
     assert adapter_hash("someone/tune") == adapter_hash(folder)
-    with separate.planted(folder):
-        expected = separate.read(TEXTS).vectors
-    with separate.planted("someone/tune"):
-        assert torch.equal(separate.read(TEXTS).vectors, expected)
+    with pair.planted(folder):
+        expected = pair.read(TEXTS).vectors
+    with pair.planted("someone/tune"):
+        assert torch.equal(pair.read(TEXTS).vectors, expected)
     assert set(asked) == {("someone/tune", f"adapter_{name}") for name in ("config.json", "model.safetensors")}
 
 

@@ -36,11 +36,6 @@ def _no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-@pytest.fixture(params=FORMS)
-def form(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
 def secrets(server: Server, folder: Path, one: EndpointDescriber, error: BaseException | None, log: str) -> None:
     """The key is in nothing that stays, and reached the server alone."""
     kept = b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())

@@ -24,7 +24,6 @@ from nla.train.describe.texts import describe_texts
 from tests.helpers.endpoint_server import (
     CLAIMS,
     CUT_REASON,
-    FORMS,
     Act,
     Server,
     described,
@@ -33,11 +32,6 @@ from tests.helpers.endpoint_server import (
     prefixes,
     text_of,
 )
-
-
-@pytest.fixture(params=FORMS)
-def form(request: pytest.FixtureRequest) -> str:
-    return request.param
 
 
 def misbehaviours(form: str) -> dict[str, Act]:

@@ -23,7 +23,6 @@ from nla.train.describe.prompt import Question, ask_about
 from nla.train.describe.texts import Described, Summary, _Work, describe_texts
 from tests.helpers.endpoint_server import (
     CLAIMS,
-    FORMS,
     Act,
     Server,
     described,
@@ -32,11 +31,6 @@ from tests.helpers.endpoint_server import (
     prefixes,
     text_of,
 )
-
-
-@pytest.fixture(params=FORMS)
-def form(request: pytest.FixtureRequest) -> str:
-    return request.param
 
 
 def test_nothing_on_disk_is_asked_again_and_equal_texts_are_asked_once(form: str, tmp_path: Path) -> None:
