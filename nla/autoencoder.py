@@ -20,6 +20,7 @@ from nla.metrics import Baseline, cosine, unit
 from nla.models.generate import ends_of
 from nla.models.points import Point, block, device_of, unwrapped
 from nla.models.read import Activations, Intervene, Strata, read
+from nla.models.selfcheck import check_stream
 from nla.pair import folder as pair_folder
 from nla.pair import publish
 from nla.pair.decoder import Decoder, DecoderBatch
@@ -135,6 +136,7 @@ class NLA:
         if rank < 1:
             raise ArgumentError(f"rank={rank}", "1 or more", "give the adapters a positive rank")
         block(target_model, config.point)
+        check_stream(target_model)
         ends = config.end_ids or ends_of(target_model, tokenizer) or None
         config = replace(config, files={}, target_weights=hash_weights(config.target), end_ids=ends)
         roles = SharedBase.create(target_model, config, rank, alpha)

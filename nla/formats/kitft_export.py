@@ -168,7 +168,7 @@ def _merged(model: Any, adapter: str, dtype: str) -> Any:
 def _cut(model: Any, nla: NLA) -> Any:
     """The causal LM cut after the pair's point, in place."""
     stack = backbone(model)
-    setattr(stack, layout(stack.config.model_type).blocks, nn.ModuleList(list(blocks(model))[: nla.config.layer + 1]))
+    setattr(stack, layout(stack).blocks, nn.ModuleList(list(blocks(model))[: nla.config.layer + 1]))
     model.config = stack.config = cut_config(stack.config, nla.config.layer + 1)
     return model
 
@@ -185,7 +185,7 @@ def _save(model: Any, folder: Path, nla: NLA) -> None:
 
 
 def _norm_name(model: Any) -> str:
-    return layout(backbone(model).config.model_type).norm
+    return layout(backbone(model)).norm
 
 
 def _escaped(text: str) -> str:

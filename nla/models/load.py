@@ -15,9 +15,10 @@ import torch
 from torch import nn
 
 from nla.config import DTYPES, QUANTIZATIONS
-from nla.errors import ArgumentError, MissingExtraError, NonFiniteError, TargetError, WeightsError
+from nla.errors import ArchitectureError, ArgumentError, MissingExtraError, NonFiniteError, TargetError, WeightsError
 from nla.models.lora import merge_adapter
-from nla.models.points import Layout, Point, cut_config, layout
+from nla.models.points import TESTED, Layout, Point, backbone, blocks, cut_config, layout, truncated_view
+from nla.models.selfcheck import check_stream
 from nla.storage.files import read_json, write_json
 from nla.storage.hashes import INDEX_FILE, SINGLE_FILE
 from nla.storage.hub import fetch_file
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 _OF_CONFIGS = (TypeError, LookupError, AttributeError, ArithmeticError, AssertionError)
 """What transformers lets through of values in a configuration that it does not expect."""
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.")
+_TEXT_SIDE, _MOST_BLOCKS = "language_model", 256
 _RESTORE = "restore the target's folder, or download it again"
 
 
@@ -67,7 +69,7 @@ def load_target(
     Raises:
         TargetError: there is no such target, it cannot be reached, or it has no safetensors.
         AccessError: it is gated or private, and no token opens it.
-        ArchitectureError: a type of model whose blocks are not known.
+        ArchitectureError: no causal LM of transformers, or one whose residual stream is not found between its blocks.
         WeightsError: weights or tokenizer are missing, truncated or corrupt, or do not cover the model.
         NonFiniteError: a weight is NaN or infinite.
         ArgumentError, MissingExtraError: a keyword is of no known value, there is no such device, or bitsandbytes is
@@ -95,9 +97,10 @@ def load_truncated(source: str | Path, point: str | Point, **settings: Unpack[Lo
     _check_keywords(settings)
     checkpoint = _locate(str(source), settings.get("revision"))
     n_blocks = Point.parse(point).within(checkpoint.config.num_hidden_layers).layer + 1
-    model = _load(checkpoint, n_blocks, settings, on)
-    setattr(model, layout(model.config.model_type).norm, nn.Identity())
-    return model
+    _check_depth(checkpoint.files, checkpoint.config.num_hidden_layers, checkpoint)
+    if not _cuts_cleanly(checkpoint.config, n_blocks):
+        return truncated_view(_load(checkpoint, checkpoint.config.num_hidden_layers, settings, on), point)
+    return _load(checkpoint, n_blocks, settings, on)
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,10 @@ class _Checkpoint:
     """How it generates, by its whole configuration; a file of its own comes before this."""
 
     parts: Layout
-    """Where it keeps its parts."""
+    """Where its backbone keeps its parts."""
+
+    text: str
+    """What a multimodal model calls its text side; empty where there is nothing else."""
 
     files: dict[str, str]
     """The file of each tensor of the checkpoint, by name."""
@@ -143,17 +149,32 @@ def read_config(source: str, revision: str | None) -> PretrainedConfig:
 
 def _config(source: str, revision: str | None) -> tuple[Path, PretrainedConfig]:
     """Where a target's config.json lies, and the configuration, a wrapper's included."""
-    from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     path = fetch_file(source, revision, "config.json")
     if path is None:
         raise TargetError(f"{source} without config.json", "a model in the form of transformers", _RESTORE)
-    layout(str(read_json(path).get("model_type")))
+    kind = read_json(path).get("model_type")
     try:
-        return path, AutoConfig.from_pretrained(path.parent, trust_remote_code=False)
+        whole = AutoConfig.from_pretrained(path.parent, trust_remote_code=False)
+        text = whole.get_text_config()
     except Exception as error:  # what transformers makes of a value that it does not expect may raise anything
+        if isinstance(kind, str) and kind not in CONFIG_MAPPING:
+            raise _not_causal(source, kind) from error
         got = f"{source} with a config.json that does not load ({type(error).__name__}: {shown(str(error))})"
         raise WeightsError(got, "one that does", _RESTORE) from error
+    if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise _not_causal(source, str(kind))
+    return path, whole
+
+
+def _not_causal(source: str, kind: str) -> ArchitectureError:
+    return ArchitectureError(
+        f"{source}, a model of type {kind!r}",
+        "a causal LM of transformers, or a model with one inside",
+        f"use a target of another type, such as {', '.join(sorted(TESTED))}",
+    )
 
 
 def _locate(source: str, revision: str | None) -> _Checkpoint:
@@ -174,7 +195,8 @@ def _locate(source: str, revision: str | None) -> _Checkpoint:
         config=config,
         dtype=dtype if dtype in DTYPES else "float32",
         generation=GenerationConfig.from_model_config(whole),
-        parts=layout(whole.model_type),
+        parts=_layout_of(config, source),
+        text=_TEXT_SIDE if config is not whole else "",
         files=_weight_files(source, commit or revision),
     )
 
@@ -212,9 +234,9 @@ def _load(checkpoint: _Checkpoint, n_blocks: int | None, settings: LoadSettings,
     for name, value in vars(config).items():
         if name.endswith(("dropout", "pdrop")) and isinstance(value, float):
             setattr(config, name, 0.0)  # training runs through a target, and never trains it
-    needed = {name: file for name, file in checkpoint.files.items() if _needed(name, checkpoint.parts, n_blocks)}
+    needed = {name: file for name, file in checkpoint.files.items() if _needed(name, checkpoint, n_blocks)}
     _check_depth(needed, config.num_hidden_layers, checkpoint)
-    renamed = _renamed(checkpoint.parts.text) if checkpoint.parts.text else None
+    renamed = _renamed(checkpoint.text) if checkpoint.text else None
     with tempfile.TemporaryDirectory() as folder:
         for file in sorted(set(needed.values())):
             path = fetch_file(checkpoint.source, checkpoint.commit or checkpoint.revision, file)
@@ -250,6 +272,8 @@ def _load(checkpoint: _Checkpoint, n_blocks: int | None, settings: LoadSettings,
         raise WeightsError(
             f"a target in {checkpoint.source} without {missing[:3]} ({len(missing)} in all)", "all weights", _RESTORE
         )
+    if n_blocks is not None:
+        setattr(backbone(model), checkpoint.parts.norm, nn.Identity())
     return _finish(model, checkpoint, settings, on)
 
 
@@ -274,9 +298,10 @@ def _check_depth(names: Iterable[str], n_blocks: int, checkpoint: _Checkpoint) -
         )
 
 
-def _needed(name: str, parts: Layout, n_blocks: int | None) -> bool:
+def _needed(name: str, checkpoint: _Checkpoint, n_blocks: int | None) -> bool:
     """Whether a tensor of the checkpoint belongs to the text side, and to what ``n_blocks`` leave of it."""
-    if parts.text and re.match(rf"(model\.{parts.text}\.|{parts.text}\.|lm_head\.)", name) is None:
+    text, parts = checkpoint.text, checkpoint.parts
+    if text and re.match(rf"(model\.{text}\.|{text}\.|lm_head\.)", name) is None:
         return False
     if n_blocks is None:
         return True
@@ -284,6 +309,54 @@ def _needed(name: str, parts: Layout, n_blocks: int | None) -> bool:
     if number is not None:
         return int(number[1]) < n_blocks
     return _HEAD.search(name) is None and re.search(rf"(^|\.){parts.norm}\.(weight|bias)$", name) is None
+
+
+def _skeleton(config: PretrainedConfig) -> PreTrainedModel:
+    """A backbone without weights."""
+    from transformers import AutoModel
+
+    with torch.device("meta"):
+        return AutoModel.from_config(config)
+
+
+def _layout_of(config: PretrainedConfig, source: str) -> Layout:
+    """Where a backbone of this configuration keeps its parts.
+
+    Raises:
+        ArchitectureError: it is no stack of blocks with a norm after it.
+        WeightsError: no model can be made of the configuration.
+    """
+    for n_blocks in (1, min(config.num_hidden_layers, _MOST_BLOCKS)):
+        try:
+            return layout(backbone(_skeleton(cut_config(config, n_blocks))))
+        except (ValueError, RuntimeError, *_OF_CONFIGS) as error:  # some types need blocks of each kind
+            problem = f"{type(error).__name__}: {shown(str(error))}"
+    got = f"{source} with a config.json of which no model can be made ({problem})"
+    raise WeightsError(got, "one of a whole model", _RESTORE)
+
+
+def _cuts_cleanly(config: PretrainedConfig, n_blocks: int) -> bool:
+    """Whether a model that is made with fewer blocks has the same ones: in some, blocks share keys and values with
+    others by how many there are, or parts beside them are as wide as there are blocks."""
+    if config.model_type in TESTED or n_blocks == config.num_hidden_layers:
+        return True
+    try:
+        whole, cut = _skeleton(config), _skeleton(cut_config(config, n_blocks))
+    except (ValueError, RuntimeError, *_OF_CONFIGS):
+        return False
+    name = layout(backbone(whole)).blocks
+    rest = [{n: p.shape for n, p in m.named_parameters() if f"{name}." not in n} for m in (whole, cut)]
+    pairs = zip(list(blocks(whole))[:n_blocks], blocks(cut), strict=True)
+    return rest[0] == rest[1] and all(_made_of(one) == _made_of(other) for one, other in pairs)
+
+
+def _made_of(block: nn.Module) -> list[Any]:
+    """What a block was made with: the shapes of its parameters, and the plain values that its parts keep."""
+    kept = (bool, int, float, str, tuple, type(None))
+    values = [
+        {key: value for key, value in vars(module).items() if isinstance(value, kept)} for module in block.modules()
+    ]
+    return [{name: parameter.shape for name, parameter in block.named_parameters()}, *values]
 
 
 def _renamed(text: str) -> dict[str, str]:
@@ -374,6 +447,7 @@ def _finish(
             raise NonFiniteError(
                 f"NaN or infinity in {name} of the target in {checkpoint.source}", "finite weights", _RESTORE
             )
+    check_stream(model)
     adapter = settings.get("adapter")
     if adapter is not None:
         merge_adapter(model, adapter)

@@ -256,7 +256,7 @@ def fitted(folder: Path, model: nn.Module) -> tuple[LoraConfig, dict[str, Tensor
     config: Any = read_adapter_config(folder)
     base = unwrapped(model)
     stack, n_blocks = backbone(base), len(blocks(base))
-    layer_path = re.compile(rf"^(?!.*vision).*?\b({layout(stack.config.model_type).blocks}\.(\d+)\..+)$")
+    layer_path = re.compile(rf"^(?!.*vision).*?\b({layout(stack).blocks}\.(\d+)\..+)$")
     known = {match[1]: name for name, _ in base.named_modules() if (match := layer_path.match(name))}
     layers: dict[str, str] = {}
     renamed: dict[str, str] = {}

@@ -1,7 +1,7 @@
-"""Points: "resid_post.3" names the residual stream after block 3. The only file that knows architectures.
+"""Points: "resid_post.3" names the residual stream after block 3; and where a model keeps its blocks.
 
-To add one: a line in ``ARCHITECTURES`` and one in ``MODELS`` of tests/helpers/tiny.py. Then ``pytest tests -k TYPE``
-holds reading, loading, injection, sampling and training on it against transformers itself.
+Any causal LM of transformers that is a stack of blocks will do: what is not in ``TESTED`` is held against transformers
+when it is loaded (:mod:`nla.models.selfcheck`).
 """
 
 from __future__ import annotations
@@ -22,39 +22,31 @@ if TYPE_CHECKING:
 
 
 class Layout(NamedTuple):
-    """Where an architecture keeps its parts."""
+    """Where a backbone keeps its parts: names of its attributes."""
 
-    blocks: str = "layers"
-    """The list of blocks, an attribute of the backbone."""
+    blocks: str
+    """The list of blocks."""
 
-    norm: str = "norm"
-    """The final norm, an attribute of the backbone."""
-
-    text: str = ""
-    """In a multimodal wrapper, the text backbone: an attribute of the wrapper's own backbone."""
+    norm: str
+    """The final norm."""
 
 
-ARCHITECTURES = {
-    "gemma2": Layout(),
-    "gemma3": Layout(text="language_model"),
-    "gemma3_text": Layout(),
-    "gpt2": Layout(blocks="h", norm="ln_f"),
-    "gpt_neox": Layout(norm="final_layer_norm"),
-    "gpt_oss": Layout(),
-    "llama": Layout(),
-    "mistral": Layout(),
-    "mixtral": Layout(),
-    "olmo": Layout(),
-    "olmo2": Layout(),
-    "olmo3": Layout(),
-    "phi3": Layout(),
-    "qwen2": Layout(),
-    "qwen3": Layout(),
-    "qwen3_moe": Layout(),
+_FAMILIES = {
+    "gemma": ("gemma2", "gemma3", "gemma3_text"),
+    "gpt": ("gpt2", "gpt_neox", "gpt_oss"),
+    "llama": ("llama", "mistral", "mixtral", "phi3"),
+    "olmo": ("olmo", "olmo2", "olmo3"),
+    "qwen": ("qwen2", "qwen3", "qwen3_moe"),
 }
-"""By ``model_type`` of transformers; Qwen2.5 is "qwen2", Llama 3 is "llama"."""
+TESTED = frozenset(name for family in _FAMILIES.values() for name in family)
+"""Types of models (``model_type`` of transformers) that all tests of reading, loading, injection, sampling and training
+run on; Qwen2.5 is "qwen2", Llama 3 is "llama". Others are checked at load."""
 
 KINDS = ("resid_post",)
+
+_ANOTHER = f"use another target, of type {', '.join(sorted(TESTED))} for example"
+
+NO_LIMIT = 1_000_000
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
 
@@ -108,21 +100,28 @@ class Point(NamedTuple):
         return f"{self.kind}.{self.layer}"
 
 
-def layout(model_type: str) -> Layout:
-    """Where a type of model keeps its parts.
+def layout(stack: nn.Module) -> Layout:
+    """Where a backbone keeps its blocks and its final norm: its list of layers, and the norm that follows it.
 
     Raises:
-        ArchitectureError: a type whose blocks are not known.
+        ArchitectureError: it has no such list or norm.
     """
-    if model_type not in ARCHITECTURES:
-        raise ArchitectureError(
-            f"a model of type {model_type!r}",
-            f"a causal LM of type {', '.join(ARCHITECTURES)}",
-            "use a target of one of these types; or, if it is a stack of blocks that each return the residual stream, "
-            "add it to ARCHITECTURES in nla/models/points.py and to MODELS in tests/helpers/tiny.py, and run "
-            f"`pytest tests -k {model_type}`: if that passes, the type works",
-        )
-    return ARCHITECTURES[model_type]
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    children = dict(stack.named_children())
+    lists = [
+        name
+        for name, child in children.items()
+        if isinstance(child, nn.ModuleList) and all(isinstance(part, GradientCheckpointingLayer) for part in child)
+    ]
+    # A truncated view has the identity for a norm.
+    norms = [name for name, child in children.items() if "Norm" in type(child).__name__ or type(child) is nn.Identity]
+    if len(lists) != 1 or not norms:
+        kind = getattr(getattr(stack, "config", None), "model_type", type(stack).__name__)
+        got = f"a model of type {kind!r} with {len(lists)} lists of blocks and {len(norms)} norms"
+        raise ArchitectureError(got, "a stack of blocks and a final norm after it", _ANOTHER)
+    after = [name for name in norms if list(children).index(name) > list(children).index(lists[0])]
+    return Layout(lists[0], after[0] if after else norms[-1])
 
 
 def unwrapped(model: nn.Module) -> PreTrainedModel:
@@ -137,26 +136,25 @@ def backbone(model: nn.Module) -> PreTrainedModel:
     Of a multimodal wrapper, the text side.
 
     Raises:
-        ArchitectureError: an architecture whose blocks are not known.
+        ArchitectureError: no model of transformers.
     """
     base: Any = unwrapped(model)
-    parts = layout(getattr(getattr(base, "config", None), "model_type", type(base).__name__))
-    stack = base.base_model  # of transformers: the model without its head; a model that has none is its own
-    return getattr(stack, parts.text) if parts.text else stack
-
-
-def _layout(stack: Any) -> Layout:
-    return layout(stack.config.model_type)
+    if not hasattr(base, "get_decoder"):
+        raise ArchitectureError(f"a {type(base).__name__}", "a causal LM of transformers", _ANOTHER)
+    stack = base.get_decoder()
+    if not hasattr(stack, "config"):  # ModernBERT calls its head so
+        stack = base.base_model
+    return getattr(stack, "model", stack)  # Llama 4's base model is not found by its name
 
 
 def blocks(model: nn.Module) -> nn.ModuleList:
     """The blocks of a model, first to last; block K's output is the point ``resid_post.K``.
 
     Raises:
-        ArchitectureError: an architecture whose blocks are not known.
+        ArchitectureError: no stack of blocks.
     """
     stack = backbone(model)
-    return getattr(stack, _layout(stack).blocks)
+    return getattr(stack, layout(stack).blocks)
 
 
 def block(model: nn.Module, point: str | Point) -> nn.Module:
@@ -164,7 +162,7 @@ def block(model: nn.Module, point: str | Point) -> nn.Module:
 
     Raises:
         PointError: the model has no such block.
-        ArchitectureError: an architecture whose blocks are not known.
+        ArchitectureError: no stack of blocks.
     """
     layers = blocks(model)
     return layers[Point.parse(point).within(len(layers)).layer]
@@ -173,7 +171,7 @@ def block(model: nn.Module, point: str | Point) -> nn.Module:
 def final_norm(model: nn.Module) -> nn.Module:
     """The norm between the last block and the head."""
     stack = backbone(model)
-    return getattr(stack, _layout(stack).norm)
+    return getattr(stack, layout(stack).norm)
 
 
 def embeddings(model: nn.Module) -> nn.Module:
@@ -194,25 +192,39 @@ def d_model(model: nn.Module) -> int:
 
 
 def context_length(model: nn.Module) -> int:
-    """Longest input in tokens."""
-    return backbone(model).config.max_position_embeddings
+    """Longest input in tokens; where positions have no limit, as of a recurrent model, a million."""
+    longest: Any = getattr(backbone(model).config, "max_position_embeddings", None)
+    return longest or NO_LIMIT
 
 
 def linear_names(model: nn.Module) -> list[str]:
     """The linear layers of the blocks (attention and MLP) of a model without adapters, for LoRA's ``target_modules``.
 
-    Experts that transformers keeps fused in one parameter are no layers: of them LoRA reaches the attention alone. In a
+    Experts that transformers keeps fused in one parameter are no layers: LoRA reaches the attention beside them. In a
     multimodal wrapper the vision side has layers of the same names, so there the names are whole paths.
     """
     from transformers.pytorch_utils import Conv1D
 
     layers, stack = blocks(model), backbone(model)
-    names = {name for name, module in layers[0].named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    names = {
+        f"{number}.{name}"
+        for number, layer in enumerate(layers)
+        for name, module in layer.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and _adaptable(layer, name)
+    }
     whole: Any = model
     if whole.base_model is stack:
         return sorted({name.rsplit(".", 1)[-1] for name in names})
     where = next(name for name, module in model.named_modules() if module is layers)
-    return sorted(f"{where}.{number}.{name}" for number in range(len(layers)) for name in names)
+    return sorted(f"{where}.{name}" for name in names)
+
+
+def _adaptable(layer: nn.Module, name: str) -> bool:
+    """Whether LoRA can stand in for a linear layer: not for a router that returns more than its product, nor for the
+    output of a state-space mixer, whose kernel takes the weight itself."""
+    parent, _, leaf = name.rpartition(".")
+    router = type(layer.get_submodule(name)).__module__.startswith("transformers.models.")
+    return not router and not (leaf == "out_proj" and "Mixer" in type(layer.get_submodule(parent)).__name__)
 
 
 def cut_config(config: PretrainedConfig, n_blocks: int) -> PretrainedConfig:
@@ -233,14 +245,13 @@ def truncated_view(model: nn.Module, point: str | Point) -> PreTrainedModel:
 
     Raises:
         PointError: the model has no such block.
-        ArchitectureError: an architecture whose blocks are not known.
+        ArchitectureError: no stack of blocks.
     """
     full, layers = backbone(model), blocks(model)
-    n_blocks, parts = Point.parse(point).within(len(layers)).layer + 1, _layout(full)
+    n_blocks, parts = Point.parse(point).within(len(layers)).layer + 1, layout(full)
     view = _shallow(full)
     setattr(view, parts.blocks, nn.ModuleList(list(layers)[:n_blocks]))
     setattr(view, parts.norm, nn.Identity())
-    view.config = cut_config(full.config, n_blocks)
     return view
 
 
@@ -262,7 +273,7 @@ def logits_after(model: nn.Module, streams: Float[Tensor, "n d"]) -> Float[Tenso
     to its logits (Gemma 2 caps them, Granite and Cohere scale them) are its own code.
 
     Raises:
-        ArchitectureError: an architecture whose blocks are not known.
+        ArchitectureError: no stack of blocks.
     """
     base: Any = unwrapped(model)
     stack = backbone(base)
@@ -272,7 +283,7 @@ def logits_after(model: nn.Module, streams: Float[Tensor, "n d"]) -> Float[Tenso
         child = _shallow(getattr(view, part))
         setattr(view, part, child)
         view = child
-    parts = _layout(stack)
+    parts = layout(stack)
     setattr(view, parts.blocks, nn.ModuleList())
     setattr(view, parts.norm, _Entering(final_norm(base), streams))
     ids = torch.zeros(len(streams), 1, dtype=torch.int64, device=base.get_input_embeddings().weight.device)

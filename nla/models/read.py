@@ -19,7 +19,8 @@ from nla.baselines import UNKNOWN_STRATUM
 from nla.errors import PositionError, ShapeError, WeightsError
 from nla.metrics import check_finite
 from nla.models.hooks import Intervene, inference, record
-from nla.models.points import Point, context_length, d_model, device_of, truncated_view
+from nla.models.points import Point, context_length, d_model, device_of, truncated_view, unwrapped
+from nla.models.selfcheck import check_stream
 from nla.storage.tensors import load_tensors, save_tensors
 from nla.text.tokens import Encoded, Positions, Span, encode_batch, length_batches, select_positions
 
@@ -163,6 +164,7 @@ def read(
         NonFiniteError: the target gave NaN or infinity.
     """
     texts = list(texts) if isinstance(texts, Iterable) and not isinstance(texts, str) else [texts]
+    check_stream(unwrapped(model))
     view = truncated_view(model, point)
     encoded = encode_batch(tokenizer, texts, context_length(model))
     columns = [select_positions(entry.spans, positions, number) for number, entry in enumerate(encoded)]

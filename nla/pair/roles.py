@@ -164,7 +164,7 @@ class SharedBase:
         """
         self.view = truncated_view(self.model, config.point)
         if config.decoder.final_norm:
-            setattr(self.view, layout(self.view.config.model_type).norm, final_norm(self.model))
+            setattr(self.view, layout(self.view).norm, final_norm(self.model))
 
     @classmethod
     def create(cls, target: PreTrainedModel, config: NLAConfig, rank: int, alpha: float | None) -> SharedBase:

@@ -13,7 +13,6 @@ from nla.eval.readers import lenses, patchscopes
 from nla.eval.readers.patchscopes import Prompt
 from nla.eval.target import Target
 from nla.metrics import rescale
-from nla.models import points
 from nla.models.lora import save_adapter
 from nla.models.points import Point
 from nla.models.read import read, vectors_at
@@ -48,7 +47,6 @@ def test_the_lens_at_the_last_block_gives_the_models_own_logits(architecture: st
 
 @pytest.mark.parametrize(("name", "scale"), [("Granite", {"logits_scaling": 0.25}), ("Cohere", {"logit_scale": 3.0})])
 def test_an_architecture_that_scales_its_logits_needs_nothing_but_its_layout(name, scale, monkeypatch) -> None:
-    monkeypatch.setitem(points.ARCHITECTURES, name.lower(), points.Layout())
     monkeypatch.setitem(tiny.MODELS, name.lower(), (name, "model.norm", scale))
     check_lens(make_model(name.lower()))
 
