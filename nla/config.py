@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import field
@@ -322,7 +323,7 @@ class NLAConfig:
 def resolve(source: str, folder: str | Path) -> str:
     """What a source in the config of the pair in ``folder`` means: an existing folder's path, or else the hub id."""
     local = Path(folder) / source
-    return str(local.resolve()) if local.is_dir() else source
+    return str(local.resolve()) if os.path.isdir(local) else source
 
 
 def _content_checksum(content: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,7 @@ def target_print(target: str, revision: str | None = None) -> str:
         RecipeError: a revision of a folder.
     """
     folder = Path(target)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # an odd name is none, and no error
         return f"{target}@{revision}"
     if revision is not None:
         raise RecipeError(f"revision {revision!r} of the folder {target}", "a revision of a hub id", "remove it")

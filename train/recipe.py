@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -14,6 +15,7 @@ from nla.errors import ParseError, RecipeError
 from nla.models.points import Point
 from nla.organisms import ground_truth
 from nla.storage.files import read_yaml
+from nla.storage.schema import shown
 from nla.train.data.corpus import CorpusSettings
 from nla.train.data.world import DescribeSettings, ExtractSettings
 from nla.train.describe.describer import DescriberSettings
@@ -192,10 +194,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: no such recipe, not YAML, or unknown, missing or invalid keys.
     """
-    file = Path(path) if Path(path).is_file() else SHIPPED / f"{path}.yaml"
-    if not file.is_file():
+    file = Path(path) if os.path.isfile(path) else SHIPPED / f"{path}.yaml"
+    if not os.path.isfile(file):
         shipped = ", ".join(sorted(p.stem for p in SHIPPED.glob("*.yaml")))
-        got, expected = f"no recipe {str(path)!r}", f"a YAML file, or one of the shipped: {shipped}"
+        got, expected = f"no recipe {shown(str(path))}", f"a YAML file, or one of the shipped: {shipped}"
         raise RecipeError(got, expected, "name one of them")
     try:
         content = read_yaml(file)

@@ -58,7 +58,7 @@ def one_of(*known: str) -> AfterValidator:
 Number = Annotated[float, BeforeValidator(_number)]
 Positive = Annotated[Number, Field(gt=0)]
 NotNegative = Annotated[Number, Field(ge=0)]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=10**12)]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 2)]
 """One that each of the random generators takes."""
 Text = Annotated[str, Field(min_length=1)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -181,9 +182,9 @@ def _locate(source: str, revision: str | None) -> _Checkpoint:
     from transformers import GenerationConfig
 
     folder = Path(source).expanduser()
-    source = str(folder) if folder.is_dir() else source
+    source = str(folder) if os.path.isdir(folder) else source
     path, whole = _config(source, revision)
-    commit = None if folder.is_dir() else path.parent.name
+    commit = None if os.path.isdir(folder) else path.parent.name
     config = whole.get_text_config()
     if getattr(whole, "quantization_config", None) is not None:
         config.quantization_config = whole.quantization_config

@@ -144,7 +144,7 @@ def find_folder(name_or_path: str | Path, revision: str | None = None) -> tuple[
         HubError: the hub lacks it, does not open it, or cannot be reached.
     """
     name = pair_folder(name_or_path)
-    if Path(name).expanduser().is_dir():
+    if os.path.isdir(Path(name).expanduser()):
         return Path(name).expanduser(), False
     if not is_hub_id(name):
         raise ConfigError(

@@ -22,11 +22,12 @@ from nla.errors import ConfigError, ParseError, StorageError, visible
 
 MAX_JSON_BYTES, MAX_JSON_VALUES, MAX_JSON_DEPTH, MAX_DIGITS = 64 * 2**20, 2_000_000, 100, 300
 """Of a JSON file that is read whole. A number of more digits is no float either."""
-MAX_YAML_BYTES, MAX_YAML_NODES = 2**20, 100_000
-"""Of a YAML text; nodes are its values, aliases written out: above it, a few lines could fill the memory."""
+MAX_YAML_BYTES, MAX_YAML_NODES = 200_000, 100_000
+"""Of a YAML text, above which reading takes seconds; and its values, aliases written out, above which a few lines could
+fill the memory."""
 _OF_TAGS = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError)
 """What PyYAML lets through of tags such as ``!!bool x`` and ``!!int ""``."""
-_TEXT, _MERGE, _DATE = (f"tag:yaml.org,2002:{name}" for name in ("str", "merge", "timestamp"))
+_TEXT, _MERGE, _INT, _FLOAT = (f"tag:yaml.org,2002:{name}" for name in ("str", "merge", "int", "float"))
 _PLAIN = {_TEXT, _MERGE, *(f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "seq", "map"))}
 
 
@@ -238,10 +239,33 @@ def read_yaml(path: str | Path) -> Any:
     return parse_yaml(text, str(path))
 
 
+class _PlainLoader(yaml.SafeLoader):
+    """YAML 1.1 but for its odd numbers and dates."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 (as in the class above)
+        first: [rule for rule in rules if rule[0].rpartition(":")[2] not in ("int", "float", "timestamp")]
+        for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_PlainLoader.add_implicit_resolver(
+    _INT, re.compile(r"[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F_]+|0b[01_]+)\Z"), list("-+0123456789")
+)
+_PlainLoader.add_implicit_resolver(
+    _FLOAT,
+    re.compile(
+        r"(?:[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+"
+        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))\Z"
+    ),
+    list("-+0123456789."),
+)
+
+
 def parse_yaml(text: str, source: str) -> Any:
     """The plain values of a YAML text, those that JSON has: keys that are texts, no objects, no endless aliases.
 
-    A date that stands without quotes is a text.
+    What YAML 1.1 takes for a date, a number to base 60 (1:30) or one to base 8 (010) is a text here, and 1e-4 is a
+    number.
 
     Raises:
         ParseError: it is anything else; the message names ``source`` and the line.
@@ -250,7 +274,7 @@ def parse_yaml(text: str, source: str) -> Any:
     try:
         if len(text) > MAX_YAML_BYTES or sum(map(text.count, "\n,[{")) > MAX_YAML_NODES:
             raise ValueError(f"more than {MAX_YAML_BYTES:,} characters or {MAX_YAML_NODES:,} values")
-        loader = yaml.SafeLoader(text)
+        loader = _PlainLoader(text)
         node = loader.get_single_node()
         if node is None:
             return None
@@ -274,13 +298,16 @@ def _check_nodes(node: yaml.Node, sizes: dict[int, int]) -> int:
             raise yaml.MarkedYAMLError(problem="an alias inside of what it stands for", problem_mark=node.start_mark)
         return sizes[id(node)]
     sizes[id(node)], size = 0, 1
-    node.tag = _TEXT if node.tag == _DATE else node.tag
     if node.tag not in _PLAIN:
         raise yaml.MarkedYAMLError(problem=f"the tag {node.tag!r}", problem_mark=node.start_mark)
     if isinstance(node, yaml.MappingNode):
+        keys = set()
         for key, value in node.value:
             if key.tag not in (_TEXT, _MERGE):
                 raise yaml.MarkedYAMLError(problem="a key that is no text", problem_mark=key.start_mark)
+            if key.value in keys:
+                raise yaml.MarkedYAMLError(problem=f"the key {key.value[:40]!r} twice", problem_mark=key.start_mark)
+            keys.add(key.value)
             size += 1 + _check_nodes(value, sizes)
     elif isinstance(node, yaml.SequenceNode):
         size += sum(_check_nodes(value, sizes) for value in node.value)

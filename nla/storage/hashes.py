@@ -60,7 +60,7 @@ def hash_weights(source: str | Path) -> str | None:
         ConfigError: the index is not JSON.
     """
     folder = Path(source)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         return None
     if (folder / INDEX_FILE).is_file():
         weights = read_json(folder / INDEX_FILE).get("weight_map")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -63,7 +64,7 @@ def fetch_file(source: str, revision: str | None, name: str, optional: bool = Fa
     Raises:
         TargetError, AccessError: there is no such source, or it cannot be reached.
     """
-    if Path(source).is_dir():
+    if os.path.isdir(source):
         path = Path(source) / name
         return path if path.is_file() else None
     if not is_hub_id(source) and re.fullmatch(_NAME, source) is None:
@@ -102,7 +103,7 @@ def fetch_file(source: str, revision: str | None, name: str, optional: bool = Fa
 def place_of(source: str | Path) -> str:
     """A folder's absolute path; a hub id as it is."""
     folder = Path(source).expanduser()
-    return str(folder.resolve()) if folder.is_dir() else str(source)
+    return str(folder.resolve()) if os.path.isdir(folder) else str(source)
 
 
 def access_error(name: str, error: Exception) -> AccessError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -78,7 +79,7 @@ def load_tokenizer(
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
     folder = Path(source).expanduser()
-    source = str(folder) if folder.is_dir() else str(source)
+    source = str(folder) if os.path.isdir(folder) else str(source)
     has_words = any(all(fetch_file(source, revision, name, optional=True) for name in names) for names in _VOCABULARIES)
     if not has_words and not trust_remote_code:
         raise WeightsError(

@@ -6,6 +6,7 @@ import glob
 import hashlib
 import json
 import logging
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
@@ -15,6 +16,7 @@ from typing import Annotated, Any, NamedTuple, NoReturn
 from pydantic import Field
 
 from nla.errors import CorpusError, TranscriptError, visible
+from nla.storage.schema import shown
 from nla.train.schema import Count, Number, one_of, refuse, section
 from nla.transcripts.entries import parse_messages
 from nla.transcripts.files import read_file
@@ -155,7 +157,7 @@ def local_files(settings: CorpusSettings) -> list[Path] | None:
         CorpusError: there are none.
     """
     source, path = settings.source, Path(settings.source).expanduser()
-    is_local = path.exists() or glob.has_magic(source) or path.suffix.lower() in SUFFIXES or source[:1] in "./~"
+    is_local = os.path.exists(path) or glob.has_magic(source) or path.suffix.lower() in SUFFIXES or source[:1] in "./~"
     return _files(path) if is_local else None
 
 
@@ -173,14 +175,14 @@ def describe_files(files: list[Path]) -> list[list[Any]]:
 
 
 def _files(path: Path) -> list[Path]:
-    if path.is_file():
+    if os.path.isfile(path):
         return [path]
-    candidates = path.iterdir() if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))
+    candidates = path.iterdir() if os.path.isdir(path) else map(Path, glob.glob(str(path), recursive=True))
     files = sorted(file for file in candidates if file.is_file() and file.suffix.lower() in SUFFIXES)
     if not files:
-        what = "no such file or folder" if not path.is_dir() else "a folder without such files"
+        what = "no such file or folder" if not os.path.isdir(path) else "a folder without such files"
         raise CorpusError(
-            f"the corpus {str(path)!r}: {what}",
+            f"the corpus {shown(str(path))}: {what}",
             f"a `datasets` name, or files that end in {', '.join(SUFFIXES)}",
             "correct the source; ** in a glob reaches into folders",
         )

@@ -7,6 +7,7 @@ follows from the size of a chunk, not of the corpus.
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -75,7 +76,7 @@ class ExtractionSettings:
     def source(self) -> str:
         """The target's folder, or else its hub id."""
         folder = Path(self.target).expanduser()
-        return str(folder) if folder.is_dir() else self.target
+        return str(folder) if os.path.isdir(folder) else self.target
 
 
 def extract_corpus(settings: ExtractionSettings, out_dir: str | Path, progress: bool = False) -> Manifest | None:

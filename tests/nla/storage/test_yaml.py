@@ -37,6 +37,8 @@ def test_plain_values_come_as_they_are_written_and_aliases_as_what_they_stand_fo
         ("? [a]\n: b", "key that is no text"),
         ("a: !!binary aGk=", "binary"),
         ("a: !!set {x}", "set"),
+        ("a: 1\na: 2", "line 2.*'a' twice"),
+        ("a: " + "x" * 300_000, "more than 200,000 characters"),
         ("!!python/object/apply:os.system ['x']", "python/object"),
         ("a\0: b", "not YAML"),
         ("a: *x", "undefined alias"),
@@ -62,7 +64,9 @@ def test_a_file_that_cannot_be_read_is_a_typed_error(tmp_path: Path) -> None:
             read_yaml(tmp_path / name)
 
 
-@pytest.mark.parametrize("value", ['!!int ""', '!!float "_"', '!!float ""', ":".join(["1"] * 200) + ".5", "!!bool x"])
+@pytest.mark.parametrize(
+    "value", ['!!int ""', '!!float "_"', '!!float ""', f"!!float {':'.join(['1'] * 200)}.5", "!!bool x", "!!timestamp x"]
+)
 def test_a_tag_whose_value_does_not_fit_is_refused(value: str) -> None:
     with pytest.raises(ParseError, match="not YAML"):
         parse_yaml(f"a: {value}", "a recipe")
