@@ -24,6 +24,7 @@ from nla.errors import (
 )
 from nla.storage.hub import fetch_file
 from nla.text.patterns import compile_pattern
+from nla.text.templates import render_template
 
 
 class Span(NamedTuple):
@@ -52,7 +53,8 @@ PROMPT_DATE = "26 Jul 2024"
 """The day of every prompt and transcript, where a chat template asks for today's. See :func:`undated`."""
 
 _DAY = datetime.datetime(2024, 7, 26)
-_DATE_FORMAT = re.compile(r"""(['"])([^'"{}\\\n]*%-?[A-Za-z][^'"{}\\\n]*)\1""")
+_QUOTED = re.compile(r"""(['"])([^'"{}\\\n]*)\1""")
+_DATE_PART = re.compile("%-?[A-Za-z]")
 """A string in a template that may be a format of dates; what is none does no harm."""
 
 _VOCABULARIES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
@@ -280,9 +282,9 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, content: str) -> list[int]
     template = undated(tokenizer)
     messages = [{"role": "user", "content": content}]
     try:
-        text: Any = tokenizer.apply_chat_template(
-            messages, chat_template=template, tokenize=False, add_generation_prompt=True
-        )
+        text = render_template(tokenizer, template, messages, add_generation_prompt=True)
+    except TemplateError:
+        raise
     except Exception as error:  # a template is a program: it may raise anything
         raise TemplateError(
             f"a chat template that refuses a single user message ({str(error)[:200]})",
@@ -320,7 +322,7 @@ def undated(tokenizer: PreTrainedTokenizerBase) -> str:
         ) from error
     if "strftime_now" not in template:
         return template
-    formats = dict.fromkeys(match[1] for match in _DATE_FORMAT.findall(template))
+    formats = dict.fromkeys(quoted for _, quoted in _QUOTED.findall(template) if _DATE_PART.search(quoted))
     cases = "".join(
         f"{{%- if format == '{name}' -%}}{{{{ '{_DAY.strftime(name)}' }}}}{{%- else -%}}" for name in formats
     )

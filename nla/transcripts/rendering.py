@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from nla.errors import ArgumentError, ConfigError, TemplateError, VocabularyError
+from nla.text.templates import render_template
 from nla.text.tokens import Span, undated, unknown_id
 from nla.transcripts.marks import CALLS, CONTENT, CONTROL, REASONING, TOOLS, Marked, Placed
 from nla.transcripts.marks import Span as Placement
@@ -190,17 +191,15 @@ def _apply(tokenizer: PreTrainedTokenizerBase, transcript: Transcript) -> str:
     try:
         entries = [message.for_template() for message in transcript.messages]
         tools: Any = [dict(tool) for tool in transcript.tools] or None
-        text = tokenizer.apply_chat_template(
-            entries, tools=tools, chat_template=template, tokenize=False, add_generation_prompt=False
-        )
+        return render_template(tokenizer, template, entries, tools=tools, add_generation_prompt=False)
+    except TemplateError:
+        raise
     except Exception as error:  # a template is a program: it may raise anything
         raise TemplateError(
             f"{transcript.source or transcript.id}: the chat template refuses it ({str(error)[:200]})",
             "roles, and an order of them, that the target's template knows",
             _remedy(transcript.messages),
         ) from error
-    assert isinstance(text, str)  # tokenize=False
-    return text
 
 
 def _remedy(messages: Sequence[Message]) -> str:

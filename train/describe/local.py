@@ -18,6 +18,7 @@ from nla.models.points import context_length, device_of
 from nla.storage.hashes import digest
 from nla.storage.tensors import hash_tensors
 from nla.text.fingerprint import tokenizer_hash
+from nla.text.templates import render_template
 from nla.text.tokens import undated
 from nla.train.describe.describer import DescriberSettings, Reply
 from nla.train.describe.prompt import CUT, Question
@@ -109,12 +110,9 @@ class LocalDescriber:
 
     def _render(self) -> tuple[str, str]:
         """What the chat template writes before and after a message."""
-        chat = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": _CONTENT}],
-            chat_template=undated(self.tokenizer),
-            tokenize=False,
-            add_generation_prompt=True,
-            enable_thinking=False,
+        messages = [{"role": "user", "content": _CONTENT}]
+        chat = render_template(
+            self.tokenizer, undated(self.tokenizer), messages, add_generation_prompt=True, enable_thinking=False
         )
         before, content, after = chat.partition(_CONTENT)
         if not content:

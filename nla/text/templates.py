@@ -1,0 +1,129 @@
+"""A chat template and messages in, a text out: the template is a program from a file, and runs under limits.
+
+Each template is tried in a process of its own first, which the system ends when it takes too much time or memory. After
+that it runs here, and is stopped when it takes too long.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from nla.errors import TemplateError
+
+MAX_CHARACTERS = 100_000
+"""Of a template."""
+MAX_ADDED = 1_000_000
+"""Characters that a template may write beside four times those of the messages and tools."""
+SECONDS, MEGABYTES = 1, 300
+"""Of a template's first run, on the processor, and beyond what this process has."""
+PATIENCE_S = 20.0
+"""Of any run, on a clock."""
+_tried: dict[str, str] = {}
+"""Of each template, what its first run took too much of; empty for nothing."""
+
+
+def render_template(
+    tokenizer: PreTrainedTokenizerBase, template: str, messages: Sequence[dict[str, Any]], **options: Any
+) -> str:
+    """What a template makes of messages.
+
+    Args:
+        options: of transformers' ``apply_chat_template``.
+
+    Raises:
+        TemplateError: it takes more time, memory or characters than any template needs.
+        Exception: whatever the template raises.
+    """
+
+    def render() -> str:
+        text = tokenizer.apply_chat_template(list(messages), chat_template=template, tokenize=False, **options)
+        assert isinstance(text, str)  # tokenize=False
+        return text
+
+    if len(template) > MAX_CHARACTERS:
+        raise _too_much(f"of {len(template)} characters")
+    if template not in _tried:
+        _tried[template] = _tried_apart(render)
+    if _tried[template]:
+        raise _too_much(_tried[template])
+    with _deadline():
+        text = render()
+    given = len(json.dumps([list(messages), options.get("tools")], ensure_ascii=False, default=str))
+    if len(text) > 4 * given + MAX_ADDED:
+        raise _too_much(f"that writes {len(text)} characters for messages of {given}")
+    return text
+
+
+def _too_much(what: str) -> TemplateError:
+    return TemplateError(
+        f"a chat template {what}",
+        f"one of at most {MAX_CHARACTERS} characters, which runs in {SECONDS} s and {MEGABYTES} MB",
+        "use the tokenizer as its makers published it, or another target",
+    )
+
+
+def _tried_apart(render: Callable[[], str]) -> str:
+    """What a run in a copy of this process takes too much of; empty for nothing, whether or not it raises."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # other threads are not copied, and none is needed here
+        pid = os.fork()
+    if pid == 0:
+        code = 0
+        try:
+            _limit_this_process()
+            render()
+        except MemoryError:
+            code = 1
+        except BaseException:  # its own errors are those of the run that follows
+            pass
+        finally:
+            os._exit(code)
+    ends = time.monotonic() + PATIENCE_S
+    while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        if time.monotonic() > ends:
+            os.kill(pid, signal.SIGKILL)
+        time.sleep(0.001)
+    status = os.waitpid(pid, 0)[1]
+    if os.WIFSIGNALED(status):
+        return f"that does not end in {SECONDS} s"
+    return f"that takes more than {MEGABYTES} MB" if os.WEXITSTATUS(status) else ""
+
+
+def _limit_this_process() -> None:
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 1))
+    signal.signal(signal.SIGXCPU, signal.SIG_DFL)
+    with contextlib.suppress(OSError, ValueError):  # only Linux says how much address space is in use
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        limit = used + (MEGABYTES << 20)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+@contextlib.contextmanager
+def _deadline() -> Iterator[None]:
+    """Raise a TemplateError from the block's first call of a function after ``PATIENCE_S``."""
+    if sys.getprofile() is not None:  # somebody measures this program
+        yield
+        return
+    end = time.monotonic() + PATIENCE_S
+
+    def check(*_: Any) -> None:
+        if time.monotonic() > end:
+            raise _too_much(f"that does not end in {PATIENCE_S:.0f} s")
+
+    sys.setprofile(check)
+    try:
+        yield
+    finally:
+        sys.setprofile(None)

@@ -1,0 +1,87 @@
+"""Chat templates are programs from files: none takes more time, memory or characters than a template needs."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+
+from nla.errors import NLAError, TemplateError
+from nla.text import templates
+from nla.text.templates import render_template
+from nla.text.tokens import render_prompt, undated
+from nla.transcripts.messages import Message, Transcript
+from nla.transcripts.rendering import render
+from tests.helpers.tiny import make_tokenizer
+
+MESSAGES = [{"role": "user", "content": "the cat"}]
+LOOPS = "{% for i in range(99999) %}{% for j in range(99999) %}{% for k in [] %}{% endfor %}{% endfor %}{% endfor %}"
+DOUBLING = "{% set ns = namespace(x='xx') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}"
+HOSTILE = {
+    "loops": (LOOPS, "does not end"),
+    "text without end": (
+        "{% for i in range(99999) %}{% for j in range(99999) %}xxxxxxxx{% endfor %}{% endfor %}",
+        "does not|MB",
+    ),
+    "a long text": ("{{ ('x' * 9000000000)|length }}", "MB"),
+    "doubling": (DOUBLING, "MB"),
+    "a wide text": ("{{ 'x'.center(9000000000) }}", "MB"),
+    "a wide number": ("{{ '%0999999999d' % 1 }}", "MB"),
+    "a long list": ("{{ (range(99999)|list * 99999)|length }}", "MB"),
+    "a large number": ("{% set x = 99999 %}{{ (x ** x ** x) > 1 }}", "does not end|MB"),
+    "characters": ("x" * 200_000, "of 200000 characters"),
+    "many characters": ("{{ 'x' * 90000 }}" * 30, "writes 2700000 characters"),
+}
+
+
+@pytest.fixture
+def tokenizer() -> Any:
+    return make_tokenizer()
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_template_that_takes_too_much_is_a_typed_error(name: str, tokenizer: Any) -> None:
+    template, says = HOSTILE[name]
+    started = time.thread_time()
+    with pytest.raises(TemplateError, match=says) as caught:
+        render_template(tokenizer, template, MESSAGES)
+    assert time.thread_time() - started < 2 and len(str(caught.value)) < 500
+    tokenizer.chat_template = template
+    with pytest.raises(TemplateError, match=says):
+        render_prompt(tokenizer, "the cat")
+    with pytest.raises(TemplateError, match=says):
+        render(tokenizer, Transcript("one", (Message("user", "the cat"),)))
+
+
+def test_a_template_that_is_slow_for_later_messages_alone_is_stopped(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template = "{% if messages|length > 1 %}" + LOOPS + "{% endif %}hello"
+    assert render_template(tokenizer, template, MESSAGES) == "hello"
+    monkeypatch.setattr(templates, "PATIENCE_S", 0.2)
+    with pytest.raises(TemplateError, match="does not end"):
+        render_template(tokenizer, template, MESSAGES * 2)
+    assert render_template(tokenizer, template, MESSAGES) == "hello"
+
+
+@pytest.mark.parametrize(
+    "template", ["{% if 1 %}" * 3000, "{{ (" * 3000, "{#" * 9000, "{{ raise_exception('no') }}", "{{"]
+)
+def test_what_a_template_raises_is_a_typed_error_of_the_prompt(template: str, tokenizer: Any) -> None:
+    tokenizer.chat_template = template
+    with pytest.raises(NLAError, match="refuses a single user message"):
+        render_prompt(tokenizer, "the cat")
+
+
+def test_a_template_with_a_hundred_thousand_date_marks_is_read_at_once(tokenizer: Any) -> None:
+    tokenizer.chat_template = "{{ strftime_now('%d') }}'" + "%a" * 45_000
+    started = time.thread_time()
+    assert undated(tokenizer).endswith(tokenizer.chat_template)
+    assert time.thread_time() - started < 1
+
+
+def test_the_text_is_that_of_transformers(tokenizer: Any) -> None:
+    for options in ({"add_generation_prompt": True}, {}):
+        expected = tokenizer.apply_chat_template(MESSAGES, tokenize=False, **options)
+        assert render_template(tokenizer, tokenizer.chat_template, MESSAGES, **options) == expected
