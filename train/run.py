@@ -19,11 +19,11 @@ from typing import Any
 import torch
 
 from nla import config
-from nla.errors import ConfigError, OutOfMemoryError, RecipeError, StorageError
+from nla.errors import ConfigError, OutOfMemoryError, RecipeError
 from nla.models.read import ACTIVATIONS_FILE
 from nla.organisms import target_folder
 from nla.pair import folder as pair_folder
-from nla.storage.files import read_json, write_json
+from nla.storage.files import read_json, try_folder, write_json
 from nla.train.data.world import BASELINES, MANIFEST, SPLITS
 from nla.train.estimate import estimate, find_shape
 from nla.train.fingerprints import fingerprints, former_fingerprints, target_print
@@ -99,11 +99,9 @@ def locked(out: Path) -> Iterator[None]:
         RecipeError: another process is at work there.
         StorageError: the folder cannot be written.
     """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        file = (out / LOCK).open("w")
-    except OSError as error:
-        raise StorageError(f"{error} in {out}", "a folder to write to", "choose another `out`") from error
+    try_folder(out)
+    out.mkdir(parents=True, exist_ok=True)
+    file = (out / LOCK).open("w")
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

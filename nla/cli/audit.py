@@ -61,7 +61,9 @@ def audit(
     quiet()
     from nla.audit.from_files import audit_files
     from nla.audit.settings import AuditSettings
+    from nla.storage.files import try_folder
 
+    try_folder(out)
     settings = given(
         rubrics=rubric,
         positions=positions,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nla.cli.options import places
-from nla.errors import ArgumentError, StorageError, visible
+from nla.errors import ArgumentError, visible
 
 if TYPE_CHECKING:
     from nla.autoencoder import NLA
@@ -50,31 +49,6 @@ def load(pair: str, device: list[str] | None = None) -> NLA:
     from nla.autoencoder import NLA
 
     return NLA.from_pretrained(pair, device=device_or_roles)
-
-
-def try_folder(folder: Path | None) -> None:
-    """Refuse a folder for results in which nothing can be written: before the work, and not after it.
-
-    Raises:
-        StorageError: no permission, no room, a file of that name, or no name for a folder. What was made to try it is
-            gone again.
-    """
-    if folder is None:
-        return
-    made: list[Path] = []
-    try:
-        made = [part for part in (folder, *folder.parents) if not part.exists()]
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder) as file:
-            file.write(b"\0")
-            file.flush()
-    except (OSError, ValueError) as error:
-        got = f"the folder {str(folder)!r}, in which nothing can be written ({error})"
-        raise StorageError(got, "one to write into, with room", "choose another folder, or free space") from error
-    finally:
-        for part in made:
-            with contextlib.suppress(OSError):
-                part.rmdir()
 
 
 def quiet() -> None:

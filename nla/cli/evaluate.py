@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
 
-from nla.cli.console import FAILED, OK, UNDECIDED, emit, progress_bar, quiet, show_lines, try_folder
+from nla.cli.console import FAILED, OK, UNDECIDED, emit, progress_bar, quiet, show_lines
 from nla.cli.options import Card, Check, Device, Json, Out, add, count, given, group, places, text
 from nla.errors import ArgumentError
 
@@ -75,6 +75,7 @@ def reported(command: Callable[..., Evaluation]) -> Callable[..., int]:
     ) -> int:
         quiet()
         from nla.eval.report import read_card, write_card
+        from nla.storage.files import try_folder
 
         both = {name: value for name, value in (("out", out), ("check", check)) if name in parameters}
         evaluation = command(**own, **both)

@@ -59,8 +59,11 @@ def explain(
     next release leaves out.
     """
     words, chosen = given_text(text, file), positions(which)
-    nla = load(pair, device)
     from nla.organisms import adapter_folder
+    from nla.storage.files import try_file
+
+    try_file(svg)
+    nla = load(pair, device)
 
     with nla.planted(adapter_folder(target_adapter)):
         acts = nla.read(words, chosen)

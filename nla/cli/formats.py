@@ -64,7 +64,9 @@ def import_kitft(
     """
     quiet()
     from nla.formats.kitft import load as load_kitft
+    from nla.storage.files import try_folder
 
+    try_folder(out)
     options = given(target=target, dtype=dtype, quantization=quantization, device=places(device))
     return _imported(load_kitft(av, ar, **options), "kitft", out, store, json)
 
@@ -91,7 +93,9 @@ def import_easynla(
     """
     quiet()
     from nla.formats.easynla import load as load_easynla
+    from nla.storage.files import try_folder
 
+    try_folder(out)
     options = given(target=target, dtype=dtype, sidecar=sidecar)
     return _imported(load_easynla(av, ar, device=places(device), **options), "easynla", out, store, json)
 
@@ -112,8 +116,10 @@ def import_parquet(
     """
     quiet()
     from nla.formats.parquet import import_parquet
+    from nla.storage.files import try_folder
     from nla.text.tokens import load_tokenizer
 
+    try_folder(out)
     manifest = import_parquet(file, out, load_tokenizer(tokenizer))
     return answer({"store": str(out), "n": manifest.n, "counts": manifest.counts}, f"{file}: a store", json)
 
@@ -135,9 +141,11 @@ def export_kitft(
       nla export kitft runs/qwen2.5-7b/joint/pair --out exported
       nla export kitft my/pair --out exported --drop-bias --store runs/acts
     """
-    nla = load(pair, device)
     from nla.formats.kitft_export import export_pair
+    from nla.storage.files import try_folder
 
+    try_folder(out)
+    nla = load(pair, device)
     dropped = export_pair(nla, out, drop_bias, None if store is None else store_sample(nla, store))
     content: dict[str, Any] = {"av": str(out / "av"), "ar": str(out / "ar")}
     content |= {} if dropped is None else {"without the bias": dropped._asdict()}
@@ -158,8 +166,10 @@ def export_parquet(
     """
     quiet()
     from nla.formats.parquet import export_parquet
+    from nla.storage.files import try_file
     from nla.store.reader import Store
 
+    try_file(out)
     opened = Store.open(store, split)
     export_parquet(opened, out)
     return answer({"file": str(out), "n": len(opened)}, f"{store}: as parquet", json)

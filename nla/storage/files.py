@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import stat
+import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
 from io import BufferedReader
@@ -31,6 +32,9 @@ _TEXT, _MERGE, _INT, _FLOAT = (f"tag:yaml.org,2002:{name}" for name in ("str", "
 _PLAIN = {_TEXT, _MERGE, *(f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "seq", "map"))}
 
 
+_NAME_IT = "the path of a file", "add a name to it"
+
+
 @contextlib.contextmanager
 def replacing(path: Path, private: bool = False) -> Iterator[Path]:
     """Give a temporary path beside ``path``; on a clean exit it takes ``path``'s place, or else it goes.
@@ -42,8 +46,7 @@ def replacing(path: Path, private: bool = False) -> Iterator[Path]:
         StorageError: the disk is full or the folder cannot be written; an earlier file is as it was.
     """
     if not path.name or path.is_dir():
-        got = f"{str(path)!r}, a folder, where a file is to be written"
-        raise StorageError(got, "the path of a file", "add a name to it")
+        raise StorageError(f"{str(path)!r}, a folder, where a file is to be written", *_NAME_IT)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -103,6 +106,38 @@ def replacing_files(folder: Path, last: str, outdated: Sequence[str] = ()) -> It
         ) from error
     finally:
         shutil.rmtree(new, ignore_errors=True)
+
+
+def try_folder(folder: Path | None) -> None:
+    """Refuse a folder for results in which nothing can be written: before the work, and not after it.
+
+    Raises:
+        StorageError: no permission, no room, a file of that name, or no name for a folder. What was made to try it is
+            gone again.
+    """
+    if folder is None:
+        return
+    made: list[Path] = []
+    try:
+        made = [part for part in (folder, *folder.parents) if not part.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder) as file:
+            file.write(b"\0")
+            file.flush()
+    except (OSError, ValueError) as error:
+        got = f"the folder {str(folder)!r}, in which nothing can be written ({error})"
+        raise StorageError(got, "one to write into, with room", "choose another folder, or free space") from error
+    finally:
+        for part in made:
+            with contextlib.suppress(OSError):
+                part.rmdir()
+
+
+def try_file(path: Path | None) -> None:
+    """Refuse a file for results that cannot be written; see :func:`try_folder`."""
+    if path is not None and path.is_dir():
+        raise StorageError(f"{str(path)!r}, a folder, where a file is to be written", *_NAME_IT)
+    try_folder(None if path is None else path.parent)
 
 
 def write_atomic(path: str | Path, data: bytes | str, private: bool = False) -> None:

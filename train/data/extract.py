@@ -25,7 +25,7 @@ from nla.errors import ArgumentError, ContextLengthError
 from nla.models.load import load_truncated
 from nla.models.points import context_length
 from nla.models.read import vectors_at
-from nla.storage.files import read_json
+from nla.storage.files import read_json, try_folder
 from nla.store.manifest import SETTINGS_FILE, Manifest
 from nla.store.writer import StoreWriter
 from nla.text.tokens import load_tokenizer
@@ -99,6 +99,7 @@ def extract_corpus(settings: ExtractionSettings, out_dir: str | Path, progress: 
         TargetError, AccessError: see :func:`nla.models.load.load_truncated`.
     """
     s = settings
+    try_folder(Path(out_dir))
     corpus = open_corpus(s.corpus, _begun_at(out_dir, s.corpus))
     view = load_truncated(
         s.source,

@@ -11,6 +11,7 @@ import pytest
 
 from nla.cli import console, main
 from nla.cli.console import USAGE
+from nla.storage import files
 from tests.helpers.command_line import commands
 from tests.helpers.shell import Shell
 
@@ -58,11 +59,43 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_work(
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "audit none.jsonl --pair couplets --out {}",
+        "explain In --svg {}.svg",
+        "extract couplets none.txt --point resid_post.2 --out {}",
+        "import kitft none none --out {}",
+        "import easynla none none --out {}",
+        "import parquet none.parquet --tokenizer none --out {}",
+        "export kitft couplets --out {}",
+        "export parquet none --out {}.parquet",
+        "train couplets --set out={}",
+    ],
+)
+def test_a_place_for_results_is_tried_before_anything_is_read(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("a file")
+    monkeypatch.setattr("nla.autoencoder.NLA.from_pretrained", lambda *_given, **_options: pytest.fail("it has begun"))
+    assert main.main(command.format(tmp_path / "file" / "results").split()) == USAGE
+    assert re.search(r"nothing can be written.*Next: choose another folder", capsys.readouterr().err)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_folder_in_the_place_of_a_file_is_refused_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("nla.autoencoder.NLA.from_pretrained", lambda *_given, **_options: pytest.fail("it has begun"))
+    assert main.main(["explain", "In", "--svg", str(tmp_path)]) == USAGE
+    assert "a folder, where a file is to be written" in capsys.readouterr().err
+
+
 def test_trying_a_folder_leaves_nothing_and_keeps_what_was_there(tmp_path: Path):
-    console.try_folder(tmp_path / "a" / "b")
+    files.try_folder(tmp_path / "a" / "b")
     assert not (tmp_path / "a").exists()
     (tmp_path / "kept").mkdir()
-    console.try_folder(tmp_path / "kept")
+    files.try_folder(tmp_path / "kept")
     assert list(tmp_path.iterdir()) == [tmp_path / "kept"]
 
 
