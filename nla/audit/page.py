@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ N_COLOURS = 6
 N_LISTED = 40
 """Transcripts up to which their list is open."""
 _JOINER = "\u200d"
+_UNUSUAL = re.compile(r"[^ -~\n\t]")
 _TEMPLATE_TOKEN = -1
 
 
@@ -163,11 +165,11 @@ def spelled_out(text: str) -> str:
     >>> spelled_out("a\\u202eb")
     'a\\\\u202eb'
     """
-    return "".join(letter if _is_shown(letter) else repr(letter)[1:-1] for letter in text)
+    return _UNUSUAL.sub(lambda match: match[0] if _is_shown(match[0]) else repr(match[0])[1:-1], text)
 
 
 def _is_shown(letter: str) -> bool:
-    return letter.isprintable() or letter in "\n\t" + _JOINER or unicodedata.category(letter) == "Zs"
+    return letter.isprintable() or letter == _JOINER or unicodedata.category(letter) == "Zs"
 
 
 def _filters(n_rubrics: int) -> str:

@@ -25,6 +25,7 @@ from nla.text.tokens import Span, undated, unknown_id
 from nla.transcripts.marks import CALLS, CONTENT, CONTROL, REASONING, TOOLS, Marked, Placed
 from nla.transcripts.marks import Span as Placement
 from nla.transcripts.messages import Message, Transcript
+from nla.transcripts.pieces import tokenise
 
 __all__ = ["CALLS", "CONTENT", "CONTROL", "REASONING", "TOOLS", "Chat", "Region", "Unread", "render", "trimmed"]
 
@@ -328,14 +329,13 @@ def _tokens(
             "load it with nla.text.tokens.load_tokenizer(...) from a folder that holds tokenizer.json",
         )
     # The template writes its own special tokens: BOS stands exactly once.
-    batch = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, truncation=False, verbose=False)
-    ids, offsets = torch.tensor(batch["input_ids"]), torch.tensor(batch["offset_mapping"]).reshape(-1, 2)
-    borders = torch.tensor([region.end for region in regions])
-    region = torch.searchsorted(borders, offsets[:, 0].contiguous(), right=True).clamp(max=len(regions) - 1)
+    ids, starts, ends = tokenise(tokenizer, text)
+    borders = torch.tensor([region.end for region in regions], dtype=torch.int32)
+    region = torch.searchsorted(borders, starts, right=True, out_int32=True).clamp_(max=len(regions) - 1)
     unknown = unknown_id(tokenizer)
     if unknown is not None and bool((ids == unknown).any()):
         rows = (ids == unknown).nonzero().flatten()[:10].tolist()
-        words = ", ".join(dict.fromkeys(repr(text[offsets[row, 0] : offsets[row, 1]].strip()) for row in rows))
+        words = ", ".join(dict.fromkeys(repr(text[starts[row] : ends[row]].strip()) for row in rows))
         raise VocabularyError(
             f"{transcript.source or transcript.id}: message {regions[int(region[rows[0]])].message} with words outside "
             f"the vocabulary: {words}",
@@ -347,7 +347,7 @@ def _tokens(
     written = torch.tensor([part.section in (CONTENT, REASONING) for part in regions])[region]
     has_bos = tokenizer.bos_token_id is not None and len(ids) > 0 and int(ids[0]) == tokenizer.bos_token_id
     forged = int((special & written).sum())
-    return Chat(transcript, text, regions, ids.long(), offsets[:, 0], offsets[:, 1], region, has_bos, forged, unread)
+    return Chat(transcript, text, regions, ids, starts, ends, region, has_bos, forged, unread)
 
 
 def message_starts(chat: Chat) -> list[int]:
