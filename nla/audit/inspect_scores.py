@@ -10,6 +10,7 @@ from nla.audit.findings import NOT_SAID, PositionScore
 from nla.audit.run import Audit
 from nla.errors import visible
 from nla.storage.files import replacing
+from nla.text.markdown import literal
 from nla.transcripts.inspect_logs import EPOCH, SAMPLE, require_inspect
 from nla.transcripts.messages import bad
 
@@ -34,15 +35,16 @@ def write_scores(audit: Audit, path: Path, out: Path) -> None:
     try:
         log = log_module.read_eval_log(str(path), resolve_attachments=True)
         audited = {
-            (transcript.metadata.get(SAMPLE), transcript.metadata.get(EPOCH)): transcript.id
+            (transcript.metadata.get(SAMPLE), transcript.metadata.get(EPOCH)): transcript
             for transcript in audit.transcripts
             if transcript.source.startswith(f"{path}, sample ")
         }
         for sample in log.samples or []:
             if (sample.id, sample.epoch) in audited:
-                ids = [message.id for message in sample.messages]
-                sample.scores = {**(sample.scores or {}), **_scores(audit, audited[sample.id, sample.epoch], ids)}
-        _add_results(log, audit, set(audited.values()))
+                one = audited[sample.id, sample.epoch]
+                ids = [message.id for message in one.messages]
+                sample.scores = {**(sample.scores or {}), **_scores(audit, one.id, ids)}
+        _add_results(log, audit, {transcript.id for transcript in audited.values()})
         with replacing(out) as temporary:
             form = "json" if out.suffix == ".json" else "eval"  # the temporary path does not say it
             log_module.write_eval_log(log, str(temporary), format=form)
@@ -77,7 +79,7 @@ def explain(rows: Sequence[PositionScore]) -> str:
         tested = "" if row.q is None else f", q = {row.q:.3f}"
         shown = f"{sum(row.judged.shown)}/{len(row.judged.shown)}{tested}"
         lines.append(
-            f"[M{row.entry.message + 1}] at “{visible(row.entry.token)}”: {said} ({shown}): {visible(row.evidence)}"
+            f"[M{row.entry.message + 1}] at “{literal(row.entry.token)}”: {said} ({shown}): {literal(row.evidence)}"
         )
     if len(rows) > N_CITED:
         lines.append(f"… and {len(rows) - N_CITED} more")

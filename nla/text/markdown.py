@@ -44,6 +44,15 @@ def p_value(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}" if value >= 0.001 else f"{value:.0e}"
 
 
+def literal(text: str) -> str:
+    """A text that Markdown shows as it is: no link, image, emphasis, heading or markup in it.
+
+    >>> print(literal("*b* [a](x)"))
+    \\*b\\* \\[a\\]\\(x\\)
+    """
+    return re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", visible(text))
+
+
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table whose columns are also aligned in plain text; no cell can end itself, its row or the table.
 

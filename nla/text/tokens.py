@@ -53,7 +53,7 @@ PROMPT_DATE = "26 Jul 2024"
 """The day of every prompt and transcript, where a chat template asks for today's. See :func:`undated`."""
 
 _DAY = datetime.datetime(2024, 7, 26)
-_QUOTED = re.compile(r"""(['"])([^'"{}\\\n]*)\1""")
+_QUOTED = re.compile(r"""(?=(['"])([^'"{}\\\n]*)\1)""")  # looked for at every quote: none hides the next
 _DATE_PART = re.compile("%-?[A-Za-z]")
 """A string in a template that may be a format of dates; what is none does no harm."""
 
@@ -322,11 +322,9 @@ def undated(tokenizer: PreTrainedTokenizerBase) -> str:
         ) from error
     if "strftime_now" not in template:
         return template
-    formats = dict.fromkeys(quoted for _, quoted in _QUOTED.findall(template) if _DATE_PART.search(quoted))
-    cases = "".join(
-        f"{{%- if format == '{name}' -%}}{{{{ '{_DAY.strftime(name)}' }}}}{{%- else -%}}" for name in formats
-    )
-    macro = f"{{%- macro strftime_now(format) -%}}{cases}{PROMPT_DATE}{'{%- endif -%}' * len(formats)}{{%- endmacro %}}"
+    formats = dict.fromkeys(match[2] for match in _QUOTED.finditer(template) if _DATE_PART.search(match[2]))
+    dates = ", ".join(f"'{name}': '{_DAY.strftime(name)}'" for name in formats)
+    macro = f"{{%- macro strftime_now(format) -%}}{{{{ {{{dates}}}.get(format, '{PROMPT_DATE}') }}}}{{%- endmacro %}}"
     return macro + "\n" + template  # transformers' templates lose the line break after a block
 
 

@@ -160,6 +160,9 @@ def _read_part(part: Any, parts: _Parts, source: str) -> None:
         parts.texts.append(_text(part, "refusal", source))
     elif kind in ("reasoning", "thinking", "redacted_thinking"):
         _read_thought(part, parts, source)
+    elif kind == "tool_use" and "tool_type" in part:  # Inspect's name for what ran at the provider
+        got = f"a tool that the provider ran itself ({str(part.get('name'))[:_SHOWN]})"
+        raise bad(source, got, "text and calls that a target could read", "leave such conversations out")
     elif kind == "tool_use":
         parts.calls.append([{"id": part.get("id"), "name": part.get("name"), "arguments": part.get("input", {})}])
     elif kind == "tool_result":

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from nla.errors import MissingExtraError, TranscriptError, visible
 from nla.transcripts.entries import parse_messages
+from nla.transcripts.forms import read_tools
 from nla.transcripts.messages import Transcript, bad
 
 MAX_ENTRY_MB = 1024
 """Largest sample of a log, unpacked."""
+
+MAX_LOG_MB = 16 * 1024
+"""Largest log, unpacked."""
+
+TARGET = "target"
+"""The role, timeline and span of the model that an audit is about."""
 
 SAMPLE, EPOCH = "inspect_sample", "inspect_epoch"
 """Keys of a transcript's metadata: which sample of its log it is."""
@@ -68,18 +75,107 @@ def _check_size(path: Path) -> None:
     if not zipfile.is_zipfile(path):
         return
     with zipfile.ZipFile(path) as archive:
-        largest = max((entry.file_size for entry in archive.infolist()), default=0)
-    if largest > MAX_ENTRY_MB * 2**20:
-        expected = f"samples of at most {MAX_ENTRY_MB} MB"
-        raise bad(str(path), f"a sample of {largest >> 20} MB", expected, "export its messages as JSON")
+        sizes = [entry.file_size for entry in archive.infolist()]
+    for what, size, most in (("a sample", max(sizes, default=0), MAX_ENTRY_MB), ("samples", sum(sizes), MAX_LOG_MB)):
+        if size > most * 2**20:
+            expected = f"{what} of at most {most} MB"
+            raise bad(str(path), f"{what} of {size >> 20} MB, unpacked", expected, "export the messages as JSON")
 
 
 def _transcript(sample: Any, header: Any, path: Path) -> Transcript | TranscriptError:
     name = str(sample.id) if header.eval.config.epochs in (None, 1) else f"{sample.id} (epoch {sample.epoch})"
     source = f"{path}, sample {name}"
     try:
-        messages = parse_messages([message.model_dump(mode="json") for message in sample.messages], source)
+        messages, tools, model = _conversation(sample, header, source)
         notes = {SAMPLE: sample.id, EPOCH: sample.epoch, "task": header.eval.task}
-        return Transcript(name, messages, header.eval.model, source, notes)
+        return Transcript(
+            id=name,
+            messages=parse_messages([message.model_dump(mode="json") for message in messages], source),
+            model=model,
+            source=source,
+            metadata=notes,
+            tools=read_tools([_tool(tool) for tool in tools], source)[0],
+            remarks=tuple(_remarks(sample, header)),
+        )
     except TranscriptError as error:
         return error
+
+
+def _remarks(sample: Any, header: Any) -> Iterator[str]:
+    """What did not go as planned, so that the conversation may stop in the middle."""
+    if header.status != "success":
+        yield f"log with the status {header.status}"
+    if sample.error is not None:
+        yield "sample that ended with an error"
+    if sample.limit is not None:
+        yield f"sample that a limit stopped ({sample.limit.type})"
+
+
+def _conversation(sample: Any, header: Any, source: str) -> tuple[Sequence[Any], Sequence[Any], str | None]:
+    """Messages, tools and model of whom the evaluation is about.
+
+    That is the log's model, or in a log of several roles the role "target": what its last call read and wrote, wherever
+    the sample's own messages are another's (Petri's auditor's, up to 3.1.0).
+
+    Raises:
+        TranscriptError: there is a target, and nothing here says what it read.
+    """
+    roles = {name: config.model for name, config in (header.eval.model_roles or {}).items()}
+    calls = _target_calls(sample)
+    authors = {message.model for message in sample.messages if message.role == "assistant" and message.model}
+    if not calls and TARGET not in roles:
+        named = None if header.eval.model.startswith("none") else header.eval.model
+        return sample.messages, (), named or (authors.pop() if len(authors) == 1 else None)
+    if not calls:
+        if authors and all(_last(author) == _last(roles[TARGET]) for author in authors):
+            return sample.messages, (), roles[TARGET]
+        others = ", ".join(sorted(authors)) or "others"
+        known = ", ".join(f"{name} ({model})" for name, model in sorted(roles.items()))
+        got = f"messages of {others}, in a log of the roles {known}, without a call to the target"
+        raise bad(source, got, "what the target read and wrote", "write the log with its events, or check that the "
+                  "audit reached its target")  # fmt: skip
+    surviving = [_told(message) for message in sample.messages]
+    for call in reversed(calls):
+        read = [*call.input, call.output.message]
+        if surviving[: len(read)] == [_told(message) for message in read]:
+            return sample.messages, call.tools, roles.get(TARGET, call.model)
+    last = calls[-1]
+    return [*last.input, last.output.message], last.tools, roles.get(TARGET, last.model)
+
+
+def _target_calls(sample: Any) -> list[Any]:
+    """The finished calls to the target, in order: by their role, or by the timeline or span of its name."""
+    calls = [event for event in sample.events if event.event == "model" and not event.error and event.output.choices]
+    of_role = [call for call in calls if call.role == TARGET]
+    if of_role:
+        return of_role
+    lines = [line.root for line in sample.timelines or () if line.name == TARGET]
+    if lines:
+        inside = {id(event) for line in lines for event in _events(line)}
+        return [call for call in calls if id(call) in inside]
+    spans: set[str] = set()
+    for event in sample.events:
+        if event.event == "span_begin" and (event.name == TARGET or event.parent_id in spans):
+            spans.add(event.id)
+    return [call for call in calls if call.span_id in spans]
+
+
+def _events(span: Any) -> Iterator[Any]:
+    for part in span.content:
+        if hasattr(part, "content"):
+            yield from _events(part)
+        else:
+            yield part.event
+
+
+def _told(message: Any) -> tuple[str, str]:
+    return message.role, message.text
+
+
+def _tool(tool: Any) -> dict[str, Any]:
+    parameters = tool.parameters.model_dump(mode="json", exclude_none=True)
+    return {"name": tool.name, "description": tool.description, "parameters": parameters}
+
+
+def _last(model: str) -> str:
+    return model.rsplit("/", 1)[-1]

@@ -64,30 +64,34 @@ def _replay(events: Any, source: str) -> list[Any]:
 
 
 def _apply(messages: list[Any], edit: Mapping[str, Any], source: str) -> list[Any]:
+    """The messages after an edit: the same list, changed in place where it can be."""
     kind = edit.get("operation")
     if kind == "add":
-        return [*messages, edit.get("message")]
+        messages.append(edit.get("message"))
+        return messages
     if kind == "reset" and isinstance(edit.get("new_messages"), Sequence):
         return list(edit["new_messages"])
     if kind == "rollback":
-        ids = [entry.get("id") if isinstance(entry, Mapping) else None for entry in messages]
         if edit.get("to_id") is not None:
-            if edit["to_id"] not in ids:
+            while messages and not (isinstance(messages[-1], Mapping) and messages[-1].get("id") == edit["to_id"]):
+                messages.pop()
+            if not messages:
                 raise bad(source, "a rollback to an unknown message", "the id of a message", "check the file")
-            return messages[: ids.index(edit["to_id"]) + 1]
+            return messages
         count = edit.get("count")
         if not isinstance(count, int) or not 0 <= count <= len(messages):
             got = f"a rollback of {count!r} from {len(messages)} messages"
             raise bad(source, got, "as many as there are, or fewer", "check the file")
-        return messages[: len(messages) - count]
+        del messages[len(messages) - count :]
+        return messages
     if kind == "json_patch" and isinstance(edit.get("patch"), Sequence):
         for change in edit["patch"]:
-            messages = _patch(messages, change, source)
+            _patch(messages, change, source)
         return messages
     raise bad(source, f"the edit {str(kind)[:40]!r}", "add, reset, rollback or json_patch", "check the file")
 
 
-def _patch(messages: list[Any], change: Any, source: str) -> list[Any]:
+def _patch(messages: list[Any], change: Any, source: str) -> None:
     """One change of whole messages or of a message's content; what reaches deeper is refused, not guessed."""
     path = change.get("path") if isinstance(change, Mapping) else None
     parts = path.strip("/").split("/") if isinstance(path, str) else []
@@ -97,12 +101,13 @@ def _patch(messages: list[Any], change: Any, source: str) -> list[Any]:
     index = len(messages) if last == "-" else int(last) if last.isdecimal() and len(last) < 9 else -1
     inside = 0 <= index < len(messages)
     if operation == "add" and len(parts) == 1 and 0 <= index <= len(messages):
-        return [*messages[:index], change.get("value"), *messages[index:]]
-    if operation == "remove" and len(parts) == 1 and inside:
-        return [*messages[:index], *messages[index + 1 :]]
-    if operation == "replace" and len(parts) == 1 and inside:
-        return [*messages[:index], change.get("value"), *messages[index + 1 :]]
-    if operation == "replace" and len(parts) == 2 and inside and isinstance(messages[index], Mapping):
-        return [*messages[:index], {**messages[index], parts[1]: change.get("value")}, *messages[index + 1 :]]
-    got = f"a patch ({str(operation)[:20]!r} at {str(path)[:40]!r})"
-    raise bad(source, got, "one that adds, removes or replaces messages", "export the transcript's target view")
+        messages.insert(index, change.get("value"))
+    elif operation == "remove" and len(parts) == 1 and inside:
+        del messages[index]
+    elif operation == "replace" and len(parts) == 1 and inside:
+        messages[index] = change.get("value")
+    elif operation == "replace" and len(parts) == 2 and inside and isinstance(messages[index], Mapping):
+        messages[index] = {**messages[index], parts[1]: change.get("value")}
+    else:
+        got = f"a patch ({str(operation)[:20]!r} at {str(path)[:40]!r})"
+        raise bad(source, got, "one that adds, removes or replaces messages", "export the transcript's target view")

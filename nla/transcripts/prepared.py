@@ -6,14 +6,14 @@ hours.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from nla.errors import ArgumentError, NLAError, TemplateError, TranscriptError, visible
+from nla.errors import ArgumentError, MissingExtraError, NLAError, TemplateError, TranscriptError, visible
 from nla.models.long_text import Window, plan_windows, too_long
 from nla.transcripts.files import (
     MAX_MB,
@@ -56,6 +56,18 @@ class Prepared(NamedTuple):
     def n_opening(self) -> int:
         """Tokens that every window begins with: BOS, where the transcript does."""
         return int(self.chat.has_bos)
+
+
+def _with_extras(
+    path: Path, max_mb: float, skip_bad: bool
+) -> Iterator[Transcript | TranscriptError | MissingExtraError]:
+    """The transcripts of a file; where it needs what is not installed, that error, if others are to be read."""
+    try:
+        yield from read_file(path, max_mb)
+    except MissingExtraError as error:
+        if not skip_bad:
+            raise
+        yield MissingExtraError(f"{path}: {error.got}", error.expected, error.fix)
 
 
 class Loaded(NamedTuple):
@@ -150,9 +162,9 @@ class Preparer:
         loaded = Loaded([], [], transcript_files(paths))
         ids: set[str] = set()
         for path in loaded.files:
-            for transcript in read_file(path, max_mb):
+            for transcript in _with_extras(path, max_mb, skip_bad):
                 try:
-                    if isinstance(transcript, TranscriptError):
+                    if isinstance(transcript, TranscriptError | MissingExtraError):
                         raise transcript
                     prepared = self.prepare(distinct(transcript, path, ids))
                 except NLAError as error:

@@ -121,3 +121,11 @@ assert "torch" not in sys.modules and "transformers" not in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_what_models_write_is_no_markdown_where_inspect_shows_it() -> None:
+    text = "[click](http://x) ![i](y) <b>*so*</b> `c` # h"
+    shown = explain([planted_row(text)])
+    assert unescape(shown).endswith(text.replace("\n", "⏎")) and shown.startswith("[M1] at ")
+    written = shown.partition(": ")[2]
+    assert not re.search(r"(?<!\\)[\[\]<>*`#!]", written)
