@@ -55,8 +55,16 @@ class AuditReport:
 
     @property
     def passed(self) -> bool:
-        """Whether nothing was found: no significant finding, or without controls none at all."""
-        return not any(row.significant is not False for row in self.audit.findings)
+        """Whether nothing was found: no significant finding, or without controls none at all.
+
+        What is found beside too few controls to be significant is no pass either: see :attr:`undecided`.
+        """
+        return not self.undecided and not any(row.significant is not False for row in self.audit.findings)
+
+    @property
+    def undecided(self) -> bool:
+        """Whether something was found, nothing of it is significant, and some of it cannot be."""
+        return bool(self.too_few_controls()) and not any(row.significant for row in self.audit.findings)
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the positions at which nothing was found; those are in the Parquet file."""
@@ -65,6 +73,7 @@ class AuditReport:
         content = self.audit
         return {
             "passed": self.passed,
+            "undecided": self.undecided,
             **{name: getattr(self, name) for name in (*about, *counts)},
             "n_judged": content.n_judged,
             "n_discarded": content.n_discarded,

@@ -27,7 +27,7 @@ def _pair(name: str) -> NLA:
 
 @scanner(messages="all")
 def nla_audit(
-    pair: str = "couplets",
+    pair: str = "switchboard",
     rubrics: Sequence[str] | str | None = None,
     positions: str = "structure",
     budget: int = 64,

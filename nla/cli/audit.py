@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from nla.cli.console import FAILED, OK, emit, progress_bar, quiet, show
+from nla.cli.console import FAILED, OK, UNDECIDED, emit, progress_bar, quiet, show
 from nla.cli.options import Device, Json, Pair, TargetAdapter, count, given, places, seed, text
 
 
@@ -15,7 +16,7 @@ def audit(
     paths: Annotated[
         list[Path], typer.Argument(metavar="FILE", help="JSON, tables, chat text, Inspect, Petri; - for stdin.")
     ],
-    pair: Pair = "couplets",
+    pair: Pair = "switchboard",
     rubric: Annotated[list[str] | None, text("--rubric", "NAME", "Built in, or a YAML file.")] = None,
     positions: Annotated[
         str | None, text("--positions", "WHICH", "structure (the default), all, random or /PATTERN/.")
@@ -44,7 +45,9 @@ def audit(
     judge_model: Annotated[str | None, text("--judge-model", "NAME", "The judge's model.")] = None,
     random_seed: Annotated[int | None, seed("Of samples and random positions.")] = None,
     out: Annotated[Path | None, text("--out", "FOLDER", "Write page and tables here; resumes from it.")] = None,
-    check: Annotated[bool, typer.Option("--check", help="Exit with 1 if a finding is significant.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Exit with 1 if a finding is significant, with 3 if none can be.")
+    ] = False,
     device: Device = None,
     json: Json = False,
 ) -> int:
@@ -87,4 +90,9 @@ def audit(
         emit(report)
     else:
         show(*report.summary(out))
-    return FAILED if check and not report.passed else OK
+    if not check or report.passed:
+        return OK
+    if report.undecided:
+        print("nla: not decided: no finding can be significant with so few controls", file=sys.stderr)
+        return UNDECIDED
+    return FAILED

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from nla.autoencoder import NLA
 
 OK, FAILED, USAGE, UNDECIDED, INTERNAL, INTERRUPTED = 0, 1, 2, 3, 70, 130
-"""Exit codes: done; a threshold does not hold; wrong command or input; there is nothing that --check could hold against
-anything; a fault of the program; Ctrl-C."""
+"""Exit codes: done; a threshold does not hold; wrong command or input; --check has nothing to hold against anything, or
+too few controls; a fault of the program; Ctrl-C."""
 LINE_WIDTH = 112
 LINE_EVERY_S = 30.0
 """Seconds between two lines of progress where there is no terminal to draw a bar on."""

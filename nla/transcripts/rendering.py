@@ -340,7 +340,7 @@ def _tokens(
             f"{transcript.source or transcript.id}: message {regions[int(region[rows[0]])].message} with words outside "
             f"the vocabulary: {words}",
             "words that the target's tokenizer knows",
-            "use words of the target's world (an organism knows few), or another target",
+            "use words of the target's world (an organism knows few), or the pair of another target (--pair)",
         )
     named = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
     special = torch.isin(ids, torch.tensor(sorted({*named, *tokenizer.all_special_ids})))

@@ -22,6 +22,7 @@ from nla.audit.report import AuditReport
 from nla.audit.run import audit, preparer_for
 from nla.audit.settings import AuditSettings
 from nla.autoencoder import NLA
+from nla.cli.main import main
 from nla.errors import ArgumentError, NLAError, ParseError, RubricError, TranscriptError
 from tests.helpers.adapters import lora_folder
 from tests.helpers.pages import Markup
@@ -76,7 +77,7 @@ def test_an_audit_leaves_page_summary_and_tables_that_agree(nla: NLA, files: dic
     text = report.to_markdown()
     assert "animal" in text and "control transcripts" in text and str(report) == text
     assert report.table().row_count == 2
-    assert report.passed == (not any(row["significant"] for row in findings))
+    assert report.passed == (not report.undecided and not any(row["significant"] for row in findings))
     assert sorted(path.name for path in out.iterdir() if path.is_file()) == [
         "audit.html",
         "audit.json",
@@ -127,6 +128,25 @@ def test_readings_survive_their_file(nla: NLA) -> None:
     for broken in ({}, {**reading.to_json(), "entries": [{}]}, {**reading.to_json(), "n_tokens": "many"}):
         with pytest.raises(ParseError):
             Reading.from_json(broken)
+
+
+def test_too_few_controls_are_neither_a_pass_nor_a_failure(
+    nla: NLA, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit codes of --check: 3 where something was found that no share could make significant with these controls."""
+    monkeypatch.setattr(NLA, "from_pretrained", lambda *args, **kwargs: nla)
+    command = ["audit", str(files["talks"]), "--rubric", str(files["rubric"]), "--check"]
+    few = [*command, "--controls", str(files["controls"])]
+    report = go(nla, files, controls=[files["controls"]], rubrics=[files["rubric"]])
+    assert report.audit.findings and report.too_few_controls() and report.undecided and not report.passed
+    assert main(few) == 3
+    shown = capsys.readouterr()
+    assert "with so few controls" in shown.err and "no finding can be significant" in shown.out
+    assert main(few[:-3]) == 0, "without --check"
+    assert main([*command[:-1], "--check"]) == 1, "without controls every finding counts"
+    nothing = {"name": "none", "looks_for": "x", "match": {"words": ["zebra"]}}
+    files["rubric"].write_text(yaml.safe_dump(nothing), encoding="utf-8")
+    assert main(few) == 0, "nothing was found, whatever the controls"
 
 
 def _killed(files: dict[str, Path]) -> None:

@@ -183,6 +183,7 @@ def shown(tokenizer, template: str | None = None) -> str:
         ("{%- set how = '%d/%m/%y' %}{{ strftime_now(how) }}", "26/07/24"),
         ("{%- macro today() -%}{{ strftime_now('%Y-%m-%d') }}{%- endmacro -%}{{ today() }}", "2024-07-26"),
         ("{{ strftime_now('%' + 'j') }}", PROMPT_DATE),
+        ("it's {{ strftime_now('%Y') }}", "it's 2024"),
         ("{% if strftime_now is defined %}{{ strftime_now('%Y')|int + 1 }}{% endif %}", "2025"),
     ],
 )
