@@ -6,7 +6,6 @@ overlap, and neighbours are joined in the overlap, at a token where both give th
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -71,10 +70,11 @@ def _joint(before: Tokenised, after: Tokenised) -> tuple[int, int] | None:
         for part in (Tokenised(*(column[first:] for column in before)), after)
     ]
     places = {token: index for index, token in enumerate(tokens[1][: len(tokens[0]) + OVERLAP])}
-    run = 0
-    for index, (one, other) in enumerate(pairwise([None, *tokens[0]])):
-        at, last = places.get(other), places.get(one)
-        run = 0 if at is None else run + 1 if last is not None and at == last + 1 else 1
-        if run == 2 * AGREE and at is not None:
+    run, last = 0, -1
+    for index, token in enumerate(tokens[0]):
+        at = places.get(token, -1)
+        run = 0 if at < 0 else run + 1 if run and at == last + 1 else 1
+        if run == 2 * AGREE:
             return first + index - AGREE + 1, at - AGREE + 1
+        last = at
     return None
