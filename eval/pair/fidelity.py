@@ -204,7 +204,7 @@ def _store_material(nla: NLA, folder: str | Path, settings: FidelitySettings) ->
         raise ArgumentError(
             f"the store {folder} without held-out documents",
             "some that the pair was not trained on",
-            "read a corpus with eval_share above 0, or give --texts FILE",
+            "read a corpus with eval_fraction above 0, or give --texts FILE",
         )
     drawn = torch.randperm(len(store), generator=torch.Generator().manual_seed(settings.seed))
     acts = store.activations(drawn[: settings.n_activations].sort().values)
