@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 
 _OF_CONFIGS = (TypeError, LookupError, AttributeError, ArithmeticError, AssertionError)
 """What transformers lets through of values in a configuration that it does not expect."""
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_OF_SCHEMES = re.compile(r"(scales?|scale_inv|zeros?|zero_point|qweight|weight_packed|absmax|quant_state\S*|g_idx)$")
+"""Names of tensors that mean nothing without the scheme that made them."""
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.")
 _TEXT_SIDE, _MOST_BLOCKS = "language_model", 256
 _RESTORE = "restore the target's folder, or download it again"
@@ -80,6 +83,7 @@ def load_target(
     on = _checked_device(settings.get("device"))
     _check_keywords(settings)
     checkpoint = _locate(str(source), settings.get("revision"))
+    _check_scheme(checkpoint, settings)
     tokenizer = load_tokenizer(checkpoint.source, checkpoint.commit or checkpoint.revision, trust_remote_code)
     return _load(checkpoint, None, settings, on), tokenizer
 
@@ -98,6 +102,7 @@ def load_truncated(source: str | Path, point: str | Point, **settings: Unpack[Lo
     _check_keywords(settings)
     checkpoint = _locate(str(source), settings.get("revision"))
     n_blocks = Point.parse(point).within(checkpoint.config.num_hidden_layers).layer + 1
+    _check_scheme(checkpoint, settings)
     _check_depth(checkpoint.files, checkpoint.config.num_hidden_layers, checkpoint)
     if not _cuts_cleanly(checkpoint.config, n_blocks):
         return truncated_view(_load(checkpoint, checkpoint.config.num_hidden_layers, settings, on), point)
@@ -134,6 +139,12 @@ class _Checkpoint:
 
     files: dict[str, str]
     """The file of each tensor of the checkpoint, by name."""
+
+    @property
+    def scheme(self) -> str | None:
+        """How its weights are stored quantised, by transformers' name of the method; None: they are not."""
+        stored = getattr(self.config, "quantization_config", None)
+        return None if stored is None else str(dict(stored).get("quant_method", "bitsandbytes"))
 
 
 def read_config(source: str, revision: str | None) -> PretrainedConfig:
@@ -238,18 +249,20 @@ def _load(checkpoint: _Checkpoint, n_blocks: int | None, settings: LoadSettings,
     needed = {name: file for name, file in checkpoint.files.items() if _needed(name, checkpoint, n_blocks)}
     _check_depth(needed, config.num_hidden_layers, checkpoint)
     renamed = _renamed(checkpoint.text) if checkpoint.text else None
+    odd: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         for file in sorted(set(needed.values())):
             path = fetch_file(checkpoint.source, checkpoint.commit or checkpoint.revision, file)
             if path is None:
                 raise WeightsError(f"{checkpoint.source} without {file}", "every file that its index names", _RESTORE)
-            read_header(path)
+            tensors = read_header(path).tensors
+            odd += [n for n, e in tensors.items() if n in needed and n.endswith("weight") and e.dtype not in _FLOATS]
             (Path(folder) / file).symlink_to(path.resolve())
         write_json(Path(folder) / INDEX_FILE, {"metadata": {}, "weight_map": needed})
         generation = fetch_file(
             checkpoint.source, checkpoint.commit or checkpoint.revision, "generation_config.json", optional=True
         )
-        arguments = _arguments(settings, checkpoint.dtype, on)
+        arguments = _arguments(settings, checkpoint, on)
         arguments["generation_config"] = _generation(generation) if generation else checkpoint.generation
         kind: Any = AutoModelForCausalLM if n_blocks is None else AutoModel
         try:
@@ -262,6 +275,13 @@ def _load(checkpoint: _Checkpoint, n_blocks: int | None, settings: LoadSettings,
                     output_loading_info=True,
                     **arguments,
                 )
+        except ImportError as error:
+            raise MissingExtraError(
+                f"{checkpoint.source}, whose weights are stored quantised ({checkpoint.scheme}), without a package "
+                f"({error})",
+                "the package that reads them",
+                "install it, or use a copy of the target that is not quantised",
+            ) from error
         except (OSError, SafetensorError, ValueError, RuntimeError, *_OF_CONFIGS) as error:
             what = f"{type(error).__name__}: {error}"
             raise WeightsError(
@@ -272,6 +292,20 @@ def _load(checkpoint: _Checkpoint, n_blocks: int | None, settings: LoadSettings,
     if missing:
         raise WeightsError(
             f"a target in {checkpoint.source} without {missing[:3]} ({len(missing)} in all)", "all weights", _RESTORE
+        )
+    unread = sorted(
+        name
+        for name in info["unexpected_keys"]
+        if _OF_SCHEMES.search(name)
+        and (n_blocks is None or (_block_of(name, checkpoint) or 0) < n_blocks)  # others of a file are not read
+    )
+    unread = unread or (odd if checkpoint.scheme is None else [])
+    if unread:
+        raise WeightsError(
+            f"a target in {checkpoint.source} with {unread[0]} and others ({len(unread)} in all) that "
+            f"{checkpoint.scheme or 'a config.json without quantization_config'} does not read",
+            "weights that are not quantised, or the quantization_config that they were stored with",
+            _RESTORE,
         )
     if n_blocks is not None:
         setattr(backbone(model), checkpoint.parts.norm, nn.Identity())
@@ -291,12 +325,17 @@ def _generation(path: Path) -> GenerationConfig:
 
 def _check_depth(names: Iterable[str], n_blocks: int, checkpoint: _Checkpoint) -> None:
     """Refuse a configuration of more blocks than the files hold, before modules are made for them."""
-    pattern = re.compile(rf"(?:^|\.){checkpoint.parts.blocks}\.(\d{{1,9}})\.")
-    stored = max((int(match[1]) + 1 for name in names if (match := pattern.search(name))), default=0)
+    stored = max((block + 1 for name in names if (block := _block_of(name, checkpoint)) is not None), default=0)
     if n_blocks > stored:
         raise WeightsError(
             f"{checkpoint.source} with a config.json of {n_blocks} blocks", f"{stored}, as its weights have", _RESTORE
         )
+
+
+def _block_of(name: str, checkpoint: _Checkpoint) -> int | None:
+    """The number of the block that a tensor belongs to; None: to none."""
+    match = re.search(rf"(?:^|\.){checkpoint.parts.blocks}\.(\d{{1,9}})\.", name)
+    return None if match is None else int(match[1])
 
 
 def _needed(name: str, checkpoint: _Checkpoint, n_blocks: int | None) -> bool:
@@ -306,9 +345,9 @@ def _needed(name: str, checkpoint: _Checkpoint, n_blocks: int | None) -> bool:
         return False
     if n_blocks is None:
         return True
-    number = re.search(rf"(?:^|\.){parts.blocks}\.(\d+)\.", name)
-    if number is not None:
-        return int(number[1]) < n_blocks
+    block = _block_of(name, checkpoint)
+    if block is not None:
+        return block < n_blocks
     return _HEAD.search(name) is None and re.search(rf"(^|\.){parts.norm}\.(weight|bias)$", name) is None
 
 
@@ -421,9 +460,34 @@ def _check_keywords(settings: LoadSettings) -> None:
         )
 
 
-def _arguments(settings: LoadSettings, stored: str, on: torch.device) -> dict[str, Any]:
+def _check_scheme(checkpoint: _Checkpoint, settings: LoadSettings) -> None:
+    """Refuse before weights are downloaded what is stored quantised in a way that cannot be read, or not as asked."""
+    scheme = checkpoint.scheme
+    if scheme is None:
+        return
+    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+
+    if scheme not in {*AUTO_QUANTIZER_MAPPING, "bitsandbytes"}:
+        raise WeightsError(
+            f"{checkpoint.source}, whose weights are stored quantised by {scheme!r}",
+            f"a scheme of transformers ({', '.join(sorted(AUTO_QUANTIZER_MAPPING))})",
+            "use a copy of the target that is not quantised",
+        )
+    asked = {name: settings.get(name) for name in ("quantization", "adapter") if settings.get(name) is not None}
+    if asked:
+        raise ArgumentError(
+            f"{' and '.join(f'{name}={value}' for name, value in asked.items())} on {checkpoint.source}, whose weights "
+            f"are stored quantised ({scheme})",
+            "weights that are not quantised yet",
+            "leave it out, or use a copy of the target that is not quantised",
+        )
+
+
+def _arguments(settings: LoadSettings, checkpoint: _Checkpoint, on: torch.device) -> dict[str, Any]:
     """What transformers is told of types."""
-    kind = getattr(torch, settings.get("dtype", "float32") or stored)
+    kind = getattr(torch, settings.get("dtype", "float32") or checkpoint.dtype)
+    if checkpoint.scheme is not None:
+        return {"dtype": kind, "device_map": {"": on}}
     quantization = settings.get("quantization")
     if quantization is None:
         return {"dtype": kind}
@@ -440,7 +504,7 @@ def _finish(
     model: PreTrainedModel, checkpoint: _Checkpoint, settings: LoadSettings, on: torch.device
 ) -> PreTrainedModel:
     """The model on a device, checked, with its adapter, and named after where it came from."""
-    if settings.get("quantization") is None:  # bitsandbytes has put it there
+    if settings.get("quantization") is None and checkpoint.scheme is None:  # else it is there
         whole: Any = model  # the class's own method, which refuses what cannot be moved
         whole.to(on)
     for name, parameter in model.named_parameters():
@@ -459,4 +523,5 @@ def _finish(
 
 def _is_finite(tensor: torch.Tensor) -> bool:
     """Whether no value is NaN or infinite: a finite sum says so in one pass, and only another needs a second look."""
+    tensor = tensor.float() if tensor.dtype.itemsize == 1 else tensor  # of 8 bits no sum is known
     return bool(tensor.sum(dtype=torch.float32).isfinite()) or bool(tensor.isfinite().all())
