@@ -128,26 +128,27 @@ class Patch(NamedTuple):
         return Patch(self.point, self.positions[index], self.vectors[index])
 
 
-def token_ids(target: Target, prompts: Sequence[str]) -> list[list[int]]:
+def token_ids(target: Target, prompts: str | Sequence[str]) -> list[list[int]]:
     """Token ids of prompts as :func:`nla.models.read.read` reads them, with the special tokens that are added."""
-    return prompt_ids(target.tokenizer, prompts, context_length(target.model))
+    texts = [prompts] if isinstance(prompts, str) else prompts
+    return prompt_ids(target.tokenizer, texts, context_length(target.model))
 
 
-def last_token(target: Target, prompts: Sequence[str]) -> Tensor:
+def last_token(target: Target, prompts: str | Sequence[str]) -> Tensor:
     """Column of each prompt's last token, (n,)."""
     return torch.tensor([len(ids) - 1 for ids in token_ids(target, prompts)])
 
 
 def read_last(
-    target: Target, prompts: Sequence[str], point: str | None = None, patches: Sequence[Patch] = ()
+    target: Target, prompts: str | Sequence[str], point: str | None = None, patches: Sequence[Patch] = ()
 ) -> Tensor:
     """Activations (n, d) float32 of each prompt's last token, at the target's point or another, under interventions."""
-    check_patches(patches, len(prompts))
+    check_patches(patches, 1 if isinstance(prompts, str) else len(prompts))
     with target.role():
         return read(
             target.model,
             target.tokenizer,
-            list(prompts),
+            prompts,
             point or target.point,
             positions="last",
             intervene=(lambda rows, padding: patched(target, patches, rows, padding)) if patches else None,
@@ -166,7 +167,7 @@ def patched(target: Target, patches: Sequence[Patch], index: Tensor, padding: Te
 
 def write(
     target: Target,
-    prompts: Sequence[str],
+    prompts: str | Sequence[str],
     patches: Sequence[Patch] = (),
     max_new_tokens: int = 10,
     stop: str = "\n",

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nla.errors import WeightsError
+from nla.errors import ShapeError, WeightsError
 from nla.metrics import Baseline
 from nla.storage.schema import shown
 from nla.storage.tensors import load_tensors, save_tensors
@@ -57,12 +57,16 @@ def save_baselines(path: Path, baselines: dict[str, Baseline]) -> None:
     save_tensors(path, tensors)
 
 
-def fit_baselines(vectors: Float[Tensor, "n d"], strata: Sequence[str]) -> dict[str, Baseline]:
+def fit_baselines(vectors: Float[Tensor, "n d"], strata: str | Sequence[str]) -> dict[str, Baseline]:
     """Baselines of activations: "global", and of each stratum that is known.
 
     Raises:
+        ShapeError: not one stratum a vector.
         BaselineError: fewer than two vectors, in all or in a stratum, or no variance.
     """
+    strata = [strata] if isinstance(strata, str) else strata
+    if len(strata) != len(vectors):
+        raise ShapeError(f"{len(strata)} strata for {len(vectors)} vectors", "one name a vector", "pass acts.strata")
     baselines = {GLOBAL: Baseline.fit(vectors)}
     for name in dict.fromkeys(strata):
         if name != UNKNOWN_STRATUM:

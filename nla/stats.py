@@ -206,7 +206,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def derangement(n: int, seed: int, strata: Sequence[str] | None = None) -> Int[Tensor, " n"]:
+def derangement(n: int, seed: int, strata: str | Sequence[str] | None = None) -> Int[Tensor, " n"]:
     """A random permutation of 0…n−1 that moves every index; with ``strata``, within each stratum.
 
     The baseline "shuffled": score each activation against another one's reconstruction.
@@ -231,8 +231,9 @@ def derangement(n: int, seed: int, strata: Sequence[str] | None = None) -> Int[T
     return result
 
 
-def _rows_by_stratum(strata: Sequence[str], n: int) -> dict[str, Tensor]:
+def _rows_by_stratum(strata: str | Sequence[str], n: int) -> dict[str, Tensor]:
     """Row numbers of each stratum, in order of first appearance."""
+    strata = [strata] if isinstance(strata, str) else strata
     if len(strata) != n:
         raise ShapeError(f"{len(strata)} strata for {n} vectors", "one name a vector", "pass acts.strata")
     rows: dict[str, list[int]] = {}

@@ -86,7 +86,7 @@ def evaluate_rhymes(
     q = settings.hit_rate if nla is None or settings.hit_rate is not None else hit_rate(nla)
     n_separate = max(2, n_items // 4)
 
-    items = rhyme_items(n_items, seed)
+    items, separate = rhyme_items(n_items, seed), rhyme_items(n_separate, seed + 100)
     variant = variant_of(model) if nla is None else None
     gate_settings = GateSettings(variant=variant, n_documents=n_items, n_probe=n_fit, seed=seed)
     measured = evaluate_gates(target, gate_settings, progress=progress)
@@ -102,7 +102,6 @@ def evaluate_rhymes(
         counterfactual = swap_plans(
             target, sampled, greedy, text_only, causal, settings.n_samples, n_fit, seed, progress
         )
-        separate = rhyme_items(n_separate, seed + 100)
         steering = edit_and_steer(nla, target, greedy, causal, separate, seed=seed, progress=progress)
 
     return RhymesReport(

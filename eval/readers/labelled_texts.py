@@ -101,7 +101,7 @@ class ProbeSettings(ComparisonSettings):
     positions: str = "last"
     """"last", "all", or a pattern such as "/\\n/"; a text without a match is left out."""
 
-    words: Sequence[str] = ()
+    words: str | Sequence[str] = ()
     """"LABEL=WORD,WORD" for the judgement without labels; a class that is not given is named by itself."""
 
     max_rows: int = MAX_ROWS
@@ -147,7 +147,7 @@ def compare_on_labelled_texts(data: str | Path, settings: ProbeSettings, progres
     )
 
 
-def class_words(labels: Sequence[str], given: Sequence[str]) -> dict[str, tuple[str, ...]]:
+def class_words(labels: Sequence[str], given: str | Sequence[str]) -> dict[str, tuple[str, ...]]:
     """The words that name each class: those given as "LABEL=WORD,WORD", else the label itself if it has a letter.
 
     Raises:
@@ -156,7 +156,7 @@ def class_words(labels: Sequence[str], given: Sequence[str]) -> dict[str, tuple[
     words_of: dict[str, tuple[str, ...]] = {
         label: (label,) if any(one.isalpha() for one in label) else () for label in labels
     }
-    for entry in given:
+    for entry in [given] if isinstance(given, str) else given:
         name, separator, listed = entry.partition("=")
         listed_words = tuple(word.strip() for word in listed.split(",") if word.strip())
         if not separator or not listed_words or name.strip() not in words_of:

@@ -26,7 +26,7 @@ from nla.models.points import device_of, unwrapped
 from nla.text.tokens import length_batches
 
 MAX_TOKENS_PER_BATCH = 8192
-MAX_CPU_BYTES = 256 << 20
+MAX_CPU_BYTES = 160 << 20
 """Memory that the rows of a batch may take on a CPU: their keys and values, and the next token's distributions."""
 _DISTRIBUTIONS = 5
 """Copies of a row's logits that choosing a token holds at once."""

@@ -9,11 +9,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import processors
 
-from nla.errors import NonFiniteError, PointError, TargetError
+from nla.baselines import fit_baselines
+from nla.errors import NonFiniteError, PointError, ShapeError, TargetError
 from nla.eval.circuits.patching import read_sites
+from nla.eval.readers.labelled_texts import class_words
 from nla.eval.target import Patch, Target, last_token, open_target, read_last, token_ids, write
 from nla.models.points import Point
 from nla.organisms import ADAPTERS, PAIRS, TARGETS, adapter_folder, couplets, pair_folder, switchboard, target_folder
+from nla.stats import derangement
 from tests.helpers.targets import POINT, files_of, saved
 from tests.helpers.tiny import TEXTS, make_model, make_tokenizer
 
@@ -110,3 +113,17 @@ def test_a_target_opens_from_its_name_its_pair_and_its_folder(name: str) -> None
     with opened.active(), torch.no_grad():
         assert torch.equal(opened.model(ids).logits, expected.model(ids).logits)
     assert opened.point == expected.point
+
+
+def test_a_bare_string_is_one_prompt_one_stratum_and_one_word_everywhere() -> None:
+    target, text = Target(make_model(), make_tokenizer(), Point.parse(POINT)), TEXTS[0].strip()
+    assert token_ids(target, text) == token_ids(target, [text])
+    assert torch.equal(last_token(target, text), last_token(target, [text]))
+    assert torch.equal(read_last(target, text), read_last(target, [text]))
+    patch = Patch(POINT, last_token(target, text), torch.randn(1, 32))
+    assert torch.equal(read_last(target, text, patches=[patch]), patch.vectors)
+    assert write(target, text) == write(target, [text])
+    assert class_words(["winter", "spring"], "winter=snow,ice")["winter"] == ("snow", "ice")
+    for refused in (lambda: fit_baselines(torch.randn(5, 4), "all12"), lambda: derangement(5, 0, "aabbc")):
+        with pytest.raises(ShapeError, match="one name a vector"):
+            refused()

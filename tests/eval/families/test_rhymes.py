@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
+import itertools
 import json
 from types import SimpleNamespace
 
@@ -199,6 +202,19 @@ def test_the_whole_protocol_runs_on_a_pair_and_writes_its_report(tmp_path) -> No
     assert (tmp_path / "rhymes.png").read_bytes().startswith(b"\x89PNG")
     for heading in ("Mention", "Counterfactual", "Edit and steer", "Gates"):
         assert f"## {heading}" in (tmp_path / "rhymes.md").read_text()
+
+
+def test_the_protocol_goes_through_at_most_twelve_files_and_through_none_twice() -> None:
+    """Functions of other files that it calls, in the order of its lines; one file's in a row are one step."""
+    tree = ast.parse(inspect.getsource(rhymes))
+    imports = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
+    origin = {name.name: node.module for node in imports for name in node.names if name.name.islower()}
+    origin |= {f"controls.{name}": "nla.eval.families.controls" for name in vars(controls)}
+    (protocol,) = [node for node in tree.body if getattr(node, "name", "") == "evaluate_rhymes"]
+    calls = sorted((node.lineno, ast.unparse(node.func)) for node in ast.walk(protocol) if isinstance(node, ast.Call))
+    files = [origin[name] for _, name in calls if str(origin.get(name)).startswith("nla.eval")]
+    steps = [file for file, _ in itertools.groupby(files)]
+    assert 6 <= len(steps) <= 12 and len(set(steps)) == len(steps), steps
 
 
 def test_the_pair_reads_the_bare_target_and_leaves_its_adapters_on() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import StoppingCriteria
 
-from nla.models.generate import generate
+from nla.models.generate import MAX_CPU_BYTES, generate, rows_at_a_time
 from tests.helpers.tiny import make_model
 
 PROMPTS = [[14, 15, 16], [17, 18], [20, 21, 22, 23], [14, 18]]
@@ -39,3 +39,12 @@ def test_an_end_token_before_the_criterion_still_ends_a_row() -> None:
     first = whole.index(end)
     written = generate(model, PROMPTS[:1], **{**SETTINGS, "ends": [end]}, stopping=[AfterTokens([9], 3)])
     assert written.rows() == [whole[:first]] and bool(written.ended)
+
+
+def test_what_is_written_together_on_a_cpu_keeps_its_cache_within_bounds(any_model) -> None:
+    n_tokens = 12
+    cache = any_model(torch.arange(3, 3 + n_tokens)[None], use_cache=True).past_key_values
+    held = sum(part.nbytes for layer in cache.layers for part in (layer.keys, layer.values))
+    rows = rows_at_a_time(any_model, n_tokens, 10**12)
+    assert rows > 1 and rows * held <= MAX_CPU_BYTES
+    assert rows_at_a_time(any_model, n_tokens, 7) == 7 and rows_at_a_time(any_model, 10**12, 7) == 1
