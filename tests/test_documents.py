@@ -169,8 +169,12 @@ DOCUMENTS: dict[str, dict[str, Run | RunsIn | NotRun]] = {
         "nla eval rhymes couplets": Run(says="(?i)warm start", append="--items 8"),
         "nla eval fidelity couplets": Run(says="(?i)newline", append="--items 8"),
         "nla eval gates": RunsIn("eval gates"),
-        "python -m nla.train.organisms.couplets planner": Run(leaves="planner/model.safetensors", append="--steps 2"),
-        "python -m nla.train.organisms.couplets plain": Run(leaves="plain/model.safetensors", append="--steps 2"),
+        "python -m nla.train.organisms.couplets planner": Run(
+            leaves="planner/model.safetensors", append="--steps 2 --n-documents 400"
+        ),
+        "python -m nla.train.organisms.couplets plain": Run(
+            leaves="plain/model.safetensors", append="--steps 2 --n-documents 400"
+        ),
     },
     "docs/samples.md": {"from nla import NLA": Run(says="cosine")},
     "docs/switchboard.md": {

@@ -7,6 +7,7 @@ has imported PyTorch, transformers and PEFT already: a command takes its own tim
 from __future__ import annotations
 
 import gc
+import importlib
 import os
 import runpy
 import signal
@@ -19,6 +20,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 SCRIPTS = Path(sys.executable).parent
+IMPORTED = (
+    *("nla.train.run", "nla.train.fit.joint", "nla.cli.view", "nla.audit.from_files"),
+    *("nla.eval.families.rhymes", "nla.eval.families.plants", "nla.eval.families.two_hop"),
+    *("nla.eval.readers.labelled_texts", "nla.eval.circuits.trace", "nla.eval.pair.fidelity"),
+    *("sklearn.linear_model", "sklearn.model_selection", "sklearn.feature_extraction.text", "scipy.stats"),
+    *("matplotlib.figure", "matplotlib.backends.backend_agg", "pyarrow.parquet"),
+)
+"""What takes long to import, and is the same for all commands."""
 CLIENT = """#!{python} -IS
 import os, socket, sys
 with socket.socket(socket.AF_UNIX) as server:
@@ -136,17 +145,17 @@ def in_two_processes(words: str) -> str:
 
 
 def serve(address: str) -> None:
-    """Do once what each process does first: heavy imports, by loading a pair, and the list of trained documents. Then
-    fork for each client.
+    """Do once what each process does first: heavy imports, some by loading a pair, and the list of trained documents.
+    Then fork for each client.
     """
     import torch
 
-    import nla.train.fit.joint
-    import nla.train.run  # noqa: F401
     from nla import NLA
     from nla.cli import view
     from nla.eval import couplet_items
 
+    for module in IMPORTED:
+        importlib.import_module(module)
     torch.set_num_threads(1)
     pair = NLA.from_pretrained("couplets")
     view.token_view(pair.explain(pair.read("In spring\n", "last"), samples=1), "")

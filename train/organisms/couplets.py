@@ -150,6 +150,7 @@ def main() -> None:
     parser.add_argument("variant", choices=["planner", "plain"])
     parser.add_argument("out_dir", type=Path)
     parser.add_argument("--steps", type=int, default=OrganismSettings.steps)
+    parser.add_argument("--n-documents", type=int, default=OrganismSettings.n_documents)
     parser.add_argument("--seed", type=int, default=OrganismSettings.seed)
     parser.add_argument("--point", default=OrganismSettings.point)
     given = vars(parser.parse_args())
