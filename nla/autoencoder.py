@@ -29,6 +29,7 @@ from nla.pair.explanations import Explanations, judge
 from nla.pair.roles import Head, Parts, Role, Roles, SharedBase, check_role, planted, require_shared
 from nla.pair.score import Score, check_store, denominators, score
 from nla.pair.separate import Devices
+from nla.storage.files import folder_of
 from nla.storage.hashes import hash_weights
 from nla.store.reader import Store
 from nla.text.tokens import Positions
@@ -141,7 +142,7 @@ class NLA:
         config = replace(config, files={}, target_weights=hash_weights(config.target), end_ids=ends)
         roles = SharedBase.create(target_model, config, rank, alpha)
         pair = cls(roles, tokenizer, config, baselines)
-        pair.target_folder = Path(config.target).resolve() if Path(config.target).is_dir() else None
+        pair.target_folder = folder.resolve() if (folder := folder_of(config.target)) else None
         return pair
 
     @classmethod

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import field
@@ -17,7 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from nla.errors import ConfigError, ShapeError, TokenizerMismatchError
 from nla.metrics import check_finite
-from nla.storage.files import read_json, write_json
+from nla.storage.files import folder_of, read_json, write_json
 from nla.storage.hashes import digest
 from nla.storage.schema import Problem, build, checked, shown
 from nla.text.fingerprint import hash_parts
@@ -322,8 +321,8 @@ class NLAConfig:
 
 def resolve(source: str, folder: str | Path) -> str:
     """What a source in the config of the pair in ``folder`` means: an existing folder's path, or else the hub id."""
-    local = Path(folder) / source
-    return str(local.resolve()) if os.path.isdir(local) else source
+    local = folder_of(Path(folder) / source)
+    return source if local is None else str(local.resolve())
 
 
 def _content_checksum(content: dict[str, Any]) -> str:

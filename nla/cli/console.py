@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 OK, FAILED, USAGE, UNDECIDED, INTERNAL, INTERRUPTED = 0, 1, 2, 3, 70, 130
 """Exit codes: done; a threshold does not hold; wrong command or input; --check has nothing to hold against anything, or
 too few controls; a fault of the program; Ctrl-C."""
+MAX_TEXT_BYTES = 64 * 2**20
+"""Of a text that is read from a file or from standard input."""
 LINE_WIDTH = 112
 LINE_EVERY_S = 30.0
 """Seconds between two lines of progress where there is no terminal to draw a bar on."""
@@ -36,8 +38,12 @@ def given_text(text: str | None, file: Path | None) -> str:
     if text is not None and text != "-":
         return text
     try:  # bytes: reading as text would turn CR LF into LF
-        return sys.stdin.buffer.read().decode() if file is None else file.read_bytes().decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        with contextlib.nullcontext(sys.stdin.buffer) if file is None else file.open("rb") as stream:
+            data = stream.read(MAX_TEXT_BYTES + 1)
+        if len(data) > MAX_TEXT_BYTES:
+            raise ValueError(f"more than {MAX_TEXT_BYTES:,} bytes")
+        return data.decode("utf-8" if file is None else "utf-8-sig")
+    except (OSError, ValueError) as error:
         source = "standard input" if file is None else str(file)
         raise ArgumentError(f"{source}, not readable as text ({error})", "a UTF-8 text", "check the path") from error
 

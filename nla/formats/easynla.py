@@ -8,7 +8,6 @@ a linear head's output as it is. Old checkpoints keep the base's final norm befo
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,7 @@ from nla.pair.folder import DECODER_FOLDER, ENCODER_FOLDER, load_shared
 from nla.pair.roles import Head
 from nla.pair.separate import Devices, expand
 from nla.storage import hub
-from nla.storage.files import read_json, write_json
+from nla.storage.files import folder_of, read_json, temporary_folder, write_json
 from nla.storage.hashes import hash_weights
 from nla.storage.schema import shown
 from nla.storage.tensors import load_tensors, save_tensors
@@ -86,7 +85,7 @@ def load(
     if isinstance(device, Mapping):
         raise ArgumentError(f"device {dict(device)} for a pair whose roles share one base", "one place", "name one")
     av, (ar, target, sidecar) = expand(av), (each and expand(each) for each in (ar, target, sidecar))
-    av_folder = Path(av) if Path(av).is_dir() else hub.download(av, revision)
+    av_folder = folder_of(av) or hub.download(av, revision)
     ar_folder = av_folder / AR_FOLDER if ar is None else Path(ar)
     meta = _read_meta(ar_folder / AR_META)
     about = read_sidecar(_find_sidecar(sidecar, av_folder, ar_folder))
@@ -96,10 +95,10 @@ def load(
     )
     config = _config(about, meta, source, model, tokenizer, dtype, max_new_tokens, target_revision)
     config.check(tokenizer, model)
-    with tempfile.TemporaryDirectory() as folder:
-        head = _convert(model, meta, av_folder, ar_folder / AR_WEIGHTS, Path(folder), config)
-        pair = NLA(load_shared(model, config, Path(folder), head), tokenizer, config)
-    pair.target_folder = Path(source).resolve() if Path(source).is_dir() else None
+    with temporary_folder() as folder:
+        head = _convert(model, meta, av_folder, ar_folder / AR_WEIGHTS, folder, config)
+        pair = NLA(load_shared(model, config, folder, head), tokenizer, config)
+    pair.target_folder = folder.resolve() if (folder := folder_of(source)) else None
     return pair
 
 
@@ -210,7 +209,7 @@ def _read_meta(path: Path) -> dict[str, Any]:
 
 def _find_sidecar(given: str | Path | None, av: Path, ar: Path) -> Path:
     if given is not None:
-        return Path(given) / SIDECAR if Path(given).is_dir() else Path(given)
+        return folder / SIDECAR if (folder := folder_of(given)) else Path(given)
     sidecars = [folder / SIDECAR for folder in (av, ar) if (folder / SIDECAR).is_file()]
     if not sidecars:
         raise SidecarError(

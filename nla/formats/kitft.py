@@ -28,6 +28,7 @@ from nla.models.load import read_config
 from nla.pair.folder import load_head
 from nla.pair.separate import Devices, Sources, assemble, check_same_ids, expand
 from nla.storage import hub
+from nla.storage.files import folder_of
 from nla.text.tokens import load_tokenizer, render_prompt
 
 VALUE_HEAD = "value_head.safetensors"
@@ -84,7 +85,7 @@ def load(
     target = target or str(ours.base)
     config = NLAConfig(
         target=target,
-        target_revision=None if Path(target).is_dir() else hub.commit_of(target, target_revision) or target_revision,
+        target_revision=None if folder_of(target) else hub.commit_of(target, target_revision) or target_revision,
         dtype=dtype or _dtype(configs[0], encoder),
         quantization=quantization,
         point=f"resid_post.{configs[1].num_hidden_layers - 1}",
@@ -132,12 +133,12 @@ def import_pair(
 
 def _fetch(source: str, revision: str | None) -> Path:
     """A folder with all but the large weights: the source itself, or what is downloaded of it."""
-    return Path(source) if Path(source).is_dir() else hub.download(source, revision, _SMALL_FILES)
+    return folder_of(source) or hub.download(source, revision, _SMALL_FILES)
 
 
 def _weights(source: str, folder: Path) -> WeightsConfig:
     """A hub's snapshot folder is named after its commit, which pins it."""
-    return WeightsConfig(source=source, revision=None if Path(source).is_dir() else folder.name)
+    return WeightsConfig(source=source, revision=None if folder_of(source) else folder.name)
 
 
 def _check_together(ours: Sidecar, theirs: Sidecar, av: Path, ar: Path, compare_bases: bool) -> tuple[Any, Any]:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -20,7 +18,7 @@ from nla.errors import ArchitectureError, ArgumentError, MissingExtraError, NonF
 from nla.models.lora import merge_adapter
 from nla.models.points import TESTED, Layout, Point, backbone, blocks, cut_config, layout, truncated_view
 from nla.models.selfcheck import check_stream
-from nla.storage.files import read_json, write_json
+from nla.storage.files import folder_of, read_json, temporary_folder, write_json
 from nla.storage.hashes import INDEX_FILE, SINGLE_FILE
 from nla.storage.hub import fetch_file
 from nla.storage.schema import shown
@@ -192,10 +190,10 @@ def _not_causal(source: str, kind: str) -> ArchitectureError:
 def _locate(source: str, revision: str | None) -> _Checkpoint:
     from transformers import GenerationConfig
 
-    folder = Path(source).expanduser()
-    source = str(folder) if os.path.isdir(folder) else source
+    folder = folder_of(source)
+    source = str(folder or source)
     path, whole = _config(source, revision)
-    commit = None if os.path.isdir(folder) else path.parent.name
+    commit = path.parent.name if folder is None else None
     config = whole.get_text_config()
     if getattr(whole, "quantization_config", None) is not None:
         config.quantization_config = whole.quantization_config
@@ -250,15 +248,15 @@ def _load(checkpoint: _Checkpoint, n_blocks: int | None, settings: LoadSettings,
     _check_depth(needed, config.num_hidden_layers, checkpoint)
     renamed = _renamed(checkpoint.text) if checkpoint.text else None
     odd: list[str] = []
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary_folder() as folder:
         for file in sorted(set(needed.values())):
             path = fetch_file(checkpoint.source, checkpoint.commit or checkpoint.revision, file)
             if path is None:
                 raise WeightsError(f"{checkpoint.source} without {file}", "every file that its index names", _RESTORE)
             tensors = read_header(path).tensors
             odd += [n for n, e in tensors.items() if n in needed and n.endswith("weight") and e.dtype not in _FLOATS]
-            (Path(folder) / file).symlink_to(path.resolve())
-        write_json(Path(folder) / INDEX_FILE, {"metadata": {}, "weight_map": needed})
+            (folder / file).symlink_to(path.resolve())
+        write_json(folder / INDEX_FILE, {"metadata": {}, "weight_map": needed})
         generation = fetch_file(
             checkpoint.source, checkpoint.commit or checkpoint.revision, "generation_config.json", optional=True
         )

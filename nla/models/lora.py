@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from nla.errors import ConfigError, WeightsError
 from nla.models.points import backbone, blocks, layout, unwrapped
-from nla.storage.files import read_json, write_json
+from nla.storage.files import folder_of, read_json, write_json
 from nla.storage.hashes import sha256
 from nla.storage.hub import fetch_file, is_hub_id
 from nla.storage.schema import Problem, checked, shown
@@ -319,7 +319,7 @@ def located(folder: str | Path) -> Path:
     Raises:
         TargetError, AccessError: the hub does not give them.
     """
-    if Path(folder).is_dir() or not is_hub_id(str(folder)):
+    if folder_of(folder) is not None or not is_hub_id(str(folder)):
         return Path(folder)
     files = [fetch_file(str(folder), None, name) for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)]
     return Path(folder) if files[0] is None else files[0].parent

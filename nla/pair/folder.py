@@ -30,9 +30,10 @@ from nla.organisms import ORGANISMS, pair_folder
 from nla.pair.card import CARD_FILE, card
 from nla.pair.roles import DECODER_ADAPTER, ENCODER_ADAPTER, Head, Parts, SharedBase
 from nla.pair.separate import Devices, Sources, assemble, check_weights, is_local, refuse_outside, source_of
-from nla.storage.files import read_json, replacing_files, write_atomic, write_json
+from nla.storage.files import folder_of, read_json, replacing_files, write_atomic, write_json
 from nla.storage.hashes import hash_weights, sha256
 from nla.storage.hub import download, is_hub_id, place_of
+from nla.storage.schema import shown
 from nla.storage.tensors import load_tensors, save_tensors
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def load(
     check_files(config, folder)
     source = target_source(config, folder, from_hub)
     baselines = load_baselines(folder / BASELINES_FILE, config.d_model)
-    metrics = read_json(folder / METRICS_FILE) if (folder / METRICS_FILE).exists() else {}
+    metrics = read_json(folder / METRICS_FILE) if os.path.lexists(folder / METRICS_FILE) else {}
     origin = (place_of(name_or_path), revision)
     head_file = folder / DECODER_FOLDER / HEAD_FILE
     if config.encoder_weights is not None and config.decoder_weights is not None:
@@ -93,7 +94,7 @@ def load(
     check_weights(source, config.target_weights, "the target")
     model, tokenizer = load_target(
         source,
-        revision=None if Path(source).is_dir() else config.target_revision,
+        revision=config.target_revision if folder_of(source) is None else None,
         dtype=config.dtype,
         device=devices,
         quantization=config.quantization,
@@ -106,7 +107,7 @@ def load(
         config,
         baselines,
         metrics,
-        target_folder=Path(source) if Path(source).is_dir() else None,
+        target_folder=folder_of(source),
         origin=origin,
     )
 
@@ -144,11 +145,12 @@ def find_folder(name_or_path: str | Path, revision: str | None = None) -> tuple[
         HubError: the hub lacks it, does not open it, or cannot be reached.
     """
     name = pair_folder(name_or_path)
-    if os.path.isdir(Path(name).expanduser()):
-        return Path(name).expanduser(), False
+    folder = folder_of(name)
+    if folder is not None:
+        return folder, False
     if not is_hub_id(name):
         raise ConfigError(
-            f"no pair {name!r}",
+            f"no pair {shown(name)}",
             f"a folder, a hub id such as 'someone/pair', or one of {', '.join(ORGANISMS)}",
             "check the name; a pair is made with `nla train RECIPE`",
         )
@@ -163,7 +165,7 @@ def target_source(config: NLAConfig, folder: Path, from_hub: bool) -> str:
     """
     refuse_outside(config.target, folder, from_hub)
     source = config.resolve_target(folder)
-    if is_local(config.target) and not Path(source).is_dir():
+    if is_local(config.target) and folder_of(source) is None:
         raise ConfigError(
             f"no target at {(folder / config.target).resolve()}",
             f"the folder that the pair in {folder} was trained on",

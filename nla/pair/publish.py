@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from nla.pair.card import CARD_FILE, card, renewed
 from nla.pair.folder import METRICS_FILE, check_files, manifest, save
 from nla.pair.roles import Parts
 from nla.pair.separate import is_local
-from nla.storage.files import read_bytes, read_json
+from nla.storage.files import read_bytes, read_json, temporary_folder
 from nla.storage.hub import download, hub_errors
 
 _LONGEST_CARD = 2**20
@@ -26,12 +25,12 @@ def push(
 ) -> str:
     """What ``NLA.push_to_hub`` promises; returns the commit's address."""
     _refuse_local(parts.weight_folders | ({"target": parts.target_folder} if parts.target_folder else {}))
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary_folder() as folder:
         old = _loaded_from(parts.origin) / CARD_FILE if parts.origin else None
         if old is not None and old.is_file():
-            shutil.copyfile(old, Path(folder) / CARD_FILE)
-        save(parts, Path(folder))
-        return push_folder(Path(folder), repo_id, private, revision, commit_message)
+            shutil.copyfile(old, folder / CARD_FILE)
+        save(parts, folder)
+        return push_folder(folder, repo_id, private, revision, commit_message)
 
 
 def push_folder(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from nla.errors import ArgumentError, ConfigError, TokenizerMismatchError, Weigh
 from nla.metrics import Baseline
 from nla.models.load import load_target, load_truncated
 from nla.pair.roles import ROLES, Head, Parts, SeparateModels, check_role
+from nla.storage.files import folder_of
 from nla.storage.hashes import hash_weights
 from nla.storage.hub import hub_errors
 from nla.text.tokens import load_tokenizer
@@ -68,7 +70,7 @@ def assemble(
 
     def target() -> Any:
         check(sources.target, config.target_weights, "the target")
-        revision = None if Path(sources.target).is_dir() else config.target_revision
+        revision = config.target_revision if folder_of(sources.target) is None else None
         model, of_target = load_target(sources.target, revision=revision, device=places["target"], **whole)
         config.check_model(model.config)
         check_same_ids(tokenizer, of_target, sources.encoder, sources.target)
@@ -87,7 +89,7 @@ def assemble(
         check_width(backbone.config, config, sources.decoder)
         return backbone
 
-    folders: dict[str, Path] = {role: Path(s) for role, s in zip(ROLES, sources, strict=True) if Path(s).is_dir()}
+    folders = {role: found for role, s in zip(ROLES, sources, strict=True) if (found := folder_of(s)) is not None}
     return Parts(
         SeparateModels(target, encoder, view, head),
         tokenizer,
@@ -120,7 +122,7 @@ def source_of(weights: WeightsConfig, folder: Path, from_hub: bool) -> str:
     """
     refuse_outside(weights.source, folder, from_hub)
     source = resolve(weights.source, folder)
-    if is_local(weights.source) and not Path(source).is_dir():
+    if is_local(weights.source) and folder_of(source) is None:
         raise ConfigError(
             f"no weights at {(folder / weights.source).resolve()}",
             f"the folder that {CONFIG_FILE} in {folder} refers to",
@@ -135,7 +137,7 @@ def expand(source: str | Path) -> str:
     >>> expand("someone/model")
     'someone/model'
     """
-    return str(Path(source).expanduser()) if str(source).startswith("~") else str(source)
+    return os.path.expanduser(source)
 
 
 def is_local(source: str) -> bool:
@@ -149,8 +151,8 @@ def refuse_outside(source: str, folder: Path, from_hub: bool) -> None:
     Raises:
         ConfigError: it does.
     """
-    where = (folder / source).resolve()
-    if from_hub and (is_local(source) or where.is_dir()) and not where.is_relative_to(folder.resolve()):
+    where = Path(os.path.realpath(folder / source.replace("\0", "")))
+    if from_hub and (is_local(source) or folder_of(where)) and not where.is_relative_to(folder.resolve()):
         raise ConfigError(
             f"a pair from the hub that refers to {source!r}",
             "a hub id, or a folder inside the pair",

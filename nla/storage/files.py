@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 from safetensors import SafetensorError
 
-from nla.errors import ConfigError, ParseError, StorageError, visible
+from nla.errors import ConfigError, NLAError, ParseError, StorageError, visible
 
 MAX_JSON_BYTES, MAX_JSON_VALUES, MAX_JSON_DEPTH, MAX_DIGITS = 64 * 2**20, 2_000_000, 100, 300
 """Of a JSON file that is read whole. A number of more digits is no float either."""
@@ -61,7 +61,7 @@ def replacing(path: Path, private: bool = False) -> Iterator[Path]:
             os.fsync(folder)
         finally:
             os.close(folder)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, UnicodeEncodeError) as error:
         raise StorageError(
             got=f"{type(error).__name__} while writing {path}: {error}",
             expected="room and permission to write the whole file",
@@ -85,6 +85,9 @@ def replacing_files(folder: Path, last: str, outdated: Sequence[str] = ()) -> It
     Raises:
         StorageError: the disk is full or the folder cannot be written.
     """
+    if not folder.resolve().name:
+        got = f"{str(folder)!r}, which has no folder beside it"
+        raise StorageError(got, "a folder inside of another", "choose another folder")
     new = folder.resolve().with_name(f".{folder.resolve().name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         new.mkdir(parents=True)
@@ -98,7 +101,7 @@ def replacing_files(folder: Path, last: str, outdated: Sequence[str] = ()) -> It
             os.replace(source, destination)
     except StorageError:
         raise
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, UnicodeEncodeError) as error:
         raise StorageError(
             f"{type(error).__name__} while writing {folder}: {error}",
             "room and permission to write the whole folder",
@@ -165,6 +168,36 @@ def write_json(path: str | Path, content: Any) -> None:
         StorageError: see :func:`write_atomic`.
     """
     write_atomic(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def folder_of(source: str | Path) -> Path | None:
+    """The folder that a source names, with ``~`` written out; None: it names none, whatever it is.
+
+    >>> folder_of("a" * 300), folder_of("a\\0b"), folder_of("someone/model")
+    (None, None, None)
+    """
+    path = os.path.expanduser(source)
+    return Path(path) if os.path.isdir(path) else None
+
+
+@contextlib.contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """An empty folder that is gone again afterwards.
+
+    Raises:
+        StorageError: nothing can be written where temporary files go.
+    """
+    place = "none of the usual folders"
+    try:
+        place = tempfile.gettempdir()
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
+            yield Path(name)
+    except OSError as error:
+        inside = any(str(path).startswith(place) for path in (error.filename, error.filename2) if path is not None)
+        if isinstance(error, NLAError) or not (inside or error.filename is None):
+            raise
+        got = f"no room for temporary files ({error.strerror} in {place})"
+        raise StorageError(got, "room for a few files", "free space, or set TMPDIR to another folder") from error
 
 
 @contextlib.contextmanager

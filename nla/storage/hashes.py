@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nla.errors import ConfigError, WeightsError
-from nla.storage.files import MAX_JSON_BYTES, open_regular, read_bytes, read_json, write_json
+from nla.storage.files import MAX_JSON_BYTES, folder_of, open_regular, read_bytes, read_json, write_json
 from nla.storage.tensors import read_header
 
 
@@ -59,8 +59,8 @@ def hash_weights(source: str | Path) -> str | None:
         WeightsError: a file that the index names is missing or cannot be read.
         ConfigError: the index is not JSON.
     """
-    folder = Path(source)
-    if not os.path.isdir(folder):
+    folder = folder_of(source)
+    if folder is None:
         return None
     if (folder / INDEX_FILE).is_file():
         weights = read_json(folder / INDEX_FILE).get("weight_map")

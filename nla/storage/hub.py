@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from nla.errors import AccessError, HubError, TargetError
+from nla.storage.files import folder_of
+from nla.storage.schema import shown
 
 log = logging.getLogger(__name__)
 
@@ -64,11 +66,13 @@ def fetch_file(source: str, revision: str | None, name: str, optional: bool = Fa
     Raises:
         TargetError, AccessError: there is no such source, or it cannot be reached.
     """
-    if os.path.isdir(source):
-        path = Path(source) / name
-        return path if path.is_file() else None
+    folder = folder_of(source)
+    if folder is not None:
+        return folder / name if os.path.isfile(folder / name) else None
     if not is_hub_id(source) and re.fullmatch(_NAME, source) is None:
-        raise TargetError(f"no target {source!r}", "a folder, or a hub id such as 'someone/model'", "check the name")
+        raise TargetError(
+            f"no target {shown(source)}", "a folder, or a hub id such as 'someone/model'", "check the name"
+        )
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import (
         EntryNotFoundError,
@@ -102,8 +106,8 @@ def fetch_file(source: str, revision: str | None, name: str, optional: bool = Fa
 
 def place_of(source: str | Path) -> str:
     """A folder's absolute path; a hub id as it is."""
-    folder = Path(source).expanduser()
-    return str(folder.resolve()) if os.path.isdir(folder) else str(source)
+    folder = folder_of(source)
+    return str(source) if folder is None else str(folder.resolve())
 
 
 def access_error(name: str, error: Exception) -> AccessError:

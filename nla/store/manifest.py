@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import typing
 from dataclasses import asdict
@@ -40,7 +41,7 @@ class Manifest:
     """Of the stored vectors: the target's own."""
     d_model: Annotated[int, Field(gt=0)]
     """Their width."""
-    counts: dict[str, Count]
+    counts: dict[str, int]
     """Of documents: seen, read, left out and why, cut, duplicates; and the tokens that were run."""
     n: dict[str, Count]
     """Vectors of each split."""
@@ -86,7 +87,7 @@ class Manifest:
         try:
             content = read_json(path)
         except ConfigError as error:
-            begun = (Path(folder) / SETTINGS_FILE).exists()
+            begun = os.path.exists(Path(folder) / SETTINGS_FILE)
             what = "a store that is not finished" if begun else "no store"
             fix = "run the command that makes it again: it continues" if begun else "correct the folder"
             raise StoreError(f"{what} in {folder}", f"a readable {MANIFEST_FILE} there", fix) from error
@@ -141,7 +142,7 @@ class Record:
     """What a finished chunk left behind."""
 
     chunk: int
-    counts: dict[str, Count]
+    counts: dict[str, int]
     """Of its documents, by any names."""
     shards: dict[str, ShardEntry]
     """Its file in each split that has one."""

@@ -108,18 +108,12 @@ def write_shard(folder: Path, file: str, documents: Sequence[Document], vectors:
     """Write one shard, atomically; equal content gives equal bytes.
 
     Args:
-        vectors: (n, d), of any float type, for all spans of all documents in order.
+        vectors: (n, d), of any float type, for all spans of all documents in order; see :func:`check_rows`.
 
     Raises:
-        NonFiniteError: a vector holds NaN or infinity; the message names its document.
-        ShapeError: not one vector for each span.
         StorageError: it could not be written whole.
     """
-    counts = [len(document.spans) for document in documents]
-    if vectors.ndim != 2 or len(vectors) != sum(counts):
-        raise ShapeError(f"vectors {tuple(vectors.shape)}", f"({sum(counts)}, d), one a span", "read the chunk again")
-    owner = torch.repeat_interleave(torch.arange(len(documents)), torch.tensor(counts))
-    _check_finite(vectors, owner, documents)
+    owner = _owner(documents)
     kinds = [kind for document in documents for kind in document.strata]
     names = sorted(set(kinds))
     stratum = torch.tensor([names.index(kind) for kind in kinds], dtype=torch.int64)
@@ -158,7 +152,22 @@ def _unit_sums(vectors: Tensor, stratum: Tensor, n_strata: int) -> dict[str, Ten
     return {"unit_sum": sums, "unit_square": squares}
 
 
-def _check_finite(vectors: Tensor, owner: Tensor, documents: Sequence[Document]) -> None:
+def _owner(documents: Sequence[Document]) -> Tensor:
+    """For each span of the documents, in order, which of them it is of: (n,) int64."""
+    counts = torch.tensor([len(document.spans) for document in documents], dtype=torch.int64)
+    return torch.repeat_interleave(torch.arange(len(documents)), counts)
+
+
+def check_rows(documents: Sequence[Document], vectors: Tensor) -> None:
+    """Refuse what is no content of a shard.
+
+    Raises:
+        NonFiniteError: a vector holds NaN or infinity; the message names its document.
+        ShapeError: not one vector (d,) for each span.
+    """
+    owner = _owner(documents)
+    if vectors.ndim != 2 or len(vectors) != len(owner):
+        raise ShapeError(f"vectors {tuple(vectors.shape)}", f"({len(owner)}, d), one a span", "read the chunk again")
     fine = torch.isfinite(vectors).all(dim=1)
     if not fine.all():
         first = documents[int(owner[~fine][0])]

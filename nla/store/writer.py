@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,12 +21,12 @@ from torch import Tensor
 from nla.baselines import BASELINES_FILE, GLOBAL, save_baselines
 from nla.errors import BaselineError, StorageError, StoreError
 from nla.metrics import Baseline
-from nla.storage.files import read_json, write_json
+from nla.storage.files import read_json, try_folder, write_json
 from nla.storage.hashes import sha256
 from nla.storage.schema import shown
 from nla.store.manifest import MANIFEST_FILE, SETTINGS_FILE, STORE_VERSION, Manifest, Record
 from nla.store.reader import CHUNKS_FOLDER, SPLITS
-from nla.store.shards import Document, Shard, ShardEntry, write_shard
+from nla.store.shards import Document, Shard, ShardEntry, check_rows, write_shard
 
 QUANTILES = (0.0, 0.01, 0.25, 0.5, 0.75, 0.99, 1.0)
 ABOUT = ("target", "revision", "tokenizer_hash", "point", "dtype", "d_model", "settings")
@@ -48,11 +49,12 @@ class StoreWriter:
 
     def __init__(self, folder: str | Path, about: Mapping[str, Any]) -> None:
         self.folder, self.about = Path(folder), dict(about)
-        path = self.folder / SETTINGS_FILE
-        if path.exists():
-            _refuse_other(self.folder, read_json(path), self.about)
-        else:
-            write_json(path, self.about)
+        try_folder(self.folder)
+        self._refuse_other()
+
+    def _refuse_other(self) -> None:
+        if (self.folder / SETTINGS_FILE).exists():
+            _refuse_other(self.folder, read_json(self.folder / SETTINGS_FILE), self.about)
 
     def is_done(self, chunk: int) -> bool:
         """Whether a chunk is recorded, and its shards have their size."""
@@ -69,12 +71,21 @@ class StoreWriter:
     ) -> None:
         """Write a chunk's documents and vectors (n, d) of each split, then its record.
 
+        With the first one the folder becomes a store of these settings: work that fails before leaves none.
+
         Args:
             counts: of the chunk's documents, by any names; the manifest holds their sums.
 
         Raises:
-            NonFiniteError, StorageError: see :func:`nla.store.shards.write_shard`.
+            NonFiniteError, ShapeError, StorageError: see :func:`nla.store.shards.write_shard`.
+            StoreError: another process has begun a store of other settings here.
         """
+        for documents, vectors in splits.values():
+            check_rows(documents, vectors)
+        with self._alone():
+            self._refuse_other()
+            if not (self.folder / SETTINGS_FILE).exists():
+                write_json(self.folder / SETTINGS_FILE, self.about)
         entries = {}
         for split, (documents, vectors) in splits.items():
             if documents:
@@ -91,6 +102,9 @@ class StoreWriter:
         if not all(self.is_done(chunk) for chunk in range(n_chunks)):
             return None
         with self._alone():
+            for folder in (".", CHUNKS_FOLDER, *SPLITS):  # nothing is being written now: what is half-written is left
+                for left in (self.folder / folder).glob(".*tmp*"):  # ours, and safetensors' own
+                    left.unlink(missing_ok=True)
             return self._finish(n_chunks)
 
     def _finish(self, n_chunks: int) -> Manifest:
@@ -119,13 +133,14 @@ class StoreWriter:
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
-        """Only one process finishes at a time; then nothing is being written, and what is half-written is left over."""
-        with (self.folder / SETTINGS_FILE).open() as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            for folder in (".", CHUNKS_FOLDER, *SPLITS):
-                for left in (self.folder / folder).glob(".*tmp*"):  # ours, and safetensors' own
-                    left.unlink(missing_ok=True)
+        """Only one process at a time."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield
+        finally:
+            os.close(descriptor)
 
     def _record(self, chunk: int) -> Path:
         return self.folder / CHUNKS_FOLDER / f"{chunk:06d}.json"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from nla.errors import (
     VocabularyError,
     WeightsError,
 )
+from nla.storage.files import folder_of
 from nla.storage.hub import fetch_file
 from nla.text.patterns import compile_pattern
 from nla.text.templates import render_template
@@ -80,8 +80,7 @@ def load_tokenizer(
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-    folder = Path(source).expanduser()
-    source = str(folder) if os.path.isdir(folder) else str(source)
+    source = str(folder_of(source) or source)
     has_words = any(all(fetch_file(source, revision, name, optional=True) for name in names) for names in _VOCABULARIES)
     if not has_words and not trust_remote_code:
         raise WeightsError(

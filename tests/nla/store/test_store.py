@@ -277,11 +277,23 @@ def test_a_split_without_documents_and_vectors_without_variance_are_refused(tmp_
 def test_a_vector_that_is_not_finite_names_its_document(tmp_path):
     bad = vectors(4, 0)
     bad[2, 1] = math.inf
+    writer = StoreWriter(tmp_path / "new", ABOUT)
     with pytest.raises(NonFiniteError, match=r"1 of 4 vectors, the first of document 8 \('second"):
-        write_shard(tmp_path, "x.safetensors", [document(7, "first"), document(8, "second")], bad)
+        writer.write(0, {"train": ([document(7, "first"), document(8, "second")], bad)}, {})
     with pytest.raises(ShapeError, match="one a span"):
-        write_shard(tmp_path, "x.safetensors", [document(7, "first")], vectors(3, 0))
-    assert not list(tmp_path.iterdir())
+        writer.write(0, {"train": ([document(7, "first")], vectors(3, 0))}, {})
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_work_that_fails_leaves_no_store_and_other_settings_may_follow(tmp_path):
+    writer = StoreWriter(tmp_path / "s", ABOUT)  # and then the target, the corpus or the first chunk fails
+    assert not (tmp_path / "s").exists()
+    other = StoreWriter(tmp_path / "s", ABOUT | {"point": "resid_post.2"})
+    other.write(0, {"train": ([document(0, "abc")], vectors(2, 0))}, {})
+    before = {path: path.read_bytes() for path in (tmp_path / "s").rglob("*") if path.is_file()}
+    with pytest.raises(StoreError, match=r"other settings \(point: 'resid_post.2' there, 'resid_post.1' now"):
+        writer.write(0, {"train": ([document(0, "xyz")], vectors(2, 1))}, {})
+    assert {path: path.read_bytes() for path in (tmp_path / "s").rglob("*") if path.is_file()} == before
 
 
 def test_a_full_disk_is_an_error_and_leaves_the_chunk_to_be_done(tmp_path):
