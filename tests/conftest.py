@@ -32,8 +32,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
                 metafunc.parametrize(name, list(architectures), indirect=True)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Each of two processes begins with half of the slow tests: so what is left at the end is short."""
+    """Tests of the shell are slow: its server takes seconds to start. Each of two processes begins with half of the
+    slow tests, so that what is left at the end is short."""
+    for item in items:
+        if "shell" in getattr(item, "fixturenames", ()):
+            item.add_marker("slow")
     if hasattr(config, "workerinput"):
         slow = [item for item in items if item.get_closest_marker("slow")]
         fast = [item for item in items if not item.get_closest_marker("slow")]

@@ -63,6 +63,7 @@ def test_the_watch_sees_what_it_is_there_for(use, word: str, tmp_path: Path) -> 
     assert watched(use, tmp_path).word == word
 
 
+@pytest.mark.slow
 def test_a_case_is_known_by_its_seed(tmp_path: Path) -> None:
     kind, contents = KINDS["store"], []
     for name in ("first", "second"):

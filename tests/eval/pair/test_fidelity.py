@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import random
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -111,7 +112,7 @@ def test_claims_are_held_against_their_own_token_and_against_another() -> None:
 
 def test_a_warm_start_at_another_point_is_refused() -> None:
     other = planted_pair()
-    other.point = other.point._replace(layer=0)
+    other.config = replace(other.config, point="resid_post.0")
     with pytest.raises(ConfigError):
         fidelity.judge_fidelity(planted_pair(), FidelitySettings(warm_start=other, n_documents=2))
 

@@ -327,6 +327,7 @@ def test_another_tokenizer_is_refused(tmp_path, tokenizer):
         Store.open(tmp_path / "other").check_tokenizer(tokenizer)
 
 
+@pytest.mark.slow
 def test_rows_beyond_four_gib_are_read(tmp_path):
     """A sparse file of 5 GiB: offsets that were kept in 32 bits would give another row."""
     path, width = tmp_path / "x.safetensors", 1000
