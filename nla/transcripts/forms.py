@@ -203,7 +203,10 @@ def _exchange(request: Object, response: Any, beside: Object, used: set[str], so
 
 
 def _batch(content: Object, source: str) -> list[Found]:
-    found = _request(content.get("body") or content["params"], source)
+    inner = content.get("body", content.get("params")) if isinstance(content, Mapping) else None
+    if not isinstance(inner, Mapping):
+        raise bad(source, "a request of a batch without a body", "what was asked", "leave it out")
+    found = _request(inner, source)
     keys = frozenset({"body", "params", "method", "url"})
     return [replace(found, beside={**found.beside, **content}, used=found.used | keys)]
 

@@ -56,18 +56,16 @@ def read_items(items: Sequence[Any], source: str) -> list[Any]:
 
 def _thought(item: Mapping[str, Any]) -> dict[str, Any]:
     """An item of reasoning as an entry has it: its words, or that they are encrypted, and the summary."""
-    texts = {
-        key: "\n".join(
-            part["text"]
-            for part in item.get(key) or ()
-            if isinstance(part, Mapping) and isinstance(part.get("text"), str)
-        )
-        for key in ("content", "summary")
-    }
+    texts = {key: _texts(item.get(key)) for key in ("content", "summary")}
     if texts["content"]:
         return {"reasoning_content": texts["content"]}
     summary = {"type": "reasoning.summary", "summary": texts["summary"]}
     return {"reasoning_details": [{"type": "reasoning.encrypted"}, *([summary] if texts["summary"] else [])]}
+
+
+def _texts(parts: Any) -> str:
+    texts = [part.get("text") for part in parts if isinstance(part, Mapping)] if isinstance(parts, list) else []
+    return "\n".join(text for text in texts if isinstance(text, str))
 
 
 def _joined(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:

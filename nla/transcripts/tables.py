@@ -42,7 +42,9 @@ def read_parquet(path: Path, limit: int, data: bytes | None = None) -> Iterator[
                 for row in batch.to_pylist():
                     yield from _row(row, path, number)
                     number += 1
-    except (pyarrow.ArrowException, OSError) as error:
+    except TranscriptError:
+        raise
+    except (pyarrow.ArrowException, OSError, ValueError) as error:  # ValueError: text that is not UTF-8, odd dates
         shown = visible(str(error))[:120]
         raise bad(str(path), f"no whole Parquet file ({shown})", "a Parquet file", "restore the file") from error
     if number == 0:

@@ -6,19 +6,24 @@ code that reads them.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import random
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from nla.errors import TranscriptError
+from nla.errors import NLAError, TranscriptError
 from nla.transcripts.files import load_transcripts, read_file
 from nla.transcripts.messages import Message, Transcript
+from nla.transcripts.rendering import render
+from tests.helpers.chat_templates import tokenizer_in_shape
 
 FORMS = Path(__file__).with_name("forms")
 EXPECTED: dict[str, Any] = yaml.safe_load((FORMS / "expected.yaml").read_text(encoding="utf-8"))
@@ -90,3 +95,58 @@ def test_standard_input_is_read_as_a_file_is(name: str, monkeypatch: pytest.Monk
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
     read, whole = list(load_transcripts("-")), list(load_transcripts(FORMS / name))
     assert [one.messages for one in read] == [one.messages for one in whole]
+
+
+ODD: list[Any] = [
+    None,
+    0,
+    -1.5,
+    True,
+    "",
+    "x",
+    "\ue000",
+    [],
+    {},
+    [[]],
+    [None],
+    {"role": 3},
+    [{"type": "text"}],
+    "[" * 5000,
+]
+
+
+def mutated(value: Any, draw: random.Random, share: float) -> Any:
+    """A JSON value with some of its parts replaced, dropped or repeated."""
+    if draw.random() < share:
+        return draw.choice(ODD)
+    if isinstance(value, dict):
+        kept = {key: mutated(inner, draw, share) for key, inner in value.items() if draw.random() > share / 2}
+        return kept | ({draw.choice(["role", "type", "messages", "content"]): value} if draw.random() < share else {})
+    if isinstance(value, list):
+        return [mutated(inner, draw, share) for inner in value for _ in range(1 + (draw.random() < share))]
+    return value
+
+
+@pytest.mark.slow
+def test_two_thousand_damaged_forms_are_read_or_refused_and_rendered_or_refused(tmp_path: Path) -> None:
+    """Never anything but a typed error that names the file, whatever of a form's structure is something else."""
+    draw, tokenizer, counts = random.Random(0), tokenizer_in_shape("calling"), Counter()
+    values = []
+    for name in EXPECTED:
+        text = (FORMS / name).read_text(encoding="utf-8-sig")
+        with contextlib.suppress(ValueError):
+            values.append(json.loads(text.splitlines()[0] if name.endswith(".jsonl") else text))
+    for _ in range(2000):
+        path = tmp_path / draw.choice(["a.json", "a.jsonl", "a.log", "a"])
+        path.write_text(json.dumps(mutated(draw.choice(values), draw, draw.choice([0.02, 0.1, 0.3]))), encoding="utf-8")
+        for found in read_file(path):
+            if isinstance(found, TranscriptError):
+                counts["refused"] += 1
+                assert str(path) in found.got
+                continue
+            try:
+                render(tokenizer, found, allow_dropped=True)
+                counts["rendered"] += 1
+            except NLAError:
+                counts["refused by the template"] += 1
+    assert counts["refused"] > 400 and counts["rendered"] > 400, counts

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
 from collections import Counter
 from pathlib import Path
 from typing import Any
+
+from pyarrow import Table
+from pyarrow.parquet import write_table
 
 from nla.audit.rubric import parse_rubric
 from nla.errors import NLAError, TranscriptError
@@ -113,3 +117,22 @@ def test_a_thousand_malformed_files_give_typed_errors_or_escaped_text(tmp_path: 
         markup.check()
         assert "alert(1)" in markup.text and "<script>alert(1)" in markup.text  # there, as text
         assert "\u202e" not in page and "\x1b" not in page
+
+
+def test_damaged_tables_give_typed_errors(tmp_path: Path) -> None:
+    """Parquet with changed or missing bytes, also inside its texts; CSV with loose quotes, fields and bytes."""
+    draw, counts = random.Random(1), Counter()
+    rows = [{"id": f"w{n}", "conversation": conversation(draw)} for n in range(40)]
+    buffer = io.BytesIO()
+    write_table(Table.from_pylist(rows), buffer, compression="none")
+    csv = "id,prompt,completion\n" + "".join(f'{n},"the cat, {n}",it is\n' for n in range(20))
+    for number in range(300):
+        data = bytearray(buffer.getvalue() if number % 2 else csv.encode())
+        for _ in range(draw.randint(1, 6)):
+            data[draw.randrange(len(data))] = draw.randrange(256)
+        path = tmp_path / f"{number}.{'parquet' if number % 2 else 'csv'}"
+        path.write_bytes(data[: draw.randrange(1, len(data))] if draw.random() < 0.2 else data)
+        for found in read_file(path):
+            counts[type(found).__name__] += 1
+            assert isinstance(found, Transcript) or str(path) in found.got
+    assert counts["TranscriptError"] > 200 and counts["Transcript"] > 200
