@@ -25,15 +25,9 @@ class Reader(Protocol):
     def __call__(self, items: Sequence[RhymeItem], vectors: Float[Tensor, "n d"]) -> list[str]: ...
 
 
-class EncoderReader:
+def encoder_reader(nla: NLA, greedy: bool = False, seed: int = 0) -> Reader:
     """The encoder of a pair: it sees the vectors and nothing of the items."""
-
-    def __init__(self, nla: NLA, greedy: bool = False, temperature: float = 1.0, seed: int = 0) -> None:
-        self.nla, self.greedy, self.temperature, self.seed = nla, greedy, temperature, seed
-
-    def __call__(self, items: Sequence[RhymeItem], vectors: Float[Tensor, "n d"]) -> list[str]:
-        """See :func:`explain`."""
-        return explain(self.nla, vectors, self.greedy, self.temperature, self.seed)
+    return lambda items, vectors: explain(nla, vectors, greedy, seed=seed)
 
 
 def explain(

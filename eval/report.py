@@ -62,6 +62,21 @@ class Rate(NamedTuple):
             return cls(*wilson(round(value * n_documents), n_documents), n_documents)
         return cls(*bootstrap(scores, documents, seed=seed), n_documents)
 
+    @classmethod
+    def of_counts(cls, counts: Float[Tensor, "n 2"], documents: Int[Tensor, " n"], seed: int = 0) -> Rate | None:
+        """Hits (the first column) per trial (the second), both summed over all rows; documents are resampled whole.
+
+        None without a trial. Exactly 0 or 1 takes the Wilson interval over documents.
+        """
+        n_hits, n_trials = counts.sum(0).tolist()
+        if n_trials == 0:
+            return None
+        n_documents = len(documents.unique())
+        if n_hits in (0.0, n_trials):
+            return cls(*wilson(round(n_hits / n_trials * n_documents), n_documents), n_documents)
+        share = bootstrap(counts, documents, lambda mean: mean[..., 0] / mean[..., 1].clamp(min=1e-9), seed=seed)
+        return cls(*share, n_documents)
+
     def above(self, other: Rate) -> bool:
         """Whether the intervals are disjoint and this one lies higher; not if either is unknown."""
         return self.low > other.high

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from jaxtyping import Int
+from pydantic import Field
 from torch import Tensor
 
 from nla.errors import ArgumentError, ParseError, PositionError, visible
@@ -22,25 +23,29 @@ from nla.eval.couplet_items import RhymeItem
 from nla.eval.items import Item
 from nla.eval.target import Target, token_ids
 from nla.models.points import context_length
+from nla.storage.schema import build, checked
 from nla.text.tokens import Encoded, encode_batch
 
-_REQUIRED = ("prompt", "donor_prompt", "continuation", "donor_continuation")
-_OPTIONAL = ("target", "donor_target", "roles", "document")
 _MAX_DOCUMENT = 2**62
+_Text = Annotated[str, Field(min_length=1)]
 
 
-@dataclass(frozen=True)
+@checked(lambda problem: ParseError(*problem), kw_only=False)
 class MinimalPair:
-    """A prompt, and a donor prompt in which only the latent differs."""
+    """A prompt, and a donor prompt in which only the latent differs.
 
-    prompt: str
-    donor_prompt: str
+    Raises:
+        ParseError: a text is empty, or a value of another type.
+    """
+
+    prompt: _Text
+    donor_prompt: _Text
     """As many tokens as ``prompt``."""
 
-    continuation: str
+    continuation: _Text
     """What the target writes after the prompt."""
 
-    donor_continuation: str
+    donor_continuation: _Text
     """What it writes after the donor prompt: its probability is what patches are measured by."""
 
     target: str = ""
@@ -51,7 +56,7 @@ class MinimalPair:
     roles: Mapping[str, int | str] = field(default_factory=dict)
     """Named tokens: an index (negative from the end), or a piece of text that ends in the token. None named: all."""
 
-    document: int = 0
+    document: Annotated[int, Field(ge=-_MAX_DOCUMENT, le=_MAX_DOCUMENT)] = 0
     """Pairs of one document are not independent: the cluster in every bootstrap."""
 
     def __post_init__(self) -> None:
@@ -119,7 +124,7 @@ def read_pairs(path: str | Path) -> list[MinimalPair]:
         raise ParseError(f"{path}, not readable ({error})", "a UTF-8 file of JSON lines", "check the path") from error
     pairs = [_pair(line, f"{path}:{number + 1}", number) for number, line in enumerate(lines) if line.strip()]
     if not pairs:
-        raise ParseError(f"{path} without a pair", "one JSON object a line", f"write {', '.join(_REQUIRED)} for each")
+        raise ParseError(f"{path} without a pair", "one JSON object a line", "write one; see docs/graphs.md")
     return pairs
 
 
@@ -130,21 +135,8 @@ def _pair(line: str, where: str, number: int) -> MinimalPair:
         raise ParseError(
             f"{where}, which is not JSON ({error})", "one JSON object a line", "correct the line"
         ) from error
-    expected = f"{', '.join(_REQUIRED)} as texts; {', '.join(_OPTIONAL)} if wanted"
-    if not isinstance(content, dict):
-        raise ParseError(f"{where}: a {type(content).__name__}", "a JSON object", "correct the line")
-    wrong = [name for name in content if name not in (*_REQUIRED, *_OPTIONAL)]
-    wrong += [name for name in _REQUIRED if not (isinstance(content.get(name), str) and content[name])]
-    wrong += [name for name in ("target", "donor_target") if not isinstance(content.get(name, ""), str)]
-    document = content.get("document", 0)
-    wrong += [] if type(document) is int and abs(document) <= _MAX_DOCUMENT else ["document"]
-    roles = content.get("roles", {})
-    if not isinstance(roles, dict) or not all(type(value) in (int, str) for value in roles.values()):
-        wrong.append("roles")
-    if wrong:
-        got = f"{where}: {', '.join(map(visible, map(str, wrong)))} missing, unknown or of the wrong type"
-        raise ParseError(got, expected, "correct the line")
-    return MinimalPair(**{"document": number, **content})
+    values = {"document": number, **content} if isinstance(content, dict) else content
+    return build(MinimalPair, values, where, lambda problem: ParseError(*problem))
 
 
 def role_columns(target: Target, pairs: Sequence[MinimalPair], batch: Batch) -> tuple[list[str], Int[Tensor, "n r"]]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from nla.eval.adversaries import bag_of_words, closest_texts, text_lm_claims
 from nla.eval.couplet_items import RhymeItem, documents
-from nla.eval.explainers import EncoderReader, Reader
+from nla.eval.explainers import Reader, encoder_reader
 from nla.eval.families.mention import MentionScore, score, score_texts
 from nla.eval.target import Target, last_word
 from nla.organisms.couplets import world
@@ -111,7 +111,7 @@ def baselines(
     empty: no text · constant: its most frequent text for all · mean-activation, Gaussian (of equal length), shuffled
     activation: it explains that instead · other document: a text that it wrote of another item.
     """
-    reader = EncoderReader(nla, seed=seed)
+    reader = encoder_reader(nla, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     moved = derangement(len(items), seed) if len(items) > 1 else torch.zeros(1, dtype=torch.long)
     noise = torch.randn(vectors.shape, generator=generator)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from nla.errors import ArgumentError, ShapeError
@@ -16,7 +16,6 @@ from nla.eval.explainers import Reader
 from nla.eval.items import repeat, retarget
 from nla.eval.report import Rate, to_json
 from nla.organisms.couplets import world
-from nla.stats import bootstrap
 from nla.text.claims import claims
 
 N_EXAMPLES = 5
@@ -92,15 +91,15 @@ def score_texts(
         if (others := [retarget(item, word) for word in item.distractors])
     ]
     kept = [keeps_facts(text, item) for text, item in zip(texts, rows, strict=True)]
+    held = [visible_claims(text, item) for text, item in zip(texts, rows, strict=True)]
+    claimed = [(sum(of_text), len(of_text)) for of_text in held]
     return MentionScore(
         reader=name,
         n_items=len(items),
         n_samples=n_samples,
         named=Rate.clustered(torch.tensor(hits).double(), documents, seed),
         distractor=sum(wrong) / len(wrong) if wrong else 0.0,
-        visible=_visible_rate(
-            [visible_claims(text, item) for text, item in zip(texts, rows, strict=True)], documents, seed
-        ),
+        visible=Rate.of_counts(torch.tensor(claimed, dtype=torch.float64), documents, seed),
         facts_kept=Rate.clustered(torch.tensor(kept).double(), documents, seed),
         per_item=torch.tensor(hits).double().reshape(len(items), n_samples).mean(1).tolist(),
         examples=list(texts[: N_EXAMPLES * n_samples : n_samples]),
@@ -118,16 +117,3 @@ def score(
     """Let a reader explain each item's vector (n, d) ``n_samples`` times, and score what it says."""
     texts = reader(repeat(items, n_samples), vectors.repeat_interleave(n_samples, dim=0))
     return score_texts(name, items, texts, n_samples, seed)
-
-
-def _visible_rate(checks: list[list[bool]], documents: Int[Tensor, " n"], seed: int) -> Rate | None:
-    """Share of true claims over all texts, resampling documents (each brings all its claims)."""
-    counts = torch.tensor([(sum(of_text), len(of_text)) for of_text in checks], dtype=torch.float64)
-    n_true, n_claims = counts.sum(0).tolist()
-    if n_claims == 0:
-        return None
-    n_documents = len(documents.unique())
-    if n_true in (0.0, n_claims):
-        return Rate.clustered(torch.full((n_documents,), n_true / n_claims), range(n_documents))
-    interval = bootstrap(counts, documents, lambda mean: mean[..., 0] / mean[..., 1].clamp(min=1e-9), seed=seed)
-    return Rate(*interval, n_documents)

@@ -9,7 +9,7 @@ import torch
 
 from nla.autoencoder import NLA
 from nla.eval.couplet_items import RhymeItem, rhyme_items
-from nla.eval.explainers import EncoderReader
+from nla.eval.explainers import encoder_reader
 from nla.eval.families import controls
 from nla.eval.families.mention import MentionScore, score
 from nla.eval.report import Figures
@@ -96,11 +96,11 @@ def measure_naming(
     """
     n_samples, seed = settings.n_samples, settings.seed
     vectors = read_last(target, [item.prompt for item in items])
-    sampled = score(SAMPLED, EncoderReader(nla, seed=seed), items, vectors, n_samples, seed)
-    greedy = score(GREEDY, EncoderReader(nla, greedy=True), items, vectors, 1, seed)
+    sampled = score(SAMPLED, encoder_reader(nla, seed=seed), items, vectors, n_samples, seed)
+    greedy = score(GREEDY, encoder_reader(nla, greedy=True), items, vectors, 1, seed)
     progress("naming", 0.3)
     others = {
-        name: None if pair is None else score(name, EncoderReader(pair, seed=seed), items, vectors, n_samples, seed)
+        name: None if pair is None else score(name, encoder_reader(pair, seed=seed), items, vectors, n_samples, seed)
         for name, pair in pairs.items()
     }
     describer = None
@@ -116,7 +116,7 @@ def measure_naming(
     held_out = [
         score(name, reader, unseen, unseen_vectors, n_samples, seed)
         for name, reader in (
-            ("held-out plans: encoder (sampled)", EncoderReader(nla, seed=seed)),
+            ("held-out plans: encoder (sampled)", encoder_reader(nla, seed=seed)),
             (f"held-out plans: {controls.OUTSIDER}", controls.describer(0.0, seed)),
         )
     ]

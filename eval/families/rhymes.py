@@ -17,7 +17,7 @@ from nla.config import CONFIG_FILE
 from nla.errors import ConfigError
 from nla.eval.circuits.gate import CAUSAL, Gate, gate_items
 from nla.eval.couplet_items import rhyme_items, variant_of
-from nla.eval.explainers import EncoderReader, hit_rate
+from nla.eval.explainers import encoder_reader, hit_rate
 from nla.eval.families import controls, gates
 from nla.eval.families.counterfactual import COUNTERFACTUAL_MIN, Counterfactual, swap_plans
 from nla.eval.families.editing import CONTROL_MAX, STEER_MIN, EditAndSteer, edit_and_steer
@@ -83,7 +83,6 @@ def evaluate_rhymes(
         name: None if nla is None or pair is None else _same_target(open_pair(pair, settings.device), nla)
         for name, pair in before.items()
     }
-    q = settings.hit_rate if nla is None or settings.hit_rate is not None else hit_rate(nla)
     n_separate = max(2, n_items // 4)
 
     items, separate = rhyme_items(n_items, seed), rhyme_items(n_separate, seed + 100)
@@ -93,11 +92,12 @@ def evaluate_rhymes(
     gate = gate_items(target, items, seed=seed, progress=progress)
     causal = [items[row] for row in gate.causal]
 
-    naming = counterfactual = steering = None
+    naming = counterfactual = steering = q = None
     if nla is not None and causal:
+        q = hit_rate(nla) if settings.hit_rate is None else settings.hit_rate
+        sampled, greedy = encoder_reader(nla, seed=seed), encoder_reader(nla, greedy=True)
         naming_settings = NamingSettings(settings.n_samples, q, n_fit, n_separate, seed)
         naming = measure_naming(nla, target, causal, pairs, naming_settings, progress)
-        sampled, greedy = EncoderReader(nla, seed=seed), EncoderReader(nla, greedy=True)
         text_only = controls.text_lm(target)
         counterfactual = swap_plans(
             target, sampled, greedy, text_only, causal, settings.n_samples, n_fit, seed, progress

@@ -37,7 +37,7 @@ from nla.eval.settings import EvaluationSettings
 from nla.eval.target import open_pair
 from nla.models.points import Point, context_length
 from nla.progress import Progress, silent
-from nla.stats import Interval, bootstrap, derangement
+from nla.stats import Interval, derangement
 from nla.text.claims import claims
 
 if TYPE_CHECKING:
@@ -266,16 +266,8 @@ def _precision(
         ]
         counts.append((sum(kinds == {HERE} for kinds in said), sum(bool(kinds) for kinds in said)))
     totals = torch.tensor(counts, dtype=torch.float64)
-    n_right, n_said = totals.sum(0).tolist()
-    if not n_said:
-        return None
-    # Documents without a checkable claim have no say.
-    spoke = totals[:, 1] > 0
-    totals, owner = totals[spoke], torch.tensor([token.document for token in read_tokens])[spoke]
-    if n_right in (0.0, n_said):
-        return Rate.clustered(totals[:, 0] / totals[:, 1], owner)
-    share = bootstrap(totals, owner, lambda mean: mean[..., 0] / mean[..., 1], seed=seed)
-    return Rate(*share, len(owner.unique()))
+    spoke = totals[:, 1] > 0  # documents without a checkable claim have no say
+    return Rate.of_counts(totals[spoke], torch.tensor([token.document for token in read_tokens])[spoke], seed)
 
 
 def _auroc(cells: Sequence[ConceptCell], share: Tensor, owner: Tensor, seed: int) -> Interval | None:

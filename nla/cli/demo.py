@@ -95,7 +95,7 @@ def _against_the_plan(nla: NLA, progress: Callable[[str, float], None]) -> tuple
     if len(causal) < 2:
         return found.counts(), {}
     vectors = targets.read_last(target, [item.prompt for item in causal])
-    sampled, greedy = explainers.EncoderReader(nla), explainers.EncoderReader(nla, greedy=True)
+    sampled, greedy = explainers.encoder_reader(nla), explainers.encoder_reader(nla, greedy=True)
     naming = mention.score("encoder", sampled, causal, vectors, DEMO_SAMPLES, DEMO_SEED)
     text_only = controls.text_lm(target)
     swapped = counterfactual.swap_plans(target, sampled, greedy, text_only, causal, DEMO_SAMPLES, progress=progress)

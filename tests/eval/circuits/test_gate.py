@@ -149,9 +149,8 @@ def test_the_patch_map_shows_the_planted_place_alone(used: Target) -> None:
 def test_gates_of_a_planner_pass_on_a_used_plan_and_fail_on_an_unused_one(
     used: Target, unused: Target, tmp_path
 ) -> None:
-    report = gates.evaluate_gates(
-        used, gates.GateSettings(variant="planner", n_documents=40, n_probe=1200), out_dir=tmp_path
-    )
+    report = gates.evaluate_gates(used, gates.GateSettings(variant="planner", n_documents=40, n_probe=1200))
+    report.save(tmp_path)
     assert report.passed and report.verdict == gates.USED
     assert not gates.evaluate_gates(unused, gates.GateSettings(variant="planner", n_documents=30, n_probe=100)).passed
     assert json.loads((tmp_path / "gates.json").read_text())["passed"] is True
