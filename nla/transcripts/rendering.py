@@ -8,7 +8,8 @@ that the target never reads.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
@@ -168,9 +169,7 @@ def render(tokenizer: PreTrainedTokenizerBase, transcript: Transcript, allow_dro
             "one that has it: transcripts are read as the target's own conversations",
             "use an instruction-tuned target's pair",
         )
-    text = _apply(tokenizer, transcript)
-    marked = Marked.of(transcript)
-    placed = marked.place(_apply(tokenizer, marked.transcript), text)
+    text, placed, way = _placed(tokenizer, transcript)
     dropped = [Unread(message, what, True) for message, what in placed.dropped]
     if any(one.what == "tool calls" for one in dropped) and any(message.untagged for message in transcript.messages):
         # The calls stood in tags inside the content: there they are read as they are.
@@ -180,17 +179,71 @@ def render(tokenizer: PreTrainedTokenizerBase, transcript: Transcript, allow_dro
         raise _edited(tokenizer, transcript, text, placed.edited, allow_dropped)
     if dropped and not allow_dropped:
         raise _dropped(transcript, dropped)
-    regions = _regions(tokenizer, transcript, text, placed)
+    regions = _regions(tokenizer, transcript, text, placed, way)
     if transcript.prefill:
         text, regions = _unended(text, regions, placed, transcript)
     media = [Unread(n, what, False) for n, message in enumerate(transcript.messages) for what in message.unseen]
     return _tokens(tokenizer, transcript, text, regions, sorted(dropped + media, key=lambda one: one.message or 0))
 
 
-def _apply(tokenizer: PreTrainedTokenizerBase, transcript: Transcript) -> str:
+Way = Callable[[dict[str, Any]], dict[str, Any]]
+"""How a message is written for a template."""
+
+
+def _plainly(entry: dict[str, Any]) -> dict[str, Any]:
+    return entry
+
+
+def _arguments_as_text(entry: dict[str, Any]) -> dict[str, Any]:
+    """As DeepSeek V3's template wants calls, and OpenAI's API writes them."""
+    calls = [
+        {
+            **call,
+            "function": {
+                **call["function"],
+                "arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False),
+            },
+        }
+        for call in entry.get("tool_calls", ())
+    ]
+    return {**entry, "tool_calls": calls} if calls else entry
+
+
+def _content_as_parts(entry: dict[str, Any]) -> dict[str, Any]:
+    """As templates of models that see images want it."""
+    return {**entry, "content": [{"type": "text", "text": entry["content"]}]}
+
+
+def _placed(tokenizer: PreTrainedTokenizerBase, transcript: Transcript) -> tuple[str, Placed, Way]:
+    """The rendered text and where the fields stand in it, in the first way that the template takes whole contents in.
+
+    Raises:
+        TemplateError: it takes none; the error of the plain way.
+    """
+    marked = Marked.of(transcript)
+    taken: list[tuple[str, Placed, Way]] = []
+    error: TemplateError | None = None
+    for way in (_plainly, _arguments_as_text, _content_as_parts):
+        if way is _arguments_as_text and not any(message.calls for message in transcript.messages):
+            continue
+        try:
+            text = _apply(tokenizer, transcript, way)
+            taken.append((text, marked.place(_apply(tokenizer, marked.transcript, way), text), way))
+        except TemplateError as refusal:
+            error = error or refusal
+            continue
+        if all(what != "content" for _, what in taken[-1][1].dropped):
+            return taken[-1]
+    if not taken:
+        assert error is not None
+        raise error
+    return taken[0]
+
+
+def _apply(tokenizer: PreTrainedTokenizerBase, transcript: Transcript, way: Way = _plainly) -> str:
     template = undated(tokenizer)
     try:
-        entries = [message.for_template() for message in transcript.messages]
+        entries = [way(message.for_template()) for message in transcript.messages]
         tools: Any = [dict(tool) for tool in transcript.tools] or None
         return render_template(tokenizer, template, entries, tools=tools, add_generation_prompt=False)
     except TemplateError:
@@ -260,7 +313,9 @@ def _unended(text: str, regions: list[Region], placed: Placed, transcript: Trans
     return text[:end], kept
 
 
-def _regions(tokenizer: PreTrainedTokenizerBase, transcript: Transcript, text: str, placed: Placed) -> list[Region]:
+def _regions(
+    tokenizer: PreTrainedTokenizerBase, transcript: Transcript, text: str, placed: Placed, way: Way
+) -> list[Region]:
     """The text cut into regions: fields where they stand, calls with all that is written of them, the rest control."""
     runs = _runs(placed)
     if not runs:  # nothing that was written is in the text
@@ -280,7 +335,7 @@ def _regions(tokenizer: PreTrainedTokenizerBase, transcript: Transcript, text: s
         role, end = transcript.messages[message].role, spans[-1].end
         gap = text[end:] if is_last else text[end : runs[number + 1][1][0].start]
         if role not in tails:
-            tails[role] = _tail(tokenizer, transcript, role)
+            tails[role] = _tail(tokenizer, transcript, role, way)
         # What closes the message stands right after its content, or after what else is written of calls and tools.
         tail, is_open = tails[role], any(span.section in (CALLS, TOOLS) for span in spans)
         at = (gap.find(tail) if is_open else 0 if gap.startswith(tail) else -1) if tail else -1
@@ -306,11 +361,11 @@ def _runs(placed: Placed) -> list[tuple[int, list[Placement]]]:
     return runs
 
 
-def _tail(tokenizer: PreTrainedTokenizerBase, transcript: Transcript, role: str) -> str:
+def _tail(tokenizer: PreTrainedTokenizerBase, transcript: Transcript, role: str, way: Way) -> str:
     """What closes a message of a role: known from one rendered alone, or after a user's; empty where neither works."""
     for before in ((), (Message("user", "."),)):
         try:
-            alone = _apply(tokenizer, Transcript(transcript.id, (*before, Message(role, _ALONE))))
+            alone = _apply(tokenizer, Transcript(transcript.id, (*before, Message(role, _ALONE))), way)
         except TemplateError:
             continue
         _, mark, tail = alone.partition(_ALONE)

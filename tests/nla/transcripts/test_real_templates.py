@@ -1,0 +1,84 @@
+"""Chat templates as model makers ship them (TRL has copies): what they write of a chat, and what they leave out."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+
+import pytest
+
+from nla.errors import TemplateError
+from nla.transcripts.messages import Message, Transcript
+from nla.transcripts.rendering import CALLS, render
+from tests.helpers.chat_templates import tokenizer_of
+from tests.helpers.talk import said
+
+TEMPLATES = files("trl") / "chat_templates"
+NAMES = sorted(
+    path.name.removesuffix(".jinja")
+    for path in TEMPLATES.iterdir()
+    if path.name.endswith(".jinja") and not path.name.endswith("_training.jinja")
+)
+CLOCK = {"name": "clock", "description": "Tells the time", "parameters": {"type": "object", "properties": {}}}
+AGENT = Transcript(
+    "agent",
+    (
+        Message("user", "What is the time?"),
+        Message("assistant", "", ({"name": "clock", "arguments": {"town": 'the "old" town'}},)),
+        Message("tool", "09:30", call_id="call00000", name="clock"),
+        Message("assistant", "Half past nine."),
+    ),
+    tools=({"type": "function", "function": CLOCK},),
+)
+THINKING = Transcript(
+    "thinking",
+    (
+        Message("user", "Two and two?"),
+        Message("assistant", "Four.", reasoning="Add them."),
+        Message("user", "Three and three?"),
+        Message("assistant", "Six.", reasoning="Add these."),
+    ),
+)
+
+
+def tokenizer(name: str):
+    made = tokenizer_of("llama3")
+    made.chat_template = (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
+    return made
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_plain_chat_is_read_whole_under_every_template(name: str) -> None:
+    chat = said(("user", "Is it 5?"), ("assistant", "Yes: 5."), ("user", "And 6?"), ("assistant", "No."))
+    read = render(tokenizer(name), chat)
+    assert [read.heard(number) for number in range(4)] == [message.content for message in chat.messages]
+    assert not read.unread and "".join(read.text[one.start : one.end] for one in read.regions) == read.text
+    assert [region.message for region in read.regions] == sorted(region.message for region in read.regions)
+
+
+@pytest.mark.parametrize("name", ["qwen2_5", "qwen3", "qwen3_6", "glm4moe", "gptoss", "llama3_1", "llama3_2", "gemma4"])
+def test_calls_and_tools_are_read_under_templates_that_know_them(name: str) -> None:
+    read = render(tokenizer(name), AGENT)
+    assert not read.unread and "clock" in read.heard(1) and "old" in read.heard(1)
+    assert read.regions_of(1, CALLS) and "Tells the time" in read.text
+
+
+@pytest.mark.parametrize(
+    ("name", "dropped"),
+    [
+        ("qwen3", "drops the reasoning of message 1: "),
+        ("qwen3_instruct_2507", "drops the reasoning of message 1, reasoning of message 3: "),
+        ("deepseek_r1_distill", "drops the reasoning of message 1, reasoning of message 3: "),
+        ("gptoss", "drops the reasoning of message 1: "),
+        ("glm4moe", "drops the reasoning of message 1: "),
+    ],
+)
+def test_thinking_that_a_template_leaves_out_is_named(name: str, dropped: str) -> None:
+    with pytest.raises(TemplateError, match=dropped):
+        render(tokenizer(name), THINKING)
+    read = render(tokenizer(name), THINKING, allow_dropped=True)
+    assert ("Add these." in read.heard(3)) == ("message 3" not in dropped) and "Add them." not in read.text
+
+
+def test_arguments_are_given_as_text_to_templates_that_join_strings() -> None:
+    read = render(tokenizer("deepseekv3"), AGENT, allow_dropped=True)
+    assert [str(one) for one in read.unread] == ["list of tools"] and r'{"town": "the \"old\" town"}' in read.text
