@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nla.autoencoder import NLA
 from nla.config import CONFIG_FILE
-from nla.errors import ArgumentError, ShapeError
+from nla.errors import ArgumentError, ConfigError, ShapeError
 from nla.models.generate import Generated, ends_of, generate, pad_of, seeded
 from nla.models.hooks import inference, replace
 from nla.models.load import load_target, read_config
@@ -95,6 +95,30 @@ def open_pair(pair: NLA | str | Path, device: Devices = None) -> NLA:
         See :meth:`nla.NLA.from_pretrained`.
     """
     return NLA.from_pretrained(pair, device=device) if isinstance(pair, str | Path) else pair
+
+
+def open_rival(pair: NLA | str | Path, nla: NLA, device: Devices = None) -> NLA:
+    """A pair to compare another with, such as its warm start.
+
+    Raises:
+        ConfigError: it reads another point or another target than ``nla``, or see :func:`open_pair`.
+    """
+    other = open_pair(pair, device)
+    if str(other.point) != str(nla.point):
+        raise ConfigError(f"a pair at {other.point}", f"{nla.point}, as the pair that is judged", "give pairs of it")
+    weights, expected = (
+        {name: p for name, p in each.base_of("target").named_parameters() if "lora_" not in name}
+        for each in (other, nla)
+    )
+    if weights.keys() != expected.keys() or not all(
+        torch.equal(expected[name].to(p.device), p) for name, p in weights.items()
+    ):
+        raise ConfigError(
+            f"a pair of the target {other.config.target}, whose weights differ",
+            f"the target of the pair that is judged, {nla.config.target}",
+            "give pairs that were trained on the same target",
+        )
+    return other
 
 
 def open_target(model: Target | NLA | str | Path, point: str | Point, device: Devices = None) -> Target:

@@ -10,11 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-import torch
-
 from nla.autoencoder import NLA
 from nla.config import CONFIG_FILE
-from nla.errors import ConfigError
 from nla.eval.circuits.gate import CAUSAL, Gate, gate_items
 from nla.eval.couplet_items import rhyme_items, variant_of
 from nla.eval.explainers import encoder_reader, hit_rate
@@ -27,7 +24,7 @@ from nla.eval.families.naming import CONTINUED, WARM, Naming, NamingSettings, me
 from nla.eval.families.rhymes_report import RhymesReport
 from nla.eval.report import Check, Rate
 from nla.eval.settings import EvaluationSettings
-from nla.eval.target import Target, open_pair, open_target
+from nla.eval.target import Target, open_pair, open_rival, open_target
 from nla.eval.worlds import COUPLETS, require_world
 from nla.organisms import TARGETS
 from nla.pair.separate import Devices
@@ -80,7 +77,7 @@ def evaluate_rhymes(
     require_world(target.tokenizer, [COUPLETS], model, "nla eval rhymes")
     before = {WARM: settings.warm_start, CONTINUED: settings.continued}
     pairs = {
-        name: None if nla is None or pair is None else _same_target(open_pair(pair, settings.device), nla)
+        name: None if nla is None or pair is None else open_rival(pair, nla, settings.device)
         for name, pair in before.items()
     }
     n_separate = max(2, n_items // 4)
@@ -154,22 +151,6 @@ def _causal_share(gate: Gate, bound: float | None) -> Check:
     rate = Rate.of(item.verdict == CAUSAL for item in gate.items)
     name = "items whose plan is causal at the point"
     return Check(name, rate) if bound is None else Check.at_least(name, rate, bound)
-
-
-def _same_target(other: NLA, nla: NLA) -> NLA:
-    """The other pair, refused if it reads another point or another target."""
-    if str(other.point) != str(nla.point):
-        raise ConfigError(f"a pair at {other.point}", f"{nla.point}, as the pair that is judged", "give pairs of it")
-    weights, expected = (
-        {name: p for name, p in pair.model.named_parameters() if "lora_" not in name} for pair in (other, nla)
-    )
-    if weights.keys() != expected.keys() or not all(torch.equal(expected[name], p) for name, p in weights.items()):
-        raise ConfigError(
-            f"a pair of the target {other.config.target}, whose weights differ",
-            f"the target of the pair that is judged, {nla.config.target}",
-            "give pairs that were trained on the same target",
-        )
-    return other
 
 
 def _naming_checks(naming: Naming, q: float | None) -> list[Check]:

@@ -26,7 +26,7 @@ from nla.eval.circuits.minimal_pairs import MinimalPair
 from nla.eval.explainers import explain
 from nla.eval.report import Check, Rate, Report, bars, checks_table, new_figure, one_line, paragraphs
 from nla.eval.settings import EvaluationSettings
-from nla.eval.target import Patch, Target, last_token, open_pair, read_last, write
+from nla.eval.target import Patch, Target, last_token, open_pair, open_rival, read_last, write
 from nla.eval.worlds import SWITCHBOARD, require_world
 from nla.organisms.switchboard import claims, content, world
 from nla.organisms.switchboard.world import END, Chat, Exchange
@@ -188,12 +188,13 @@ def evaluate_two_hop(
 
     Raises:
         ArgumentError: a pair of another world.
+        ConfigError: a warm start of another point or target.
     """
     settings = settings or TwoHopSettings()
     n_items, samples, seed = settings.n_items, settings.n_samples, settings.seed
     nla = open_pair(model, settings.device)
     require_world(nla.tokenizer, [SWITCHBOARD], model, "nla eval two-hop")
-    warm = None if settings.warm_start is None else open_pair(settings.warm_start, settings.device)
+    warm = None if settings.warm_start is None else open_rival(settings.warm_start, nla, settings.device)
     target, items = Target.of(nla), hops(n_items, seed)
     gate = gate_of(target, items, seed, progress)
     kept = [items[row] for row in gate.causal]

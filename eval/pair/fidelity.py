@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nla.baselines import GLOBAL, UNKNOWN_STRATUM, fit_baselines
-from nla.errors import ArgumentError, BaselineError, ConfigError
+from nla.errors import ArgumentError, BaselineError
 from nla.eval.couplet_items import SHOWN_PLANS, documents
 from nla.eval.explainers import explain, hit_rate
 from nla.eval.pair.fidelity_report import (
@@ -36,7 +36,7 @@ from nla.eval.pair.texts import load_documents, sample_tokens, world_documents
 from nla.eval.pair.truth import VISIBLE, Truth, measure_truth, owners
 from nla.eval.report import Check
 from nla.eval.settings import EvaluationSettings
-from nla.eval.target import open_pair
+from nla.eval.target import open_pair, open_rival
 from nla.eval.worlds import COUPLETS, world_of
 from nla.metrics import Baseline
 from nla.models.read import Activations
@@ -113,16 +113,14 @@ def judge_fidelity(
 
     Raises:
         ArgumentError: no texts for a pair whose target is of no embedded world.
-        ConfigError: the warm start reads another point.
+        ConfigError: the warm start reads another point or target.
         BaselineError: the pair has no denominators, and there are too few texts to fit some on a part of them.
         StoreError, ShapeError, TokenizerMismatchError: a store of another target or point.
         ParseError, TranscriptError, VocabularyError: the texts cannot be read.
     """
     settings = settings or FidelitySettings()
     nla = open_pair(pair, settings.device)
-    warm = None if settings.warm_start is None else open_pair(settings.warm_start, settings.device)
-    if warm is not None and str(warm.point) != str(nla.point):
-        raise ConfigError(f"a warm start at {warm.point}", f"the pair's point {nla.point}", "give the pair's own one")
+    warm = None if settings.warm_start is None else open_rival(settings.warm_start, nla, settings.device)
     acts, couplets, source, denominators = material(nla, settings)
     texts = {ENCODER: _explain(nla, acts.vectors, settings.seed, "explain", progress)}
     if couplets is not None:

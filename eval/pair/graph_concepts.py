@@ -13,7 +13,9 @@ import random
 import re
 from collections import Counter
 from collections.abc import Sequence, Set
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from transformers import PreTrainedTokenizerBase
 
 from nla.errors import TokenizerMismatchError, visible
 from nla.eval.circuits.gate import MIN_EFFECT
@@ -57,7 +59,7 @@ class ConceptCell(NamedTuple):
     """Whether a word of it stands in the text up to this token."""
 
 
-def align(graph: Graph, tokenizer: Any, context: int) -> Text:
+def align(graph: Graph, tokenizer: PreTrainedTokenizerBase, context: int | None) -> Text:
     """Match a graph's tokens with those of a pair's tokenizer, which may add a first token or not.
 
     Raises:
@@ -69,7 +71,7 @@ def align(graph: Graph, tokenizer: Any, context: int) -> Text:
     if first and prompt.startswith(first):  # the tokenizer adds it again
         prompt = prompt[len(first) :]
     spans = encode_batch(tokenizer, [prompt], context)[0].spans
-    ours = [shown_token(tokenizer.decode([span.token_id])) for span in spans]
+    ours = [shown_token(str(tokenizer.decode([span.token_id]))) for span in spans]
     theirs = [shown_token(token) for token in graph.tokens]
     # A first token that is no text, such as BOS, may stand on either side alone.
     added_here, added_there = int(spans[0].added), int(bool(theirs) and not prompt.startswith(graph.tokens[0]))

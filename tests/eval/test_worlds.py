@@ -67,3 +67,17 @@ def test_a_family_command_on_a_pair_of_no_world_names_the_worlds_it_knows(shell:
         done.stderr
     )
     assert "nla eval fidelity PAIR --texts FILE" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "command", ["nla eval fidelity switchboard", "nla eval two-hop switchboard", "nla eval rhymes couplets"]
+)
+def test_a_warm_start_on_another_target_is_refused_even_where_it_is_as_wide(
+    shell: Shell, command: str, tmp_path
+) -> None:
+    other = "couplets" if command.endswith("switchboard") else "switchboard"
+    done = shell.run(f"{command} --warm-start {other} --items 4", tmp_path)
+    assert done.code == 2 and not done.stdout and "Traceback" not in done.stderr
+    assert (
+        "whose weights differ" in done.stderr and "Next: give pairs that were trained on the same target" in done.stderr
+    )

@@ -18,7 +18,7 @@ from nla.eval.families import controls, counterfactual, editing, naming, rhymes
 from nla.eval.families.mention import MentionScore
 from nla.eval.families.rhymes import RhymeSettings, evaluate_rhymes
 from nla.eval.report import Rate
-from nla.eval.target import Target, read_last
+from nla.eval.target import Target, open_rival, read_last
 from tests.helpers.planted import planted_pair, planted_target, read_code, write_code
 
 ITEMS = rhyme_items(30, seed=6)
@@ -232,7 +232,7 @@ def test_a_control_pair_at_another_point_is_refused() -> None:
     pair, other = planted_pair(), planted_pair()
     other.config = dataclasses.replace(other.config, point="resid_post.0")
     with pytest.raises(ConfigError, match="resid_post"):
-        rhymes._same_target(other, pair)
+        open_rival(other, pair)
     retrained = planted_pair()
     with torch.no_grad():
         next(p for name, p in retrained.model.named_parameters() if "lora_" not in name).add_(1.0)
