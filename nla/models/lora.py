@@ -58,7 +58,7 @@ class _Sizes:
     fan_in_fan_out: bool = False
     rank_pattern: dict[str, Rank] | None = None
     alpha_pattern: dict[str, Alpha] | None = None
-    target_modules: str | list[str]
+    target_modules: str | list[str] | None = None
     layers_to_transform: int | list[int] | None = None
 
 

@@ -23,6 +23,7 @@ from nla.errors import (
 )
 from nla.storage.files import folder_of
 from nla.storage.hub import fetch_file
+from nla.storage.schema import shown
 from nla.text.patterns import compile_pattern
 from nla.text.templates import render_template
 
@@ -60,8 +61,19 @@ _DATE_PART = re.compile("%-?[A-Za-z]")
 _VOCABULARIES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
 """Files that hold a tokenizer's vocabulary, any of these."""
 
+_FILES, _LARGEST = ("*.json", "*.jinja", "*.txt", "*.model"), 256 * 2**20
+"""What else than weights transformers reads of a folder, and how many bytes that may be."""
+
 Positions = str | Sequence[int] | Callable[[int, list[Span]], Sequence[int]]
 """Which tokens: "all", "last", token indexes, a pattern such as "/\\n/", or a function of document index and spans."""
+
+
+def _size(file: Path) -> int:
+    """Bytes of a file; of what cannot be asked, none."""
+    try:
+        return file.stat().st_size
+    except OSError:
+        return 0
 
 
 def load_tokenizer(
@@ -80,7 +92,12 @@ def load_tokenizer(
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-    source = str(folder_of(source) or source)
+    folder = folder_of(source)
+    source = str(folder or source)
+    large = [] if folder is None else [file for kind in _FILES for file in folder.glob(kind) if _size(file) > _LARGEST]
+    if large:
+        got = f"{large[0]} of {_size(large[0]):,} bytes"
+        raise WeightsError(got, f"a tokenizer's file, of at most {_LARGEST:,}", "restore the folder")
     has_words = any(all(fetch_file(source, revision, name, optional=True) for name in names) for names in _VOCABULARIES)
     if not has_words and not trust_remote_code:
         raise WeightsError(
@@ -92,12 +109,14 @@ def load_tokenizer(
         saved_as = get_tokenizer_config(source, revision=revision or "main").get("tokenizer_class")
         generic = saved_as in ("TokenizersBackend", "PreTrainedTokenizerFast")
         arguments: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
-        return (PreTrainedTokenizerFast if generic else AutoTokenizer).from_pretrained(source, **arguments)
+        tokenizer = (PreTrainedTokenizerFast if generic else AutoTokenizer).from_pretrained(source, **arguments)
+        tokenizer("a")  # settings of another type than they should have show at the first text
+        return tokenizer
     except NLAError:
         raise
     except Exception as error:  # the parsers of its files raise errors of many types, Exception itself among them
         raise WeightsError(
-            f"a tokenizer in {source} that does not load ({type(error).__name__}: {str(error)[:200]})",
+            f"a tokenizer in {source} that does not load ({type(error).__name__}: {shown(str(error))})",
             "whole tokenizer files",
             "restore the folder, or download it again",
         ) from error

@@ -68,6 +68,11 @@ def _limited(use: Callable[[Path], None], path: Path) -> Outcome:
     try:
         use(path)
     except NLAError as error:
+        causes: list[BaseException] = [error]
+        while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
+            causes.append(cause)
+        if any(isinstance(cause, MemoryError) for cause in causes):
+            return Outcome("memory", f"MemoryError, then {type(error).__name__}: {str(error)[:200]}")
         word = "refused" if len(str(error)) <= LONGEST_MESSAGE else "wordy"
         return Outcome(word, f"{type(error).__name__}: {str(error)[:500]}")
     except AssertionError as error:
