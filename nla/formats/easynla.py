@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nla.autoencoder import NLA
 from nla.config import DecoderConfig, NLAConfig, tokenizer_hash
@@ -102,19 +103,12 @@ def load(
     return pair
 
 
-def import_pair(av: str | Path, out: str | Path, ar: str | Path | None = None, **options: Any) -> NLA:
-    """Load an EasyNLA pair and write it as a native folder; see :func:`load` for ``options`` and errors."""
-    pair = load(av, ar, **options)
-    pair.save_pretrained(out)
-    return pair
-
-
 def _config(
     about: Sidecar,
     meta: dict[str, Any],
     source: str,
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     dtype: str,
     max_new_tokens: int,
     revision: str | None,
@@ -144,7 +138,9 @@ def _config(
     )
 
 
-def _convert(model: Any, meta: dict[str, Any], av: Path, weights: Path, folder: Path, config: NLAConfig) -> Any:
+def _convert(
+    model: PreTrainedModel, meta: dict[str, Any], av: Path, weights: Path, folder: Path, config: NLAConfig
+) -> Head:
     """Write both adapters into ``folder`` in the native form, and give the head."""
 
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
@@ -176,7 +172,9 @@ def _convert(model: Any, meta: dict[str, Any], av: Path, weights: Path, folder: 
     return head.to(device_of(model))
 
 
-def _renamed(tensors: dict[str, Tensor], model: Any, n_blocks: int, path: Path) -> tuple[dict[str, Tensor], list[str]]:
+def _renamed(
+    tensors: dict[str, Tensor], model: PreTrainedModel, n_blocks: int, path: Path
+) -> tuple[dict[str, Tensor], list[str]]:
     """Tensors under PEFT's names for this base, and the last parts of the adapted modules' names."""
     layers = blocks(model)
     where = next(name for name, module in model.named_modules() if module is layers)

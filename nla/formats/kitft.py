@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
 from nla.autoencoder import NLA
 from nla.config import DecoderConfig, NLAConfig, WeightsConfig, tokenizer_hash
 from nla.errors import SidecarError, TokenizerMismatchError
@@ -101,7 +103,7 @@ def load(
     return NLA.from_parts(assemble(config, sources, head, device, trust_remote_code=trust_remote_code, verify=False))
 
 
-def _contract(ours: Sidecar, theirs: Sidecar, tokenizer: Any) -> dict[str, Any]:
+def _contract(ours: Sidecar, theirs: Sidecar, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """What the sidecars of AV and AR say of a config."""
     return {
         "tokenizer_hash": tokenizer_hash(tokenizer),
@@ -116,21 +118,6 @@ def _contract(ours: Sidecar, theirs: Sidecar, tokenizer: Any) -> dict[str, Any]:
     }
 
 
-def import_pair(
-    av: str | Path, ar: str | Path, out: str | Path, target: str | Path | None = None, **options: Any
-) -> NLA:
-    """Write a native folder that refers to the AV's and AR's weights where they lie, and hash them if they are local.
-
-    Only the head is copied. ``options`` are those of :func:`load`, whose errors this raises too.
-
-    Raises:
-        StorageError: the folder could not be written whole.
-    """
-    pair = load(av, ar, target, **options)
-    pair.save_pretrained(out)
-    return pair
-
-
 def _fetch(source: str, revision: str | None) -> Path:
     """A folder with all but the large weights: the source itself, or what is downloaded of it."""
     return folder_of(source) or hub.download(source, revision, _SMALL_FILES)
@@ -141,7 +128,9 @@ def _weights(source: str, folder: Path) -> WeightsConfig:
     return WeightsConfig(source=source, revision=None if folder_of(source) else folder.name)
 
 
-def _check_together(ours: Sidecar, theirs: Sidecar, av: Path, ar: Path, compare_bases: bool) -> tuple[Any, Any]:
+def _check_together(
+    ours: Sidecar, theirs: Sidecar, av: Path, ar: Path, compare_bases: bool
+) -> tuple[PretrainedConfig, PretrainedConfig]:
     """The text configs of AV and AR, if each fits its sidecar and both are of one pair."""
     configs = (read_config(str(av), None), read_config(str(ar), None))
     for sidecar, config, role in zip((ours, theirs), configs, ("AV", "AR"), strict=True):
@@ -175,13 +164,13 @@ def _check_together(ours: Sidecar, theirs: Sidecar, av: Path, ar: Path, compare_
     return configs
 
 
-def _dtype(config: Any, folder: Path) -> str:
+def _dtype(config: PretrainedConfig, folder: Path) -> str:
     if config.dtype is None:
         raise SidecarError(f"{folder}/config.json without a dtype", "the type of its weights", "give dtype=...")
     return str(config.dtype).removeprefix("torch.")
 
 
-def _check_bos(config: NLAConfig, tokenizer: Any) -> None:
+def _check_bos(config: NLAConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """BOS exactly once where there is one: from the chat template for the AV, from the tokenizer for the AR."""
     bos = tokenizer.bos_token_id
     if bos is None:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from nla.autoencoder import NLA
 from nla.errors import ArgumentError, ExportError
@@ -93,7 +94,7 @@ def sidecar_of(nla: NLA, role: str) -> dict[str, Any]:
         "kind": "nla_model",
         "schema_version": 2,
         "role": role,
-        "base_checkpoint": config.target,
+        "base_checkpoint": config.target if nla.target_folder is None else str(nla.target_folder.resolve()),
         "d_model": config.d_model,
         "extraction_layer_index": config.layer,
         "extraction": {
@@ -159,13 +160,13 @@ def _without_bias(nla: NLA, acts: Activations | Tensor) -> DroppedBias:
     return DroppedBias(len(vectors), *(float(cosines.mean()) for cosines in cosines_of))
 
 
-def _merged(model: Any, adapter: str, dtype: str) -> Any:
+def _merged(model: PreTrainedModel, adapter: str, dtype: str) -> PreTrainedModel:
     """A copy of a shared base with one adapter merged into it in float32, and no other; then in ``dtype``."""
-    whole = copy.deepcopy(model).float().merge_and_unload(adapter_names=[adapter])
-    return whole.to(getattr(torch, dtype)).eval()
+    whole: Any = copy.deepcopy(model)  # PEFT's wrapper
+    return whole.float().merge_and_unload(adapter_names=[adapter]).to(getattr(torch, dtype)).eval()
 
 
-def _cut(model: Any, nla: NLA) -> Any:
+def _cut(model: PreTrainedModel, nla: NLA) -> PreTrainedModel:
     """The causal LM cut after the pair's point, in place."""
     stack = backbone(model)
     setattr(stack, layout(stack).blocks, nn.ModuleList(list(blocks(model))[: nla.config.layer + 1]))
@@ -173,7 +174,7 @@ def _cut(model: Any, nla: NLA) -> Any:
     return model
 
 
-def _save(model: Any, folder: Path, nla: NLA) -> None:
+def _save(model: PreTrainedModel, folder: Path, nla: NLA) -> None:
     """Weights, configuration and tokenizer; of a cut model without the final norm and head, which it does not use."""
     state = model.state_dict()
     if len(blocks(model)) == nla.config.layer + 1 and folder.name == AR_FOLDER:
@@ -184,7 +185,7 @@ def _save(model: Any, folder: Path, nla: NLA) -> None:
     nla.tokenizer.save_pretrained(folder)
 
 
-def _norm_name(model: Any) -> str:
+def _norm_name(model: PreTrainedModel) -> str:
     return layout(backbone(model)).norm
 
 

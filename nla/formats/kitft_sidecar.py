@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 import string
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from transformers import PreTrainedTokenizerBase
 
 from nla.config import InjectionConfig
 from nla.errors import ParseError, SidecarError, TokenizerMismatchError
 from nla.storage.files import read_yaml
 from nla.storage.schema import shown
 
+T = TypeVar("T")
 SIDECAR = "nla_meta.yaml"
 EXPLANATION_TAGS = ("<explanation>", "</explanation>")
 """Not in the sidecar: they are the same in all of the reference's checkpoints."""
@@ -118,7 +122,7 @@ def read_sidecar(path: Path) -> Sidecar:
     )
 
 
-def injection_of(sidecar: Sidecar, tokenizer: Any, layer: int | None = None) -> InjectionConfig:
+def injection_of(sidecar: Sidecar, tokenizer: PreTrainedTokenizerBase, layer: int | None = None) -> InjectionConfig:
     """The injection that a sidecar describes: in the marker's place, or added after block ``layer``.
 
     Raises:
@@ -157,7 +161,7 @@ def decoder_template(sidecar: Sidecar) -> str:
     return _filled(template, sidecar, explanation="{explanation}")
 
 
-def required(value: Any, name: str, sidecar: Sidecar) -> Any:
+def required(value: T | None, name: str, sidecar: Sidecar) -> T:
     """A value of a sidecar that must not be None."""
     if value is None:
         raise SidecarError(f"{sidecar.path} without {name}", "a value there", FIX)
@@ -178,7 +182,7 @@ def _filled(template: str, sidecar: Sidecar, **values: str) -> str:
         raise SidecarError(got, f"one slot, {{{next(iter(values))}}}, and no other braces", FIX) from error
 
 
-def get(meta: dict, path: Path, kind: type, *keys: str) -> Any:
+def get(meta: Mapping[str, Any], path: Path, kind: type[T], *keys: str) -> T:
     """A value by its path of keys, which must be there."""
     value = maybe(meta, path, kind, *keys)
     if value is None:
@@ -186,11 +190,12 @@ def get(meta: dict, path: Path, kind: type, *keys: str) -> Any:
     return value
 
 
-def maybe(meta: dict, path: Path, kind: type, *keys: str) -> Any:
+def maybe(meta: Mapping[str, Any], path: Path, kind: type[T], *keys: str) -> T | None:
     """A value by its path of keys; None where there is none."""
     value: Any = meta
     for n, key in enumerate(keys, start=1):
-        value, wanted = value.get(key), kind if n == len(keys) else dict
+        wanted: type = kind if n == len(keys) else dict
+        value = value.get(key)
         if value is None:
             return None
         if not isinstance(value, wanted) or isinstance(value, bool):
@@ -199,7 +204,7 @@ def maybe(meta: dict, path: Path, kind: type, *keys: str) -> Any:
     return value
 
 
-def _template(meta: dict, path: Path, *names: str) -> str | None:
+def _template(meta: Mapping[str, Any], path: Path, *names: str) -> str | None:
     """A template under either of its names."""
     templates = (maybe(meta, path, str, "prompt_templates", name) for name in names)
     return next(filter(None, templates), None)

@@ -10,10 +10,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from nla.baselines import UNKNOWN_STRATUM
 from nla.config import tokenizer_hash
@@ -28,11 +29,16 @@ from nla.errors import (
 from nla.formats.kitft_sidecar import FIX, get, maybe, read_meta
 from nla.models.points import Point
 from nla.storage.files import open_regular, replacing, write_atomic
+from nla.storage.hub import place_of
 from nla.storage.schema import shown
 from nla.store.reader import SPLITS, Manifest, Store
 from nla.store.shards import Document, is_held_out
 from nla.store.writer import StoreWriter
 from nla.text.tokens import Span
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
 SIDECAR_SUFFIX = ".nla_meta.yaml"
 TEXT, VECTOR, LENGTH, LAYER, DOCUMENT = (
@@ -85,7 +91,7 @@ def read_sidecar(path: str | Path) -> dict[str, Any]:
 def import_parquet(
     path: str | Path,
     out_dir: str | Path,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     *,
     eval_fraction: float = 0.05,
     split_key: str = "nla",
@@ -148,7 +154,7 @@ def import_parquet(
     return manifest
 
 
-def _check_tokenizer(sidecar: Mapping[str, Any], tokenizer: Any, path: Path) -> None:
+def _check_tokenizer(sidecar: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
     known = sidecar.get("tokenizer_hash")
     if known is not None and known != tokenizer_hash(tokenizer):
         raise TokenizerMismatchError(
@@ -184,7 +190,7 @@ def _groups(path: Path, sidecar: Mapping[str, Any]) -> Iterator[list[_Row]]:
         yield waiting
 
 
-def _batches(path: Path, sidecar: Mapping[str, Any], columns: Sequence[str]) -> Iterator[Any]:
+def _batches(path: Path, sidecar: Mapping[str, Any], columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
     """Some columns of the file, a chunk of rows at a time."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -235,15 +241,15 @@ def _last_start(rows: Sequence[_Row]) -> int:
     return next(borders, 0)
 
 
-def _check_table(table: Any, sidecar: Mapping[str, Any], path: Path) -> None:
+def _check_table(table: pq.ParquetFile, sidecar: Mapping[str, Any], path: Path) -> None:
     """Refuse a file whose columns are not those of a data set, or whose rows are not those of its sidecar."""
     from pyarrow import types
 
-    def is_vector(kind: Any) -> bool:
+    def is_vector(kind: pa.DataType) -> bool:
         lists = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
         return lists and types.is_floating(kind.value_type)
 
-    def is_text(kind: Any) -> bool:
+    def is_text(kind: pa.DataType) -> bool:
         return types.is_string(kind) or types.is_large_string(kind)
 
     checks = {LENGTH: types.is_integer, TEXT: is_text, VECTOR: is_vector, LAYER: types.is_integer, DOCUMENT: is_text}
@@ -263,7 +269,7 @@ def _check_table(table: Any, sidecar: Mapping[str, Any], path: Path) -> None:
         )
 
 
-def _rows(batch: Any, extraction: Mapping[str, Any], path: Path) -> list[_Row]:
+def _rows(batch: pa.RecordBatch, extraction: Mapping[str, Any], path: Path) -> list[_Row]:
     width, column = extraction["d_model"], batch.column(VECTOR)
     flat = torch.from_numpy(column.flatten().to_numpy(zero_copy_only=False).copy()).float()
     if len(flat) != len(column) * width or set(column.value_lengths().unique().to_pylist()) - {width}:
@@ -281,12 +287,12 @@ def _rows(batch: Any, extraction: Mapping[str, Any], path: Path) -> list[_Row]:
 
 
 def _documents(
-    rows: Sequence[_Row], numbers: dict[str, int], openings: Mapping[str, str], tokenizer: Any
+    rows: Sequence[_Row], numbers: dict[str, int], openings: Mapping[str, str], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[Document], Tensor, int]:
     """Documents with all their rows, vectors (n, d) in that order, and how many rows tokenise to another length."""
     spans, n_other = [], 0
     encoded = tokenizer([row.text for row in rows], padding=False, truncation=False, verbose=False)
-    for row, ids, encoding in zip(rows, encoded["input_ids"], encoded.encodings, strict=True):
+    for row, ids, encoding in zip(rows, encoded["input_ids"], encoded.encodings or [], strict=True):
         n_other += len(ids) != row.length
         at = next((n for n in range(len(ids) - 1, -1, -1) if not encoding.special_tokens_mask[n]), None)
         start, _ = (0, 0) if at is None else encoding.token_to_chars(at) or (0, 0)
@@ -359,7 +365,7 @@ def _sidecar(store: Store, source: str) -> str:
             "stage": "base",
             "row_count": len(store),
             "extraction": {
-                "base_model": manifest.target,
+                "base_model": place_of(manifest.target),
                 "d_model": manifest.d_model,
                 "layer_index": Point.parse(manifest.point).layer,
                 "norm": "none",

@@ -161,7 +161,7 @@ def write_atomic(path: str | Path, data: bytes | str, private: bool = False) -> 
         temporary.write_bytes(content)
 
 
-def write_json(path: str | Path, content: Any) -> None:
+def write_json(path: str | Path, content: object) -> None:
     """Write ``content`` as indented JSON, atomically.
 
     Raises:

@@ -357,7 +357,7 @@ def use_parquet(folder: Path) -> None:
         assert use.activations().vectors.isfinite().all() and use.prefixes()
 
 
-TOKENIZER_FILES = ["target/tokenizer*.json", "target/chat_template.jinja"]
+TOKENIZER_FILES = ["target/tokenizer*.json", *["target/chat_template.jinja"] * 2]
 KINDS = {
     "pair": Kind(make_pair_folder, ["pair/**/*.json", "pair/**/*.safetensors"], use_pair, seal_pair),
     "card": Kind(make_card_folder, ["pair/README.md", "pair/metrics.json"], use_card, seal_pair),

@@ -87,7 +87,8 @@ def test_it_goes_to_one_place_and_a_tilde_is_a_folder(root: Path, monkeypatch: p
 
 
 def test_an_imported_pair_is_a_native_one(root: Path) -> None:
-    nla = easynla.import_pair(root / "av", root / "pair", target=root / "target", dtype="float32", device="cpu")
+    nla = load(root)
+    nla.save_pretrained(root / "pair")
     again = NLA.from_pretrained(root / "pair", device="cpu")
     acts = again.read(TEXT)
     notes = again.explain(acts, samples=2, max_new_tokens=6)

@@ -345,7 +345,8 @@ def test_a_missing_misshapen_or_broken_head_is_refused(root: Path) -> None:
 
 
 def test_an_import_refers_to_the_weights_and_comes_back_the_same(root: Path) -> None:
-    nla = kitft.import_pair(root / "av", root / "ar", root / "pair", root / "target")
+    nla = load(root)
+    nla.save_pretrained(root / "pair")
     again = NLA.from_pretrained(root / "pair", device={"decoder": "cpu"})
     assert again.roles.loaded == []  # type: ignore[attr-defined]
     assert torch.equal(again.reconstruct([TEXT]), nla.reconstruct([TEXT]))
@@ -363,7 +364,7 @@ def test_an_import_refers_to_the_weights_and_comes_back_the_same(root: Path) -> 
 
 @pytest.mark.parametrize("role", ["target", "av", "ar"])
 def test_weights_that_changed_since_the_import_are_refused_at_first_use(root: Path, role: str) -> None:
-    kitft.import_pair(root / "av", root / "ar", root / "pair", root / "target")
+    load(root).save_pretrained(root / "pair")
     path = root / role / "model.safetensors"
     tensors = load_file(path)
     next(iter(tensors.values())).add_(1)
@@ -377,7 +378,7 @@ def test_weights_that_changed_since_the_import_are_refused_at_first_use(root: Pa
 def test_a_folder_that_is_gone_or_outside_of_a_downloaded_pair_is_refused(root: Path) -> None:
     from nla.pair.separate import source_of
 
-    kitft.import_pair(root / "av", root / "ar", root / "pair", root / "target")
+    load(root).save_pretrained(root / "pair")
     weights = NLAConfig.load(root / "pair").encoder_weights
     assert weights is not None
     with pytest.raises(ConfigError, match="from the hub"):

@@ -34,6 +34,7 @@ def test_an_exported_pair_comes_back_as_whole_models_that_do_the_same(adapters: 
     before = {name: p.clone() for name, p in adapters.model.named_parameters()}
     assert kitft_export.export_pair(adapters, tmp_path / "out") is None
     again = kitft.load(tmp_path / "out" / "av", tmp_path / "out" / "ar", max_new_tokens=8)
+    assert again.config.target == str(tmp_path / "target")  # as it is wherever the export is read
     acts = again.read(TEXT)
     assert torch.allclose(acts.vectors, adapters.read(TEXT).vectors, atol=1e-5)
     assert again.explain(acts, samples=2).texts == adapters.explain(acts, samples=2).texts

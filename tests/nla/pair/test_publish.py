@@ -87,7 +87,8 @@ def test_what_is_published_has_a_card_with_the_hubs_header_and_no_path_of_this_m
 def test_whole_models_on_the_hub_are_pinned_and_their_weights_fetched_at_first_use(hub: Hub, tmp_path: Path) -> None:
     folders = pairs.full_pair(tmp_path / "full", "llama")
     commits = {name: hub.put(f"someone/{name}", folder) for name, folder in folders._asdict().items()}
-    nla = kitft.import_pair("someone/av", "someone/ar", tmp_path / "pair", "someone/target")
+    nla = kitft.load("someone/av", "someone/ar", "someone/target")
+    nla.save_pretrained(tmp_path / "pair")
     assert nla.config.encoder_weights == WeightsConfig(source="someone/av", revision=commits["av"])
 
     def fetched() -> set[str]:
