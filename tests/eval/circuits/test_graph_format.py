@@ -308,11 +308,13 @@ def test_300_spoilt_files_are_read_or_refused_in_a_sentence(tmp_path) -> None:
         (tmp_path / "graph.json").write_bytes(hostile_file(rng))
         try:
             graph = read_graph(tmp_path / "graph.json")
-            texts = [Text(graph.prompt, list(range(len(graph.tokens))))]
-            tokens_and_cells([graph], texts, layer=20)
-            align(graph, tokenizer, None)
-        except NLAError as error:
+            tokens_and_cells([graph], [Text(graph.prompt, list(range(len(graph.tokens))))], layer=20)
+        except ParseError as error:
             n_refused += 1
             said = str(error)
-            assert len(said) < 1500 and said.isprintable(), said[:300]
-    assert n_refused > 200
+        else:
+            with pytest.raises(NLAError) as refused:  # the words of these prompts are not the tiny tokenizer's
+                align(graph, tokenizer, None)
+            said = str(refused.value)
+        assert len(said) < 1500 and said.isprintable(), said[:300]
+    assert 150 < n_refused < 300
