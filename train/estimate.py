@@ -124,14 +124,15 @@ def count_shape(source: str, revision: str | None) -> Shape:
     first, names = blocks(model)[0], set(linear_names(model))
     block = sum(p.numel() for p in first.parameters())
     linears: list[Any] = [module for name, module in first.named_modules() if name.rsplit(".", 1)[-1] in names]
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    n_heads = getattr(config, "num_attention_heads", None) or 0  # a recurrent model has none
+    kv_heads = getattr(config, "num_key_value_heads", None) or n_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // max(n_heads, 1)
     n_blocks = len(blocks(model))
     return Shape(
         n_blocks=n_blocks,
         d_model=config.hidden_size,
         vocabulary=config.vocab_size,
-        d_kv=2 * heads * head_dim,
+        d_kv=2 * kv_heads * head_dim,
         widest=max([config.hidden_size, *(max(module.weight.shape) for module in linears)]),
         block=block,
         embeddings=sum(p.numel() for p in model.parameters()) - n_blocks * block,

@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from nla.errors import ContextLengthError
 from nla.models.load import DTYPES, read_config
+from nla.models.points import NO_LIMIT
 from nla.organisms import target_folder
 from nla.text.tokens import load_tokenizer, render_prompt
 from nla.train.estimate import count_shape, shape_of
@@ -47,7 +48,7 @@ def recipe_for(model: str | Path, revision: str | None = None) -> dict[str, Any]
     source = target_folder(model)
     config, tokenizer = read_config(source, revision), load_tokenizer(source, revision)
     marker, *_ = place_marker(tokenizer, Prompts(ENCODER_PROMPT, DECODER_TEMPLATE))
-    context = int(config.max_position_embeddings)
+    context = int(getattr(config, "max_position_embeddings", None) or NO_LIMIT)
     max_tokens = min(MAX_TOKENS, context)
     content: dict[str, Any] = {
         "name": Path(str(model)).name.lower(),

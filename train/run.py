@@ -82,7 +82,7 @@ def run_recipe(
             if not dry_run and processes.is_main():
                 renew_marks(folder, former[stage], prints[stage])
             if finished:
-                summary[stage] = {"skipped": True, **read_json(folder / DONE)["summary"]}
+                summary[stage] = {"skipped": True, **read_mark(folder / DONE).get("summary", {})}
                 log.info("%s: inputs unchanged, skipped", stage)
             elif dry_run:
                 summary[stage] = {"would_run": True, **expected.get(stage, {})}
@@ -155,24 +155,32 @@ def begin(folder: Path, fingerprint: str) -> float:
     """Set the start mark of a stage, and return the seconds that it has taken so far."""
     if folder.exists() and mark(folder / STARTED) != fingerprint:
         set_aside(folder)
-    spent = read_json(folder / STARTED).get("seconds", 0.0) if folder.exists() else 0.0
+    spent = read_mark(folder / STARTED).get("seconds", 0.0)
     write_json(folder / STARTED, {"fingerprint": fingerprint, "seconds": spent})
     return spent
 
 
+def read_mark(path: Path) -> dict[str, Any]:
+    """What a mark file holds; empty if it is missing or damaged, so that its stage is done again."""
+    try:
+        content = read_json(path)
+    except ConfigError:
+        return {}
+    seconds, summary = content.get("seconds", 0.0), content.get("summary", {})
+    whole = isinstance(content.get("fingerprint"), str) and isinstance(summary, dict)
+    return content if whole and isinstance(seconds, float | int) and 0 <= seconds < 1e12 else {}
+
+
 def mark(path: Path) -> str | None:
     """The fingerprint in a mark file; None if it is not one."""
-    try:
-        return read_json(path).get("fingerprint")
-    except ConfigError:
-        return None
+    return read_mark(path).get("fingerprint")
 
 
 def renew_marks(folder: Path, former: str, fingerprint: str) -> None:
     """Write a stage's fingerprint in the place of the one that an earlier version of nla gave to the same inputs."""
     for path in (folder / STARTED, folder / DONE):
         if mark(path) == former:
-            write_json(path, read_json(path) | {"fingerprint": fingerprint})
+            write_json(path, read_mark(path) | {"fingerprint": fingerprint})
 
 
 def is_done(folder: Path, fingerprints: Sequence[str], made: Sequence[str]) -> bool:

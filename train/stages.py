@@ -13,9 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from nla.autoencoder import NLA
 from nla.baselines import load_baselines
 from nla.config import NLAConfig
-from nla.errors import AccessError, ContextLengthError, RecipeError, TargetError
+from nla.errors import AccessError, ContextLengthError, ParseError, RecipeError, TargetError
 from nla.models import load as target
-from nla.models.points import Point, d_model
+from nla.models.points import NO_LIMIT, Point, d_model
 from nla.organisms import TARGETS, ground_truth, target_folder
 from nla.pair.encoder import parse, strip_tags
 from nla.storage.files import read_json
@@ -116,10 +116,11 @@ def preflight(recipe: Recipe, describing: bool, reachable: bool) -> None:
     tokenizer, prompts = load_tokenizer(source, recipe.revision), prompts_of(recipe)
     marker, *_ = place_marker(tokenizer, prompts)
     longest = len(render_prompt(tokenizer, prompts.encoder.replace(SLOT, marker))) + recipe.pair.max_new_tokens
-    if longest > config.max_position_embeddings:
+    context = getattr(config, "max_position_embeddings", None) or NO_LIMIT
+    if longest > context:
         raise ContextLengthError(
             f"pair.max_new_tokens={recipe.pair.max_new_tokens} after the encoder's prompt: {longest} tokens",
-            f"at most {config.max_position_embeddings}, the target's context",
+            f"at most {context}, the target's context",
             "lower pair.max_new_tokens",
         )
 
@@ -332,8 +333,21 @@ def run_control(recipe: Recipe, out: Path) -> dict[str, Any]:
 
     AdamW and the cosine restart at the full rate; encoder and decoder share the time in the recipe's proportions.
     """
-    seconds = {stage: read_json(out / stage / DONE)["summary"]["seconds"] for stage in ("warmstart", "joint")}
+    seconds = {stage: seconds_of(out / stage / DONE) for stage in ("warmstart", "joint")}
     scale = seconds["joint"] / max(seconds["warmstart"], 1e-9)
     nla = load(out / "warmstart" / PAIR)
     figures = fit_apart(nla, recipe, load_training_data(recipe, out), out / "control", scale, recipe.seed + 1)
     return {**figures, "times_the_warm_start": scale, "joint_seconds": seconds["joint"]}
+
+
+def seconds_of(done: Path) -> float:
+    """How long a finished stage took.
+
+    Raises:
+        ParseError: its mark does not say it.
+    """
+    summary = read_json(done).get("summary")
+    seconds = summary.get("seconds") if isinstance(summary, dict) else None
+    if not isinstance(seconds, float | int) or not 0 <= seconds < 1e12:
+        raise ParseError(f"{done} without the stage's seconds", "the mark as it was written", f"delete {done.parent}")
+    return float(seconds)

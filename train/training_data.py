@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import json
+import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from nla.errors import DescriberError, ParseError, RecipeError
+from nla.errors import DescriberError, ParseError, RecipeError, visible
 from nla.models.read import Activations
 from nla.organisms import ground_truth
 from nla.organisms.ground_truth import Document, GroundTruth
-from nla.storage.files import read_json, write_atomic
+from nla.storage.files import parse_json, read_json, write_atomic
 from nla.store.reader import Store, open_splits
-from nla.train.data.world import MANIFEST, documents, load_stores, load_texts
+from nla.train.data.world import MANIFEST, documents, load_stores, load_texts, plain
 from nla.train.fit.monitor import EvalSet
 from nla.train.fit.vectors import Chosen, Vectors
 from nla.train.pair_config import DECODER_TEMPLATE, ENCODER_PROMPT, SLOT, Prompts
@@ -72,7 +73,10 @@ def activation_norm(recipe: Recipe, out: Path) -> float:
     """Mean L2 norm of the training activations."""
     if recipe.corpus is not None:
         return Store.open(out / "extract").manifest.norms["mean"]
-    return read_json(out / "extract" / MANIFEST)["activation_norm"]
+    norm = read_json(path := out / "extract" / MANIFEST).get("activation_norm")
+    if not isinstance(norm, float | int) or not 0 < norm < math.inf:
+        raise ParseError(f"{path} without the activations' norm", "a number above 0", f"delete {path.parent}")
+    return float(norm)
 
 
 # Worlds
@@ -177,10 +181,11 @@ def load_described(path: Path, n: int) -> DescribedRows:
         ParseError: a line is not such an object.
     """
     try:
-        lines: list[Mapping[str, Any]] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        rows, texts = torch.tensor([int(line["row"]) for line in lines]), [str(line["text"]) for line in lines]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ParseError(f"{path} ({error})", "a row and a text a line", f"delete {path.parent}") from error
+        lines = [parse_json(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        rows, texts = torch.tensor([int(line["row"]) for line in lines]), [plain(line["text"]) for line in lines]
+    except (OSError, ValueError, LookupError, TypeError, ArithmeticError, RuntimeError) as error:
+        got = f"{path} ({visible(str(error))[:200]})"
+        raise ParseError(got, "a row and a text a line", f"delete {path.parent}") from error
     if not len(rows) or int(rows.max()) >= n or bool((rows.diff() <= 0).any()):
         raise ParseError(f"{path} with rows that are none of the store's", f"rising rows below {n}", f"delete {path}")
     return DescribedRows(rows, texts)

@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
 from transformers import LlamaConfig, Qwen2Config
 
-from nla.errors import AccessError, ArchitectureError, RecipeError, TargetError
+from nla.errors import AccessError, RecipeError, TargetError
 from nla.train.estimate import count_shape, estimate, find_shape, shape_of, usual_shape
 from nla.train.recipe import SHIPPED, ShapeSettings, load_recipe
 from tests.helpers.tiny import make_model, make_tokenizer
@@ -173,9 +173,9 @@ def test_the_stated_shape_is_used_only_where_the_target_cannot_be_reached(tmp_pa
     answer(GatedRepoError.__new__(GatedRepoError))
     with pytest.raises(AccessError):
         find_shape(recipe)
-    (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
-    with pytest.raises(ArchitectureError):
-        find_shape(load_recipe("gemma-3-12b", [f"target={tmp_path}"]))
+    (tmp_path / "config.json").write_text('{"model_type": "mamba", "hidden_size": 64, "num_hidden_layers": 8}')
+    recurrent = find_shape(load_recipe("gemma-3-12b", [f"target={tmp_path}", "point=resid_post.2"]))
+    assert (recurrent.source, recurrent.n_blocks, recurrent.d_model, recurrent.d_kv) == ("counted", 8, 64, 0)
 
 
 def test_hardware_out_of_range_is_refused():

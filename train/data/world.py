@@ -13,11 +13,11 @@ from pydantic import Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nla.baselines import save_baselines
-from nla.errors import ParseError
+from nla.errors import ParseError, visible
 from nla.metrics import Baseline
 from nla.models.read import Activations, read
 from nla.organisms.ground_truth import Document, GroundTruth
-from nla.storage.files import write_atomic, write_json
+from nla.storage.files import parse_json, write_atomic, write_json
 from nla.text.tokens import Span
 from nla.train.schema import Count, Number, section
 
@@ -143,7 +143,15 @@ def load_texts(path: Path) -> Texts:
         ParseError: a line is not such an object.
     """
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        return Texts([row["described"] for row in rows], [row["truthful"] for row in rows])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ParseError(f"{path} ({error})", "described and truthful text a line", f"delete {path.parent}") from error
+        rows = [parse_json(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return Texts([plain(row["described"]) for row in rows], [plain(row["truthful"]) for row in rows])
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        got = f"{path} ({visible(str(error))[:200]})"
+        raise ParseError(got, "described and truthful text a line", f"delete {path.parent}") from error
+
+
+def plain(value: object) -> str:
+    """A text as it is; a TypeError for anything else."""
+    if not isinstance(value, str):
+        raise TypeError(f"a {type(value).__name__} for a text")
+    return value

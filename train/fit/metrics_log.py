@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
@@ -13,7 +14,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from nla.errors import StorageError
-from nla.storage.files import write_atomic
+from nla.storage.files import parse_json, write_atomic
 from nla.train.fit import processes
 
 PANELS = (
@@ -47,6 +48,10 @@ RENAMED = {
 DROPPED = ("epoch", "num_tokens", "total_flos", "train_", "rewards/", "completions/", "clip_ratio/", "sampling/")
 
 
+MOST_DRAWN = 10**12
+"""Figures above this are left out of the picture, which could not hold them."""
+
+
 class MetricsLog:
     """An append-only JSON-lines file of ``{"step": …, "kind": "train" | "eval", name: number}``."""
 
@@ -69,13 +74,12 @@ class MetricsLog:
             raise StorageError(f"{error} while writing {self.path}", "room for a line", "free some space") from error
 
     def rows(self) -> list[dict[str, Any]]:
-        """Every whole row; a line cut short by a full disk is left out."""
+        """Every whole row; a line that is cut short, by a full disk, or damaged is left out."""
         rows = []
-        for line in self.path.read_text().splitlines() if self.path.exists() else []:
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue
+        for line in self.path.read_bytes().splitlines() if self.path.exists() else []:
+            with contextlib.suppress(ValueError):
+                if _is_row(row := parse_json(line.decode())):
+                    rows.append(row)
         return rows
 
     def forget_after(self, step: int) -> None:
@@ -88,6 +92,15 @@ class MetricsLog:
             return
         kept = [row for row in self.rows() if row["step"] <= step]
         write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+def _is_row(row: object) -> bool:
+    """Whether a value of JSON is what :meth:`MetricsLog.write` writes."""
+    if not isinstance(row, dict):
+        return False
+    numbers = [value for name, value in row.items() if name not in ("step", "kind")]
+    steps = isinstance(step := row.get("step"), int) and 0 <= step < MOST_DRAWN
+    return steps and all(isinstance(number, float | int | None) for number in numbers)
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
@@ -113,6 +126,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         axes = figure.add_subplot(lines, columns, i + 1)
         for name in members:
             points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+            points = [point for point in points if abs(point[1]) < MOST_DRAWN]
             axes.plot([p[0] for p in points], [p[1] for p in points], label=name.partition("/")[2] or name, linewidth=1)
         axes.set_title(title, fontsize=9)
         axes.tick_params(labelsize=7)
