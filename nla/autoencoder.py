@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -15,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nla.baselines import GLOBAL, UNKNOWN_STRATUM
 from nla.config import NLAConfig
-from nla.errors import ArgumentError, ConfigError
+from nla.errors import ArgumentError, ConfigError, ShapeError
 from nla.metrics import Baseline, cosine, unit
 from nla.models.generate import ends_of
 from nla.models.points import Point, block, device_of, unwrapped
@@ -23,6 +25,7 @@ from nla.models.read import Activations, Intervene, Strata, read
 from nla.models.selfcheck import check_stream
 from nla.pair import folder as pair_folder
 from nla.pair import publish
+from nla.pair.card import doubt
 from nla.pair.decoder import Decoder, DecoderBatch
 from nla.pair.encoder import Encoder
 from nla.pair.explanations import Explanations, judge
@@ -33,6 +36,11 @@ from nla.storage.files import folder_of
 from nla.storage.hashes import hash_weights
 from nla.store.reader import Store
 from nla.text.tokens import Positions
+from nla.transcripts.messages import Transcript
+from nla.transcripts.prepared import chats_of
+
+Vectors = Float[Tensor, "n d"] | np.ndarray | Sequence[Sequence[float]]
+"""Vectors (n, d), a row each."""
 
 
 class NLA:
@@ -251,6 +259,11 @@ class NLA:
         """
         check_store(store, self.config, self.tokenizer, self.target_folder)
 
+    @property
+    def doubt(self) -> str | None:
+        """What the pair's own measurements say against it; see :func:`nla.pair.card.doubt`."""
+        return doubt(self.metrics)
+
     # Roles
 
     @contextlib.contextmanager
@@ -325,19 +338,31 @@ class NLA:
 
     def read(
         self,
-        texts: str | Sequence[str],
+        texts: str | Path | Transcript | Mapping[str, object] | Sequence[str] | Sequence[Mapping[str, object]],
         positions: Positions = "all",
         strata: Strata | None = None,
         intervene: Intervene | None = None,
         progress: bool = False,
     ) -> Activations:
-        """The target's activations of texts at the pair's point. See :func:`nla.models.read.read`."""
+        """The target's activations of texts at the pair's point. See :func:`nla.models.read.read`.
+
+        Args:
+            texts: one or several; or chats, which are rendered with the target's chat template and read as its own
+                tokens: a transcript, a list of messages, or a file of either.
+
+        Raises:
+            TranscriptError, TemplateError: see :func:`nla.transcripts.prepared.chats_of`. The rest is as for ``read``.
+        """
+        plain = isinstance(texts, str) or (isinstance(texts, Sequence) and all(isinstance(one, str) for one in texts))
+        written: Any = texts if plain else [chat.encoded for chat in chats_of(self.tokenizer, cast(Any, texts))]
         with self.role("target"):
-            return read(self.model, self.tokenizer, texts, self.point, positions, strata, intervene, progress=progress)
+            return read(
+                self.model, self.tokenizer, written, self.point, positions, strata, intervene, progress=progress
+            )
 
     def explain(
         self,
-        acts: Activations | Float[Tensor, "n d"],
+        acts: Activations | Vectors,
         samples: int = 4,
         temperature: float = 1.0,
         seed: int | Sequence[int] | None = 0,
@@ -349,12 +374,16 @@ class NLA:
 
         Args:
             acts: activations, or vectors.
+            seed: of the samples. Each activation has a random source of its own, by the seed and its place in its text
+                (by its values, where only vectors are given): what else is explained does not change its samples. A
+                list gives each its own seed; None draws from the global random state.
             greedy: one sample, the likeliest text, whatever ``samples`` says.
 
         The other arguments are those of :meth:`nla.pair.encoder.Encoder.generate`, whose errors this raises too.
         """
         vectors, samples = vectors_of(acts), 1 if greedy else samples
         known = acts if isinstance(acts, Activations) else None
+        seed = _seeds(seed, known, vectors) if isinstance(seed, int) else seed
         written = self.encoder.generate(vectors, samples, temperature, max_new_tokens, seed, greedy, batch_size)
         predicted = self.decoder.decode([*written.explanations, ""], strict=False)
         mean = [self.baselines[GLOBAL].mean] if GLOBAL in self.baselines else []
@@ -367,7 +396,7 @@ class NLA:
 
     def reconstruct(
         self,
-        explanations: Explanations | Sequence[str] | Sequence[Sequence[str]],
+        explanations: Explanations | str | Sequence[str] | Sequence[Sequence[str]],
         per_sample: bool = False,
         strict: bool = True,
     ) -> Tensor:
@@ -402,8 +431,8 @@ class NLA:
 
     def score(
         self,
-        acts: Activations | Float[Tensor, "n d"],
-        predicted: Float[Tensor, "n d"],
+        acts: Activations | Vectors,
+        predicted: Vectors,
         n_boot: int = 1000,
         seed: int = 0,
     ) -> Score:
@@ -420,9 +449,32 @@ class NLA:
         strata = acts.strata if known else [UNKNOWN_STRATUM] * len(vectors)
         documents = acts.document if known else torch.arange(len(vectors))
         empty = self.decoder.decode([""], strict=False)[0]
-        return score(vectors, predicted.cpu(), strata, documents, self.baselines, empty, n_boot, seed)
+        return score(vectors, vectors_of(predicted), strata, documents, self.baselines, empty, n_boot, seed)
 
 
-def vectors_of(acts: Activations | Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
-    """The vectors of activations, or vectors as they are, in float32 on the CPU."""
-    return acts.vectors if isinstance(acts, Activations) else acts.float().cpu()
+def vectors_of(acts: Activations | Vectors) -> Float[Tensor, "n d"]:
+    """The vectors of activations, or vectors in whatever form, in float32 on the CPU.
+
+    Raises:
+        ShapeError: no numbers, or rows of different lengths.
+    """
+    if isinstance(acts, Activations):
+        return acts.vectors
+    try:
+        rows = acts if isinstance(acts, Tensor | np.ndarray) else np.asarray(acts, dtype=np.float32)
+        return torch.as_tensor(rows).float().cpu()
+    except (TypeError, ValueError) as error:
+        got = f"vectors of type {type(acts).__name__} ({error})"
+        raise ShapeError(got, "a tensor, an array or lists of numbers, (n, d)", "give rows of one length") from error
+
+
+def _seeds(seed: int, acts: Activations | None, vectors: Float[Tensor, "n d"]) -> list[int]:
+    """A seed for each activation, by its place in its text, or by its values where no text is known."""
+    if acts is None:
+        keys = [row.tobytes() for row in vectors.numpy()]
+    else:
+        texts = [hashlib.sha256(text.encode()).digest() for text in acts.texts]
+        places = zip(acts.document.tolist(), acts.spans, strict=True)
+        keys = [texts[document] + str(span.index).encode() for document, span in places]
+    own = [hashlib.sha256(f"{seed}:".encode() + key).digest() for key in keys]
+    return [int.from_bytes(digest[:8]) >> 1 for digest in own]

@@ -8,6 +8,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from nla.errors import ArgumentError, visible
 
 if TYPE_CHECKING:
     from nla.autoencoder import NLA
+    from nla.transcripts.messages import Transcript
 
 OK, FAILED, USAGE, UNDECIDED, INTERNAL, INTERRUPTED = 0, 1, 2, 3, 70, 130
 """Exit codes: done; a threshold does not hold; wrong command or input; --check has nothing to hold against anything, or
@@ -48,13 +50,31 @@ def given_text(text: str | None, file: Path | None) -> str:
         raise ArgumentError(f"{source}, not readable as text ({error})", "a UTF-8 text", "check the path") from error
 
 
+def one_chat(file: Path | None) -> Transcript:
+    """The chat in a file that holds one.
+
+    Raises:
+        TranscriptError: it cannot be read.
+        ArgumentError: it holds several.
+    """
+    from nla.transcripts.files import load_transcripts
+
+    chats = list(islice(load_transcripts(file or "-"), 2))
+    if len(chats) != 1:
+        raise ArgumentError(f"--chat {file} with several chats", "one", "give it alone, or audit them all: nla audit")
+    return chats[0]
+
+
 def load(pair: str, device: list[str] | None = None) -> NLA:
     """A pair, without the chatter of the libraries underneath. ``device`` is what --device was given."""
     device_or_roles = places(device)
     quiet()
     from nla.autoencoder import NLA
 
-    return NLA.from_pretrained(pair, device=device_or_roles)
+    nla = NLA.from_pretrained(pair, device=device_or_roles)
+    if nla.doubt is not None:
+        print(f"nla: {nla.doubt}", file=sys.stderr)
+    return nla
 
 
 def quiet() -> None:
@@ -149,4 +169,5 @@ def peak_memory_gb() -> float:
 
 def about(nla: NLA, name: str) -> dict[str, Any]:
     """Which pair this is."""
-    return {"pair": name, "target": nla.config.target, "point": str(nla.point)}
+    doubt = {} if nla.doubt is None else {"doubt": nla.doubt}
+    return {"pair": name, "target": nla.config.target, "point": str(nla.point), **doubt}

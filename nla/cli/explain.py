@@ -9,8 +9,20 @@ from typing import Annotated
 
 import typer
 
-from nla.cli.console import LINE_WIDTH, OK, about, answer, emit, given_text, load, show
-from nla.cli.options import Device, File, Json, Pair, PairArgument, TargetAdapter, Text, count, positions, replacement
+from nla.cli.console import LINE_WIDTH, OK, about, answer, emit, given_text, load, one_chat, show
+from nla.cli.options import (
+    Chat,
+    Device,
+    File,
+    Json,
+    Pair,
+    PairArgument,
+    TargetAdapter,
+    Text,
+    count,
+    positions,
+    replacement,
+)
 from nla.errors import ArgumentError, visible
 
 STEER_SAMPLES, STEER_TOKENS = 8, 12
@@ -20,6 +32,7 @@ VERSIONS_OF = ("nla", "torch", "transformers", "peft", "trl")
 def explain(
     text: Text = None,
     file: File = None,
+    chat: Chat = None,
     pair: Pair = "couplets",
     which: Annotated[
         str, typer.Option("--positions", metavar="WHICH", help="all, last, 3,5 or /PATTERN/; see below.")
@@ -39,7 +52,7 @@ def explain(
       nla explain 'In spring Anna left a red ribbon near the rat,'
       printf 'In spring Anna left a red ribbon near the rat,\n' | nla explain - --positions last
       nla explain --file poem.txt --positions '/\n/' --samples 8
-      nla explain --file chat.txt --pair switchboard --target-adapter switchboard/goal
+      nla explain --chat chat.json --pair switchboard --target-adapter switchboard/goal
       nla explain --file poem.txt --pair pairs/27b \
           --device target=cuda:0 --device encoder=cuda:1 --device decoder=cuda:2
       nla explain --file poem.txt --json | jq '.explanations[] | [.token, .texts[0], .trust]'
@@ -55,10 +68,15 @@ def explain(
       agreement   how much the samples say the same
       margin      cosine beyond what a text reaches that knows nothing of the activation
 
-    --json holds one object per token under "explanations". The same list stands under its old name "notes", which the
+    --chat takes a file of one chat in any form that `nla audit` knows; - reads it from standard input.
+
+    --json holds one object per token under "explanations": with its id and characters, and where several tokens share a
+    character, which part it is ("fragment" of "fragments"). The same list stands under its old name "notes", which the
     next release leaves out.
     """
-    words, chosen = given_text(text, file), positions(which)
+    words, chosen = given_text(text, file) if chat is None else None, positions(which)
+    if chat is not None and (text is not None or file is not None):
+        raise ArgumentError("--chat beside a text", "one of them", "give TEXT, --file or --chat")
     from nla.organisms import adapter_folder
     from nla.storage.files import try_file
 
@@ -66,11 +84,11 @@ def explain(
     nla = load(pair, device)
 
     with nla.planted(adapter_folder(target_adapter)):
-        acts = nla.read(words, chosen)
+        acts = nla.read(one_chat(chat) if words is None else words, chosen)
     explanations = nla.explain(acts, samples=samples)
     if json:
         content = explanations.to_json()
-        emit({**about(nla, pair), "text": words, "explanations": content, "notes": content})
+        emit({**about(nla, pair), "text": acts.texts[0], "explanations": content, "notes": content})
         if svg is None:
             return OK
     from nla.cli import view

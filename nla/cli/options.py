@@ -94,6 +94,10 @@ Text = Annotated[
 File = Annotated[
     Path | None, typer.Option("--file", metavar="FILE", show_default=False, help="Read the text from a file.")
 ]
+Chat = Annotated[
+    Path | None,
+    typer.Option("--chat", metavar="FILE", show_default=False, help="Read a chat as the target's own tokens."),
+]
 Out = Annotated[
     Path | None,
     typer.Option("--out", metavar="FOLDER", show_default=False, help="Write JSON, table and picture here."),

@@ -52,7 +52,7 @@ def token_view(notes: Sequence[Explanation], title: str) -> Table:
         whole = note.complete[note.texts.index(shown)]
         trust = note.trust
         table.add_row(
-            Text(visible(note.token.removeprefix(" ")), style="bold"),
+            Text(visible(note.token.removeprefix(" ")) + _part(note), style="bold"),
             Text(visible(shown) + ("" if whole else " …"), style="" if whole else "dim"),
             Text(trust.level, style=LEVEL_STYLES[trust.level]),
             Text(number(trust.cosine)),
@@ -60,6 +60,12 @@ def token_view(notes: Sequence[Explanation], title: str) -> Table:
             Text(number(trust.margin, sign=True)),
         )
     return table
+
+
+def _part(note: Explanation) -> str:
+    """Which part of a character a token is, such as " 2/4" of an emoji; nothing of a whole one."""
+    span = note.span
+    return "" if span is None or span.fragments == 1 else f" {span.fragment}/{span.fragments}"
 
 
 def score_table(score: Score) -> Table:

@@ -22,7 +22,16 @@ from nla.models.hooks import Intervene, inference, record
 from nla.models.points import Point, context_length, d_model, device_of, truncated_view, unwrapped
 from nla.models.selfcheck import check_stream
 from nla.storage.tensors import load_tensors, save_tensors
-from nla.text.tokens import Encoded, Positions, Span, encode_batch, length_batches, select_positions
+from nla.text.tokens import (
+    Encoded,
+    Positions,
+    Span,
+    check_lengths,
+    check_positions,
+    encode_batch,
+    length_batches,
+    select_positions,
+)
 
 ACTIVATIONS_FILE = "activations.safetensors"
 
@@ -103,7 +112,7 @@ class Activations:
         tensors = {
             "vectors": self.vectors,
             "document": self.document,
-            "span": torch.tensor([(s.token_id, s.start, s.end, s.index, s.added) for s in self.spans]).reshape(-1, 5),
+            "span": torch.tensor([(s.token_id, *s[2:]) for s in self.spans]).reshape(-1, 7),
             "stratum": torch.tensor([code[name] for name in self.strata], dtype=torch.int64),
             "words": torch.frombuffer(bytearray(words.encode()), dtype=torch.uint8),
         }
@@ -124,8 +133,8 @@ class Activations:
             texts, names = words["texts"], words["strata"]
             document = tensors["document"]
             spans = [
-                Span(token, texts[number][start:end], start, end, index, bool(added))
-                for number, (token, start, end, index, added) in zip(
+                Span(token, texts[number][start:end], start, end, index, bool(added), *fragment)
+                for number, (token, start, end, index, added, *fragment) in zip(
                     document.tolist(), tensors["span"].tolist(), strict=True
                 )
             ]
@@ -140,7 +149,7 @@ class Activations:
 def read(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    texts: str | Sequence[str],
+    texts: str | Iterable[str | Encoded],
     point: str | Point,
     positions: Positions = "all",
     strata: Strata | None = None,
@@ -154,7 +163,8 @@ def read(
     it stands; ``NLA.read`` reads its target.
 
     Args:
-        positions: see :func:`nla.text.tokens.select_positions`.
+        texts: one or several; what is encoded already is read as it is.
+        positions: see :data:`nla.text.tokens.Positions`.
         strata: names the kind of position of every token of a text; None: "all".
         intervene: a context for the forward pass of a batch of documents, such as
             ``lambda rows, padding: hooks.replace(model, "resid_post.2", columns[rows], vectors[rows])``.
@@ -163,10 +173,15 @@ def read(
         PointError, PositionError, EmptyTextError, ContextLengthError, VocabularyError: see the functions used.
         NonFiniteError: the target gave NaN or infinity.
     """
-    texts = list(texts) if isinstance(texts, Iterable) and not isinstance(texts, str) else [texts]
+    given = list(texts) if isinstance(texts, Iterable) and not isinstance(texts, str) else [texts]
     check_stream(unwrapped(model))
     view = truncated_view(model, point)
-    encoded = encode_batch(tokenizer, texts, context_length(model))
+    written = iter(
+        encode_batch(tokenizer, [one for one in given if not isinstance(one, Encoded)], context_length(model))
+    )
+    encoded = [one if isinstance(one, Encoded) else next(written) for one in given]
+    check_lengths(encoded, context_length(model))
+    check_positions(positions, len(encoded))
     columns = [select_positions(entry.spans, positions, number) for number, entry in enumerate(encoded)]
     kinds = [_strata_of(number, entry, columns[number], strata) for number, entry in enumerate(encoded)]
     counts = torch.tensor([len(chosen) for chosen in columns], dtype=torch.int64)
@@ -176,8 +191,8 @@ def read(
     return Activations(
         vectors=vectors,
         spans=[encoded[number].spans[column] for number, chosen in enumerate(columns) for column in chosen],
-        document=torch.repeat_interleave(torch.arange(len(texts)), counts),
-        texts=texts,
+        document=torch.repeat_interleave(torch.arange(len(encoded)), counts),
+        texts=[entry.text for entry in encoded],
         point=str(point),
         strata=[kind for document in kinds for kind in document],
     )

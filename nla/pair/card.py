@@ -79,12 +79,14 @@ def card(metrics: Mapping[str, object], config: NLAConfig, name: str = "<this fo
         ConfigError: metrics.json does not hold such figures.
     """
     try:
-        figures = _Figures.model_validate({key: metrics[key] for key in _Figures.model_fields if key in metrics})
+        figures = _figures(metrics)
     except ValidationError as error:
         problem = first_problem(error, _Figures)
         fix = "restore the file, or delete it and measure the pair again"
         raise ConfigError(f"metrics.json with {problem.got}", problem.expected, fix) from error
+    against = doubt(metrics)
     parts = [
+        *([] if against is None else [f"**Do not use: {against}.**"]),
         _what(config, name),
         _fidelity(figures),
         _baselines(figures),
@@ -94,6 +96,28 @@ def card(metrics: Mapping[str, object], config: NLAConfig, name: str = "<this fo
     ]
     body = "\n\n".join(parts)
     return f"{_header(config, local)}\n\n{BEGIN}\n{body}\n{END}\n"
+
+
+def doubt(metrics: Mapping[str, object]) -> str | None:
+    """What a pair's measurements say against it: that its FVE is not above its baselines' ("mean", 0, is one of them).
+    None: nothing, or nothing was measured."""
+    try:
+        figures = _figures(metrics)
+    except ValidationError:
+        return None
+    score = figures.score
+    fve = figures.joint_figure("fve/global") if score is None else score.fve.value
+    measured = (
+        {} if score is None else {name: one.value for name, one in score.baselines.items() if one.value is not None}
+    )
+    name, best = max(measured.items(), key=lambda one: one[1], default=("mean", 0.0))
+    if fve is None or fve > best:
+        return None
+    return f"this pair reads nothing: its FVE is {fve:.2f}, and that of the baseline {name!r} is {best:.2f}"
+
+
+def _figures(metrics: Mapping[str, object]) -> _Figures:
+    return _Figures.model_validate({key: metrics[key] for key in _Figures.model_fields if key in metrics})
 
 
 def renewed(old: str, new: str) -> str:

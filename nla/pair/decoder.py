@@ -40,7 +40,7 @@ class Decoder:
         self.pad_id = pad_of(tokenizer)
 
     def decode(
-        self, texts: Sequence[str], strict: bool = True, max_tokens_per_batch: int = MAX_TOKENS_PER_BATCH
+        self, texts: str | Sequence[str], strict: bool = True, max_tokens_per_batch: int = MAX_TOKENS_PER_BATCH
     ) -> Float[Tensor, "n d"]:
         """Reconstructions in float32 on the CPU, each from its text alone, at the length ``config.activation_norm``.
 
@@ -49,6 +49,7 @@ class Decoder:
         Raises:
             EmptyTextError, ContextLengthError, VocabularyError: see :meth:`prompt_rows`.
         """
+        texts = [texts] if isinstance(texts, str) else texts
         unique = list(dict.fromkeys(texts))
         rows = self.prompt_rows(unique, strict)
         out = torch.empty(len(unique), self.config.d_model)
@@ -62,10 +63,11 @@ class Decoder:
         return out[torch.tensor([row_of[text] for text in texts], dtype=torch.int64)]
 
     def decode_groups(
-        self, lists: Sequence[str] | Sequence[Sequence[str]], per_sample: bool, strict: bool
+        self, lists: str | Sequence[str] | Sequence[Sequence[str]], per_sample: bool, strict: bool
     ) -> Float[Tensor, "n d"] | Float[Tensor, "n s d"]:
         """What ``NLA.reconstruct`` promises, from one text or a list of samples for each activation."""
-        groups = [[entry] if isinstance(entry, str) or not isinstance(entry, Sequence) else [*entry] for entry in lists]
+        entries = [lists] if isinstance(lists, str) else lists
+        groups = [[one] if isinstance(one, str) or not isinstance(one, Sequence) else [*one] for one in entries]
         texts = [text for group in groups for text in group]
         check_texts(texts)
         if not all(groups):
@@ -81,7 +83,7 @@ class Decoder:
         total = torch.zeros(len(groups), self.config.d_model).index_add_(0, owner, predicted)
         return nn.functional.normalize(total, dim=1) * self.config.activation_norm
 
-    def encode_explanations(self, texts: Sequence[str], strict: bool = True) -> DecoderBatch:
+    def encode_explanations(self, texts: str | Sequence[str], strict: bool = True) -> DecoderBatch:
         """The decoder's prompts around explanations, as one batch on the decoder's device.
 
         Raises:
@@ -109,7 +111,7 @@ class Decoder:
             )
         return self.roles.head(last_stream(self.roles.view, input_ids, attention_mask))
 
-    def prompt_rows(self, texts: Sequence[str], strict: bool = True) -> list[list[int]]:
+    def prompt_rows(self, texts: str | Sequence[str], strict: bool = True) -> list[list[int]]:
         """Token ids of the decoder's prompt around each explanation.
 
         Args:
@@ -122,6 +124,7 @@ class Decoder:
             EmptyTextError: an explanation is empty.
             ContextLengthError, VocabularyError: see :func:`nla.text.tokens.encode_batch`.
         """
+        texts = [texts] if isinstance(texts, str) else texts
         if strict:
             check_texts(texts)
             for number, text in enumerate(texts):

@@ -137,6 +137,11 @@ def _reaches(numbers: tuple[float | None, ...], thresholds: tuple[float, ...]) -
     return all(number is None or number >= least for number, least in zip(numbers, thresholds, strict=True))
 
 
+_OF_SPAN = ("token_id", "index", "start", "end", "fragment", "fragments")
+"""What a row says of its token beside its text: its characters, from ``start`` to ``end``, and which part of how many
+it is, where several tokens share one."""
+
+
 @dataclass
 class Explanation:
     """The explanation of one activation: samples of it, and how far they can be trusted."""
@@ -186,7 +191,8 @@ class Explanation:
         """A JSON-ready dict."""
         return {
             "token": self.token,
-            "index": None if self.span is None else self.span.index,
+            **dict.fromkeys(_OF_SPAN),
+            **({} if self.span is None else {name: getattr(self.span, name) for name in _OF_SPAN}),
             "document": self.document,
             "stratum": self.stratum,
             "texts": self.texts,

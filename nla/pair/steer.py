@@ -24,7 +24,7 @@ from nla.text.tokens import Span, encode_batch, select_positions
 def generate_patched(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str] | Sequence[Sequence[int]],
+    texts: str | Sequence[str] | Sequence[Sequence[int]],
     point: str | Point,
     positions: str | Sequence[int] | Int[Tensor, " n"],
     vectors: Float[Tensor, "n d"] | None,
@@ -76,10 +76,15 @@ def generate_patched(
 
 
 def _prompts(
-    tokenizer: Any, texts: Sequence[str] | Sequence[Sequence[int]], positions: Any, context: int, max_new_tokens: int
+    tokenizer: Any,
+    texts: str | Sequence[str] | Sequence[Sequence[int]],
+    positions: Any,
+    context: int,
+    max_new_tokens: int,
 ) -> tuple[list[list[int]], Tensor]:
     """Token ids of each text, which leave room to continue, and the index (n,) of the token to intervene on."""
-    if isinstance(texts, str) or not len(texts):
+    texts = [texts] if isinstance(texts, str) else texts
+    if not len(texts):
         raise ArgumentError(f"texts={texts!r}", "a list of one text or more", "pass [text]")
     spans: list[list[Span]] | None = None
     if isinstance(texts[0], str):

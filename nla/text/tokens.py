@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import datetime
+import operator
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
 from transformers import PreTrainedTokenizerBase
 
@@ -41,6 +43,10 @@ class Span(NamedTuple):
     end: int
     index: int  # pyright: ignore[reportIncompatibleMethodOverride] (the tuple's method is not used)
     added: bool = False
+    fragment: int = 1
+    """Which part of its characters the token is, from 1: bytes of one character that are several tokens share it."""
+    fragments: int = 1
+    """In how many parts they are."""
 
 
 class Encoded(NamedTuple):
@@ -48,7 +54,10 @@ class Encoded(NamedTuple):
 
     ids: list[int]
     spans: list[Span]
+    text: str = ""
 
+
+_FORMS = '"all", "last", indexes of tokens, a slice, or a pattern between slashes such as "/\\n/"'
 
 PROMPT_DATE = "26 Jul 2024"
 """The day of every prompt and transcript, where a chat template asks for today's. See :func:`undated`."""
@@ -64,8 +73,10 @@ _VOCABULARIES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merg
 _FILES, _LARGEST = ("*.json", "*.jinja", "*.txt", "*.model"), 256 * 2**20
 """What else than weights transformers reads of a folder, and how many bytes that may be."""
 
-Positions = str | Sequence[int] | Callable[[int, list[Span]], Sequence[int]]
-"""Which tokens: "all", "last", token indexes, a pattern such as "/\\n/", or a function of document index and spans."""
+_Positions = str | int | slice | Sequence[int]
+Positions = _Positions | Sequence[_Positions] | Callable[[int, list[Span]], Sequence[int]]
+"""Which tokens: "all", "last", one token's index or several, a slice of them, a pattern such as "/\\n/"; a list of
+these, one for each text; or a function of document index and spans."""
 
 
 def _size(file: Path) -> int:
@@ -147,9 +158,12 @@ def check_texts(texts: Sequence[str]) -> None:
 
 
 def encode_batch(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int | None, allow_unknown: bool = False
+    tokenizer: PreTrainedTokenizerBase, texts: str | Iterable[str], max_length: int | None, allow_unknown: bool = False
 ) -> list[Encoded]:
     """Token ids and spans of many texts.
+
+    A text that begins with what the tokenizer would add before it, such as a rendered chat with BOS, is not given a
+    second one; the first counts as added.
 
     Args:
         max_length: the model's context in tokens; nothing is ever cut off in silence. None: any length.
@@ -167,6 +181,7 @@ def encode_batch(
             "a fast tokenizer (tokenizer.json)",
             "load it with nla.text.tokens.load_tokenizer(...) from a folder that holds tokenizer.json",
         )
+    texts = as_list(texts)
     check_texts(texts)
     for number, text in enumerate(texts):
         if not text:
@@ -180,12 +195,11 @@ def encode_batch(
     unknown = unknown_id(tokenizer)
     out: list[Encoded] = []
     for number, (text, ids, offsets, added) in enumerate(zip(texts, *columns, strict=True)):
-        if max_length is not None and len(ids) > max_length:
-            raise ContextLengthError(
-                f"text {number} with {len(ids)} tokens ({text[:40]!r}…)",
-                f"at most {max_length} tokens, the model's context",
-                "shorten the text, or split it into documents",
-            )
+        n_before = next((index for index, is_added in enumerate(added) if not is_added), 0)
+        if n_before and ids[:n_before] == ids[n_before : 2 * n_before]:
+            ids, offsets = ids[n_before:], offsets[n_before:]
+            added = [1] * n_before + added[2 * n_before :]
+        _check_length(number, text, len(ids), max_length)
         spans = [
             Span(token, text[start:end], start, end, index, bool(is_special))
             for index, (token, (start, end), is_special) in enumerate(zip(ids, offsets, added, strict=True))
@@ -195,11 +209,59 @@ def encode_batch(
         strange = [span for span in spans if span.token_id == unknown and not span.added]
         if strange and not allow_unknown:
             _refuse_unknown(number, strange)
-        out.append(Encoded(ids, spans))
+        out.append(Encoded(ids, _with_fragments(spans), text))
     return out
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int | None) -> list[list[int]]:
+def check_lengths(encoded: Sequence[Encoded], max_length: int) -> None:
+    """Refuse texts beyond a model's context.
+
+    Raises:
+        ContextLengthError: a text has more than ``max_length`` tokens.
+    """
+    for number, entry in enumerate(encoded):
+        _check_length(number, entry.text, len(entry.ids), max_length)
+
+
+def _check_length(number: int, text: str, n_tokens: int, max_length: int | None) -> None:
+    if max_length is not None and n_tokens > max_length:
+        raise ContextLengthError(
+            f"text {number} with {n_tokens} tokens ({text[:40]!r}…)",
+            f"at most {max_length} tokens, the model's context",
+            "shorten the text, or split it into documents",
+        )
+
+
+def _with_fragments(spans: list[Span]) -> list[Span]:
+    """Spans with the number of each among those that share a character with it."""
+    real = [span for span in spans if span.start < span.end]
+    if all(before.end <= after.start for before, after in pairwise(real)):
+        return spans
+    groups: list[list[Span]] = []
+    for span in real:
+        if groups and span.start < groups[-1][-1].end:
+            groups[-1].append(span)
+        else:
+            groups.append([span])
+    out = list(spans)
+    for group in groups:
+        for number, span in enumerate(group, start=1):
+            out[span.index] = span._replace(fragment=number, fragments=len(group))
+    return out
+
+
+def as_list(texts: str | Iterable[str]) -> list[str]:
+    """Texts as a list; one text is a list of one.
+
+    >>> as_list("cat"), as_list(("cat", "dog"))
+    (['cat'], ['cat', 'dog'])
+    """
+    return [texts] if isinstance(texts, str) else list(texts)
+
+
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerBase, texts: str | Iterable[str], max_length: int | None
+) -> list[list[int]]:
     """Token ids of texts as a target reads them: with the special tokens that its tokenizer adds, such as BOS.
 
     Raises:
@@ -210,7 +272,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_len
 
 def plain_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of pieces of text, without the special tokens that a tokenizer adds to a whole one."""
-    rows: Any = tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
+    rows: Any = tokenizer(as_list(texts), add_special_tokens=False)["input_ids"] if texts else []
     return rows
 
 
@@ -231,10 +293,10 @@ def _empty(number: int, text: str) -> EmptyTextError:
 
 def _refuse_unknown(number: int, spans: list[Span]) -> None:
     words = list(dict.fromkeys(span.text.strip() for span in spans))
-    shown = ", ".join(repr(word if len(word) <= 40 else word[:40] + "…") for word in words[:10])
-    shown += " …" if len(words) > 10 else ""
+    listed = ", ".join(repr(word if len(word) <= 40 else word[:40] + "…") for word in words[:10])
+    listed += " …" if len(words) > 10 else ""
     raise VocabularyError(
-        f"text {number} with {len(words)} word(s) outside the vocabulary: {shown}",
+        f"text {number} with {len(words)} word(s) outside the vocabulary: {listed}",
         "words that the target's tokenizer knows",
         "use words of the target's world (an organism knows few), or another target",
     )
@@ -253,15 +315,44 @@ def select_positions(spans: list[Span], positions: Positions, document: int = 0)
         positions = positions(document, spans)
     if isinstance(positions, str):
         return _named_positions(spans, positions, document)
-    chosen = [int(index) for index in positions]
-    wrong = [index for index in chosen if not -len(spans) <= index < len(spans)]
+    each = _by_text(positions)
+    if each is not None:
+        check_positions(positions, max(len(each), document + 1))
+        return select_positions(spans, each[document], document)
+    ones: Any = range(len(spans))[positions] if isinstance(positions, slice) else positions
+    ones = ones.tolist() if hasattr(ones, "tolist") else ones  # of numpy or torch
+    try:
+        ones = [ones] if isinstance(ones, SupportsIndex) else ones
+        chosen = [operator.index(one) for one in ones]
+    except TypeError as error:
+        raise PositionError(f"positions {shown(positions)}", _FORMS, "count tokens from 0") from error
+    wrong = [one for one in chosen if not -len(spans) <= one < len(spans)]
     if wrong or not chosen:
         raise PositionError(
             f"positions {wrong or chosen} in text {document}",
             f"at least one index, each below the text's {len(spans)} tokens",
             'choose indexes in that range, or use "all", "last" or a pattern such as "/\\n/"',
         )
-    return [index % len(spans) for index in chosen]
+    return [one % len(spans) for one in chosen]
+
+
+def check_positions(positions: Positions, n_texts: int) -> None:
+    """Refuse a list of positions with an entry for each text, of which there are more or fewer.
+
+    Raises:
+        PositionError: it is one.
+    """
+    each = _by_text(positions)
+    if each is not None and len(each) != n_texts:
+        raise PositionError(f"positions for {len(each)} texts", f"one entry for each of {n_texts}", "give as many")
+
+
+def _by_text(positions: Any) -> list[Any] | None:
+    """The entries of a list with one for each text; None: it is meant for every text."""
+    listed = positions.tolist() if hasattr(positions, "tolist") else positions
+    if not isinstance(listed, list | tuple) or all(isinstance(entry, SupportsIndex) for entry in listed):
+        return None
+    return list(listed)
 
 
 def _named_positions(spans: list[Span], positions: str, document: int) -> list[int]:
@@ -272,16 +363,16 @@ def _named_positions(spans: list[Span], positions: str, document: int) -> list[i
     if len(positions) < 3 or not (positions.startswith("/") and positions.endswith("/")):
         raise PositionError(
             f"positions {positions!r}",
-            '"all", "last", a list of token indexes, or a pattern between slashes such as "/\\n/"',
+            _FORMS,
             f'write "/{re.escape(positions)}/" to match tokens with this text',
         )
     pattern = compile_pattern(positions[1:-1], "the pattern", error=PositionError)
     matching = [span.index for span in spans if not span.added and pattern.search(span.text)]
     if not matching:
-        shown = " ".join(repr(span.text) for span in spans[:12])
+        some = " ".join(repr(span.text) for span in spans[:12])
         raise PositionError(
             f"the pattern {positions!r}, which matches no token of text {document}",
-            f"a pattern that matches a token's text, among {shown}{' …' if len(spans) > 12 else ''}",
+            f"a pattern that matches a token's text, among {some}{' …' if len(spans) > 12 else ''}",
             "correct the pattern; it is searched within single tokens, not across them",
         )
     return matching

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from nla.errors import ArgumentError, ConfigError, TemplateError, VocabularyError
 from nla.text.templates import render_template
-from nla.text.tokens import Span, undated, unknown_id
+from nla.text.tokens import Encoded, Span, undated, unknown_id
 from nla.transcripts.marks import CALLS, CONTENT, CONTROL, REASONING, TOOLS, Marked, Placed
 from nla.transcripts.marks import Span as Placement
 from nla.transcripts.messages import Message, Transcript
@@ -97,6 +97,14 @@ class Chat:
         """One token with its characters."""
         start, end = int(self.starts[index]), int(self.ends[index])
         return Span(int(self.ids[index]), self.text[start:end], start, end, index)
+
+    @property
+    def encoded(self) -> Encoded:
+        """All tokens, as :func:`nla.models.read.read` takes them; BOS counts as added."""
+        spans = [self.span(index) for index in range(len(self))]
+        if self.has_bos:
+            spans[0] = spans[0]._replace(added=True)
+        return Encoded(self.ids.tolist(), spans, self.text)
 
     def region_at(self, index: int) -> Region:
         """The region of one token."""

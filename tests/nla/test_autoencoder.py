@@ -7,10 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from nla import NLA
+from nla.cli import console
 from nla.config import tokenizer_hash
 from nla.errors import (
     ArgumentError,
@@ -27,6 +29,7 @@ from nla.errors import (
 from nla.metrics import Baseline, rescale
 from nla.models.hooks import inject
 from nla.pair import encoder
+from nla.pair.card import card
 from nla.pair.explanations import Explanations, Trust, agreement
 from nla.store.reader import Store
 from nla.store.shards import Document
@@ -221,8 +224,9 @@ def test_read_is_of_the_target_not_of_an_adapter() -> None:
 
 def test_notes_carry_their_token_and_numbers_that_follow_from_the_texts(pair: NLA) -> None:
     acts = pair.read(TEXTS[:2], strata=lambda number, spans: ["a"] * len(spans))
-    notes = pair.explain(acts, samples=3, seed=2)
-    raw = pair.encoder.generate(acts.vectors, samples=3, seed=2).texts
+    seeds = list(range(len(acts)))
+    notes = pair.explain(acts, samples=3, seed=seeds)
+    raw = pair.encoder.generate(acts.vectors, samples=3, seed=seeds).texts
     assert len(notes) == len(acts)
     each = pair.reconstruct(notes, per_sample=True)
     assert each.shape == (len(acts), 3, D_MODEL)
@@ -403,3 +407,62 @@ def test_a_config_that_is_set_reaches_prompt_injection_point_and_view() -> None:
     with pytest.raises(PointError):
         pair.config = replace(changed, point="resid_post.9")
     assert pair.config == changed
+
+
+def test_one_text_is_a_list_of_one(pair: NLA) -> None:
+    one, listed = pair.reconstruct("the cat sat."), pair.reconstruct(["the cat sat."])
+    assert one.shape == (1, D_MODEL) and torch.equal(one, listed)
+    assert torch.equal(pair.encode_explanations("the cat").input_ids, pair.encode_explanations(["the cat"]).input_ids)
+    assert torch.equal(pair.decoder.decode("the cat"), pair.decoder.decode(["the cat"]))
+
+
+@pytest.mark.parametrize("form", [np.asarray, np.ndarray.tolist, lambda rows: rows.astype(np.float64)])
+def test_arrays_and_lists_are_vectors_too(pair: NLA, form: Any) -> None:
+    vectors = torch.randn(3, D_MODEL, generator=torch.Generator().manual_seed(0))
+    given = form(vectors.numpy())
+    expected = pair.explain(vectors, samples=2)
+    assert pair.explain(given, samples=2).texts == expected.texts
+    predicted = pair.reconstruct(expected)
+    assert pair.score(given, form(predicted.numpy()), n_boot=10) == pair.score(vectors, predicted, n_boot=10)
+    with pytest.raises(ShapeError, match="rows of one length"):
+        pair.explain([[1.0] * D_MODEL, [1.0]])
+
+
+def test_an_explanation_does_not_depend_on_what_else_is_explained(pair: NLA) -> None:
+    acts = pair.read(TEXTS)
+    whole, turned = pair.explain(acts, samples=2), pair.explain(acts[list(range(len(acts)))[::-1]], samples=2)
+    assert [one.texts for one in turned][::-1] == whole.texts
+    assert len({tuple(texts) for texts in whole.texts}) > len(acts) // 2
+    for row in (0, 5, len(acts) - 1):
+        alone = pair.explain(acts[row], samples=2)
+        assert alone.texts == whole.texts[row : row + 1] and alone.trust[0].level == whole.trust[row].level
+        vectors = pair.explain(acts.vectors[row : row + 1], samples=2).texts
+        assert pair.explain(acts.vectors[: row + 1], samples=2).texts[-1:] == vectors
+    assert pair.explain(pair.read(TEXTS[2]), samples=2).texts == [
+        texts for texts, document in zip(whole.texts, acts.document.tolist(), strict=True) if document == 2
+    ]
+    assert pair.explain(acts, samples=2, seed=1).texts != whole.texts
+
+
+INTERVAL = {"value": 0.1, "low": 0.0, "high": 0.2}
+
+
+@pytest.mark.parametrize(
+    ("metrics", "said"),
+    [
+        ({}, None),
+        ({"score": {"n": 9, "cosine": INTERVAL, "fve": INTERVAL, "baselines": {"mean": {"value": 0.0}}}}, None),
+        ({"score": {"n": 9, "cosine": INTERVAL, "fve": INTERVAL, "baselines": {"shuffled": INTERVAL}}}, "'shuffled'"),
+        ({"score": {"n": 9, "cosine": INTERVAL, "fve": {"value": -0.5}, "rocks": {}}}, "FVE is -0.50"),
+        ({"joint": {"fve/global": 0.3}}, None),
+        ({"joint": {"fve/global": -0.3}}, "'mean' is 0.00"),
+        ({"joint": {"fve/global": "?"}, "score": 3}, None),
+    ],
+)
+def test_a_pair_that_is_not_above_its_baselines_says_so(metrics: dict, said: str | None, capsys) -> None:
+    pair = make_pair()
+    pair.metrics = metrics
+    assert (pair.doubt is None) == (said is None)
+    if said is not None:
+        assert "reads nothing" in str(pair.doubt) and said in str(pair.doubt)
+        assert console.about(pair, "it")["doubt"] == pair.doubt and str(pair.doubt) in card(metrics, pair.config)

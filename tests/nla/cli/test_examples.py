@@ -38,7 +38,7 @@ EXAMPLES: dict[str, Run | RunsIn | NotRun] = {
     "nla explain 'In spring": Run(says="trust.*spring.*The last word is"),
     "printf 'In spring Anna left a red ribbon near the rat,\\n' | nla explain -": Run(says="The next line ends with"),
     "nla explain --file poem.txt --positions": Run(says="The next line ends with"),
-    "nla explain --file chat.txt": Run(says="trust"),
+    "nla explain --chat chat.json": Run(says="trust", append="--samples 1"),
     "nla explain --file poem.txt --pair pairs/27b": NotRun("needs three GPUs and a pair of 27 billion parameters"),
     "nla explain --file poem.txt --json": Run(
         says=r'\["In", ', instead=("jq .*", "python jq.py")
@@ -158,7 +158,7 @@ def workspace(tmp_path: Path) -> Path:
         chats = (ROOT / f"docs/examples/{source}.jsonl").read_text().splitlines(keepends=True)
         (tmp_path / f"{name}.jsonl").write_text("".join(chats[:8]))
     chat = json.loads((tmp_path / "chats.jsonl").read_text().splitlines()[0])
-    (tmp_path / "chat.txt").write_text(chat["messages"][1]["content"])
+    (tmp_path / "chat.json").write_text(json.dumps(chat))
     rubric = (ROOT / "nla/audit/rubrics/evaluation-awareness.yaml").read_text()
     (tmp_path / "my_rubric.yaml").write_text(rubric.replace("name: evaluation-awareness", "name: mine"))
     (tmp_path / "jq.py").write_text(

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -18,8 +21,10 @@ from nla.errors import (
     VocabularyError,
     WeightsError,
 )
+from nla.models.read import read
 from nla.text.tokens import (
     PROMPT_DATE,
+    Span,
     encode,
     encode_batch,
     length_batches,
@@ -43,7 +48,7 @@ def with_bos():
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_spans_cover_the_text_token_by_token(tokenizer, text: str) -> None:
-    ids, spans = encode(tokenizer, text, 64)
+    ids, spans, _ = encode(tokenizer, text, 64)
     assert "".join(span.text for span in spans) == text
     assert [text[span.start : span.end] for span in spans] == [span.text for span in spans]
     assert [span.token_id for span in spans] == ids == tokenizer(text)["input_ids"]
@@ -263,3 +268,47 @@ def test_a_broken_tokenizer_is_refused(tmp_path, content: str) -> None:
     (tmp_path / "tokenizer_config.json").write_text("{")
     with pytest.raises(WeightsError, match="does not load"):
         load_tokenizer(tmp_path)
+
+
+SPANS = [Span(30 + index, "x", index, index + 1, index, added=index == 0) for index in range(6)]
+
+
+@pytest.mark.parametrize(
+    ("positions", "chosen"),
+    [
+        (3, [3]),
+        (-1, [5]),
+        (np.int64(2), [2]),
+        (slice(2, None, 2), [2, 4]),
+        (slice(-2, None), [4, 5]),
+        ([0, 5], [0, 5]),
+        ((1,), [1]),
+        (np.array([4, 1]), [4, 1]),
+        (torch.tensor([4, 1]), [4, 1]),
+        (range(2), [0, 1]),
+        ([[1, 2], "last"], [5]),
+        ([4, slice(2)], [0, 1]),
+        (np.array([[1, 2], [3, 4]]), [3, 4]),
+    ],
+    ids=str,
+)
+def test_positions_are_an_index_a_slice_a_list_or_an_entry_for_each_text(positions: Any, chosen: list[int]) -> None:
+    assert select_positions(SPANS, positions, document=1) == chosen
+
+
+@pytest.mark.parametrize("positions", [1.5, [1.5], None, {"a": 1}, 6, slice(9, None), [[0], None]], ids=str)
+def test_positions_of_no_such_form_are_refused(positions: Any) -> None:
+    with pytest.raises(PositionError):
+        select_positions(SPANS, positions, document=1)
+
+
+def test_an_entry_for_each_text_is_needed_where_one_is_given_for_some(tokenizer) -> None:
+    model = make_model()
+    acts = read(model, tokenizer, TEXTS[:2], "resid_post.1", positions=[[0, 2], "last"])
+    assert [(int(document), span.index) for document, span in zip(acts.document, acts.spans, strict=True)] == [
+        (0, 0),
+        (0, 2),
+        (1, len(tokenizer(TEXTS[1])["input_ids"]) - 1),
+    ]
+    with pytest.raises(PositionError, match="each of 3"):
+        read(model, tokenizer, TEXTS[:3], "resid_post.1", positions=[[0], [1]])
