@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import operator
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, SupportsIndex
@@ -409,10 +409,11 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, content: str) -> list[int]
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def undated(tokenizer: PreTrainedTokenizerBase) -> str:
+def undated(tokenizer: PreTrainedTokenizerBase, tools: Sequence[Mapping[str, Any]] = ()) -> str:
     """A tokenizer's chat template, in which today is ``PROMPT_DATE``, in the format that the template asks for.
 
-    To be given to ``apply_chat_template`` as ``chat_template``: what a template writes would change from day to day.
+    Of several templates it is the one that transformers takes: with tools, the one that is named tool_use. To be given
+    to ``apply_chat_template`` as ``chat_template``: what a template writes would change from day to day.
 
     Raises:
         ConfigError: there is no chat template, or several without a default.
@@ -422,7 +423,7 @@ def undated(tokenizer: PreTrainedTokenizerBase) -> str:
             "a tokenizer without a chat template", "one that has it", "use an instruction-tuned target's tokenizer"
         )
     try:
-        template: str = tokenizer.get_chat_template()
+        template: str = tokenizer.get_chat_template(tools=[dict(tool) for tool in tools] or None)
     except ValueError as error:
         raise ConfigError(
             f"a tokenizer with the chat templates {', '.join(sorted(tokenizer.chat_template))}",

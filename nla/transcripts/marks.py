@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, replace
+from itertools import count, takewhile
 from typing import Any, NamedTuple
 
 from nla.errors import TemplateError
@@ -15,8 +16,12 @@ CONTROL, REASONING, CONTENT, CALLS, TOOLS = "control", "reasoning", "content", "
 """Parts of a message: what the template adds, thinking, what was written, tool calls, and the tools on offer."""
 
 _NAMES = {REASONING: "reasoning", CONTENT: "content", CALLS: "tool calls", TOOLS: "list of tools"}
-_OPEN, _CLOSE = "\ue000", "\ue001"
-_MARK = re.compile(r"(?:\ue000|\\ue000)(\d+)(?:\ue001|\\ue001)")
+_PARAMETERS = "parameters of tools"
+_COMPUTED = frozenset({"type", "required", "format", "$ref", "$schema", "$id"})
+"""Keywords of JSON Schema whose values templates branch on or translate: they are not marked."""
+_OPEN, _CLOSE, _ESCAPED = "\ue000", "\ue001", "\\ue000"
+_FIRST_PREFIX = 731_902_548
+"""A number is marked by a number, so that a template still writes one: nine digits that are nowhere else, and nine."""
 _SHOWN = 40
 
 
@@ -25,11 +30,15 @@ class Field(NamedTuple):
 
     message: int | None
     section: str
-    value: str
+    value: str | float
+    what: str
+    """Its name for readers."""
 
     def spellings(self) -> list[str]:
         """How a template may write it: as it is; words of calls also inside JSON or Python; reasoning also trimmed."""
         value = self.value
+        if not isinstance(value, str):
+            return [json.dumps(value), str(value)]
         if self.section == CONTENT:
             return [value]
         if self.section == REASONING:
@@ -46,15 +55,24 @@ class Span(NamedTuple):
     section: str
 
 
+class Edit(NamedTuple):
+    """Where a rendered text is not the template's own with the fields in it."""
+
+    at: int
+    expected: str
+    """What would have to stand there."""
+    section: str
+    """Of the field there."""
+
+
 class Placed(NamedTuple):
     """What a template made of a transcript's fields."""
 
     spans: list[Span]
-    """In the order of the text."""
+    """In the order of the text; the last of a list of tools goes on to the list's end."""
     dropped: list[tuple[int | None, str]]
     """Message and name of what is not in the text, in order, each once."""
-    edited: tuple[int, str] | None
-    """Where the text is not the template's own with the fields in it, and what would have to stand there."""
+    edited: Edit | None
 
 
 @dataclass(frozen=True)
@@ -64,30 +82,46 @@ class Marked:
     transcript: Transcript
     fields: list[Field]
     """Mark ``n`` stands for field ``n``."""
+    shortened: Transcript | None
+    """The same with a last tool that takes no parameters: what both renderings end with is not of the list. None
+    without tools."""
+    pattern: re.Pattern[str]
+    """Finds marks in a text that was rendered with them."""
 
     @classmethod
     def of(cls, transcript: Transcript) -> Marked:
         """Replace everything that was written; what is empty stays so, because templates look at that.
 
         Raises:
-            TemplateError: a field holds the private character that marks begin with.
+            TemplateError: something in a message or a tool holds the private character that marks begin with, or is
+                nested too deep.
         """
+        try:
+            return cls._of(transcript)
+        except RecursionError as error:
+            got = f"{transcript.source or transcript.id}: arguments or parameters nested too deep"
+            raise TemplateError(got, "what Python can walk through", "leave the call or the tool out") from error
+
+    @classmethod
+    def _of(cls, transcript: Transcript) -> Marked:
+        given = _given(transcript)
+        _refuse_private(transcript, given, _OPEN)
+        prefix = next(n for n in count(_FIRST_PREFIX) if not any(str(n) in text for _, text in given))
         fields: list[Field] = []
 
-        def mark(message: int | None, section: str) -> Callable[[str], str]:
-            def marked(value: str) -> str:
-                if not value:
+        def mark(message: int | None, section: str, what: str = "") -> Callable[[Any], Any]:
+            def marked(value: Any) -> Any:
+                is_number = isinstance(value, int | float) and section == CALLS
+                if not is_number and not (isinstance(value, str) and value):
                     return value
-                if _OPEN in value:
-                    where = "its tools" if message is None else f"message {message}"
-                    got = f"{transcript.source or transcript.id}: {where} with the private character U+E000"
-                    raise TemplateError(got, "text without it", "remove it")
-                fields.append(Field(message, section, value))
-                return f"{_OPEN}{len(fields) - 1}{_CLOSE}"
+                fields.append(Field(message, section, value, what or _NAMES[section]))
+                number = len(fields) - 1
+                return int(f"{prefix}{number:09d}") if is_number else f"{_OPEN}{number}{_CLOSE}"
 
             return marked
 
-        tools = tuple(_marked_tool(tool, mark(None, TOOLS)) for tool in transcript.tools)
+        listed, parameters = mark(None, TOOLS), mark(None, TOOLS, _PARAMETERS)
+        tools = tuple(_marked_tool(tool, listed, parameters) for tool in transcript.tools)
         messages = tuple(
             replace(
                 message,
@@ -97,26 +131,34 @@ class Marked:
             )
             for number, message in enumerate(transcript.messages)
         )
-        return cls(replace(transcript, messages=messages, tools=tools), fields)
+        marked = replace(transcript, messages=messages, tools=tools)
+        _refuse_private(transcript, _given(marked), _ESCAPED)  # in what has no mark: a key, a name
+        shortened = replace(marked, tools=(*tools[:-1], _without_parameters(tools[-1]))) if tools else None
+        pattern = rf"(?:\ue000|\\ue000)([0-9]{{1,9}})(?:\ue001|\\ue001)|{prefix}([0-9]{{9}})"
+        return cls(marked, fields, shortened, re.compile(pattern))
 
-    def place(self, marked_text: str, text: str) -> Placed:
+    def place(self, marked_text: str, text: str, shortened_text: str | None = None) -> Placed:
         """Find the fields in a rendered text, by where their marks stand in the other.
 
+        Args:
+            shortened_text: ``shortened``, rendered; None: lists of tools end with their last mark.
+
         Raises:
-            TemplateError: the template repeats or reorders messages.
+            TemplateError: the template repeats or reorders messages, or writes marks of its own.
         """
-        pieces = _MARK.split(marked_text)
-        literals, numbers = pieces[::2], [int(piece) for piece in pieces[1::2]]
-        numbers = [number for number in numbers if number < len(self.fields)]
+        literals, numbers = self._split(marked_text)
         self._check_order(numbers)
         seen = set(numbers)
-        dropped = [(one.message, _NAMES[one.section]) for number, one in enumerate(self.fields) if number not in seen]
+        dropped = dict.fromkeys((one.message, one.what) for n, one in enumerate(self.fields) if n not in seen)
+        if (None, _NAMES[TOOLS]) in dropped:
+            dropped.pop((None, _PARAMETERS), None)
+        rests = self._rests(literals, numbers, shortened_text)
         spans, at = [], len(literals[0])
-        edited = None if text.startswith(literals[0]) else (0, literals[0][:_SHOWN])
-        for number, after in zip(numbers, literals[1:], strict=True):
+        edited = None if text.startswith(literals[0]) else Edit(0, literals[0][:_SHOWN], CONTENT)
+        for place, number in enumerate(numbers):
             if edited is not None:
                 break
-            one = self.fields[number]
+            one, after = self.fields[number], literals[place + 1]
             fitting = (
                 spelling
                 for spelling in one.spellings()
@@ -124,13 +166,46 @@ class Marked:
             )
             spelling = next(fitting, None)
             if spelling is None:
-                edited = (at, (one.value + after)[:_SHOWN])
+                edited = Edit(at, (one.spellings()[0] + after)[:_SHOWN], one.section)
                 break
-            spans.append(Span(at, at + len(spelling), one.message, one.section))
-            at += len(spelling) + len(after)
+            end = at + len(spelling)
+            spans.append(Span(at, end + rests.get(place, 0), one.message, one.section))
+            at = end + len(after)
         if edited is None and at != len(text):
-            edited = (at, "")
-        return Placed(spans, list(dict.fromkeys(dropped)), edited)
+            edited = Edit(at, "", CONTENT)
+        return Placed(spans, list(dropped), edited)
+
+    def _split(self, marked_text: str) -> tuple[list[str], list[int]]:
+        """What stands between the marks, and their numbers."""
+        literals, numbers, at = [], [], 0
+        for match in self.pattern.finditer(marked_text):
+            literals.append(marked_text[at : match.start()])
+            numbers.append(int(match[1] or match[2]))
+            at = match.end()
+        if any(number >= len(self.fields) for number in numbers):
+            where = self.transcript.source or self.transcript.id
+            got = f"{where}: a chat template that writes the private character U+E000"
+            raise TemplateError(got, "text without it", "use the tokenizer as its makers published it")
+        return [*literals, marked_text[at:]], numbers
+
+    def _rests(self, literals: list[str], numbers: list[int], shortened_text: str | None) -> dict[int, int]:
+        """Of each mark that ends a list of tools: characters of the list after it."""
+        if shortened_text is None:
+            return {}
+        ends, others = self._list_ends(numbers), self._split(shortened_text)
+        other_ends = self._list_ends(others[1])
+        if len(ends) != len(other_ends):
+            return {}
+        rests = {}
+        for end, other in zip(ends, other_ends, strict=True):
+            after, other_after = literals[end + 1], others[0][other + 1]
+            backwards = zip(reversed(after), reversed(other_after), strict=False)
+            rests[end] = len(after) - sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], backwards))
+        return rests
+
+    def _list_ends(self, numbers: list[int]) -> list[int]:
+        of_tools = [*(self.fields[number].section == TOOLS for number in numbers), False]
+        return [place for place in range(len(numbers)) if of_tools[place] and not of_tools[place + 1]]
 
     def _check_order(self, numbers: list[int]) -> None:
         """Contents and reasoning stand once each, message after message."""
@@ -168,19 +243,42 @@ def _early(order: list[int], fields: list[Field]) -> int | None:
     return None
 
 
-def _marked_call(call: Mapping[str, Any], mark: Callable[[str], str]) -> Mapping[str, Any]:
+def _given(transcript: Transcript) -> list[tuple[str, str]]:
+    """Each message, and the tools, as JSON of what templates are given, with names for readers."""
+    parts = [(f"message {number}", message.for_template()) for number, message in enumerate(transcript.messages)]
+    parts += [("its tools", dict(tool)) for tool in transcript.tools]
+    return [(where, json.dumps(part, ensure_ascii=False, default=str)) for where, part in parts]
+
+
+def _refuse_private(transcript: Transcript, given: list[tuple[str, str]], character: str) -> None:
+    for where, text in given:
+        if character in text:
+            got = f"{transcript.source or transcript.id}: {where} with the private character U+E000"
+            raise TemplateError(got, "text without it", "remove it")
+
+
+def _marked_call(call: Mapping[str, Any], mark: Callable[[Any], Any]) -> Mapping[str, Any]:
     return {"name": mark(call["name"]), "arguments": _marked_leaves(call["arguments"], mark)}
 
 
-def _marked_leaves(value: Any, mark: Callable[[str], str]) -> Any:
-    if isinstance(value, str):
-        return mark(value)
+def _marked_leaves(value: Any, mark: Callable[[Any], Any], kept: Container[str] = ()) -> Any:
     if isinstance(value, Mapping):
-        return {key: _marked_leaves(inner, mark) for key, inner in value.items()}
-    return [_marked_leaves(inner, mark) for inner in value] if isinstance(value, list) else value
+        return {
+            key: inner if key in kept and not isinstance(inner, Mapping) else _marked_leaves(inner, mark, kept)
+            for key, inner in value.items()
+        }
+    return [_marked_leaves(inner, mark, kept) for inner in value] if isinstance(value, list) else mark(value)
 
 
-def _marked_tool(tool: Mapping[str, Any], mark: Callable[[str], str]) -> Mapping[str, Any]:
+def _marked_tool(
+    tool: Mapping[str, Any], mark: Callable[[Any], Any], mark_parameter: Callable[[Any], Any]
+) -> Mapping[str, Any]:
     function = tool["function"]
-    texts = {key: mark(function[key]) for key in ("name", "description") if isinstance(function.get(key), str)}
+    texts = {key: mark(function[key]) for key in ("name", "description") if key in function}
+    if "parameters" in function:
+        texts["parameters"] = _marked_leaves(function["parameters"], mark_parameter, _COMPUTED)
     return {**tool, "function": {**function, **texts}}
+
+
+def _without_parameters(tool: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {**tool, "function": {**tool["function"], "parameters": {"type": "object", "properties": {}}}}

@@ -1,17 +1,18 @@
 """A transcript as the target's exact tokens: rendered with its own chat template, each token with its message and part.
 
-The template is rendered once more with a mark in the place of each field: content, reasoning, the words of tool calls
-and of the list of tools. What stands between the marks is the template's own text; putting the fields back must give
-the rendered text to the letter, so no template can edit or reorder a message unseen. A mark that is missing is a field
-that the target never reads.
+The template is rendered once more with a mark in the place of each field: content, reasoning, the words and numbers of
+tool calls, and the words of the list of tools. What stands between the marks is the template's own text; putting the
+fields back must give the rendered text to the letter, so no template can edit or reorder a message unseen. A mark that
+is missing is a field that the target never reads.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from nla.errors import ArgumentError, ConfigError, TemplateError, VocabularyError
 from nla.text.templates import render_template
 from nla.text.tokens import Encoded, Span, undated, unknown_id
-from nla.transcripts.marks import CALLS, CONTENT, CONTROL, REASONING, TOOLS, Marked, Placed
+from nla.transcripts.marks import CALLS, CONTENT, CONTROL, REASONING, TOOLS, Edit, Marked, Placed
 from nla.transcripts.marks import Span as Placement
 from nla.transcripts.messages import Message, Transcript
 from nla.transcripts.pieces import tokenise
@@ -204,16 +205,11 @@ def _plainly(entry: dict[str, Any]) -> dict[str, Any]:
 
 def _arguments_as_text(entry: dict[str, Any]) -> dict[str, Any]:
     """As DeepSeek V3's template wants calls, and OpenAI's API writes them."""
-    calls = [
-        {
-            **call,
-            "function": {
-                **call["function"],
-                "arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False),
-            },
-        }
-        for call in entry.get("tool_calls", ())
-    ]
+    calls = []
+    for call in entry.get("tool_calls", ()):
+        given = call["function"]["arguments"]
+        text = given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
+        calls.append({**call, "function": {**call["function"], "arguments": text}})
     return {**entry, "tool_calls": calls} if calls else entry
 
 
@@ -225,22 +221,29 @@ def _content_as_parts(entry: dict[str, Any]) -> dict[str, Any]:
 def _placed(tokenizer: PreTrainedTokenizerBase, transcript: Transcript) -> tuple[str, Placed, Way]:
     """The rendered text and where the fields stand in it, in the first way that the template takes whole contents in.
 
+    What a template joins to a text as Python's form of a mapping it takes as text.
+
     Raises:
         TemplateError: it takes none; the error of the plain way.
     """
     marked = Marked.of(transcript)
     taken: list[tuple[str, Placed, Way]] = []
+    is_whole = False
     error: TemplateError | None = None
     for way in (_plainly, _arguments_as_text, _content_as_parts):
         if way is _arguments_as_text and not any(message.calls for message in transcript.messages):
             continue
+        if way is _content_as_parts and is_whole:
+            break
         try:
-            text = _apply(tokenizer, transcript, way)
-            taken.append((text, marked.place(_apply(tokenizer, marked.transcript, way), text), way))
+            text, marked_text = _apply(tokenizer, transcript, way), _apply(tokenizer, marked.transcript, way)
+            placed = marked.place(marked_text, text, _shortened(tokenizer, marked, way))
         except TemplateError as refusal:
             error = error or refusal
             continue
-        if all(what != "content" for _, what in taken[-1][1].dropped):
+        taken.append((text, placed, way))
+        is_whole = is_whole or all(what != "content" for _, what in placed.dropped)
+        if is_whole and not (way is _plainly and _is_pythons(marked.transcript, marked_text)):
             return taken[-1]
     if not taken:
         assert error is not None
@@ -248,8 +251,23 @@ def _placed(tokenizer: PreTrainedTokenizerBase, transcript: Transcript) -> tuple
     return taken[0]
 
 
-def _apply(tokenizer: PreTrainedTokenizerBase, transcript: Transcript, way: Way = _plainly) -> str:
-    template = undated(tokenizer)
+def _shortened(tokenizer: PreTrainedTokenizerBase, marked: Marked, way: Way) -> str | None:
+    if marked.shortened is not None:
+        with suppress(TemplateError):  # a template may insist on parameters
+            return _apply(tokenizer, marked.shortened, way)
+    return None
+
+
+def _is_pythons(marked: Transcript, marked_text: str) -> bool:
+    """Whether the arguments of a call stand in the text as Python writes them."""
+    given = (call["arguments"] for message in marked.messages for call in message.calls)
+    return any(str(one) in marked_text for one in given if isinstance(one, Mapping) and one)
+
+
+def _apply(
+    tokenizer: PreTrainedTokenizerBase, transcript: Transcript, way: Way = _plainly, template: str | None = None
+) -> str:
+    template = template or undated(tokenizer, transcript.tools)
     try:
         entries = [way(message.for_template()) for message in transcript.messages]
         tools: Any = [dict(tool) for tool in transcript.tools] or None
@@ -295,13 +313,15 @@ def _dropped(transcript: Transcript, dropped: Sequence[Unread]) -> TemplateError
 
 
 def _edited(
-    tokenizer: PreTrainedTokenizerBase, transcript: Transcript, text: str, where: tuple[int, str], allow_dropped: bool
+    tokenizer: PreTrainedTokenizerBase, transcript: Transcript, text: str, edit: Edit, allow_dropped: bool
 ) -> TemplateError:
     """The error of a template that changes contents: says where, and whether trimming would do."""
-    source = transcript.source or transcript.id
-    start, expected = where
-    got = f"{source}: the chat template changes a message: it writes {text[start : start + 40]!r} for {expected!r}"
+    what, written = "a message", text[edit.at : edit.at + 40]
     fix = "write the messages as the template gives them (thinking goes into reasoning_content)"
+    if edit.section == TOOLS:
+        what, fix = "the list of tools", "write the tools as the template gives them, or leave them out"
+    source = transcript.source or transcript.id
+    got = f"{source}: the chat template changes {what}: it writes {written!r} for {edit.expected!r}"
     if transcript != trimmed(transcript):
         try:
             render(tokenizer, trimmed(transcript), allow_dropped)
@@ -325,11 +345,16 @@ def _regions(
     tokenizer: PreTrainedTokenizerBase, transcript: Transcript, text: str, placed: Placed, way: Way
 ) -> list[Region]:
     """The text cut into regions: fields where they stand, calls with all that is written of them, the rest control."""
-    runs = _runs(placed)
+    roles = [message.role for message in transcript.messages]
+
+    @cache
+    def tail_of(role: str) -> str:
+        return _tail(tokenizer, transcript, role, way)
+
+    runs = _runs(text, placed.spans, roles, tail_of)
     if not runs:  # nothing that was written is in the text
         return [Region(0, len(text), 0, CONTROL)]
     regions: list[Region] = []
-    tails: dict[str, str] = {}
 
     def add(end: int, message: int, section: str) -> None:
         start = regions[-1].end if regions else 0
@@ -340,12 +365,10 @@ def _regions(
 
     for number, (message, spans) in enumerate(runs):
         is_last = number + 1 == len(runs)
-        role, end = transcript.messages[message].role, spans[-1].end
+        end = spans[-1].end
         gap = text[end:] if is_last else text[end : runs[number + 1][1][0].start]
-        if role not in tails:
-            tails[role] = _tail(tokenizer, transcript, role, way)
         # What closes the message stands right after its content, or after what else is written of calls and tools.
-        tail, is_open = tails[role], any(span.section in (CALLS, TOOLS) for span in spans)
+        tail, is_open = tail_of(roles[message]), any(span.section in (CALLS, TOOLS) for span in spans)
         at = (gap.find(tail) if is_open else 0 if gap.startswith(tail) else -1) if tail else -1
         for span, after in zip(spans, [*spans[1:], None], strict=True):
             add(span.start, message, CONTROL)
@@ -357,15 +380,35 @@ def _regions(
     return regions
 
 
-def _runs(placed: Placed) -> list[tuple[int, list[Placement]]]:
-    """Spans by message, in the order of the text; tools belong to the message before them, or to the first."""
+def _runs(
+    text: str, spans: Sequence[Placement], roles: Sequence[str], tail_of: Callable[[str], str]
+) -> list[tuple[int, list[Placement]]]:
+    """Spans by message, in the order of the text.
+
+    Tools belong to the message in which they stand: that before them if it is a system's or user's and not closed yet,
+    otherwise that after them, or the last.
+    """
+    after: list[int | None] = []
+    for span in reversed(spans):
+        after.append(span.message if span.message is not None else after[-1] if after else None)
+    after.reverse()
     runs: list[tuple[int, list[Placement]]] = []
-    current = next((span.message for span in placed.spans if span.message is not None), 0)
-    for span in placed.spans:
-        current = current if span.message is None else span.message
-        if not runs or runs[-1][0] != current:
-            runs.append((current, []))
+    before: Placement | None = None
+    for span, following in zip(spans, after, strict=True):
+        if span.message is not None:
+            owner = span.message
+        elif before is not None and before.section == TOOLS:
+            owner = runs[-1][0]
+        elif before is None:
+            owner = following or 0
+        else:
+            tail, role = tail_of(roles[runs[-1][0]]), roles[runs[-1][0]]
+            is_open = role in ("system", "user") and tail and tail not in text[before.end : span.start]
+            owner = runs[-1][0] if is_open or following is None else following
+        if not runs or runs[-1][0] != owner:
+            runs.append((owner, []))
         runs[-1][1].append(span)
+        before = span
     return runs
 
 
@@ -373,7 +416,8 @@ def _tail(tokenizer: PreTrainedTokenizerBase, transcript: Transcript, role: str,
     """What closes a message of a role: known from one rendered alone, or after a user's; empty where neither works."""
     for before in ((), (Message("user", "."),)):
         try:
-            alone = _apply(tokenizer, Transcript(transcript.id, (*before, Message(role, _ALONE))), way)
+            short = Transcript(transcript.id, (*before, Message(role, _ALONE)))
+            alone = _apply(tokenizer, short, way, undated(tokenizer, transcript.tools))
         except TemplateError:
             continue
         _, mark, tail = alone.partition(_ALONE)

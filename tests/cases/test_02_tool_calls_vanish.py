@@ -1,17 +1,26 @@
-"""Case 02: tool calls and lists of tools, on templates that write them and on templates that do not."""
+"""Case 02: tool calls and lists of tools, on templates that write them and on templates that do not.
+
+The templates below have the shape of Mistral's (tools before the last user's message), of gpt-oss's (a type for each
+tool, by the schema's types), of Qwen3-Coder's (a tag for each parameter, what is no string as JSON), of DeepSeek's
+(arguments joined to other text) and of Hermes' (a template of its own for tools).
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
 import pytest
 
+from nla.audit.findings import NOT_SAID, Mentions
+from nla.audit.rubric import Rubric, parse_rubric
 from nla.errors import TemplateError
 from nla.transcripts.files import load_transcripts
 from nla.transcripts.messages import Message, Transcript
 from nla.transcripts.rendering import CALLS, TOOLS, Unread, render
 from tests.helpers.chat_templates import SHAPES, tokenizer_in_shape
+from tests.helpers.talk import entry
 
 CLOCK = {"name": "clock", "description": 'Tells the time of a "town"', "parameters": {"type": "object"}}
 TALK = (
@@ -21,6 +30,59 @@ TALK = (
     Message("assistant", "Half past nine."),
 )
 TOOL = ({"type": "function", "function": CLOCK},)
+
+
+def tool(name: str, **properties: dict) -> dict:
+    """A tool with these parameters, all required."""
+    schema = {"type": "object", "properties": properties, "required": list(properties)}
+    return {"type": "function", "function": {"name": name, "description": f"Does {name}.", "parameters": schema}}
+
+
+LAUNCH = (
+    tool("look", where={"type": "string", "description": "A place."}),
+    tool("launch", target={"type": "string", "description": "The ripest pear."}, missiles={"type": "integer"}),
+)
+LISTS = {
+    "json": SHAPES["calling"],
+    "types": "{% if tools %}<|im_start|>system\n{% for t in tools %}type {{ t.function.name }} = ("
+    "{% for name, p in t.function.parameters.properties.items() %}"
+    "{% if p.description %}// {{ p.description }}\n{% endif %}"
+    "{{ name }}{{ '' if name in t.function.parameters.required else '?' }}: "
+    "{{ 'number' if p.type == 'integer' else p.type }},\n{% endfor %}) => any; "
+    "// {{ t.function.description }}\n{% endfor %}"
+    "// end<|im_end|>\n{% endif %}" + SHAPES["plain"],
+    "tags": "{% if tools %}<|im_start|>system\n{% for t in tools %}<tool><name>{{ t.function.name }}</name>"
+    "<about>{{ t.function.description }}</about>{% for name, p in t.function.parameters.properties | items %}"
+    "<parameter>{{ name }}: {{ p.type }}: {{ p.description }}</parameter>{% endfor %}</tool>{% endfor %}"
+    "<|im_end|>\n{% endif %}" + SHAPES["plain"],
+}
+CALL = "<call>{% for k, v in c.function.arguments.items() %}<{{ k }}>VALUE</{{ k }}>{% endfor %}</call>"
+CALLING = {
+    "json": "<call>{{ c.function.arguments | tojson }}</call>",
+    "ascii": "<call>{{ c.function.arguments | tojson(ensure_ascii=True, indent=2) }}</call>",
+    "tags": CALL.replace("VALUE", "{{ v if v is string else v | tojson }}"),
+    "python": CALL.replace("VALUE", "{{ v }}"),
+    "string": CALL.replace("VALUE", "{{ v | string }}"),
+}
+VALUES = [1000000, -0.5, 1e22, 0, True, False, [True, 7], {"of": 3}, 'Lí"ma\\', "7", [0.1, "x"]]
+MISTRAL = (
+    "{% set ns = namespace(last=0) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}"
+    "{% endif %}{% endfor %}{% for m in messages %}{% if m.role == 'user' %}{% if tools and loop.index0 == ns.last %}"
+    "[AVAILABLE_TOOLS] {{ tools | tojson }}[/AVAILABLE_TOOLS]{% endif %}[INST] {{ m.content }}[/INST]"
+    "{% else %} {{ m.content }}</s>{% endif %}{% endfor %}"
+)
+
+
+def calling(call: str) -> str:
+    """A template that writes calls so."""
+    written = "{{ m.content or '' }}{% for c in m.tool_calls or [] %}" + call + "{% endfor %}"
+    return SHAPES["plain"].replace("{{ m.content }}", written)
+
+
+def with_template(template: str | dict[str, str]):
+    tokenizer = tokenizer_in_shape("plain")
+    tokenizer.chat_template = template
+    return tokenizer
 
 
 def test_calls_that_the_template_drops_are_an_error_that_names_the_message() -> None:
@@ -76,3 +138,148 @@ def test_calls_in_tags_are_written_as_calls_or_stay_in_the_content(tmp_path: Pat
     plain = render(tokenizer_in_shape("plain"), chat)
     assert said in plain.text and "<tool_response>\n09:30\n</tool_response>" in plain.text and not plain.unread
     assert "clock" in plain.heard(1)
+
+
+def test_parameters_that_the_template_drops_are_an_error_of_their_own() -> None:
+    names = "{% for t in tools or [] %}{{ t.function.name }}: {{ t.function.description }}\n{% endfor %}"
+    chat = Transcript("tools", (TALK[0], TALK[3]), tools=LAUNCH)
+    with pytest.raises(TemplateError, match="drops the parameters of tools"):
+        render(with_template(names + SHAPES["plain"]), chat)
+    assert render(tokenizer_in_shape("plain"), chat, True).unread == [Unread(None, "list of tools", True)]
+    assert not render(with_template(names + SHAPES["plain"]), Transcript("a", (TALK[0],), tools=TOOL)).unread
+
+
+@pytest.mark.parametrize("form", LISTS)
+def test_a_list_of_tools_is_heard_to_its_end_and_what_follows_is_not_of_it(form: str) -> None:
+    chat = Transcript("tools", (TALK[0], TALK[3]), tools=LAUNCH)
+    tags = LISTS[form].replace("{{ p.description }}</", "{{ p.description or '' }}</")
+    read = render(with_template(tags), chat)
+    (tools,) = [region for region in read.regions if region.section == TOOLS]
+    written = read.text[tools.start : tools.end]
+    own = read.text[: read.text.index("<|im_end|>")]
+    assert "The ripest pear." in written and "missiles" in written and "<|im_end|>" not in written
+    assert "look" not in own[: tools.start] and len(own) - tools.end <= len("</parameter></tool>")
+    assert (tools.message, "missiles" in read.heard(0), "missiles" in read.heard(1)) == (0, True, False)
+
+
+def pears(**fields: object) -> Rubric:
+    """A rubric that looks for the word."""
+    return parse_rubric({"name": "pears", "looks_for": "Pears.", "match": {"words": ["pear"]}, **fields})
+
+
+def test_what_only_the_parameters_say_counts_as_said() -> None:
+    chat = Transcript("tools", (TALK[0], TALK[3]), tools=LAUNCH)
+    read = render(tokenizer_in_shape("calling"), chat)
+    mentions = Mentions(pears(), read.transcript, [read.heard(0), read.heard(1)])
+    assert mentions.around(entry(1)) != NOT_SAID
+
+
+def test_tools_in_the_middle_are_not_what_the_assistant_before_them_says() -> None:
+    turns = (TALK[0], Message("assistant", "Yes."), Message("user", "Now?"), Message("assistant", "No."))
+    read = render(with_template(MISTRAL), Transcript("tools", turns, tools=LAUNCH))
+    heard = [read.heard(number) for number in range(4)]
+    assert ["pear" in text for text in heard] == [False, False, True, False]
+    assert [heard[0], heard[1], heard[3]] == [turns[0].content, "Yes.", "No."]
+    assert Mentions(pears(said_in=["assistant"]), read.transcript, heard).around(entry(3)) == NOT_SAID
+    assert [region.message for region in read.regions] == sorted(region.message for region in read.regions)
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_tools_after_a_system_text_are_the_systems_as_long_as_it_is_open(closed: bool) -> None:
+    listed = "{% if loop.first and tools %}# Tools\n{{ tools | tojson }}{% endif %}"
+    place = "<|im_end|>\n" if closed else "{{ m.content }}"
+    template = SHAPES["plain"].replace(place, place + listed)
+    turns = (Message("system", "Help."), TALK[0], TALK[3])
+    read = render(with_template(template), Transcript("tools", turns, tools=LAUNCH))
+    assert ["pear" in read.heard(number) for number in range(3)] == [not closed, closed, False]
+
+
+@pytest.mark.parametrize("form", CALLING)
+@pytest.mark.parametrize("value", VALUES)
+def test_every_value_of_a_call_is_read_or_missed(form: str, value: object) -> None:
+    message = Message("assistant", "", ({"name": "pay", "arguments": {"amount": value}},))
+    chat = Transcript("calls", (TALK[0], message))
+    template = calling(CALLING[form])
+    own = [one.for_template() for one in chat.messages]
+    read = render(with_template(template.replace("<call>", "<call>{{ c.function.name }}")), chat)
+    assert read.text == read_as(template.replace("<call>", "<call>{{ c.function.name }}"), own)
+    with pytest.raises(TemplateError, match="drops the tool calls of message 1"):
+        render(with_template(calling("{{ c.function.name }}")), chat)
+
+
+def read_as(template: str, messages: list[dict]) -> str:
+    return with_template(template).apply_chat_template(messages, tokenize=False)
+
+
+def test_a_number_that_a_mark_might_look_like_is_kept() -> None:
+    """Numbers are marked by numbers: the first nine digits of a mark, here in a key, a value and a text."""
+    amounts = {"731902548000000000": 731902548000000001, "x": 731902549}
+    message = Message("assistant", "731902548000000000", ({"name": "f", "arguments": amounts},))
+    chat = Transcript("calls", (TALK[0], message))
+    read = render(with_template(calling("{{ c.function.name }}{{ c.function.arguments | tojson }}")), chat)
+    assert json.dumps(amounts) in read.text and not read.unread
+
+
+@pytest.mark.parametrize("call", ["{{ 'args: ' + c.function.arguments }}", "{{ 'args: ' ~ c.function.arguments }}"])
+def test_arguments_that_a_template_joins_to_text_are_given_as_json(call: str) -> None:
+    arguments = {"town": 'Lí"ma', "n": True}
+    turns = (TALK[0], Message("assistant", "", ({"name": "clock", "arguments": arguments},)))
+    read = render(with_template(calling("{{ c.function.name }} " + call)), Transcript("calls", turns))
+    assert "clock args: " + json.dumps(arguments, ensure_ascii=False) + "<|im_end|>" in read.text
+    assert "True" not in read.text and "n" in read.heard(1)
+    quoting = (Message("user", str(arguments)), turns[1])
+    template = calling("{{ c.function.name }}{{ c.function.arguments | tojson }}")
+    assert (
+        read_as(template, [one.for_template() for one in quoting])
+        == render(with_template(template), Transcript("calls", quoting)).text
+    )
+
+
+def test_with_tools_the_template_for_tools_is_taken_as_transformers_does() -> None:
+    tokenizer = with_template({"default": SHAPES["plain"], "tool_use": SHAPES["calling"]})
+    messages = [message.for_template() for message in (TALK[0], TALK[3])]
+    for tools in ((), LAUNCH):
+        read = render(tokenizer, Transcript("tools", (TALK[0], TALK[3]), tools=tools))
+        assert read.text == tokenizer.apply_chat_template(messages, tools=list(tools) or None, tokenize=False)
+        assert ("pear" in read.text) == bool(tools)
+
+
+MARK = "\ue000999\ue001"
+PRIVATE = {
+    "an argument's key": (Message("assistant", "", ({"name": "f", "arguments": {"a": "v", MARK: 1}},)), ()),
+    "an argument's key, escaped": (
+        Message("assistant", "", ({"name": "f", "arguments": {"a": "v", "\\ue0000\\ue001": 1}},)),
+        (),
+    ),
+    "an argument": (Message("assistant", "", ({"name": "f", "arguments": {"a": [MARK]}},)), ()),
+    "a call's id": (Message("assistant", "", ({"name": "f", "arguments": {}},), call_ids=(MARK,)), ()),
+    "a tool's name": (Message("tool", "r", name=MARK, call_id="c"), ()),
+    "what is before the reasoning": (Message("assistant", "r", reasoning="x", tags=(MARK, "</think>")), ()),
+    "a parameter's name": (TALK[3], (tool("f", **{MARK: {"type": "string"}}),)),
+    "a schema's keyword": (TALK[3], (tool("f", a={"type": MARK}),)),
+}
+
+
+@pytest.mark.parametrize("place", PRIVATE)
+def test_the_character_of_marks_is_refused_wherever_it_stands(place: str) -> None:
+    message, tools = PRIVATE[place]
+    with pytest.raises(TemplateError, match=r"(message 1|its tools) with the private character"):
+        render(tokenizer_in_shape("calling"), Transcript("private", (TALK[0], message), tools=tools), True)
+
+
+def test_a_template_that_writes_marks_of_its_own_is_refused() -> None:
+    for mark in (MARK, "\ue0000\ue001"):
+        with pytest.raises(TemplateError):
+            render(with_template(mark + SHAPES["plain"]), Transcript("a", (TALK[0],)))
+    assert "ue000" in render(tokenizer_in_shape("plain"), Transcript("a", (Message("user", "\\ue0000\\ue001"),))).text
+
+
+@pytest.mark.parametrize("depth", [400, 900, 5000])
+def test_what_is_nested_too_deep_is_read_or_a_typed_error(depth: int) -> None:
+    deep: dict = {"description": "x"}
+    for _ in range(depth):
+        deep = {"a": deep}
+    with contextlib.suppress(TemplateError):
+        assert not render(
+            tokenizer_in_shape("calling"), Transcript("deep", (TALK[0],), tools=(tool("f", a=deep),))
+        ).unread

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib.resources import files
 
 import pytest
 
 from nla.errors import TemplateError
 from nla.transcripts.messages import Message, Transcript
-from nla.transcripts.rendering import CALLS, render
+from nla.transcripts.rendering import CALLS, CONTENT, TOOLS, render
 from tests.helpers.chat_templates import tokenizer_of
 from tests.helpers.talk import said
 
@@ -82,3 +83,28 @@ def test_thinking_that_a_template_leaves_out_is_named(name: str, dropped: str) -
 def test_arguments_are_given_as_text_to_templates_that_join_strings() -> None:
     read = render(tokenizer("deepseekv3"), AGENT, allow_dropped=True)
     assert [str(one) for one in read.unread] == ["list of tools"] and r'{"town": "the \"old\" town"}' in read.text
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("qwen2_5", 0),
+        ("qwen3", 0),
+        ("qwen3_6", 0),
+        ("glm4moe", 0),
+        ("nemotron_3_nano", 0),
+        ("gptoss", 0),
+        ("llama3_1", 1),
+    ],
+)
+def test_parameters_of_tools_are_read_in_the_message_where_the_template_writes_them(name: str, message: int) -> None:
+    schema = {"type": "object", "properties": {"pears": {"type": "integer"}}, "required": ["pears"]}
+    tool = {"type": "function", "function": {"name": "eat", "description": "Eats", "parameters": schema}}
+    turns = said(
+        ("system", "Help."), ("user", "Is it 5?"), ("assistant", "Yes."), ("user", "And 6?"), ("assistant", "No.")
+    )
+    read = render(tokenizer(name), replace(turns, tools=(tool,)))
+    assert ["pears" in read.heard(number) for number in range(5)] == [number == message for number in range(5)]
+    (tools,) = [region for region in read.regions if region.section == TOOLS]
+    assert not any(mark in read.text[tools.start : tools.end] for mark in ("<|im_end|>", "<|im_start|>", "<|eot_id|>"))
+    assert [read.text[one.start : one.end] for one in read.regions_of(2, CONTENT)] == ["Yes."]
