@@ -10,8 +10,10 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
+from nla.transcripts.calls import parse_calls, split_calls
 from nla.transcripts.messages import ENCRYPTED, ROLES, Message, bad, role_of
 
 MEDIA = ("image", "audio", "video", "document", "file", "data")
@@ -20,7 +22,11 @@ MEDIA = ("image", "audio", "video", "document", "file", "data")
 _TEXT = ("text", "input_text", "output_text")
 _SHOWN = 60
 _THOUGHT = re.compile(r"(\s*<think>\n*|)(.*?)(\n*</think>\s*)(.*)", re.DOTALL)
-_CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
+_READ = {"role", "content", "tool_calls", "function_call", "refusal", "reasoning_content", "reasoning", "thinking"}
+_READ |= {"reasoning_details", "images", "tool_call_id", "id", "tool_name", "function", "prefix", "partial"}
+_READ |= {"type", "status", "index", "parts"}
+"""Keys of entries that are read, or say nothing that their place does not say."""
+_READ_ANSWER = {"type", "tool_use_id", "toolUseId", "content", "cache_control"}
 _ANSWER = re.compile(r"\s*<tool_response>\n?(.*?)\n?</tool_response>\s*", re.DOTALL)
 
 
@@ -36,6 +42,22 @@ def parse_messages(entries: Any, source: str) -> tuple[Message, ...]:
     return tuple(
         message for number, entry in enumerate(entries) for message in parse_entry(entry, f"{source}, message {number}")
     )
+
+
+def unused_keys(entries: Sequence[Any]) -> set[str]:
+    """Keys of entries, and of tools' answers inside them, that nothing here reads and that have a value."""
+    keys: set[str] = set()
+    for entry in _mappings(list(entries)):
+        read = _READ | ({"name", "error"} if role_of(str(entry.get("role"))) == "tool" else set())
+        keys |= {key for key, value in entry.items() if key not in read and _says(value)}
+        for part in map(_typed, _mappings(entry.get("content"))):
+            if part.get("type") == "tool_result":
+                keys |= {key for key, value in part.items() if key not in _READ_ANSWER and _says(value)}
+    return set(map(str, keys))
+
+
+def _says(value: Any) -> bool:
+    return value is not None and value is not False and value not in ("", [], {})
 
 
 @dataclass
@@ -60,11 +82,16 @@ def parse_entry(entry: Any, source: str) -> list[Message]:
     if not isinstance(entry, Mapping):
         raise bad(source, f"a {type(entry).__name__}", "an object with role and content", "check the file")
     role = _role(entry, source)
-    if "content" not in entry and "parts" in entry:
-        got = "parts in the place of content"
-        raise bad(source, got, "content: a string or a list of parts", "convert the messages to OpenAI's form")
-    parts = _Parts()
-    _read_content(entry.get("content"), parts, source)
+    _refuse_elsewhere(entry, source)
+    content: Any = entry.get("content")
+    if role == "assistant" and (end := _end_of_calls(content)):  # templates write calls last
+        first, rest = {**entry, "content": content[:end]}, {"role": role, "content": content[end:]}
+        return parse_entry(first, source) + parse_entry(rest, source)
+    parts, error = _Parts(), entry.get("error")
+    if role == "tool" and isinstance(error, Mapping) and error.get("message"):  # Inspect gives models this alone
+        parts.texts.append(_text(error, "message", source))
+    else:
+        _read_content(content, parts, source)
     _read_beside(entry, parts, source)
     calls, call_ids = parse_calls(parts.calls, source)
     content, untagged, tags = "\n".join(parts.texts), "", ("", "")
@@ -72,13 +99,14 @@ def parse_entry(entry: Any, source: str) -> list[Message]:
     if role == "assistant" and not reasoning:
         tags, reasoning, content = _split_thought(content)
     if role == "assistant" and not calls:
-        calls, untagged, content = _split_calls(content, source)
+        calls, untagged, content = split_calls(content, source)
     elif role == "tool" and (match := _ANSWER.fullmatch(content)) and "<tool_response>" not in match[1]:
         untagged, content = content, match[1]
-    if not (content or calls or reasoning or parts.unseen or parts.answers):
+    silent = role == "tool" and "content" in entry and not parts.answers  # a command that printed nothing
+    if not (content or calls or reasoning or parts.unseen or parts.answers or silent):
         got = "no content" if entry.get("content") is None else "empty content"
         raise bad(source, got, "content, or tool calls", "leave the message out, or restore what it said")
-    if not (content or calls or reasoning or parts.unseen):
+    if not (content or calls or reasoning or parts.unseen or silent):
         return parts.answers
     message = Message(
         role,
@@ -97,6 +125,18 @@ def parse_entry(entry: Any, source: str) -> list[Message]:
         untagged=untagged,
     )
     return [*parts.answers, message]
+
+
+def _refuse_elsewhere(entry: Mapping[str, Any], source: str) -> None:
+    """Refuse Vercel's AI SDK, which writes calls, or all that was said, under names of its own beside the content."""
+    kinds = {str(part.get("type")) for part in _mappings(entry.get("parts"))}
+    if "content" not in entry and "parts" in entry:
+        got = "parts in the place of content"
+    elif entry.get("toolInvocations") or kinds - {"text", "step-start"}:
+        got = "calls or parts beside the content (toolInvocations, parts)"
+    else:
+        return
+    raise bad(source, got, "content: a string or a list of parts", "convert the messages to OpenAI's form")
 
 
 def _role(entry: Mapping[str, Any], source: str) -> str:
@@ -133,28 +173,72 @@ def _read_beside(entry: Mapping[str, Any], parts: _Parts, source: str) -> None:
         parts.calls.append([entry["function_call"]])
     if isinstance(entry.get("refusal"), str) and not entry.get("content"):
         parts.texts.append(entry["refusal"])
-    beside = [entry.get(key) for key in ("reasoning_content", "reasoning", "thinking")]
-    beside = [text for text in beside if isinstance(text, str) and text]
-    if beside:
-        parts.reasoning[:] = beside[:1]
-    for detail in _mappings(entry.get("reasoning_details")):
-        if detail.get("type") == "reasoning.encrypted":
-            parts.unseen.append(ENCRYPTED)
-        elif detail.get("type") == "reasoning.summary" and isinstance(detail.get("summary"), str):
-            parts.summaries.append(detail["summary"])
-        elif detail.get("type") == "reasoning.text" and not beside and isinstance(detail.get("text"), str):
-            parts.reasoning.append(detail["text"])
+    _read_reasoning(entry, parts)
     images = entry.get("images")
     parts.unseen += ["image"] * (len(images) if isinstance(images, list) else 0)
 
 
+def _read_reasoning(entry: Mapping[str, Any], parts: _Parts) -> None:
+    """Reasoning beside the content; where OpenRouter's details say that it is locked, what is written is a summary."""
+    beside = [entry.get(key) for key in ("reasoning_content", "reasoning", "thinking")]
+    beside = [text for text in beside if isinstance(text, str) and text][:1]
+    details = _mappings(entry.get("reasoning_details"))
+    texts, summaries = _texts_of(details, "text"), _texts_of(details, "summary")
+    n_encrypted = sum(detail.get("type") == "reasoning.encrypted" for detail in details)
+    if not (n_encrypted or (summaries and not texts)):
+        parts.reasoning[:] = beside or texts or parts.reasoning
+        parts.summaries += summaries
+        return
+    parts.unseen += [ENCRYPTED] * max(n_encrypted, 1)
+    if any(detail.get("signature") for detail in details):  # Anthropic's words, next to some that it locked
+        parts.reasoning[:] = texts
+        parts.summaries += summaries
+    else:
+        parts.summaries += summaries or texts or beside
+
+
+def _texts_of(details: Sequence[Mapping[str, Any]], kind: str) -> list[str]:
+    texts = [detail.get(kind) for detail in details if detail.get("type") == f"reasoning.{kind}"]
+    return [text for text in texts if isinstance(text, str) and text]
+
+
+def _end_of_calls(content: Any) -> int:
+    """Where, in a list of parts, the model says something after it called a tool; 0: nowhere."""
+    kinds = (
+        [_typed(part).get("type") if isinstance(part, Mapping) else "text" for part in content]
+        if isinstance(content, list)
+        else []
+    )
+    pairs = enumerate(pairwise(kinds), start=1)
+    return next((n for n, (before, kind) in pairs if before == "tool_use" and kind != "tool_use"), 0)
+
+
+def _typed(part: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A part with its type: Bedrock writes the type as the only key, with what belongs to it inside."""
+    keys = [key for key, value in part.items() if value is not None]
+    if part.get("type") is not None or len(keys) != 1:
+        return part
+    inner = part[keys[0]] if isinstance(part[keys[0]], Mapping) else {}
+    if keys == ["toolUse"]:
+        return {"type": "tool_use", **inner, "id": inner.get("toolUseId")}
+    if keys == ["toolResult"]:
+        return {"type": "tool_result", **inner, "tool_use_id": inner.get("toolUseId")}
+    if keys == ["reasoningContent"] and inner:
+        words = inner.get("reasoningText")
+        if not isinstance(words, Mapping):
+            return {"type": "redacted_thinking"}
+        return {"type": "thinking", "thinking": words.get("text"), "signature": words.get("signature")}
+    return {**part, "type": keys[0]} if keys[0] in ("text", "json", "cachePoint", *MEDIA) else part
+
+
 def _read_part(part: Any, parts: _Parts, source: str) -> None:
+    part = _typed(part) if isinstance(part, Mapping) else part
     kind = part.get("type") if isinstance(part, Mapping) else None
     if isinstance(part, str):
         parts.texts.append(part)
     elif not isinstance(part, Mapping):
         raise bad(source, f"a {type(part).__name__}", "parts with a type", "convert the part to text")
-    elif kind in _TEXT or (kind is None and set(part) == {"text"}):
+    elif kind in _TEXT:
         parts.texts.append(_text(part, "text", source))
     elif kind == "refusal":
         parts.texts.append(_text(part, "refusal", source))
@@ -164,9 +248,13 @@ def _read_part(part: Any, parts: _Parts, source: str) -> None:
         got = f"a tool that the provider ran itself ({str(part.get('name'))[:_SHOWN]})"
         raise bad(source, got, "text and calls that a target could read", "leave such conversations out")
     elif kind == "tool_use":
-        parts.calls.append([{"id": part.get("id"), "name": part.get("name"), "arguments": part.get("input", {})}])
+        parts.calls.append([part])
     elif kind == "tool_result":
         parts.answers.append(_answer(part, source))
+    elif kind == "json" and "json" in part:  # Bedrock's, in the answer of a tool
+        parts.texts.append(json.dumps(part["json"], ensure_ascii=False))
+    elif kind == "cachePoint":
+        pass
     elif medium(kind) is not None:
         parts.unseen.append(str(medium(kind)))
     else:
@@ -227,45 +315,3 @@ def _split_thought(content: str) -> tuple[tuple[str, str], str, str]:
     if match is None or "<think>" in match[2]:
         return ("", ""), "", content
     return (match[1], match[3]), match[2], match[4]
-
-
-def _split_calls(content: str, source: str) -> tuple[tuple[Mapping[str, Any], ...], str, str]:
-    """Calls in Hermes' tags, the content with them, and the content without."""
-    written = _CALL.findall(content)
-    if not written:
-        return (), "", content
-    try:
-        calls, _ = parse_calls([[json.loads(text) for text in written]], source)
-    except (ValueError, RecursionError):  # what looks like a call and is none is text
-        return (), "", content
-    return calls, content, _CALL.sub("", content).strip()
-
-
-def parse_calls(lists: Sequence[Any], source: str) -> tuple[tuple[Mapping[str, Any], ...], tuple[str, ...]]:
-    """Tool calls as name and arguments, with their ids; OpenAI nests them in ``function``, Inspect names it there.
-
-    Raises:
-        TranscriptError: not lists of calls, or a call without a name.
-    """
-    calls, ids = [], []
-    for entries in lists:
-        if not isinstance(entries, Sequence) or isinstance(entries, str):
-            raise bad(source, f"tool calls that are a {type(entries).__name__}", "a list of calls", "check the file")
-        for entry in entries:
-            inner = entry.get("function", entry) if isinstance(entry, Mapping) else None
-            inner = {"name": inner, "arguments": entry.get("arguments")} if isinstance(inner, str) else inner
-            name = inner.get("name") if isinstance(inner, Mapping) else None
-            if not isinstance(inner, Mapping) or not isinstance(name, str):
-                raise bad(source, "a tool call without a name", "a function with name and arguments", "check the file")
-            calls.append({"name": name, "arguments": _arguments(inner.get("arguments"))})
-            ids.append(entry.get("id") if isinstance(entry.get("id"), str) else None)
-    return tuple(calls), tuple(ids) if ids and all(ids) else ()
-
-
-def _arguments(value: Any) -> Mapping[str, Any]:
-    if isinstance(value, str):
-        try:
-            value = json.loads(value) if value else {}
-        except (ValueError, RecursionError):  # a model's own malformed arguments are kept as it wrote them
-            value = {"arguments": value}
-    return {} if value is None else value if isinstance(value, Mapping) else {"value": value}

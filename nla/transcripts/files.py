@@ -162,7 +162,7 @@ def parse_chat(text: str, name: str, source: str) -> Transcript:
         elif turns:
             turns[-1][1].append(line)
         elif line.strip():
-            expected = "a role and a colon at the start of a line, such as 'User: Hello'"
+            expected = "a conversation: a role and a colon at the start of a line, such as 'User: Hello'"
             raise bad(source, f"text before any role, in line {number}: {line[:60]!r}", expected, "name who speaks")
     if not turns:
         raise bad(source, "no messages", "lines such as 'User: Hello' and 'Assistant: Hi'", "check the file")

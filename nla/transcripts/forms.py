@@ -7,22 +7,30 @@ conversation is not all there, is refused with a sentence that says so.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from nla.transcripts import petri
-from nla.transcripts.entries import parse_messages
-from nla.transcripts.messages import Transcript, bad
+from nla.transcripts.calls import read_tools
+from nla.transcripts.entries import parse_messages, unused_keys
+from nla.transcripts.messages import ROLES, Transcript, bad, role_of
 from nla.transcripts.responses import is_items, read_items
 
 Object = Mapping[str, Any]
 
 _IDS = ("id", "conversation_id", "conversation_hash", "custom_id", "prompt_id", "question_id")
 _MODELS = ("model", "target_model", "model_name", "modelId")
-_COMMON = {*_IDS, *_MODELS, "metadata", "tools", "functions"}
+_COMMON = {*_IDS, *_MODELS, "metadata", "tools", "functions", "toolConfig"}
+_ENVELOPE = ("model", "usage", "stop_reason", "stop_sequence")
+"""What stands in an answer of Anthropic's besides the message."""
+_GROUPS = ("conversation_id", "conversation_hash", "session_id", "thread_id", "chat_id", "dialogue_id", "dialog_id")
+"""Keys of single messages that say of which conversation they are."""
 _CONTINUES = ("prefix", "partial")
 """What DeepSeek and Mistral, and Moonshot, call a last message that is the beginning of an answer."""
+_CONTINUE_FINAL = "continue_final_message"
+"""What vLLM calls that in a request."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +42,6 @@ class Found:
     """The object that it stands in; id, model, metadata and tools are taken from there."""
     used: frozenset[str] = frozenset()
     """Keys of it that were read here."""
-    tools: Any = None
-    """Where they stand elsewhere."""
 
 
 class Form(NamedTuple):
@@ -60,7 +66,9 @@ def read_value(content: Any, name: str, source: str) -> list[Transcript]:
             raise _refusal(content, source)
         found = form.read(content, source)
         names = [name] if len(found) == 1 else [f"{name}:{number}" for number in range(len(found))]
-        return [_transcript(one, own, source) for one, own in zip(found, names, strict=True)]
+        read = [_transcript(one, own, source) for one, own in zip(found, names, strict=True)]
+        times = Counter(one.id for one in read)  # the answers to one request
+        return [replace(one, id=f"{one.id}:{n}") if times[one.id] > 1 else one for n, one in enumerate(read)]
     if not isinstance(content, Sequence) or isinstance(content, str):
         got = f"JSON that is a {type(content).__name__}"
         raise bad(source, got, "a list of messages, or an object with messages", "check the file")
@@ -70,12 +78,56 @@ def read_value(content: Any, name: str, source: str) -> list[Transcript]:
             for number, entry in enumerate(content)
             for transcript in read_value(entry, f"{name}:{number}", f"{source}, entry {number}")
         ]
-    return [_transcript(Found(_entries(content, source), {}), name, source)]
+    return [
+        _transcript(Found(_entries(entries, source), {} if key is None else {"conversation_id": key}), name, source)
+        for key, entries in _by_conversation(content, source).items()
+    ]
+
+
+def _by_conversation(messages: Sequence[Any], source: str) -> Mapping[str | int | None, Sequence[Any]]:
+    """Single messages by the conversation that they say they are of; under None, all, where they say nothing."""
+    column = next((key for key in _GROUPS if any(_group(message, key) is not None for message in messages)), None)
+    if column is None:
+        return {None: messages}
+    groups: dict[str | int | None, list[Any]] = {}
+    for number, message in enumerate(messages):
+        key = _group(message, column)
+        if key is None:
+            got = f"message {number} without {column}, which others have"
+            raise bad(source, got, "the conversation of each message", "name it, or take the key from all of them")
+        groups.setdefault(key, []).append({name: value for name, value in message.items() if name != column})
+    return groups
+
+
+def _group(message: Any, key: str) -> str | int | None:
+    value = message.get(key) if isinstance(message, Mapping) else None
+    return value if isinstance(value, str | int) and str(value).strip() else None
 
 
 def is_message(content: Any) -> bool:
     """Whether a JSON value is one message, and no conversation."""
     return isinstance(content, Mapping) and not _is_record(content)
+
+
+def holds_messages(content: Any) -> bool:
+    """Whether a JSON value is messages, one, or a request or response with some; any other is somebody's text."""
+    if isinstance(content, Mapping):
+        known = content.get("object") in ("response", "chat.completion", "error") or _are_messages([content])
+        return known or _are_messages(content.get("messages")) or _are_objects(content.get("choices"), "message")
+    return _are_messages(content) or (_are_objects(content) and is_items(content))
+
+
+def _are_messages(values: Any) -> bool:
+    return _are_objects(values, "role", "from") and all(
+        role_of(str(one.get("role", one.get("from")))) in ROLES for one in values
+    )
+
+
+def _are_objects(values: Any, *keys: str) -> bool:
+    """Whether a value is a list of objects and not empty; where keys are given, with one of them each."""
+    if not isinstance(values, list) or not values:
+        return False
+    return all(isinstance(one, Mapping) and (not keys or {*keys} & set(one)) for one in values)
 
 
 def _is_record(content: Any) -> bool:
@@ -91,7 +143,11 @@ def _transcript(found: Found, name: str, source: str) -> Transcript:
     metadata = metadata if isinstance(metadata, Mapping) else {}
     models = [owner.get(key) for owner in (beside, metadata) for key in _MODELS]
     names = [str(beside[key]) for key in _IDS if isinstance(beside.get(key), str | int) and str(beside[key]).strip()]
-    tools, unknown = read_tools(found.tools or beside.get("tools") or beside.get("functions"), source)
+    config = beside.get("toolConfig")
+    config = config if isinstance(config, Mapping) else {}
+    tools, unknown = read_tools(beside.get("tools") or beside.get("functions") or config.get("tools"), source)
+    unknown += [f"toolConfig.{key}" for key in config if key != "tools"]
+    unknown += [f"{key} of messages" for key in unused_keys(found.entries)]
     last = found.entries[-1] if found.entries else None
     continued = isinstance(last, Mapping) and any(last.get(key) is True for key in _CONTINUES)
     unused = {key for key, value in beside.items() if value is not None} - found.used - _COMMON
@@ -102,39 +158,9 @@ def _transcript(found: Found, name: str, source: str) -> Transcript:
         source=source,
         metadata={str(key): value for key, value in metadata.items()},
         tools=tools,
-        prefill=continued or beside.get("continue_final_message") is True,
-        unused=tuple(sorted([*map(str, unused - {"continue_final_message"}), *unknown])),
+        prefill=continued or beside.get(_CONTINUE_FINAL) is True,
+        unused=tuple(sorted([*map(str, unused - {_CONTINUE_FINAL}), *unknown])),
     )
-
-
-def read_tools(tools: Any, source: str) -> tuple[tuple[Object, ...], list[str]]:
-    """Tools as OpenAI's chat API has them, from its several forms, Anthropic's, and JSON in a string.
-
-    Returns:
-        The tools, and the names of those that are the provider's own, which no chat template can write.
-
-    Raises:
-        TranscriptError: no list of tools.
-    """
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools) if tools.strip() else []
-        except (ValueError, RecursionError) as error:
-            raise bad(source, "tools that are a string and no JSON", "a list of tools", "check the file") from error
-    if not isinstance(tools, Sequence) and tools is not None:
-        raise bad(source, f"tools that are a {type(tools).__name__}", "a list of tools", "check the file")
-    ours, unknown = [], []
-    for tool in tools or ():
-        function = tool.get("function", tool) if isinstance(tool, Mapping) else None
-        if not isinstance(function, Mapping):
-            raise bad(source, "a tool that is no object", "a function with a name", "check the file")
-        if not isinstance(function.get("name"), str) or tool.get("type", "function") not in ("function", "custom"):
-            unknown.append(f"tool {tool.get('type') or function.get('name')}")
-            continue
-        parameters = function.get("parameters", function.get("input_schema", {"type": "object", "properties": {}}))
-        known = {"name": function["name"], "description": str(function.get("description") or "")}
-        ours.append({"type": "function", "function": {**known, "parameters": parameters}})
-    return tuple(ours), unknown
 
 
 # Requests and responses of APIs
@@ -156,20 +182,39 @@ def _request(content: Object, source: str) -> Found:
             break
     else:
         raise _refusal(content, source)
-    if content.get("previous_response_id"):
-        got = "a request that goes on from another one (previous_response_id)"
+    continued = ["previous_response_id"] if content.get("previous_response_id") else []
+    continued += ["conversation"] if key == "input" and content.get("conversation") else []
+    continued += ["prompt"] if key in ("input", "prompt") and _is_stored(content.get("prompt")) else []
+    if continued:
+        got = f"a request of which a part is stored at the provider ({continued[0]})"
         raise bad(source, got, "the whole conversation", "put the earlier items before these")
-    value, opening = content[key], []
+    value = content[key]
     if isinstance(value, Mapping) and "messages" in value:  # a log of calls to a chat model
         inner = _request(value, source)
         return replace(inner, beside={**value, **content}, used=inner.used | {key})
-    for name in ("system", "instructions", "system_prompt"):
-        if content.get(name):
-            opening.append({"role": "system", "content": content[name]})
     if isinstance(value, str) and key in ("input", "prompt"):
         value = [{"role": "user", "content": value}]
-    entries = opening + _entries(value, source)
-    return Found(entries, content, frozenset({key, "system", "instructions", "system_prompt"}))
+    beside = ("system", "system_prompt", *(["instructions"] if key == "input" else []))
+    entries = _entries(value, source)
+    for text in reversed([content[name] for name in beside if content.get(name)]):
+        first = entries[0] if entries and isinstance(entries[0], Mapping) else {}
+        repeated = role_of(str(first.get("role"))) == "system" and _words(first.get("content")) == _words(text)
+        if not repeated or _words(text) is None:
+            entries.insert(0, {"role": "system", "content": text})
+    return Found(entries, content, frozenset({key, *beside}))
+
+
+def _is_stored(prompt: Any) -> bool:
+    return isinstance(prompt, Mapping) and "id" in prompt and "messages" not in prompt
+
+
+def _words(content: Any) -> str | None:
+    """The text of content that is nothing else."""
+    if isinstance(content, str):
+        return content
+    parts = content if isinstance(content, list) else []
+    texts = [part.get("text") if isinstance(part, Mapping) else part for part in parts]
+    return "\n".join(map(str, texts)) if texts and all(isinstance(text, str) for text in texts) else None
 
 
 def _answers(content: Any, source: str) -> list[list[Any]]:
@@ -183,23 +228,82 @@ def _answers(content: Any, source: str) -> list[list[Any]]:
     if isinstance(content, list) and content:
         return [_entries(content, source)]
     if isinstance(content, Mapping):
+        _refuse_failed(content, source)
         if isinstance(content.get("choices"), list):
-            messages = [choice.get("message") for choice in content["choices"] if isinstance(choice, Mapping)]
-            return [[message] for message in messages if isinstance(message, Mapping)]
+            choices = [choice for choice in content["choices"] if isinstance(choice, Mapping)]
+            for choice in choices:
+                _refuse_failed(choice, source)
+            return [[choice["message"]] for choice in choices if isinstance(choice.get("message"), Mapping)]
         if "role" in content:
-            return [[content]]
+            return [[{key: value for key, value in content.items() if key not in _ENVELOPE}]]
         for key in ("body", "message", "output", "completion"):
-            if content.get(key):
+            if content.get(key) and (key in ("output", "completion") or isinstance(content[key], Mapping)):
                 return _answers(content[key], source)
     raise bad(source, "a response that holds no answer", "what the model answered", "leave out requests that failed")
 
 
+def _refuse_failed(content: Object, source: str) -> None:
+    """Refuse a response, or a record of one, that says that there was an error."""
+    if content.get("error") or "error" in (content.get("object"), content.get("type"), content.get("finish_reason")):
+        error = content.get("error") or content
+        said = error.get("message") or error.get("type") if isinstance(error, Mapping) else error
+        got = f"a request that failed ({str(said)[:80]})"
+        raise bad(source, got, "what the model answered", "leave out requests that failed")
+
+
 def _exchange(request: Object, response: Any, beside: Object, used: set[str], source: str) -> list[Found]:
+    _refuse_failed(beside, source)
     found, answers = _request(request, source), _answers(response, source)
     if not answers:
         raise bad(source, "a response that holds no answer", "what the model answered", "leave out what failed")
-    beside = {**request, **beside}
-    return [replace(found, entries=[*found.entries, *one], beside=beside, used=found.used | used) for one in answers]
+    before, begun = list(found.entries), None
+    if any(_same(before[-len(answer) :], answer, source) for answer in answers):  # it was put there by who logged it
+        before = before[: -len(answers[0])]
+    elif _is_begun(before, request, response):
+        *before, begun = before
+    beside = {key: value for key, value in {**request, **beside}.items() if key != _CONTINUE_FINAL}
+    return [
+        replace(found, entries=[*before, *_finished(begun, answer)], beside=beside, used=found.used | used)
+        for answer in answers
+    ]
+
+
+def _same(ours: Sequence[Any], answer: Sequence[Any], source: str) -> bool:
+    """Whether the last messages of a request say what was answered."""
+    if len(ours) != len(answer) or not all(isinstance(one, Mapping) for one in ours):
+        return False
+    if role_of(str(ours[0].get("role"))) != "assistant":
+        return False
+    told = [[(m.role, m.content, m.calls) for m in parse_messages(entries, source)] for entries in (ours, answer)]
+    return told[0] == told[1]
+
+
+def _is_begun(entries: Sequence[Any], request: Object, response: Any) -> bool:
+    """Whether the response goes on with the last message: it was asked to, or is Anthropic's or Bedrock's."""
+    last = entries[-1] if entries and isinstance(entries[-1], Mapping) else {}
+    if role_of(str(last.get("role"))) != "assistant" or last.get("tool_calls") or not _words(last.get("content")):
+        return False
+    asked = request.get(_CONTINUE_FINAL) is True or any(last.get(key) is True for key in _CONTINUES)
+    return asked or (isinstance(response, Mapping) and bool({"stop_reason", "stopReason"} & set(response)))
+
+
+def _finished(begun: Any, answer: list[Any]) -> list[Any]:
+    """An answer with its beginning, which some APIs (Mistral's) repeat."""
+    if begun is None:
+        return answer
+    first, *rest = answer
+    if not isinstance(first, Mapping) or role_of(str(first.get("role"))) != "assistant":
+        return [begun, *answer]
+    opening, content = str(_words(begun.get("content"))), first.get("content")
+    parts = list(content) if isinstance(content, list) else [{"type": "text", "text": content or ""}]
+    place = next((n for n, part in enumerate(parts) if isinstance(part, Mapping) and _words([part]) is not None), None)
+    if place is None:
+        place, parts = 0, [{"type": "text", "text": ""}, *parts]
+    text = str(_words([parts[place]]))
+    repeated = begun.get("prefix") is True and text.startswith(opening)
+    parts[place] = {**parts[place], "text": text if repeated else opening + text}
+    kept = {key: value for key, value in begun.items() if key not in _CONTINUES}
+    return [{**kept, **{key: value for key, value in first.items() if value is not None}, "content": parts}, *rest]
 
 
 def _batch(content: Object, source: str) -> list[Found]:
@@ -213,7 +317,8 @@ def _batch(content: Object, source: str) -> list[Found]:
 
 def _completion(content: Object, source: str) -> list[Found]:
     """A prompt and what follows it, as texts or as messages."""
-    return _exchange({"prompt": content["prompt"]}, content["completion"], content, {"completion"}, source)
+    asked = {key: content[key] for key in ("prompt", "system", "system_prompt") if key in content}
+    return _exchange(asked, content["completion"], content, {"completion"}, source)
 
 
 def _sharegpt(entry: Any, source: str) -> Any:
@@ -221,13 +326,14 @@ def _sharegpt(entry: Any, source: str) -> Any:
     if not isinstance(entry, Mapping) or "from" not in entry or "role" in entry:
         return entry
     role, value = entry["from"], entry.get("value")
+    others = {key: inner for key, inner in entry.items() if key not in ("from", "value")}
     if role != "function_call":
-        return {"role": role, "content": value}
+        return {**others, "role": role, "content": value}
     try:
         call = json.loads(value) if isinstance(value, str) else value
     except (ValueError, RecursionError) as error:
         raise bad(source, "a function call that is no JSON", "name and arguments", "check the file") from error
-    return {"role": "assistant", "content": None, "tool_calls": call if isinstance(call, list) else [call]}
+    return {**others, "role": "assistant", "content": None, "tool_calls": call if isinstance(call, list) else [call]}
 
 
 def _has(*keys: str) -> Callable[[Object], bool]:

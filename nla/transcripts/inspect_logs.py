@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from nla.errors import MissingExtraError, TranscriptError, visible
+from nla.transcripts.calls import read_tools
 from nla.transcripts.entries import parse_messages
-from nla.transcripts.forms import read_tools
 from nla.transcripts.messages import Transcript, bad
 
 MAX_ENTRY_MB = 1024
@@ -21,6 +21,7 @@ MAX_LOG_MB = 16 * 1024
 TARGET = "target"
 """The role, timeline and span of the model that an audit is about."""
 
+_NO_CALLS = "log without the model's calls, so that its tools are unknown"
 SAMPLE, EPOCH = "inspect_sample", "inspect_epoch"
 """Keys of a transcript's metadata: which sample of its log it is."""
 
@@ -94,8 +95,8 @@ def _transcript(sample: Any, header: Any, path: Path) -> Transcript | Transcript
             model=model,
             source=source,
             metadata=notes,
-            tools=read_tools([_tool(tool) for tool in tools], source)[0],
-            remarks=tuple(_remarks(sample, header)),
+            tools=read_tools([_tool(tool) for tool in tools or ()], source)[0],
+            remarks=(*_remarks(sample, header), *([] if tools is not None else [_NO_CALLS])),
         )
     except TranscriptError as error:
         return error
@@ -111,8 +112,8 @@ def _remarks(sample: Any, header: Any) -> Iterator[str]:
         yield f"sample that a limit stopped ({sample.limit.type})"
 
 
-def _conversation(sample: Any, header: Any, source: str) -> tuple[Sequence[Any], Sequence[Any], str | None]:
-    """Messages, tools and model of whom the evaluation is about.
+def _conversation(sample: Any, header: Any, source: str) -> tuple[Sequence[Any], Sequence[Any] | None, str | None]:
+    """Messages, tools and model of whom the evaluation is about; None for tools that the log does not hold.
 
     That is the log's model, or in a log of several roles the role "target": what its last call read and wrote, wherever
     the sample's own messages are another's (Petri's auditor's, up to 3.1.0).
@@ -125,27 +126,43 @@ def _conversation(sample: Any, header: Any, source: str) -> tuple[Sequence[Any],
     authors = {message.model for message in sample.messages if message.role == "assistant" and message.model}
     if not calls and TARGET not in roles:
         named = None if header.eval.model.startswith("none") else header.eval.model
-        return sample.messages, (), named or (authors.pop() if len(authors) == 1 else None)
+        model = named or (authors.pop() if len(authors) == 1 else None)
+        calls = _finished_calls(sample)
+        ours = [call for call in calls if not call.role and _last(call.model) == _last(model or "")]
+        last = _surviving(calls, sample) or (ours[-1] if ours else None)
+        return sample.messages, last and last.tools, model
     if not calls:
         if authors and all(_last(author) == _last(roles[TARGET]) for author in authors):
-            return sample.messages, (), roles[TARGET]
+            return sample.messages, None, roles[TARGET]
         others = ", ".join(sorted(authors)) or "others"
         known = ", ".join(f"{name} ({model})" for name, model in sorted(roles.items()))
         got = f"messages of {others}, in a log of the roles {known}, without a call to the target"
         raise bad(source, got, "what the target read and wrote", "write the log with its events, or check that the "
                   "audit reached its target")  # fmt: skip
-    surviving = [_told(message) for message in sample.messages]
-    for call in reversed(calls):
-        read = [*call.input, call.output.message]
-        if surviving[: len(read)] == [_told(message) for message in read]:
-            return sample.messages, call.tools, roles.get(TARGET, call.model)
+    call = _surviving(calls, sample)
+    if call is not None:
+        return sample.messages, call.tools, roles.get(TARGET, call.model)
     last = calls[-1]
     return [*last.input, last.output.message], last.tools, roles.get(TARGET, last.model)
 
 
+def _surviving(calls: Sequence[Any], sample: Any) -> Any:
+    """The last of the calls whose messages the sample still has."""
+    told = [_told(message) for message in sample.messages]
+    for call in reversed(calls):
+        read = [_told(message) for message in [*call.input, call.output.message]]
+        if told[: len(read)] == read:
+            return call
+    return None
+
+
+def _finished_calls(sample: Any) -> list[Any]:
+    return [event for event in sample.events if event.event == "model" and not event.error and event.output.choices]
+
+
 def _target_calls(sample: Any) -> list[Any]:
     """The finished calls to the target, in order: by their role, or by the timeline or span of its name."""
-    calls = [event for event in sample.events if event.event == "model" and not event.error and event.output.choices]
+    calls = _finished_calls(sample)
     of_role = [call for call in calls if call.role == TARGET]
     if of_role:
         return of_role

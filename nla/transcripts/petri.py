@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nla.transcripts.entries import parse_entry
+from nla.transcripts.calls import read_tools
+from nla.transcripts.entries import parse_entry, unused_keys
 from nla.transcripts.messages import Transcript, bad
 
 TARGET_VIEW = "target"
 _EVENT = "transcript_event"
+_TOOL = "tool_creation_event"
 _NOTES = ("info",)
 """Roles of what Petri's own machinery notes between the messages; the target never saw it."""
 
@@ -38,6 +40,7 @@ def parse(content: Mapping[str, Any], name: str, source: str) -> Transcript:
         if not (isinstance(entry, Mapping) and entry.get("role") in _NOTES)
         for message in parse_entry(entry, f"{source}, message {number}")
     ]
+    tools, unknown = read_tools(_tools(content["events"]), source)
     run_id, model = metadata.get("transcript_id"), metadata.get("target_model")
     return Transcript(
         id=run_id if isinstance(run_id, str) and run_id.strip() else name,
@@ -45,7 +48,15 @@ def parse(content: Mapping[str, Any], name: str, source: str) -> Transcript:
         model=model if isinstance(model, str) and model else None,
         source=source,
         metadata={key: metadata[key] for key in ("auditor_model", "tags", "seed_instruction") if key in metadata},
+        tools=tools,
+        unused=(*sorted(f"{key} of messages" for key in unused_keys(entries)), *unknown),
     )
+
+
+def _tools(events: Sequence[Any]) -> list[Any]:
+    """The tools that were made for the target, each as it was made last."""
+    made = [event.get("tool") for event in events if isinstance(event, Mapping) and event.get("type") == _TOOL]
+    return list({str(tool.get("name")) if isinstance(tool, Mapping) else "": tool for tool in made}.values())
 
 
 def _replay(events: Any, source: str) -> list[Any]:

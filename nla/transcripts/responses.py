@@ -36,22 +36,32 @@ def read_items(items: Sequence[Any], source: str) -> list[Any]:
         if kind == "reasoning":
             thought = _joined(thought, _thought(item))
         elif kind == "function_call":
-            call = {"id": item.get("call_id"), "function": {key: item.get(key) for key in ("name", "arguments")}}
+            call = {
+                "id": item.get("call_id"),
+                "function": {key: item[key] for key in ("name", "arguments") if key in item},
+            }
             if not (entries and entries[-1].get("role") == "assistant" and not thought):
                 entries.append({"role": "assistant", "content": None, "tool_calls": [], **thought})
                 thought = {}
             entries[-1] = {**entries[-1], "tool_calls": [*entries[-1].get("tool_calls", []), call]}
         elif kind == "function_call_output":
-            entries.append({"role": "tool", "content": item.get("output"), "tool_call_id": item.get("call_id")})
+            output = {"content": item["output"]} if "output" in item else {}
+            entries += [*_alone(thought), {"role": "tool", **output, "tool_call_id": item.get("call_id")}]
+            thought = {}
         elif kind == "message":
-            own = thought if item.get("role") == "assistant" else {}
-            thought = {} if own else thought
-            entries.append({**item, **own})
+            ours = item.get("role") == "assistant"
+            entries += [{**item, **thought}] if ours else [*_alone(thought), item]
+            thought = {}
         else:
             got = f"an item of type {str(kind)[:60]!r}" if isinstance(item, Mapping) else f"a {type(item).__name__}"
             fix = "leave such conversations out: what the provider did is no text that a target could read"
             raise bad(where, got, f"items of type {', '.join(_OURS)}", fix)
-    return [*entries, {"role": "assistant", "content": None, **thought}] if thought else entries
+    return [*entries, *_alone(thought)]
+
+
+def _alone(thought: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Reasoning that nothing of the assistant's follows, as an entry."""
+    return [{"role": "assistant", "content": None, **thought}] if thought else []
 
 
 def _thought(item: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,11 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from nla.errors import TranscriptError, visible
-from nla.transcripts.forms import is_message, read_value
+from nla.transcripts.forms import holds_messages, is_message, read_value
 from nla.transcripts.messages import Transcript, bad
 
 _ROWS = 64
 """Rows of a Parquet file that are held at once."""
+_WRITTEN = ("prompt", "completion", "input", "output", "response", "system", "instructions", "system_prompt")
+"""Columns of what was said: JSON in them is somebody's text, unless it is messages."""
+_FREE = ("arguments", "args", "parameters", "input", "tools", "functions", "toolConfig")
+"""Keys of values whose keys are free."""
 
 
 def read_parquet(path: Path, limit: int, data: bytes | None = None) -> Iterator[Transcript | TranscriptError]:
@@ -40,7 +44,7 @@ def read_parquet(path: Path, limit: int, data: bytes | None = None) -> Iterator[
                     raise bad(str(path), got, f"at most {limit}", "raise the limit (--max-mb)")
             for batch in file.iter_batches(_ROWS):
                 for row in batch.to_pylist():
-                    yield from _row(row, path, number)
+                    yield from _row(_unfilled(row, False), path, number)
                     number += 1
     except TranscriptError:
         raise
@@ -79,7 +83,7 @@ def read_csv(text: str, path: Path, delimiter: str) -> Iterator[Transcript | Tra
 def _row(row: Mapping[str, Any], path: Path, number: int) -> Iterator[Transcript | TranscriptError]:
     source = f"{path}, row {number}"
     try:
-        content = {key: _decoded(value) for key, value in row.items() if value is not None}
+        content = {key: _decoded(key, value) for key, value in row.items() if value is not None}
         yield from read_value(content, f"{path.stem}:{number}", source)
     except TranscriptError as error:
         yield error
@@ -87,11 +91,24 @@ def _row(row: Mapping[str, Any], path: Path, number: int) -> Iterator[Transcript
         yield bad(source, "JSON nested too deep", "messages", "check the file")
 
 
-def _decoded(value: Any) -> Any:
-    """What a cell holds: JSON lists and objects are written as text in tables."""
+def _decoded(column: str, value: Any) -> Any:
+    """What a cell holds: JSON lists and objects are written as text in tables, and models write JSON as well."""
     if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
         return value
     try:
-        return json.loads(value)
+        content = json.loads(value)
     except ValueError:
         return value
+    return content if column not in _WRITTEN or holds_messages(content) else value
+
+
+def _unfilled(value: Any, free: bool) -> Any:
+    """Parquet's rows without the nulls for keys that one struct of a column lacks and another has.
+
+    Args:
+        free: whether the keys mean something by being there, as in arguments and tools.
+    """
+    if isinstance(value, Mapping):
+        kept = value.items() if not free else [(key, inner) for key, inner in value.items() if inner is not None]
+        return {key: _unfilled(inner, free or key in _FREE) for key, inner in kept}
+    return [_unfilled(inner, free) for inner in value] if isinstance(value, list) else value

@@ -50,6 +50,7 @@ def call(role: str | None, read: list[Any], wrote: Any, span: str | None = None,
 
 def write(path: Path, messages: list[Any], events: list[Any], roles: bool = True, **fields: Any) -> Path:
     status, timelines = fields.pop("status", "success"), fields.pop("timelines", None)
+    own = fields.pop("model", "none/none")
     sample = log.EvalSample(
         id=1, epoch=1, input="Seed", target="", messages=messages, events=events, timelines=timelines,
         attachments={"0123": LONG}, **fields,
@@ -59,7 +60,7 @@ def write(path: Path, messages: list[Any], events: list[Any], roles: bool = True
         created="2026-01-01T00:00:00+00:00",
         task="audit",
         dataset=log.EvalDataset(name="seeds", samples=1, sample_ids=[1]),
-        model="none/none",
+        model=own,
         model_roles=named if roles else None,
         config=log.EvalConfig(),
     )
@@ -124,6 +125,33 @@ def test_logs_that_did_not_end_well_are_marked(tmp_path: Path) -> None:
     assert found.remarks == ("log with the status error", "sample that ended with an error")
     assert only(write(tmp_path / "b.eval", AUDITOR, CALLS, status="cancelled")).remarks[0].endswith("cancelled")
     assert only(write(tmp_path / "c.eval", AUDITOR, CALLS)).remarks == ()
+
+
+GRADER = [model.ChatMessageUser(content="Is it right?"), model.ChatMessageAssistant(content="C", model="target-model")]
+
+
+@pytest.mark.parametrize("messages", [[*ASKED, EARLIER], [*ASKED, model.ChatMessageAssistant(content="Edited.")]])
+def test_the_tools_of_an_ordinary_log_are_those_of_its_models_calls(tmp_path: Path, messages: list[Any]) -> None:
+    graded = call("grader", GRADER[:1], GRADER[1]).model_copy(update={"tools": []})
+    options: dict[str, Any] = {"roles": False, "model": "mockllm/target-model"}
+    found = only(write(tmp_path / "a.eval", messages, [call(None, ASKED, EARLIER), graded], **options))
+    assert [one["function"]["name"] for one in found.tools] == ["water"] and found.remarks == ()
+    bare = only(write(tmp_path / "b.eval", messages, [graded], **options))
+    assert bare.tools == () and "tools are unknown" in bare.remarks[0]
+
+
+def test_what_a_tool_failed_with_is_read_as_providers_give_it_to_models(tmp_path: Path) -> None:
+    asked = model.ChatMessageAssistant(content="", tool_calls=[tool.ToolCall(id="1", function="water", arguments={})])
+    failed = [
+        ("partial", tool.ToolCallError("permission", "Not allowed.")),
+        ("", tool.ToolCallError("timeout", "Timed out.")),
+        ("", None),
+    ]
+    results = [
+        model.ChatMessageTool(content=text, tool_call_id="1", function="water", error=error) for text, error in failed
+    ]
+    path = write(tmp_path / "a.eval", [*ASKED, asked, *results], [], roles=False, model="mockllm/target-model")
+    assert told(only(path))[3:] == [("tool", "Not allowed."), ("tool", "Timed out."), ("tool", "")]
 
 
 def test_what_a_log_unpacks_to_in_sum_is_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

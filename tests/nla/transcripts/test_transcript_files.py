@@ -77,6 +77,9 @@ def test_parts_reasoning_and_tool_calls_are_kept_apart(tmp_path: Path) -> None:
     assert '"look"' in answer.visible and found.id == "7"
 
 
+LOOK = {"name": "look", "description": "Looks", "parameters": {"type": "object", "properties": {}}}
+
+
 def test_petri_is_replayed_as_the_target_saw_it(tmp_path: Path) -> None:
     def edit(operation: str, view: str = "target", **fields: object) -> dict:
         return {"type": "transcript_event", "view": view, "edit": {"operation": operation, **fields}}
@@ -93,11 +96,13 @@ def test_petri_is_replayed_as_the_target_saw_it(tmp_path: Path) -> None:
         edit("rollback", count=0, to_id="m2"),
         edit("json_patch", patch=[{"op": "replace", "path": "/messages/1/content", "value": "2"}]),
         edit("json_patch", patch=[{"op": "add", "path": "/messages/-", "value": note}]),
-        {"type": "tool_creation_event", "model": "x"},
+        {"type": "tool_creation_event", "model": "x", "tool": {**LOOK, "description": "An early one"}},
+        {"type": "tool_creation_event", "model": "x", "tool": LOOK},
     ]
     found = only(written(tmp_path / "a.json", {**PETRI, "events": events}))
     assert [message.content for message in found.messages] == ["One", "2"]
     assert (found.id, found.model) == ("petri-1", "hf/some/planner")
+    assert [one["function"] for one in found.tools] == [LOOK], "as it was made last"
     legacy = {**PETRI, "events": [], "target_messages": MESSAGES}
     assert len(only(written(tmp_path / "b.json", legacy)).messages) == 3
 
@@ -120,7 +125,7 @@ BROKEN = {
     "call without name": ([{"role": "assistant", "content": "x", "tool_calls": [{}]}], "without a name"),
     "surrogate": ('[{"role": "user", "content": "\\ud800"}]', "surrogate"),
     "surrogate in a call": (
-        '[{"role": "assistant", "tool_calls": [{"function": {"name": "\\udfff"}}]}]',
+        '[{"role": "assistant", "tool_calls": [{"function": {"name": "\\udfff", "arguments": "{}"}}]}]',
         "surrogate",
     ),
     "nul": ('[{"role": "user", "content": "a\\u0000b"}]', "NUL"),
