@@ -21,6 +21,7 @@ from nla.metrics import check_finite
 from nla.models.hooks import Intervene, inference, record
 from nla.models.points import Point, context_length, d_model, device_of, truncated_view, unwrapped
 from nla.models.selfcheck import check_stream
+from nla.storage.files import parse_json
 from nla.storage.tensors import load_tensors, save_tensors
 from nla.text.tokens import (
     Encoded,
@@ -129,9 +130,19 @@ class Activations:
         path = Path(folder) / ACTIVATIONS_FILE
         tensors = load_tensors(path, expected_keys=("vectors", "document", "span", "stratum", "words"))
         try:
-            words = json.loads(tensors["words"].numpy().tobytes())
-            texts, names = words["texts"], words["strata"]
-            document = tensors["document"]
+            words = parse_json(tensors["words"].numpy().tobytes().decode())
+            texts, names, point = words["texts"], words["strata"], words["point"]
+            document, n = tensors["document"], len(tensors["vectors"])
+            if not all(isinstance(text, str) for text in [*texts, *names, point]) or tensors["vectors"].ndim != 2:
+                raise ValueError("texts that are none, or vectors that are no rows")
+            for name, shape, most in (
+                ("document", (n,), len(texts)),
+                ("stratum", (n,), len(names)),
+                ("span", (n, 5), 0),
+            ):
+                numbers = tensors[name]
+                if numbers.dtype != torch.int64 or numbers.shape != shape or not _within(numbers, most or 2**31):
+                    raise ValueError(f"{name} of {numbers.dtype} {tuple(numbers.shape)} that points outside")
             spans = [
                 Span(token, texts[number][start:end], start, end, index, bool(added), *fragment)
                 for number, (token, start, end, index, added, *fragment) in zip(
@@ -139,11 +150,15 @@ class Activations:
                 )
             ]
             strata = [names[code] for code in tensors["stratum"].tolist()]
-        except (ValueError, KeyError, IndexError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise WeightsError(
                 f"{path}, whose tokens do not fit its texts ({error})", "a store of activations", "read the texts again"
             ) from error
-        return cls(tensors["vectors"], spans, document, texts, words["point"], strata)
+        return cls(tensors["vectors"], spans, document, texts, point, strata)
+
+
+def _within(numbers: Tensor, most: int) -> bool:
+    return bool(((numbers >= 0) & (numbers < most)).all())
 
 
 def read(

@@ -28,7 +28,7 @@ from nla.config import CONFIG_FILE
 from nla.errors import HubError
 from nla.formats import easynla, kitft, parquet
 from nla.models.load import load_target, load_truncated
-from nla.models.read import read
+from nla.models.read import Activations, read
 from nla.pair.publish import push_folder
 from nla.storage.hashes import digest
 from nla.storage.tensors import hash_tensors
@@ -258,6 +258,18 @@ def use_begun_store(folder: Path) -> None:
         Store.open(folder / "store").vectors[:].isfinite().all()
 
 
+def make_activations(folder: Path) -> None:
+    make_pair().read(TEXTS).save(folder / "acts")
+
+
+def use_activations(folder: Path) -> None:
+    acts = Activations.load(folder / "acts")
+    assert acts.vectors.isfinite().all() and acts.vectors.ndim == 2
+    for span, row in zip(acts.spans, acts.document.tolist(), strict=True):
+        assert acts.texts[row][span.start : span.end] == span.text
+    assert all(isinstance(name, str) for name in [*acts.strata, *acts.texts, acts.point])
+
+
 # Other projects
 
 
@@ -367,6 +379,7 @@ KINDS = {
     "planted adapter": Kind(make_adapter, ["adapter/*"], use_planted, _seal_tensors),
     "store": Kind(make_store, ["store/*.json", "store/*.safetensors", "store/*/*.safetensors"], use_store, seal_store),
     "begun store": Kind(make_store, ["store/store.json", "store/chunks/*", "store/*/*.safetensors"], use_begun_store),
+    "activations": Kind(make_activations, ["acts/*"], use_activations, _seal_tensors),
     "kitft": Kind(make_kitft, ["a[vr]/nla_meta.yaml", "a[vr]/config.json", "ar/value_head.safetensors"], use_kitft),
     "easynla": Kind(make_easynla, ["av/*.json", "av/*.yaml", "av/*.safetensors", "av/critic/*"], use_easynla),
     "parquet": Kind(make_parquet, ["base.parquet", "base.parquet.nla_meta.yaml"], use_parquet, mutate=mutate_table),
