@@ -90,8 +90,8 @@ def fetch_file(source: str, revision: str | None, name: str, optional: bool = Fa
         if noted is not None or copied:
             return None
         raise TargetError(
-            f"{source!r}, which is not on this machine, and a hub that cannot be reached",
-            "a network, or a copy that was downloaded before",
+            f"{source!r} at revision {revision or 'main'!r}, not on this machine, and a hub that cannot be reached",
+            "a network, or a copy of this revision that was downloaded before",
             "connect, or give the target's folder",
         ) from error
     except EntryNotFoundError:
@@ -148,7 +148,7 @@ def hub_errors(name: str, revision: str | None) -> Iterator[None]:
         ) from error
     except errors.LocalEntryNotFoundError as error:
         raise HubError(
-            f"{name!r}, which is not on this machine, and a hub that cannot be reached",
+            f"{name!r} at revision {revision or 'main'!r}, not on this machine, and a hub that cannot be reached",
             "a network, or a copy that was downloaded before",
             "connect, or give a folder",
         ) from error
