@@ -26,8 +26,10 @@ from nla.models.points import device_of, unwrapped
 from nla.text.tokens import length_batches
 
 MAX_TOKENS_PER_BATCH = 8192
-MAX_CPU_BYTES = 160 << 20
-"""Memory that the rows of a batch may take on a CPU: their keys and values, and the next token's distributions."""
+CPU_BYTES, CPU_SHARE = 160 << 20, 0.25
+"""Memory that the rows of a batch may take on a CPU, for keys and values and the next token's distributions: so many
+bytes, or this share of the weights' own if that is more, since each step reads all weights however many rows there are.
+"""
 _DISTRIBUTIONS = 5
 """Copies of a row's logits that choosing a token holds at once."""
 
@@ -193,14 +195,15 @@ def seeded(seed: int | None, device: torch.device) -> torch.Generator | None:
 
 
 def rows_at_a_time(model: PreTrainedModel, n_tokens: int, most: int) -> int:
-    """How many rows of ``n_tokens`` a model writes together: ``most``, or on a CPU what :data:`MAX_CPU_BYTES` hold."""
+    """How many rows of ``n_tokens`` a model writes together: ``most``, or on a CPU what :data:`CPU_BYTES` hold."""
     if device_of(model).type != "cpu":
         return most
     config: Any = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     cached = n_tokens * config.num_hidden_layers * 2 * heads * width * model.dtype.itemsize
-    return max(1, min(most, MAX_CPU_BYTES // (cached + _DISTRIBUTIONS * 4 * config.vocab_size)))
+    bound = max(CPU_BYTES, int(CPU_SHARE * sum(parameter.nbytes for parameter in model.parameters())))
+    return max(1, min(most, bound // (cached + _DISTRIBUTIONS * 4 * config.vocab_size)))
 
 
 def _settings(ends: Sequence[int], pad: int, max_new_tokens: int) -> GenerationConfig:

@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from nla.errors import ConfigError, WeightsError
-from nla.models.points import backbone, blocks, layout, unwrapped
+from nla.models.points import backbone, blocks, is_transposed, layout, unwrapped
 from nla.storage.files import folder_of, read_json, write_json
 from nla.storage.hashes import sha256
 from nla.storage.hub import fetch_file, is_hub_id
@@ -123,24 +123,37 @@ def read_adapter_config(folder: str | Path) -> PeftConfig:
             fix="use plain LoRA adapters, as `nla train` makes them: no DoRA, no biases, no modules_to_save",
         )
     sizes = _Sizes(**{key: content[key] for key in (_ADAPTER_SIZES | _ADAPTER_PLACES) & set(content)})
-    _check_ranks(sizes, path)
+    _check_ranks(config, sizes, path)
     return config
 
 
-def _check_ranks(sizes: _Sizes, path: Path) -> None:
+def _check_ranks(config: Any, sizes: _Sizes, path: Path) -> None:
     """Refuse ranks that the tensors beside the configuration do not have, before PEFT makes matrices of them.
 
+    What ``config`` says of modules without tensors there is cut to the highest rank of the others.
+
     Raises:
-        ConfigError: a rank is above theirs.
+        ConfigError: a module's rank is above its tensors', or a pattern is none.
         WeightsError: see :func:`read_header`.
     """
     tensors = read_header(path.with_name(ADAPTER_WEIGHTS)).tensors
-    ranks = {entry.shape[0] for name, entry in tensors.items() if ".lora_A." in name and len(entry.shape) == 2}
-    highest, stated = max(ranks, default=0), max([sizes.r, *(sizes.rank_pattern or {}).values()])
-    if stated > highest:
-        raise ConfigError(
-            f"{path} of rank {stated}", f"at most {highest}, the rank of {ADAPTER_WEIGHTS}", "restore both files"
-        )
+    ranks = {
+        name.split(".lora_A.")[0].removeprefix("base_model.model."): entry.shape[0]
+        for name, entry in tensors.items()
+        if ".lora_A." in name and len(entry.shape) == 2
+    }
+    patterns = sizes.rank_pattern or {}
+    stated = _by_name(patterns, list(ranks), path)
+    for name, rank in ranks.items() or [("every module", 0)]:
+        if stated.get(name, sizes.r) > rank:
+            raise ConfigError(
+                f"{path} of rank {stated.get(name, sizes.r)} for {shown(name)}",
+                f"at most {rank}, its rank in {ADAPTER_WEIGHTS}",
+                "restore both files",
+            )
+    highest = max(ranks.values())
+    config.r = min(sizes.r, highest)
+    config.rank_pattern = {pattern: min(rank, highest) for pattern, rank in patterns.items()}
 
 
 def resolve_patterns(config: PeftConfig, names: Iterable[str], path: Path) -> None:
@@ -278,6 +291,7 @@ def fitted(folder: Path, model: nn.Module) -> tuple[LoraConfig, dict[str, Tensor
     for name, default in (("rank_pattern", config.r), ("alpha_pattern", config.lora_alpha)):
         setattr(config, name, _by_layer(getattr(config, name) or {}, layers, default, folder / ADAPTER_CONFIG))
     config.target_modules, config.layers_to_transform = set(layers), None
+    config.fan_in_fan_out = is_transposed(base)
     stored = load_tensors(folder / ADAPTER_WEIGHTS)
     return config, {now: stored[before] for before, now in renamed.items()}
 

@@ -219,6 +219,13 @@ def linear_names(model: nn.Module) -> list[str]:
     return sorted(f"{where}.{name}" for name in names)
 
 
+def is_transposed(model: nn.Module) -> bool:
+    """Whether its blocks keep the weights of linear layers transposed (GPT-2's Conv1D): PEFT's ``fan_in_fan_out``."""
+    from transformers.pytorch_utils import Conv1D
+
+    return any(isinstance(module, Conv1D) for module in blocks(model).modules())
+
+
 def _adaptable(layer: nn.Module, name: str) -> bool:
     """Whether LoRA can stand in for a linear layer: not for a router that returns more than its product, nor for the
     output of a state-space mixer, whose kernel takes the weight itself."""

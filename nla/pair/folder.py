@@ -25,7 +25,7 @@ from nla.models.lora import (
     resolve_patterns,
     save_adapter,
 )
-from nla.models.points import device_of, unwrapped
+from nla.models.points import device_of, is_transposed, unwrapped
 from nla.organisms import ORGANISMS, pair_folder
 from nla.pair.card import CARD_FILE, card
 from nla.pair.roles import DECODER_ADAPTER, ENCODER_ADAPTER, Head, Parts, SharedBase
@@ -126,6 +126,7 @@ def load_shared(model: PreTrainedModel, config: NLAConfig, folder: Path, head: H
     for adapter, part in zip(adapters, folders, strict=True):
         resolve_patterns(adapter, names, part / ADAPTER_CONFIG)
         adapter.base_model_name_or_path = model.name_or_path
+        adapter.fan_in_fan_out = is_transposed(model)  # type: ignore[attr-defined]
     with torch.random.fork_rng(devices=[]):  # PEFT draws initial values that are then overwritten
         with peft_errors(folders[0]):
             shared: Any = get_peft_model(model, adapters[0], adapter_name=ENCODER_ADAPTER)

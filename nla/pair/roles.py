@@ -22,7 +22,7 @@ from nla.config import NLAConfig
 from nla.errors import ArgumentError, SeparateModelsError
 from nla.metrics import Baseline
 from nla.models.lora import TARGET_ADAPTER, attach, fill, fitted, located, peft_errors
-from nla.models.points import device_of, final_norm, layout, linear_names, truncated_view
+from nla.models.points import device_of, final_norm, is_transposed, layout, linear_names, truncated_view
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -171,9 +171,10 @@ class SharedBase:
         """Untrained adapters on a target, and an identity head. See :meth:`nla.NLA.create`."""
         from peft import get_peft_model
 
-        linears, below = linear_names(target), list(range(config.layer + 1))
-        model: Any = get_peft_model(target, _lora(linears, rank, alpha, None), adapter_name=ENCODER_ADAPTER)
-        model.add_adapter(DECODER_ADAPTER, _lora(linears, rank, alpha, below))
+        below = list(range(config.layer + 1))
+        adapters = [_lora(target, rank, alpha, layers) for layers in (None, below)]
+        model: Any = get_peft_model(target, adapters[0], adapter_name=ENCODER_ADAPTER)
+        model.add_adapter(DECODER_ADAPTER, adapters[1])
         return cls(model, Head(config.d_model, config.decoder.head_bias).to(device_of(target)), config)
 
     @property
@@ -473,14 +474,15 @@ def _switch(model: Any, adapter: str, disabled: bool) -> None:
         model.base_model.disable_adapter_layers()
 
 
-def _lora(linears: list[str], rank: int, alpha: float | None, layers: list[int] | None) -> LoraConfig:
+def _lora(target: PreTrainedModel, rank: int, alpha: float | None, layers: list[int] | None) -> LoraConfig:
     from peft import LoraConfig
 
     return LoraConfig(
         r=rank,
         lora_alpha=rank if alpha is None else alpha,  # type: ignore[arg-type]
         lora_dropout=0.0,
-        target_modules=linears,
+        target_modules=linear_names(target),
+        fan_in_fan_out=is_transposed(target),
         layers_to_transform=layers,
         bias="none",
         task_type="CAUSAL_LM",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -197,3 +198,10 @@ def test_an_intervention_on_the_prompt_acts_once_while_answers_are_written_throu
         with torch.no_grad(), replace(any_model, POINTS[1], column, vector):
             ids.append(int(any_model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
     assert written.rows() == [ids[len(prompt) :]]
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_peft_has_nothing_to_warn_of_in_a_pair(architecture: str) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="fan_in_fan_out")
+        make_pair(architecture)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from transformers import StoppingCriteria
+from transformers import Qwen2Config, Qwen2ForCausalLM, StoppingCriteria
 
-from nla.models.generate import MAX_CPU_BYTES, generate, rows_at_a_time
+from nla.models.generate import CPU_BYTES, CPU_SHARE, generate, rows_at_a_time
 from tests.helpers.tiny import make_model
 
 PROMPTS = [[14, 15, 16], [17, 18], [20, 21, 22, 23], [14, 18]]
@@ -46,5 +46,15 @@ def test_what_is_written_together_on_a_cpu_keeps_its_cache_within_bounds(any_mod
     cache = any_model(torch.arange(3, 3 + n_tokens)[None], use_cache=True).past_key_values
     held = sum(part.nbytes for layer in cache.layers for part in (layer.keys, layer.values))
     rows = rows_at_a_time(any_model, n_tokens, 10**12)
-    assert rows > 1 and rows * held <= MAX_CPU_BYTES
+    assert rows > 1 and rows * held <= CPU_BYTES
     assert rows_at_a_time(any_model, n_tokens, 7) == 7 and rows_at_a_time(any_model, 10**12, 7) == 1
+
+
+def test_on_a_cpu_a_large_model_writes_more_rows_together_than_a_small_one() -> None:
+    config = Qwen2Config(vocab_size=151_936, hidden_size=3584, intermediate_size=18_944, num_hidden_layers=28)
+    config.num_attention_heads, config.num_key_value_heads = 28, 4
+    with torch.device("meta"):
+        large = Qwen2ForCausalLM(config)
+    large.get_input_embeddings().weight = torch.nn.Parameter(torch.empty(1))  # whose device is a CPU
+    rows, weights = rows_at_a_time(large, 190, 512), sum(parameter.nbytes for parameter in large.parameters())
+    assert 100 < rows < 512 and rows * 190 * 28 * 2 * 512 * 4 < CPU_SHARE * weights

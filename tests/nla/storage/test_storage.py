@@ -111,6 +111,25 @@ def test_a_truncated_file_is_refused(tmp_path, tensors, keep):
         tensors_module.load_tensors(file)
 
 
+def test_a_header_as_long_as_the_library_reads_is_read(tmp_path):
+    file = tmp_path / "t.safetensors"
+    save_file({"a": torch.arange(3)}, file, metadata={"note": "x" * 10**7})
+    assert tensors_module.load_tensors(file)["a"].tolist() == [0, 1, 2]
+
+
+@pytest.mark.slow
+def test_an_adapter_of_every_expert_of_a_large_model_is_read(tmp_path):
+    names = [f"layers.{block}.experts.{expert}.lora_A" for block in range(94) for expert in range(600)]
+    save_file({name: torch.zeros(1, dtype=torch.uint8) for name in names}, tmp_path / "t.safetensors")
+    assert set(tensors_module.read_header(tmp_path / "t.safetensors").tensors) == set(names)
+
+
+@pytest.mark.parametrize("kind", ["float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "complex64"])
+def test_the_header_of_every_type_that_torch_saves_is_read(tmp_path, kind):
+    save_file({"a": torch.zeros(3).to(getattr(torch, kind))}, tmp_path / "t.safetensors")
+    assert tensors_module.read_header(tmp_path / "t.safetensors").tensors["a"].shape == (3,)
+
+
 def test_one_flipped_bit_is_refused(tmp_path, tensors):
     file = tmp_path / "t.safetensors"
     tensors_module.save_tensors(file, tensors)
@@ -195,6 +214,35 @@ def test_an_adapter_configuration_that_is_missing_or_of_no_known_kind_is_refused
     native.write_json(tmp_path / "adapter_config.json", {"peft_type": "NO_SUCH_KIND"})
     with pytest.raises(ConfigError, match="adapter_config"):
         adapter_module.read_adapter_config(tmp_path)
+
+
+@torch.no_grad()
+def test_a_pattern_that_gives_every_module_a_lower_rank_is_legal(tmp_path):
+    config = LoraConfig(r=16, rank_pattern={"q_proj": 4, "v_proj": 2}, target_modules=["q_proj", "v_proj"])
+    config.init_lora_weights = False
+    model = get_peft_model(make_base(), config, adapter_name="decoder")
+    adapter_module.save_adapter(tmp_path, model, "decoder")
+    other = get_peft_model(make_base(), adapter_module.read_adapter_config(tmp_path), adapter_name="default")
+    adapter_module.load_adapter(tmp_path, other, "default")
+    assert logits(other).equal(logits(model))
+
+
+@pytest.mark.parametrize("changes", [{"r": 10**9}, {"rank_pattern": {"layers.0.self_attn.q_proj": 10**9}}])
+def test_a_rank_above_that_of_the_weights_is_refused_before_matrices_are_made(tmp_path, changes):
+    adapter_module.save_adapter(tmp_path, make_peft(), "decoder")
+    path = tmp_path / "adapter_config.json"
+    native.write_json(path, {**native.read_json(path), **changes})
+    with pytest.raises(ConfigError, match=r"of rank 1000000000 for .*at most 2"):
+        adapter_module.read_adapter_config(tmp_path)
+
+
+def test_ranks_of_modules_without_weights_are_no_higher_than_those_of_the_others(tmp_path):
+    adapter_module.save_adapter(tmp_path, make_peft(), "decoder")
+    path = tmp_path / "adapter_config.json"
+    patterns = {"q_proj": 2, "v_proj": 2, "mlp.up_proj": 10**9}
+    native.write_json(path, {**native.read_json(path), "r": 10**9, "rank_pattern": patterns})
+    config = adapter_module.read_adapter_config(tmp_path)
+    assert config.r == 2 and set(config.rank_pattern.values()) == {2}
 
 
 @pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "OLoRA", "corda", "loftq", "lora_ga"])
