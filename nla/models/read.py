@@ -135,13 +135,10 @@ class Activations:
             document, n = tensors["document"], len(tensors["vectors"])
             if not all(isinstance(text, str) for text in [*texts, *names, point]) or tensors["vectors"].ndim != 2:
                 raise ValueError("texts that are none, or vectors that are no rows")
-            for name, shape, most in (
-                ("document", (n,), len(texts)),
-                ("stratum", (n,), len(names)),
-                ("span", (n, 5), 0),
-            ):
+            forms = {"document": ((n,), len(texts)), "stratum": ((n,), len(names)), "span": ((n, 5), 2**31)}
+            for name, (shape, most) in forms.items():
                 numbers = tensors[name]
-                if numbers.dtype != torch.int64 or numbers.shape != shape or not _within(numbers, most or 2**31):
+                if numbers.dtype != torch.int64 or numbers.shape != shape or not _within(numbers, most):
                     raise ValueError(f"{name} of {numbers.dtype} {tuple(numbers.shape)} that points outside")
             spans = [
                 Span(token, texts[number][start:end], start, end, index, bool(added), *fragment)

@@ -121,7 +121,8 @@ def load_tokenizer(
         generic = saved_as in ("TokenizersBackend", "PreTrainedTokenizerFast")
         arguments: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
         tokenizer = (PreTrainedTokenizerFast if generic else AutoTokenizer).from_pretrained(source, **arguments)
-        tokenizer("a")  # settings of another type than they should have show at the first text
+        tokenizer("a")  # settings of another type than they should have show at the first text, or
+        unknown_id(tokenizer)  # when a special token is asked for
         return tokenizer
     except NLAError:
         raise
