@@ -71,49 +71,54 @@ def phrase(entry: str) -> str:
 class Words(NamedTuple):
     """Patterns that show a concept, and patterns that, in the same claim, take it back."""
 
-    shows: Pattern | None
-    unless: Pattern | None = None
+    shows: tuple[Pattern, ...] = ()
+    unless: tuple[Pattern, ...] = ()
 
     @classmethod
     def of(
         cls,
-        words: Sequence[str] = (),
-        lemmas: Sequence[str] = (),
-        regexes: Sequence[str] = (),
-        unless: Sequence[str] = (),
+        words: str | Sequence[str] = (),
+        lemmas: str | Sequence[str] = (),
+        regexes: str | Sequence[str] = (),
+        unless: str | Sequence[str] = (),
     ) -> Words:
         """From lists of words and phrases, lemmas (matched in all regular forms) and regular expressions.
 
         Raises:
             RubricError: a regular expression is none.
         """
+        words, lemmas, regexes, unless = ([x] if isinstance(x, str) else x for x in (words, lemmas, regexes, unless))
         entries = [*words, *(form for lemma in lemmas for form in inflections(lemma))]
-        return cls(_any([*map(phrase, entries), *regexes]), _any(unless))
+        return cls(_compiled([*map(phrase, entries), *regexes]), _compiled(unless))
 
     def hits(self, text: str) -> list[Hit]:
-        """All places of a text that show the concept, left to right."""
-        if self.shows is None:
-            return []
-        return [Hit(match.start(), match.end(), match[0]) for match in self.shows.findall(text) if match[0]]
+        """All places of a text that show the concept, left to right; of places that overlap, the first."""
+        found = [Hit(match.start(), match.end(), match[0]) for each in self.shows for match in each.findall(text)]
+        hits: list[Hit] = []
+        for hit in sorted(found, key=lambda hit: hit.start):
+            if hit.text and hit.start >= (hits[-1].end if hits else 0):
+                hits.append(hit)
+        return hits
 
     def claimed(self, text: str) -> bool:
         """Whether a claim of the text shows the concept and does not take it back."""
         return any(
-            self.hits(claim) and not (self.unless and self.unless.search(claim)) for claim in claims(text)
-        )  # fmt: skip
+            self.hits(claim) and not any(unless.search(claim) for unless in self.unless) for claim in claims(text)
+        )
 
 
-def _any(patterns: Sequence[str]) -> Pattern | None:
+def _compiled(patterns: Sequence[str]) -> tuple[Pattern, ...]:
+    """Each on its own: groups, flags and limits of one are not those of another."""
     what = "the pattern of a rubric"
-    return compile_pattern(patterns, what, ignore_case=True, error=RubricError) if patterns else None
+    return tuple(compile_pattern(pattern, what, ignore_case=True, error=RubricError) for pattern in patterns)
 
 
-def similarity(text: str, examples: tuple[str, ...]) -> float:
+def similarity(text: str, examples: str | tuple[str, ...]) -> float:
     """The highest likeness, in [0, 1], of a claim of the text to an example: cosine of character 3- to 5-grams.
 
     It needs no model and no network: it sees inflections, word order and typing errors, not synonyms.
     """
-    parts = claims(text)
+    parts, examples = claims(text), (examples,) if isinstance(examples, str) else examples
     if not parts or not examples:
         return 0.0
     return float((_vectorizer().transform(parts) @ _grams(examples).T).max())

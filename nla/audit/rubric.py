@@ -213,7 +213,7 @@ BUILTIN = {path.stem: path for path in sorted(Path(__file__).with_name("rubrics"
 """The rubrics that come with the library, by name."""
 
 
-def load_rubrics(names: Sequence[str | Path | Rubric] | None = None) -> list[Rubric]:
+def load_rubrics(names: str | Path | Rubric | Sequence[str | Path | Rubric] | None = None) -> list[Rubric]:
     """Rubrics by name or YAML file (one rubric, or a list of them); None: all the built-in ones.
 
     Those of an embedded organism have its name in front: "switchboard/selling".
@@ -222,6 +222,7 @@ def load_rubrics(names: Sequence[str | Path | Rubric] | None = None) -> list[Rub
         RubricError: an unknown name, a malformed file, or two rubrics of one name.
     """
     rubrics: list[Rubric] = []
+    names = [names] if isinstance(names, str | Path | Rubric) else names
     for name in BUILTIN if names is None else names:
         rubrics += [name] if isinstance(name, Rubric) else _read(name)
     if not rubrics:

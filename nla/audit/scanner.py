@@ -52,7 +52,7 @@ def nla_audit(
     from nla.transcripts.messages import Transcript as Conversation
 
     settings = AuditSettings(
-        rubrics=[rubrics] if isinstance(rubrics, str) else rubrics,
+        rubrics=rubrics,
         positions=positions,
         budget=budget,
         samples=samples,

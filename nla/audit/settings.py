@@ -22,8 +22,8 @@ class AuditSettings:
         ArgumentError, PositionError: a value is out of range.
     """
 
-    rubrics: Sequence[str | Path | Rubric] | None = None
-    """Names, YAML files or rubrics; None: the built-in ones."""
+    rubrics: str | Path | Rubric | Sequence[str | Path | Rubric] | None = None
+    """Names, YAML files or rubrics, or one of them; None: the built-in ones."""
 
     positions: str = "structure"
     """"structure", "all", "random", or a pattern such as "/\\n/"; see :func:`nla.transcripts.positions.select`."""

@@ -92,8 +92,7 @@ def emit(content: Any) -> None:
     from nla.eval.report import to_json
 
     written = json.dumps(to_json(content), indent=2, ensure_ascii=False, allow_nan=False)
-    lines = written if written.isprintable() else "".join(map(_escaped, written))
-    print(lines)
+    print("".join(map(_escaped, written)))
 
 
 def _escaped(character: str) -> str:

@@ -74,6 +74,30 @@ def test_words_are_whole_and_phrases_bend_over_white_space() -> None:
     assert re.search(phrase("的"), "我的朋友")
 
 
+def test_each_pattern_of_a_rubric_has_groups_and_flags_of_its_own() -> None:
+    words = Words.of(
+        regexes=[r"(x)y", r"\b(\w+) \1\b", "(?x) foo # c", "(?P<a>b)an", "(?P<a>k)iwi", "z*"], words=["fo"]
+    )
+    assert [hit.text for hit in words.hits("the the foo, zz kiwi xy banfo fo")] == [
+        "the the", "foo", "zz", "kiwi", "xy", "ban", "fo"
+    ]  # fmt: skip
+    unless = Words.of(words=["cat"], unless=["(a)b", r"(\w) \1"])
+    assert [unless.claimed(text) for text in ("A cat.", "b b: a cat.", "ab: a cat.")] == [True, False, False]
+
+
+def test_of_hits_that_overlap_the_first_counts() -> None:
+    words = Words.of(words=["tested", "being tested"], regexes=["ng t"])
+    assert [(hit.start, hit.end) for hit in words.hits("being tested, tested")] == [(0, 12), (14, 20)]
+
+
+def test_a_bare_string_is_one_word_one_lemma_one_pattern() -> None:
+    words = Words.of("dog", "cat", "b.rd", "not")
+    assert [hit.text for hit in words.hits("a dog o cats bird b")] == ["dog", "cats", "bird"]
+    assert words.claimed("a dog on a tree") and not words.claimed("not a dog")
+    assert similarity("It rains.", "It rains.") == pytest.approx(1.0)
+    assert [rubric.name for rubric in load_rubrics("hidden-objective")] == ["hidden-objective"]
+
+
 @pytest.mark.parametrize(
     ("lemma", "form"),
     [("try", "tried"), ("watch", "watches"), ("stop", "stopping"), ("make", "making"), ("play", "played")],
