@@ -14,7 +14,6 @@ from nla.errors import ParseError, PositionError
 from nla.text import patterns
 from nla.text.patterns import compile_pattern
 
-
 LETTERS = r"""a b c ab . \w \b \s {e<=1} \{i} { [{] [a-b] [^a] ^ $ [[:alpha:]] [^[:a:]{] [\[:a] []{] [:a:] (?#[)
 \N{BULLET} [\N{BULLET}b]"""
 
