@@ -135,7 +135,9 @@ class Activations:
             document, n = tensors["document"], len(tensors["vectors"])
             if not all(isinstance(text, str) for text in [*texts, *names, point]) or tensors["vectors"].ndim != 2:
                 raise ValueError("texts that are none, or vectors that are no rows")
-            forms = {"document": ((n,), len(texts)), "stratum": ((n,), len(names)), "span": ((n, 5), 2**31)}
+            width = len(tensors["span"].T) if tensors["span"].ndim == 2 else 0
+            span = (n, width if width in (5, 7) else 7)  # the two of fragments came later
+            forms = {"document": ((n,), len(texts)), "stratum": ((n,), len(names)), "span": (span, 2**31)}
             for name, (shape, most) in forms.items():
                 numbers = tensors[name]
                 if numbers.dtype != torch.int64 or numbers.shape != shape or not _within(numbers, most):
