@@ -104,6 +104,8 @@ class Material(NamedTuple):
     """The documents, where what is true of them is known."""
     source: str
     denominators: Denominators
+    remarks: Sequence[str] = ()
+    """What of the chats the target does not read."""
 
 
 def judge_fidelity(
@@ -121,7 +123,7 @@ def judge_fidelity(
     settings = settings or FidelitySettings()
     nla = open_pair(pair, settings.device)
     warm = None if settings.warm_start is None else open_rival(settings.warm_start, nla, settings.device)
-    acts, couplets, source, denominators = material(nla, settings)
+    acts, couplets, source, denominators, remarks = material(nla, settings)
     texts = {ENCODER: _explain(nla, acts.vectors, settings.seed, "explain", progress)}
     if couplets is not None:
         texts |= _known_texts(acts, couplets, _notice(nla, settings.notice), settings.seed)
@@ -150,6 +152,7 @@ def judge_fidelity(
         truths=claims,
         checks=_checks(scored, public, gains, claims, couplets is not None),
         examples=_examples(acts, texts[ENCODER]),
+        remarks=remarks,
     )
     progress("fidelity", 1.0)
     return report
@@ -170,7 +173,7 @@ def material(nla: NLA, settings: FidelitySettings) -> Material:
     if settings.store is not None:
         _refuse_positions(settings, "a store, whose tokens were chosen when it was made")
         return _store_material(nla, settings.store, settings)
-    couplets = None
+    couplets, remarks = None, ()
     if settings.texts is None and world_of(nla.tokenizer) == COUPLETS:
         _refuse_positions(settings, f"the documents of {COUPLETS}, of which every token is read")
         known = couplets = documents(settings.n_documents, settings.seed + 3, SHOWN_PLANS)
@@ -183,7 +186,7 @@ def material(nla: NLA, settings: FidelitySettings) -> Material:
             chosen = world_documents(nla, settings.n_documents, settings.seed)
         else:
             chosen = load_documents(nla, settings.texts, settings.chats, settings.n_documents)
-        source = chosen.source
+        source, remarks = chosen.source, chosen.remarks
         acts = sample_tokens(nla, chosen, settings.positions, settings.n_activations, settings.seed).read(nla)
     if len(acts) == 0:
         raise ArgumentError(f"no activations of {source}", "1 or more", "give texts with a position to read")
@@ -191,7 +194,7 @@ def material(nla: NLA, settings: FidelitySettings) -> Material:
     if denominators is None:
         fit, acts = _parted(acts, source)
         denominators = _fitted(fit)
-    return Material(_with_known_strata(acts, denominators), couplets, source, denominators)
+    return Material(_with_known_strata(acts, denominators), couplets, source, denominators, remarks)
 
 
 def _store_material(nla: NLA, folder: str | Path, settings: FidelitySettings) -> Material:

@@ -77,6 +77,8 @@ class FidelityReport(Report):
     truths: list[Truth]
     """Empty where nobody knows what is true of the texts."""
     examples: list[dict[str, str]]
+    remarks: Sequence[str] = ()
+    """What of the chats the target did not read, a sentence each."""
 
     def to_markdown(self) -> str:
         """The readable report."""
@@ -132,7 +134,9 @@ class FidelityReport(Report):
         claims = ("stratum", "claim", "n", "true", "warm start", "of another token")
         shares = [(one.stratum, one.claim, one.n, one.true, one.warm_start, one.shuffled) for one in self.truths]
         said = "What the explanations claim, and how often it is true of the text (or, of the plan, of line 2):"
-        return paragraphs("## Fidelity", about, table(header, rows), *([said, table(claims, shares)] if shares else []))
+        return paragraphs(
+            "## Fidelity", about, *self.remarks, table(header, rows), *([said, table(claims, shares)] if shares else [])
+        )
 
     def figure(self) -> Figure:
         """FVE by stratum beside the warm start; whose texts are understood, and which claims are true, if known."""

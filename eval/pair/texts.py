@@ -22,6 +22,7 @@ from nla.text.tokens import Positions, Span, encode_batch, select_positions
 from nla.transcripts import files
 from nla.transcripts.messages import Transcript
 from nla.transcripts.positions import writer_of
+from nla.transcripts.prepared import remarks
 from nla.transcripts.rendering import Chat, render, trimmed
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ class Documents(NamedTuple):
     """Names the kinds of their positions; None: unknown."""
     source: str
     """Where they come from, in words."""
+    remarks: Sequence[str] = ()
+    """What of them the target does not read, a sentence each."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,8 @@ def load_documents(nla: NLA, path: str | Path, chats: bool, n_documents: int) ->
         path: a .txt file, whose lines are texts; a folder, whose .txt files are texts; or a CSV, TSV, JSON, JSON lines
             or Parquet file with a column "text".
         chats: ``path`` holds transcripts instead, as `nla audit` takes them; white space at the ends of their messages
-            is taken off. The kinds of their positions are who wrote a token, or which part of the template it is.
+            is taken off, and what the template drops is named in ``Documents.remarks``. The kinds of their positions
+            are who wrote a token, or which part of the template it is.
 
     Raises:
         ArgumentError: no such file, or of another kind.
@@ -101,6 +105,7 @@ def load_documents(nla: NLA, path: str | Path, chats: bool, n_documents: int) ->
         [_cut(nla.tokenizer, text, longest) for text, _ in read],
         lambda number, spans: _chat_strata(read[number][1], read[number][0], spans),
         f"chats of {path}",
+        remarks(chat for _, chat in read),
     )
 
 

@@ -9,7 +9,7 @@ beside it: at or below 0 the explanations tell the fine-tune's activations apart
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -97,6 +97,8 @@ class TransferReport(Report):
     """Each kind of position that has enough rows, and all together last."""
     examples: list[dict[str, Any]]
     """The tokens whose activations moved furthest, with both explanations."""
+    remarks: Sequence[str] = ()
+    """What of the chats the target did not read, a sentence each."""
 
     @property
     def verdict(self) -> str:
@@ -124,7 +126,12 @@ class TransferReport(Report):
         ]  # fmt: skip
         rest = [(p.stratum, p.base_cosine, p.tuned_cosine, p.moved, p.new_text, p.verdict) for p in self.parts]
         return paragraphs(
-            "## Transfer to a fine-tune", about, table(header, fves), table(more, rest), checks_table(self.checks)
+            "## Transfer to a fine-tune",
+            about,
+            *self.remarks,
+            table(header, fves),
+            table(more, rest),
+            checks_table(self.checks),
         )
 
     def figure(self) -> Figure:
@@ -192,6 +199,7 @@ def judge_transfer(model: NLA | str | Path, settings: TransferSettings, progress
     explanations = [explain(nla, read.vectors, seed=seed) for read in (acts, tuned)]
     progress("transfer", 0.9)
     report = compare_transfer(nla, acts, tuned, explanations, str(settings.target_adapter), seed)
+    report = replace(report, remarks=documents.remarks)
     progress("transfer", 1.0)
     return report
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nla.audit.findings import NOT_SAID, PositionScore
+from nla.audit.findings import NOT_SAID, PositionScore, RubricScore
 from nla.audit.run import Audit
 from nla.errors import visible
 from nla.stats import Interval
@@ -63,8 +63,13 @@ class AuditReport:
 
     @property
     def undecided(self) -> bool:
-        """Whether something was found, nothing of it is significant, and some of it cannot be."""
-        return bool(self.too_few_controls()) and not any(row.significant for row in self.audit.findings)
+        """Whether something was found, nothing of it is significant, and what was found of some rubric cannot be."""
+        return bool(self.undecidable) and not any(row.significant for row in self.audit.findings)
+
+    @property
+    def undecidable(self) -> list[str]:
+        """Rubrics of which no finding can be significant, for want of controls."""
+        return list(self._too_few())
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the positions at which nothing was found; those are in the Parquet file."""
@@ -147,18 +152,22 @@ class AuditReport:
 
     def too_few_controls(self) -> list[str]:
         """For each rubric whose findings cannot be significant for want of controls: how many it takes."""
+        what = "positions" if self.paired else "transcripts"
+        return [
+            f"{result.rubric}: no finding can be significant: {most} control {what} of a kind are too few for what was "
+            f"found at {result.n_findings} of {result.n_positions} positions; it takes {result.least_controls}."
+            for result, most in self._too_few().values()
+        ]
+
+    def _too_few(self) -> dict[str, tuple[RubricScore, int]]:
+        """Rubrics whose findings cannot be significant, each with the most controls of a kind that it has."""
         findings = self.audit.findings if self.controlled else ()
-        lines = []
+        too_few = {}
         for result in self.audit.results:
             most = max((row.n_controls for row in findings if row.rubric == result.rubric), default=0)
             if result.least_controls is not None and most < result.least_controls:
-                what = "positions" if self.paired else "transcripts"
-                lines.append(
-                    f"{result.rubric}: no finding can be significant: {most} control {what} of a kind are too few for "
-                    f"what was found at {result.n_findings} of {result.n_positions} positions; it takes "
-                    f"{result.least_controls}."
-                )
-        return lines
+                too_few[result.rubric] = result, most
+        return too_few
 
     def __str__(self) -> str:
         return self.to_markdown()

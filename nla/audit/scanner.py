@@ -43,7 +43,8 @@ def nla_audit(
     """Read the activations that a pair's target has on a transcript, and hold their explanations against rubrics.
 
     One result for each rubric: its value is the highest share of samples that show the concept at one position. Scout
-    gives one transcript at a time, so there are no controls here; `nla audit` has them.
+    gives one transcript at a time, so there are no controls here; `nla audit` has them. What the target did not read
+    is in the results' metadata.
     """
     from nla.audit.inspect_scores import explain, references
     from nla.audit.run import audit
@@ -71,6 +72,10 @@ def nla_audit(
         conversation = Conversation(name, parse_messages(entries, name), transcript.model, transcript.source_uri or "")
         result = audit(_pair(pair), [conversation], settings)
         ids = [message.id for message in transcript.messages]
+        not_read = {
+            "unread": [str(one) for unread in result.unread.values() for one in unread],
+            "remarks": list(result.remarks),
+        }
         results = []
         for score in result.scores:
             findings = [finding for finding in result.findings if finding.rubric == score.rubric]
@@ -83,7 +88,12 @@ def nla_audit(
                         Reference(type="message", cite=cited["cite"], id=cited["id"])
                         for cited in references(findings, ids)
                     ],
-                    metadata={"share": score.share, "n_findings": score.n_findings, "n_not_said": score.n_not_said},
+                    metadata={
+                        "share": score.share,
+                        "n_findings": score.n_findings,
+                        "n_not_said": score.n_not_said,
+                        **not_read,
+                    },
                 )
             )
         return results

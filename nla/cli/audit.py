@@ -10,6 +10,7 @@ import typer
 
 from nla.cli.console import FAILED, OK, UNDECIDED, emit, progress_bar, quiet, show
 from nla.cli.options import Device, Json, Pair, TargetAdapter, count, given, places, seed, text
+from nla.errors import visible
 
 
 def audit(
@@ -93,6 +94,7 @@ def audit(
     if not check or report.passed:
         return OK
     if report.undecided:
-        print("nla: not decided: no finding can be significant with so few controls", file=sys.stderr)
+        rubrics = visible(", ".join(report.undecidable))
+        print(f"nla: not decided: no finding of {rubrics} can be significant with so few controls", file=sys.stderr)
         return UNDECIDED
     return FAILED

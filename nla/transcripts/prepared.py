@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -218,13 +219,15 @@ def chats_of(
     return [preparer.render(transcript) for transcript in transcripts]
 
 
-_NAMED = 4
-"""Transcripts that a remark names; the others are counted."""
+_NAMED, _KEYS, _LINES, _LONGEST = 4, 12, 50, 200
+"""Transcripts, and fields, that a remark names, and remarks: the others are counted. And characters of a name."""
 
 
 def remarks(chats: Iterable[Chat]) -> list[str]:
     """What a reader must know of what the target read and did not read, a sentence each; safe to show."""
     by_text: dict[str, list[str]] = {}
+    unused: dict[str, None] = {}
+    using: list[str] = []
     for chat in chats:
         name = chat.transcript.id
         for text in chat.transcript.remarks:
@@ -234,14 +237,24 @@ def remarks(chats: Iterable[Chat]) -> list[str]:
             by_text.setdefault(f"{reason}: {one.what}", []).append(
                 name if one.message is None else f"message {one.message} of {name}"
             )
-        for key in chat.transcript.unused:
-            by_text.setdefault(f"Field of the file that is not used: {key}", []).append(name)
-    return [visible(f"{text}: {_some(names)}.") for text, names in by_text.items()]
+        if chat.transcript.unused:
+            unused |= dict.fromkeys(chat.transcript.unused)
+            using.append(name)
+    said = [f"{_cut(text)}: {_some(names)}." for text, names in islice(by_text.items(), _LINES)]
+    if len(by_text) > _LINES:
+        said.append(f"{len(by_text) - _LINES} more remarks of this kind.")
+    if unused:
+        said.append(f"Fields of the file that are not used: {_some(list(unused), _KEYS)}: {_some(using)}.")
+    return [visible(remark) for remark in said]
 
 
 _NO_TEXT = "No text, so the target did not see it"
 
 
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + more
+def _cut(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} … {text[-_LONGEST // 2 :]}"
+
+
+def _some(names: Sequence[str], most: int = _NAMED) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(_cut, names[:most])) + more

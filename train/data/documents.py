@@ -7,7 +7,7 @@ import logging
 import random
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -19,13 +19,15 @@ from nla.text.tokens import Span, unknown_id
 from nla.train.data.corpus import CorpusSettings, Entry
 from nla.transcripts.messages import Transcript
 from nla.transcripts.positions import structure, writer_of
+from nla.transcripts.prepared import remarks
 from nla.transcripts.rendering import Chat, render, trimmed
 
 log = logging.getLogger(__name__)
 
-COUNTS = ("seen", "read", "empty", "short", "refused", "cut", "tokens")
+COUNTS = ("seen", "read", "empty", "short", "refused", "unread", "cut", "tokens")
 """Documents: looked at; with a vector in the store; blank; without a position to read; that template or tokenizer
-refuse; cut to ``max_tokens``. And the tokens of the documents that were read."""
+refuse; chats of which the target does not read everything, because the template drops it or it is no text; cut to
+``max_tokens``. And the tokens of the documents that were read."""
 _MOST_WARNINGS = 3
 
 
@@ -77,7 +79,7 @@ class Reader:
         self.settings, self.seed = settings, seed
         named = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
         self.special = frozenset({*named, *tokenizer.all_special_ids})
-        self._n_warned = 0
+        self._n_warned: Counter[str] = Counter()
 
     def prepare(self, chunk: int, entries: Sequence[Entry]) -> Prepared:
         """Tokens, positions and splits of a chunk.
@@ -144,7 +146,7 @@ class Reader:
             try:
                 content = parse()
                 if isinstance(content, Transcript):
-                    by_number[number] = self._of_chat(number, content)
+                    by_number[number] = self._of_chat(number, content, counts)
                 elif content.strip():
                     content.encode()
                     texts[number] = content
@@ -176,8 +178,12 @@ class Reader:
             out.append(Tokens(number, text, ids, _characters(encoding), eligible, None))
         return out
 
-    def _of_chat(self, number: int, transcript: Transcript) -> Tokens:
+    def _of_chat(self, number: int, transcript: Transcript, counts: Counter[str]) -> Tokens:
         chat = render(self.tokenizer, trimmed(transcript), allow_dropped=True)
+        if chat.unread:
+            counts["unread"] += 1
+            for remark in remarks([replace(chat, transcript=replace(transcript, unused=(), remarks=()))]):
+                self._warn("unread", f"Document {number}: {remark}")
         ids, starts, ends = chat.ids.tolist(), chat.starts.tolist(), chat.ends.tolist()
         eligible = [index for index, token in enumerate(ids) if token not in self.special]
         return Tokens(number, chat.text, ids, lambda index: (starts[index], ends[index]), eligible, chat)
@@ -187,9 +193,12 @@ class Reader:
         if not isinstance(error, NLAError):
             error = CorpusError(f"document {number} ({error})", "whole characters", "read the corpus as UTF-8")
         errors.append(error)
-        if self._n_warned < _MOST_WARNINGS:
-            self._n_warned += 1
-            log.warning("Document %d is left out: %s", number, error)
+        self._warn("refused", f"Document {number} is left out: {error}")
+
+    def _warn(self, kind: str, text: str) -> None:
+        self._n_warned[kind] += 1
+        if self._n_warned[kind] <= _MOST_WARNINGS:
+            log.warning("%s", text)
 
 
 def _characters(encoding: Any) -> Any:

@@ -9,9 +9,12 @@ import pytest
 
 from nla import NLA
 from nla.errors import ArgumentError, ParseError
+from nla.eval.pair.fidelity import FidelitySettings, judge_fidelity
 from nla.eval.pair.texts import load_documents, sample_tokens, world_documents
+from nla.eval.pair.transfer import TransferSettings, judge_transfer
+from tests.helpers.adapters import lora_folder
 from tests.helpers.planted import planted_pair
-from tests.helpers.tiny import TEXTS
+from tests.helpers.tiny import TEMPLATE, TEXTS, make_pair
 
 
 def test_chats_are_read_as_the_target_reads_them_and_their_positions_named_by_who_wrote_them(
@@ -27,6 +30,25 @@ def test_chats_are_read_as_the_target_reads_them_and_their_positions_named_by_wh
     assert ("cat", "user") in named and ("dog", "user") in named
     assert {stratum for _, stratum in named} == {"user", "user control"}
     assert all(stratum == "user" for text, stratum in named if text in ("the", "cat", "dog"))
+
+
+def test_what_the_template_drops_of_chats_is_said(tmp_path: Path) -> None:
+    pair = make_pair()
+    chats = tmp_path / "chats.jsonl"
+    turns = [{"role": "system", "content": "so red"}, {"role": "user", "content": "the cat"}]
+    chats.write_text("\n".join(json.dumps({"id": name, "messages": turns}) for name in ("one", "two")))
+    pair.tokenizer.chat_template = TEMPLATE.replace("in messages", "in messages if m['role'] != 'system'")
+    found = load_documents(pair, chats, True, 9)
+    assert found.texts == ["<|user|>the cat<|end|>"] * 2
+    (remark,) = found.remarks
+    assert "Dropped by the chat template" in remark and "content: message 0 of one, message 0 of two." in remark
+    tuned = lora_folder(tmp_path / "tuned")
+    pair.fit_baselines(pair.read(TEXTS))
+    for report in (
+        judge_fidelity(pair, FidelitySettings(texts=chats, chats=True)),
+        judge_transfer(pair, TransferSettings(tuned, texts=chats, chats=True)),
+    ):
+        assert report.to_json()["remarks"] == [remark] and remark in report.to_markdown()
 
 
 def test_long_texts_are_cut_and_the_first_are_taken(pair: NLA, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from nla.audit.settings import AuditSettings
 from nla.errors import MissingExtraError, TranscriptError
 from nla.transcripts.files import load_transcripts, read_file
 from tests.helpers.talk import entry
-from tests.helpers.tiny import make_pair
+from tests.helpers.tiny import TEMPLATE, make_pair
 
 WORD = {"name": "word", "looks_for": "Any word.", "match": {"regex": ["[a-z]"]}, "min_share": 0.25}
 
@@ -101,6 +101,12 @@ def test_the_scanner_gives_a_result_for_each_rubric(tmp_path: Path, monkeypatch:
     results = asyncio.run(scan(talk))
     assert [result.label for result in results] == ["word", "hidden-objective"]
     assert results[0].value == 1.0 and results[0].references and results[1].value == 0
+    assert all((result.metadata["unread"], result.metadata["remarks"]) == ([], []) for result in results)
+    pair.tokenizer.chat_template = TEMPLATE.replace("in messages", "in messages[1:]")
+    scan = module.nla_audit(rubrics=str(rubric), samples=1, model_of="any", allow_dropped=True)
+    (result,) = asyncio.run(scan(talk))
+    (remark,) = result.metadata["remarks"]
+    assert result.metadata["unread"] == ["content of message 0"] and "Dropped by the chat template" in remark
 
 
 def test_without_the_extra_a_typed_error_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet
@@ -19,6 +20,7 @@ from nla.audit import run
 from nla.audit.from_files import audit_files
 from nla.audit.reading import Reading, read_batch
 from nla.audit.report import AuditReport
+from nla.audit.rubric import parse_rubric
 from nla.audit.run import audit, preparer_for
 from nla.audit.settings import AuditSettings
 from nla.autoencoder import NLA
@@ -141,12 +143,38 @@ def test_too_few_controls_are_neither_a_pass_nor_a_failure(
     assert report.audit.findings and report.too_few_controls() and report.undecided and not report.passed
     assert main(few) == 3
     shown = capsys.readouterr()
-    assert "with so few controls" in shown.err and "no finding can be significant" in shown.out
+    assert (
+        "no finding of animal can be significant with so few controls" in shown.err
+        and "no finding can be significant" in shown.out
+    )
     assert main(few[:-3]) == 0, "without --check"
     assert main([*command[:-1], "--check"]) == 1, "without controls every finding counts"
     nothing = {"name": "none", "looks_for": "x", "match": {"words": ["zebra"]}}
     files["rubric"].write_text(yaml.safe_dump(nothing), encoding="utf-8")
     assert main(few) == 0, "nothing was found, whatever the controls"
+
+
+def test_one_rubric_with_too_few_controls_leaves_the_audit_undecided_and_is_named() -> None:
+    """Of a rubric at its own kind of position there may be fewer controls than of the others."""
+    word = {"looks_for": "Any word.", "match": {"regex": ["."]}}
+    rubrics = {name: parse_rubric({"name": name, **word}) for name in ("a", "b")}
+    whole = audit(make_pair(), [transcript(2)], AuditSettings(samples=1, rubrics=list(rubrics.values())))
+
+    def report(**controls: tuple[int, float]) -> AuditReport:
+        """Of rubrics with so many controls, and the q-value of what was found."""
+        rows = [replace(row, n_controls=n, q=q) for row in whole.rows for n, q in [controls.get(row.rubric, (0, 1.0))]]
+        rows = [row for row in rows if row.rubric in controls]
+        results = [replace(one, least_controls=10) for one in whole.results if one.rubric in controls]
+        made = replace(whole, results=results, rows=rows, controls=whole.transcripts)
+        assert {one.rubric for one in made.findings} == set(controls)
+        return AuditReport(made, "p", "t", "x", "structure", 1, None, None, [], 0, 0, 0)
+
+    both = report(a=(100, 0.9), b=(2, 1.0))
+    assert (both.passed, both.undecided, both.undecidable) == (False, True, ["b"])
+    assert [line.split(":")[0] for line in both.too_few_controls()] == ["b"]
+    assert report(a=(100, 0.9)).passed and not report(a=(100, 0.9)).undecided
+    significant = report(a=(100, 0.01), b=(2, 1.0))
+    assert (significant.passed, significant.undecided) == (False, False)
 
 
 def _killed(files: dict[str, Path]) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from nla.errors import TemplateError, TranscriptError
 from nla.transcripts.files import load_transcripts
-from nla.transcripts.prepared import Preparer, chats_of
+from nla.transcripts.prepared import Preparer, chats_of, remarks
+from nla.transcripts.rendering import Chat, Unread
 from tests.helpers.chat_templates import tokenizer_of
 from tests.helpers.talk import said
 
@@ -54,3 +56,27 @@ def test_a_system_text_that_the_template_drops_is_folded_too() -> None:
         options = {"context": 99, "target": "t", "fold_system": True, "allow_dropped": allow}
         read = Preparer(tokenizer=tokenizer, **options).prepare(chat).chat
         assert read.text.startswith("user: Be brief.\n\nIs it 5?") and not read.unread
+
+
+def test_remarks_do_not_grow_with_what_a_file_holds() -> None:
+    """Keys, names of media, ids and texts of a file, as many and as long as it likes."""
+    (plain,) = chats_of(tokenizer_of("chatml"), MESSAGES)
+
+    def chat(name: str, **fields: object) -> Chat:
+        return replace(plain, transcript=replace(plain.transcript, id=name, **fields))
+
+    assert remarks([chat("a", unused=("top_p", "toxic")), chat("b", unused=("top_p",))]) == [
+        "Fields of the file that are not used: top_p, toxic: a, b."
+    ]
+    (many,) = remarks([chat("a", unused=tuple(f"k{n}" for n in range(50_000)))])
+    assert "k0, k1, " in many and "and 49988 more: a." in many and len(many) < 300
+    for long in (
+        chat("a", unused=("![x](a.png)" + "A" * 100_000,)),
+        chat("a" * 100_000, unused=("b",)),
+        chat("a", remarks=("a" * 100_000,)),
+        replace(plain, unread=[Unread(0, "a" * 100_000, False)]),
+    ):
+        assert all(len(remark) < 500 for remark in remarks([long]))
+    media = replace(plain, unread=[Unread(0, f"medium {n}", False) for n in range(5_000)])
+    said_of = remarks([media])
+    assert len(said_of) < 60 and "medium 0: message 0 of" in said_of[0] and said_of[-1].startswith("4950 more")

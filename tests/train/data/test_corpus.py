@@ -312,6 +312,16 @@ def test_chats_are_read_as_the_targets_own_with_roles_for_strata(tokenizer, tmp_
     ]
 
 
+def test_chats_of_which_the_template_drops_something_are_counted_and_some_are_named(tokenizer, tmp_path, caplog):
+    chats = [{"messages": [{"role": "system", "content": "red"}, *CHAT]}] * 5 + [{"messages": CHAT}]
+    settings = CorpusSettings(write_jsonl(tmp_path / "c.jsonl", chats), first_position=0)
+    tokenizer.chat_template = tokenizer.chat_template.replace("in messages", "in messages if m['role'] != 'system'")
+    (chunk,) = prepare(tokenizer, settings)
+    assert (chunk.counts["unread"], chunk.counts["read"], chunk.counts["refused"]) == (5, 6, 0)
+    assert len(caplog.messages) == 3 and "content: message 0 of" in caplog.messages[0]
+    assert caplog.messages[0].startswith("Document 0: Dropped by the chat template")
+
+
 def test_a_chat_that_cannot_be_read_is_left_out_but_not_all_of_them(tokenizer, tmp_path):
     broken = {"messages": [{"role": "user", "content": 7}]}
     source = write_jsonl(tmp_path / "c.jsonl", [broken, {"messages": CHAT}])
