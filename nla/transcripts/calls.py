@@ -77,10 +77,9 @@ def parse_calls(lists: Sequence[Any], source: str) -> tuple[tuple[Mapping[str, A
         if not isinstance(entries, Sequence) or isinstance(entries, str):
             raise bad(source, f"tool calls that are a {type(entries).__name__}", "a list of calls", "check the file")
         for entry in entries:
-            inner = entry
-            if isinstance(entry, Mapping):
-                inner = next((entry[key] for key in ("function", "custom") if entry.get(key) is not None), entry)
-            inner = {**entry, "name": inner} if isinstance(inner, str) else inner
+            own = entry if isinstance(entry, Mapping) else {}
+            inner = next((own[key] for key in ("function", "custom") if own.get(key) is not None), own)
+            inner = {**own, "name": inner} if isinstance(inner, str) else inner
             name = inner.get("name") if isinstance(inner, Mapping) else None
             if not isinstance(inner, Mapping) or not isinstance(name, str):
                 raise bad(source, "a tool call without a name", "a function with name and arguments", "check the file")
@@ -90,7 +89,7 @@ def parse_calls(lists: Sequence[Any], source: str) -> tuple[tuple[Mapping[str, A
                 raise bad(source, got, f"one of {', '.join(_ARGUMENTS)}", "write {} where there were none")
             value = next((inner[key] for key in keys if inner[key] is not None), None)
             calls.append({"name": name, "arguments": _arguments(value)})
-            ids.append(entry.get("id") if isinstance(entry.get("id"), str) else None)
+            ids.append(own["id"] if isinstance(own.get("id"), str) else None)
     return tuple(calls), tuple(ids) if ids and all(ids) else ()
 
 

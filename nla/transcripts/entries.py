@@ -10,7 +10,6 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 from nla.transcripts.calls import parse_calls, split_calls
@@ -20,6 +19,7 @@ MEDIA = ("image", "audio", "video", "document", "file", "data")
 """What parts may be besides text, under these names alone, with "input_" before or "_url" after."""
 
 _TEXT = ("text", "input_text", "output_text")
+_THOUGHTS = ("reasoning", "thinking", "redacted_thinking")
 _SHOWN = 60
 _THOUGHT = re.compile(r"(\s*<think>\n*|)(.*?)(\n*</think>\s*)(.*)", re.DOTALL)
 _READ = {"role", "content", "tool_calls", "function_call", "refusal", "reasoning_content", "reasoning", "thinking"}
@@ -204,13 +204,13 @@ def _texts_of(details: Sequence[Mapping[str, Any]], kind: str) -> list[str]:
 
 def _end_of_calls(content: Any) -> int:
     """Where, in a list of parts, the model says something after it called a tool; 0: nowhere."""
-    kinds = (
-        [_typed(part).get("type") if isinstance(part, Mapping) else "text" for part in content]
-        if isinstance(content, list)
-        else []
-    )
-    pairs = enumerate(pairwise(kinds), start=1)
-    return next((n for n, (before, kind) in pairs if before == "tool_use" and kind != "tool_use"), 0)
+    called = False
+    for number, part in enumerate(content if isinstance(content, list) else ()):
+        part = _typed(part) if isinstance(part, Mapping) else {"type": "text", "text": part}
+        if called and (part.get("type") in _THOUGHTS or (part.get("type") in _TEXT and part.get("text"))):
+            return number
+        called = called or part.get("type") == "tool_use"
+    return 0
 
 
 def _typed(part: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -242,7 +242,7 @@ def _read_part(part: Any, parts: _Parts, source: str) -> None:
         parts.texts.append(_text(part, "text", source))
     elif kind == "refusal":
         parts.texts.append(_text(part, "refusal", source))
-    elif kind in ("reasoning", "thinking", "redacted_thinking"):
+    elif kind in _THOUGHTS:
         _read_thought(part, parts, source)
     elif kind == "tool_use" and "tool_type" in part:  # Inspect's name for what ran at the provider
         got = f"a tool that the provider ran itself ({str(part.get('name'))[:_SHOWN]})"

@@ -173,6 +173,8 @@ def test_text_after_calls_in_parts_stays_after_them() -> None:
     parts = [{"type": "text", "text": "A"}, use, use, {"type": "text", "text": "B"}, use]
     found = read([ASKED, {"role": "assistant", "content": parts}])
     assert [(one.content, len(one.calls)) for one in found.messages[1:]] == [("A", 2), ("B", 1)]
+    silent = [use, {"type": "text", "text": ""}, use, {"cachePoint": {"type": "default"}}]
+    assert [len(one.calls) for one in read([ASKED, {"role": "assistant", "content": silent}]).messages] == [0, 2]
 
 
 @pytest.mark.parametrize("rows", ["grouped", "mixed"])

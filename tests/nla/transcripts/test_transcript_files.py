@@ -123,6 +123,7 @@ BROKEN = {
     "part of no type": ([{"role": "user", "content": [{"words": "x"}]}], "part"),
     "part without text": ([{"role": "user", "content": [{"type": "text"}]}], "NoneType"),
     "call without name": ([{"role": "assistant", "content": "x", "tool_calls": [{}]}], "without a name"),
+    "call is a string": ([{"role": "assistant", "content": "x", "tool_calls": ["look"]}], "without a name"),
     "surrogate": ('[{"role": "user", "content": "\\ud800"}]', "surrogate"),
     "surrogate in a call": (
         '[{"role": "assistant", "tool_calls": [{"function": {"name": "\\udfff", "arguments": "{}"}}]}]',
