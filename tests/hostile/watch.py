@@ -30,7 +30,7 @@ class Outcome(NamedTuple):
     """The error, and the line of ours that it went through last."""
 
 
-def watched(use: Callable[[Path], None], path: Path) -> Outcome:
+def watched(use: Callable[[Path], None], path: Path, cpu_s: float = CPU_S) -> Outcome:
     """Run ``use(path)`` in a child. It is to raise an NLAError, or to return after its own checks (by ``assert``)."""
     allowed = MOST_BYTES + sum(file.lstat().st_blocks * 512 for file in path.rglob("*"))
     reader, writer = os.pipe()
@@ -38,7 +38,7 @@ def watched(use: Callable[[Path], None], path: Path) -> Outcome:
     if child == 0:
         os.close(reader)
         start = _bytes("RssAnon")
-        outcome = _limited(use, path)
+        outcome = _limited(use, path, cpu_s)
         grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - start - _bytes("RssFile")
         if grown > allowed:
             outcome = Outcome("memory", f"{grown / 2**20:.0f} MB; {outcome}")
@@ -55,10 +55,10 @@ def watched(use: Callable[[Path], None], path: Path) -> Outcome:
     return Outcome(*json.loads(said))
 
 
-def _limited(use: Callable[[Path], None], path: Path) -> Outcome:
+def _limited(use: Callable[[Path], None], path: Path, cpu_s: float) -> Outcome:
     for number in (signal.SIGPROF, signal.SIGALRM):
         signal.signal(number, signal.SIG_DFL)
-    signal.setitimer(signal.ITIMER_PROF, CPU_S)
+    signal.setitimer(signal.ITIMER_PROF, cpu_s)
     signal.setitimer(signal.ITIMER_REAL, WALL_S)
     limit = _bytes("VmData") + 8 * MOST_BYTES
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
