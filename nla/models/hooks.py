@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -13,9 +14,11 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from nla.config import InjectionConfig
-from nla.errors import ArgumentError, MarkerError, PositionError, ShapeError
+from nla.errors import ArchitectureError, ArgumentError, MarkerError, PositionError, ShapeError
 from nla.metrics import check_finite, unit
-from nla.models.points import Point, block, d_model, embeddings
+from nla.models.points import TESTED, Point, backbone, block, d_model, device_of, embeddings, entering_view
+
+_SCALES: weakref.WeakKeyDictionary[nn.Module, float] = weakref.WeakKeyDictionary()
 
 Intervene = Callable[[Int[Tensor, " b"], Int[Tensor, " b"]], contextlib.AbstractContextManager]
 """From the numbers of a batch's rows and the padding on the left of each, a context in which the model runs on them."""
@@ -76,11 +79,12 @@ def inject(
         model: a causal LM, with or without adapters.
         vectors: at the injection norm already (:func:`nla.metrics.rescale`); gradients flow into them if asked for.
         positions: columns, from :func:`locate_marker`.
-        layer: None: the vector takes the place of the input embedding (the embedding module's output, so a model that
-            scales its embeddings does not scale the vector). A block's index: to the block's output h the vector is
-            added at h's length, h + |h| v/|v|. It stands in ``config.injection.layer``.
+        layer: None: the vector takes the place of the input embedding: it enters the first block as it is, whatever the
+            model scales its embeddings by (:func:`embedding_scale`). A block's index: to the block's output h the
+            vector is added at h's length, h + |h| v/|v|. It stands in ``config.injection.layer``.
 
     Raises:
+        ArchitectureError: no vector enters the first block as it is.
         ShapeError: at entry if lengths differ; in a forward pass if the batch has another size or width.
         PointError: the model has no such block.
     """
@@ -90,6 +94,9 @@ def inject(
             "(b, d) and (b,)",
             "give one vector and one position for each batch row",
         )
+
+    if layer is None:
+        vectors = vectors / embedding_scale(model)
 
     def enter(stream: Tensor, _past: int) -> Tensor | None:
         if stream.shape[1] == 1:
@@ -112,6 +119,47 @@ def inject(
     module = embeddings(model) if layer is None else block(model, Point("resid_post", layer))
     with _changed(module, enter):
         yield
+
+
+def embedding_scale(model: nn.Module) -> float:
+    """What a model multiplies the output of its embedding module by before its first block: Granite by 12, most by 1.
+
+    Measured once for each backbone, with four digits, so that rounding in the model's type does not count.
+
+    Raises:
+        ArchitectureError: it does something else, such as Bloom, which normalises it.
+    """
+    stack = backbone(model)
+    if stack.config.model_type in TESTED:
+        return 1.0
+    if stack not in _SCALES:
+        _SCALES[stack] = _measured_scale(model)
+    return _SCALES[stack]
+
+
+def _measured_scale(model: nn.Module) -> float:
+    module, view = embeddings(model), entering_view(model)
+    vector = torch.randn(d_model(model), generator=torch.Generator().manual_seed(0))
+    ids = torch.zeros(3, 2, dtype=torch.int64, device=device_of(model))
+
+    def enter(stream: Tensor, _past: int) -> Tensor:
+        lengths = stream.new_tensor([1.0, -1.0, 3.0])
+        return torch.cat([stream[:, :1], (lengths[:, None] * vector.to(stream))[:, None]], dim=1)
+
+    with inference(model), _changed(module, enter):
+        entered = view(input_ids=ids, use_cache=False).last_hidden_state[:, 1].float().cpu()
+    # Whatever is added to all, such as a position's embedding, falls out of differences.
+    turned, grown = (entered[0] - entered[1]) / 2, (entered[2] - entered[0]) / 2
+    scale = float(turned @ vector / (vector @ vector))
+    for moved in (turned, grown):
+        if not bool((moved - scale * vector).norm() <= 0.03 * abs(scale) * vector.norm()):
+            raise ArchitectureError(
+                f"a model of type {backbone(model).config.model_type!r}, which changes more of an embedding than its "
+                "length before the first block",
+                "embeddings that enter the first block as they are, or multiplied by a number",
+                f"use another target, of type {', '.join(sorted(TESTED))} for example",
+            )
+    return float(f"{scale:.4g}")
 
 
 def replace(

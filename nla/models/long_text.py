@@ -5,6 +5,7 @@ A row goes chunk after chunk through a cache; beyond the context, or to bound th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 from nla.errors import ArgumentError, ContextLengthError
 from nla.metrics import check_finite
 from nla.models.hooks import inference
-from nla.models.points import Point, context_length, device_of, truncated_view
+from nla.models.points import Point, backbone, context_length, device_of, truncated_view, unwrapped
+from nla.models.selfcheck import reads_in_parts
 
 CHUNK = 1024
 """Most tokens of a forward pass."""
@@ -50,11 +52,12 @@ def read_ids(
 
     Only the blocks up to the point run, and no logits are made. Memory grows with the cache alone: keys and values
     of each block up to the point, or of a sliding-window block its window. :func:`nla.models.read.vectors_at` runs
-    whole rows in a batch; here one row is too long for that and goes through a cache, part after part.
+    whole rows in a batch; here one row is too long for that and goes through a cache, part after part. A model that
+    gives other values in parts reads it in one pass, which ``MASK_ELEMENTS`` bound.
 
     Raises:
         ArgumentError: a chunk below 1.
-        ContextLengthError: more ids than the model's context.
+        ContextLengthError: more ids than the model's context, or than one pass holds if it must be one.
         PointError, NonFiniteError: as in :func:`nla.models.read.read`.
     """
     from transformers import DynamicCache
@@ -64,18 +67,27 @@ def read_ids(
     limit = context_length(model)
     if len(ids) > limit:
         raise too_long(len(ids), limit, "the text")
+    in_parts, most = reads_in_parts(unwrapped(model)), math.isqrt(MASK_ELEMENTS)
+    if not in_parts and len(ids) > most:
+        kind = backbone(model).config.model_type
+        raise ContextLengthError(
+            f"a text with {len(ids)} tokens",
+            f"at most {most} at a time: a model of type {kind!r} gives other values in parts",
+            "read it in overlapping windows: --window 2048",
+        )
+    chunk = chunk if in_parts else most
     view = truncated_view(model, point)
     vectors = torch.empty(len(columns), view.config.hidden_size)
     wanted = torch.tensor(columns, dtype=torch.int64)
     last = int(wanted.max()) + 1 if len(wanted) else 0
-    cache = DynamicCache(config=view.config)
+    cache = DynamicCache(config=view.config) if in_parts else None
     with inference(model):
         end = 0
         while end < last:
             start = end
             end = min(last, start + chunk, start + max(1, MASK_ELEMENTS // (start + chunk)))
             part = ids[start:end].reshape(1, -1).to(device_of(model))
-            hidden = view(input_ids=part, past_key_values=cache, use_cache=True).last_hidden_state[0]
+            hidden = view(input_ids=part, past_key_values=cache, use_cache=in_parts).last_hidden_state[0]
             rows = ((wanted >= start) & (wanted < end)).nonzero().flatten()
             vectors[rows] = hidden[(wanted[rows] - start).to(hidden.device)].float().cpu()
             progress(end / last)

@@ -1,7 +1,7 @@
 """Points: "resid_post.3" names the residual stream after block 3; and where a model keeps its blocks.
 
-Any causal LM of transformers that is a stack of blocks will do: what is not in ``TESTED`` is held against transformers
-when it is loaded (:mod:`nla.models.selfcheck`).
+A causal LM of transformers that is a stack of blocks will do: what is not in ``TESTED`` is held against transformers when
+it is loaded, and may be refused (:mod:`nla.models.selfcheck`).
 """
 
 from __future__ import annotations
@@ -259,6 +259,13 @@ def truncated_view(model: nn.Module, point: str | Point) -> PreTrainedModel:
     view = _shallow(full)
     setattr(view, parts.blocks, nn.ModuleList(list(layers)[:n_blocks]))
     setattr(view, parts.norm, nn.Identity())
+    return view
+
+
+def entering_view(model: nn.Module) -> PreTrainedModel:
+    """The backbone without its blocks: its ``last_hidden_state`` is what enters the first of them."""
+    view = truncated_view(model, Point("resid_post", 0))
+    setattr(view, layout(view).blocks, nn.ModuleList())
     return view
 
 

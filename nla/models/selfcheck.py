@@ -6,21 +6,36 @@ A few tokens go through it: milliseconds on a small model.
 
 from __future__ import annotations
 
+import inspect
 import weakref
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from nla.errors import ArchitectureError
-from nla.models.hooks import inference, inject, record
-from nla.models.points import TESTED, Point, backbone, blocks, d_model, device_of, final_norm, truncated_view
+from nla.models.hooks import embedding_scale, inference, inject, record
+from nla.models.points import (
+    TESTED,
+    Point,
+    backbone,
+    blocks,
+    d_model,
+    device_of,
+    embeddings,
+    final_norm,
+    truncated_view,
+)
 
-N_TOKENS, COLUMN = 6, 2
+N_TOKENS, COLUMN, PADDING = 6, 2, 3
+_CANDIDATES = 512
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 """Largest relative difference; 3 % in shorter types."""
 
 _PASSED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_WHOLE: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Of them, those that give other values if a row goes through a cache in parts of several tokens."""
 
 
 def check_stream(model: PreTrainedModel) -> None:
@@ -28,7 +43,8 @@ def check_stream(model: PreTrainedModel) -> None:
 
     What each block returns must be what transformers gives as hidden states and, after the final norm, as the last of
     them; the view that is cut after a block must give what the whole model has there; later tokens must not change
-    earlier ones; and an injected vector must change its own row alone, from its own column on.
+    earlier ones; an injected vector must enter the first block as it is, and change its own row alone, from its own
+    column on; and padding on the left and a cache must change nothing while tokens are written one by one.
 
     Args:
         model: a causal LM, or a backbone that is cut after a block. Checked once for each object.
@@ -39,9 +55,11 @@ def check_stream(model: PreTrainedModel) -> None:
     stack = backbone(model)
     if stack.config.model_type in TESTED or stack in _PASSED:
         return
+    in_parts = True
     try:
         with inference(model):
             differed = _first_difference(model, stack)
+            in_parts = bool(differed) or _alike_in_parts(model)
     except ArchitectureError:
         raise
     except Exception as error:  # a forward pass of anybody's code
@@ -53,13 +71,26 @@ def check_stream(model: PreTrainedModel) -> None:
             f"use another target, of type {', '.join(sorted(TESTED))} for example",
         )
     _PASSED.add(stack)
+    if not in_parts:
+        _WHOLE.add(stack)
+
+
+def reads_in_parts(model: PreTrainedModel) -> bool:
+    """Whether a row may go through a cache in parts of several tokens. Mamba's layers use their state, in many types,
+    for single tokens alone: Jamba, Bamba, Zamba.
+
+    Raises:
+        ArchitectureError: see :func:`check_stream`.
+    """
+    check_stream(model)
+    return backbone(model) not in _WHOLE
 
 
 def _first_difference(model: PreTrainedModel, stack: PreTrainedModel) -> str | None:
     """What is not as it must be; None if all is."""
     n_blocks, width = len(blocks(model)), d_model(model)
     points = [Point("resid_post", layer) for layer in range(n_blocks)]
-    ids = torch.arange(3, 3 + 2 * N_TOKENS, device=device_of(model)).reshape(2, N_TOKENS) % stack.config.vocab_size
+    ids = _telling_ids(model)
     with record(model, points) as at:
         out = stack(input_ids=ids, use_cache=False, output_hidden_states=True)
     streams = [at.get(str(point), torch.empty(0)) for point in points]
@@ -85,11 +116,62 @@ def _first_difference(model: PreTrainedModel, stack: PreTrainedModel) -> str | N
     changed = truncated_view(model, points[-1])(input_ids=later, use_cache=False).last_hidden_state
     if _differ(changed[:, :-1], streams[-1][:, :-1]) or not _differ(changed[:, -1], streams[-1][:, -1]):
         return "a token changes what stands before it, or not what stands at it"
-    return _misplaced(model, ids, points[0])
+    return _misplaced(model, ids, points[0]) or _changed_by_padding(model, ids, streams[-1])
+
+
+def _telling_ids(model: PreTrainedModel) -> Tensor:
+    """Token ids, (2, N_TOKENS), whose embeddings are not nothing and point in different directions, as far as there are
+    any: those of untrained tokens are zero or equal."""
+    known = torch.arange(min(_CANDIDATES, backbone(model).config.vocab_size), device=device_of(model))
+    vectors = embeddings(model)(known).float()
+    lengths = vectors.norm(dim=1)
+    alike = (nn.functional.normalize(vectors, dim=1) @ nn.functional.normalize(vectors, dim=1).T) > 0.99
+    new = ~alike.tril(diagonal=-1).any(dim=1) & (lengths > 0.1 * lengths.median())
+    telling = known[new] if bool(new.any()) else known
+    return telling[torch.arange(2 * N_TOKENS, device=telling.device) % len(telling)].reshape(2, N_TOKENS)
+
+
+def _changed_by_padding(model: PreTrainedModel, ids: Tensor, streams: Tensor) -> str | None:
+    """Whether rows that are padded on the left, and whose last tokens come one by one, differ from the plain ones."""
+    view = truncated_view(model, Point("resid_post", len(blocks(model)) - 1))
+    padded = torch.cat([ids[:, :PADDING], ids], dim=1)
+    mask = (torch.arange(padded.shape[1], device=ids.device) >= PADDING).long().expand_as(padded)
+    places = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    takes_places = "position_ids" in inspect.signature(view.forward).parameters
+    writes = model is not backbone(model)  # a backbone alone does not
+    cache, given, starts = None, [], [0, *range(padded.shape[1] - 2, padded.shape[1])] if writes else [0]
+    for start, end in zip(starts, [*starts[1:], padded.shape[1]], strict=True):
+        own: dict[str, Any] = {"position_ids": places[:, start:end]} if takes_places else {}
+        own |= {"past_key_values": cache, "use_cache": True} if writes else {"use_cache": False}
+        out = view(input_ids=padded[:, start:end], attention_mask=mask[:, :end], **own)
+        cache = getattr(out, "past_key_values", None)  # RecurrentGemma keeps its state in itself
+        given.append(out.last_hidden_state)
+    first = given[0][:, PADDING:]
+    if _differ(first, streams[:, : first.shape[1]]):
+        return "padding on the left changes what stands after it"
+    if len(given) > 1 and _differ(torch.cat(given[1:], dim=1), streams[:, first.shape[1] :]):
+        return "a token that comes alone, with those before it in a cache, is not read as in one pass"
+    return None
+
+
+def _alike_in_parts(model: PreTrainedModel) -> bool:
+    """Whether a row in two parts, through a cache such as :mod:`nla.models.long_text` gives, is the row in one."""
+    view = truncated_view(model, Point("resid_post", len(blocks(model)) - 1))
+    ids, cache = _telling_ids(model), DynamicCache(config=view.config)
+    whole = view(input_ids=ids, use_cache=False).last_hidden_state
+    try:
+        parts = [
+            view(input_ids=part, past_key_values=cache, use_cache=True).last_hidden_state
+            for part in ids.split(N_TOKENS // 2, dim=1)
+        ]
+    except Exception:  # a cache of its own kind
+        return False
+    return not _differ(torch.cat(parts, dim=1), whole)
 
 
 def _misplaced(model: PreTrainedModel, ids: Tensor, point: Point) -> str | None:
     """What an injection does that it must not, or does not do; None if all is well."""
+    embedding_scale(model)
     view, columns = truncated_view(model, point), torch.full((2,), COLUMN, device=ids.device)
     plain = view(input_ids=ids, use_cache=False).last_hidden_state
     vectors = 2 * model.get_input_embeddings()(ids[:, COLUMN]).detach().roll(1, dims=1)

@@ -14,7 +14,8 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from nla.autoencoder import NLA
-from nla.errors import ArchitectureError
+from nla.errors import ArchitectureError, ContextLengthError
+from nla.models.hooks import inject
 from nla.models.load import load_target, load_truncated
 from nla.models.long_text import read_ids
 from nla.models.points import TESTED, block, layout
@@ -38,13 +39,20 @@ NEW: dict[str, dict[str, Any]] = {
     "glm4": {},
     "deepseek_v3": RANKS | EXPERTS | {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_key_value_heads": 4},
     "llama4_text": CHUNKED | {"num_local_experts": 4, "intermediate_size_mlp": 48, "num_experts_per_tok": 1},
-    "granite": {"logits_scaling": 0.25},
+    "granite": {"logits_scaling": 0.25, "embedding_multiplier": 12.0},
     "cohere2": {"sliding_window": 5},
     "nemotron": {},
     "smollm3": {},
-    "falcon_h1": MAMBA | {"mamba_chunk_size": 16},
+    "falcon_h1": MAMBA | {"mamba_chunk_size": 16, "embedding_multiplier": 5.0},
 }
 """What the config of each type needs beside the usual."""
+PERIODS = {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1}
+IN_ONE: dict[str, dict[str, Any]] = {
+    "jamba": PERIODS | {"mamba_d_state": 8, "mamba_dt_rank": 4, "num_experts": 2, "use_mamba_kernels": False},
+    "bamba": MAMBA | {"mamba_d_head": 16, "attn_layer_indices": [1]},
+    "minimax": {"block_size": 4},
+}
+"""Types that use their state for single tokens alone, or have a cache of their own kind."""
 
 
 def new_model(kind: str, **changes: Any) -> PreTrainedModel:
@@ -52,7 +60,9 @@ def new_model(kind: str, **changes: Any) -> PreTrainedModel:
     sizes = {"vocab_size": 64, "hidden_size": D_MODEL, "intermediate_size": 48, "num_hidden_layers": N_BLOCKS}
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": CONTEXT}
     tokens = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": 2, "tie_word_embeddings": False}
-    config = CONFIG_MAPPING[kind](**{**sizes, **tokens, "initializer_range": 0.25, **NEW.get(kind, {}), **changes})
+    config = CONFIG_MAPPING[kind](
+        **{**sizes, **tokens, "initializer_range": 0.25, **(NEW | IN_ONE).get(kind, {}), **changes}
+    )
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return AutoModelForCausalLM.from_config(config).eval()
@@ -88,6 +98,50 @@ def test_a_long_row_is_read_part_after_part_as_in_one_pass(kind: str) -> None:
     assert ((vectors - expected).norm(dim=1) <= 1e-3 * expected.norm(dim=1)).all()
 
 
+@pytest.mark.parametrize("kind", IN_ONE)
+def test_what_gives_other_values_in_parts_is_read_in_one_pass_or_refused(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = new_model(kind)
+    ids = torch.randint(3, 60, (40,), generator=torch.Generator().manual_seed(0))
+    expected = oracle(model, ids[None], 2)
+    vectors = read_ids(model, ids, "resid_post.2", range(40), chunk=16)
+    assert ((vectors - expected).norm(dim=1) <= 1e-4 * expected.norm(dim=1)).all()
+    monkeypatch.setattr("nla.models.long_text.MASK_ELEMENTS", 39**2)
+    with pytest.raises(ContextLengthError, match=rf"at most 39.*{kind}.*in parts.*--window"):
+        read_ids(model, ids, "resid_post.2", range(40), chunk=16)
+
+
+@pytest.mark.parametrize("kind", [*NEW, "gemma", "opt"])
+def test_an_injected_vector_enters_the_first_block_as_it_is(kind: str) -> None:
+    model, vectors, entering = new_model(kind), torch.randn(2, D_MODEL), []
+
+    def keep(module: nn.Module, args: Any, kwargs: Any) -> None:
+        entering.append(args[0] if args else kwargs["hidden_states"])
+
+    with torch.no_grad(), inject(model, vectors, torch.tensor([3, 4])):
+        block(model, "resid_post.0").register_forward_pre_hook(keep, with_kwargs=True)
+        model(IDS.repeat(2, 1), use_cache=False)
+    positions = model.model.decoder.embed_positions.weight[[5, 6]] if kind == "opt" else 0  # OPT's begin at 2
+    assert torch.allclose(entering[0][[0, 1], [3, 4]], vectors + positions, rtol=1e-3, atol=1e-4)
+
+
+def test_models_whose_embeddings_do_not_enter_as_they_are_or_that_read_their_padding_are_refused() -> None:
+    with pytest.raises(ArchitectureError, match=r"bloom.*more of an embedding than its length"):
+        check_stream(new_model("bloom"))
+    model = new_model("recurrent_gemma", lru_width=32, attention_window_size=16)
+    with pytest.raises(ArchitectureError, match=r"recurrent_gemma.*padding on the left changes"):
+        check_stream(model)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_tokens_that_were_never_trained_do_not_make_a_model_refused(value: float) -> None:
+    model = new_model("smollm3")
+    with torch.no_grad():
+        model.get_input_embeddings().weight[:40] = value  # all zero, or all equal
+    check_stream(model)
+
+
 @pytest.mark.parametrize("kind", NEW)
 def test_a_pair_on_a_newer_type_explains_and_reconstructs(kind: str) -> None:
     model, tokenizer = new_model(kind), make_tokenizer()
@@ -117,16 +171,21 @@ def _first_row_for_all(module: nn.Module, args: Any, output: torch.Tensor) -> to
     return output + 0.5 * output[:1]
 
 
+def _more_if_alone(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+    return output + 1 if output.shape[1] == 1 else output
+
+
 @pytest.mark.parametrize(
     ("broken", "differed"),
     [
+        (lambda model: block(model, "resid_post.1").register_forward_hook(_more_if_alone), "a token that comes alone"),
         (lambda model: block(model, "resid_post.1").register_forward_hook(_mean_of_all), "changes what stands before"),
         (lambda model: block(model, "resid_post.0").register_forward_hook(_first_row_for_all), "another row"),
         (lambda model: model.model.norm.register_forward_hook(_mean_of_all), None),
         (lambda model: setattr(model.model, "norm", nn.LayerNorm(D_MODEL, elementwise_affine=False)), None),
         (lambda model: setattr(model.model, "embed_tokens", nn.Embedding(64, 16)), "fails"),
     ],
-    ids=["not causal", "rows mixed", "a norm that mixes", "another norm", "another width"],
+    ids=["other steps", "not causal", "rows mixed", "a norm that mixes", "another norm", "another width"],
 )
 def test_what_differs_is_said(broken: Any, differed: str | None) -> None:
     model = new_model("smollm3")
