@@ -1,7 +1,7 @@
 """Points: "resid_post.3" names the residual stream after block 3; and where a model keeps its blocks.
 
-A causal LM of transformers that is a stack of blocks will do: what is not in ``TESTED`` is held against transformers when
-it is loaded, and may be refused (:mod:`nla.models.selfcheck`).
+A causal LM of transformers that is a stack of blocks will do: what is not in ``TESTED`` is held against transformers
+when it is loaded, and may be refused (:mod:`nla.models.selfcheck`).
 """
 
 from __future__ import annotations
