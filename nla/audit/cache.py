@@ -114,6 +114,7 @@ def reading_key(prepared: Prepared, settings: AuditSettings, models: str) -> str
         "models": models,
         "transcript": chat.transcript.digest,
         "text": chat.text,
+        "regions": chat.regions,
         "ids": hash_tensors({"ids": chat.ids}),
         "positions": positions,
         "windows": windows,

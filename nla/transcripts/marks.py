@@ -258,7 +258,13 @@ def _refuse_private(transcript: Transcript, given: list[tuple[str, str]], charac
 
 
 def _marked_call(call: Mapping[str, Any], mark: Callable[[Any], Any]) -> Mapping[str, Any]:
-    return {"name": mark(call["name"]), "arguments": _marked_leaves(call["arguments"], mark)}
+    name, given = mark(call["name"]), call["arguments"]
+    arguments = _marked_leaves(given, mark)
+    if given and arguments == given and isinstance(given, Mapping):
+        # Empty texts, null: only the names show whether they are read. The last one stays so where a template sorts.
+        last = max(given, key=lambda name: str(name).lower())
+        arguments = {mark(name) if name == last else name: value for name, value in given.items()}
+    return {"name": name, "arguments": arguments}
 
 
 def _marked_leaves(value: Any, mark: Callable[[Any], Any], kept: Container[str] = ()) -> Any:

@@ -63,8 +63,9 @@ CALLING = {
     "tags": CALL.replace("VALUE", "{{ v if v is string else v | tojson }}"),
     "python": CALL.replace("VALUE", "{{ v }}"),
     "string": CALL.replace("VALUE", "{{ v | string }}"),
+    "sorted": CALL.replace("VALUE", "{{ v | tojson }}").replace("arguments.items()", "arguments | dictsort"),
 }
-VALUES = [1000000, -0.5, 1e22, 0, True, False, [True, 7], {"of": 3}, 'Lí"ma\\', "7", [0.1, "x"]]
+VALUES = [1000000, -0.5, 1e22, 0, True, False, [True, 7], {"of": 3}, 'Lí"ma\\', "7", [0.1, "x"], None, "", {}]
 MISTRAL = (
     "{% set ns = namespace(last=0) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}"
     "{% endif %}{% endfor %}{% for m in messages %}{% if m.role == 'user' %}{% if tools and loop.index0 == ns.last %}"
@@ -197,7 +198,7 @@ def test_tools_after_a_system_text_are_the_systems_as_long_as_it_is_open(closed:
 @pytest.mark.parametrize("form", CALLING)
 @pytest.mark.parametrize("value", VALUES)
 def test_every_value_of_a_call_is_read_or_missed(form: str, value: object) -> None:
-    message = Message("assistant", "", ({"name": "pay", "arguments": {"amount": value}},))
+    message = Message("assistant", "", ({"name": "pay", "arguments": {"amount": value, "Again": value}},))
     chat = Transcript("calls", (TALK[0], message))
     template = calling(CALLING[form])
     own = [one.for_template() for one in chat.messages]

@@ -182,3 +182,13 @@ def test_weights_that_changed_in_memory_are_read_anew(tmp_path: Path) -> None:
     assert (counts(), counts()) == ((1, 0, 0), (0, 1, 0))
     shifted("lora_B", ".default.")(pair)
     assert counts() == (1, 0, 1)
+
+
+def test_a_reading_depends_on_whose_words_the_tokens_are(nla: NLA) -> None:
+    """Of the same text another version of nla may say that a part belongs to another message."""
+    settings = AuditSettings()
+    prepared = preparer_for(nla, settings).prepare(TALK)
+    regions = [prepared.chat.regions[0]._replace(section="tools"), *prepared.chat.regions[1:]]
+    other = prepared._replace(chat=replace(prepared.chat, regions=regions))
+    models = models_key(nla, None)
+    assert reading_key(prepared, settings, models) == key(nla) != reading_key(other, settings, models)
