@@ -27,7 +27,7 @@ from nla.pair import folder as pair_folder
 from nla.pair import publish
 from nla.pair.card import doubt
 from nla.pair.decoder import Decoder, DecoderBatch
-from nla.pair.encoder import Encoder
+from nla.pair.encoder import Encoder, whole_seeds
 from nla.pair.explanations import Explanations, judge
 from nla.pair.roles import Head, Parts, Role, Roles, SharedBase, check_role, planted, require_shared
 from nla.pair.score import Score, check_store, denominators, score
@@ -383,6 +383,7 @@ class NLA:
         """
         vectors, samples = vectors_of(acts), 1 if greedy else samples
         known = acts if isinstance(acts, Activations) else None
+        seed = whole_seeds(seed)
         seed = _seeds(seed, known, vectors) if isinstance(seed, int) else seed
         written = self.encoder.generate(vectors, samples, temperature, max_new_tokens, seed, greedy, batch_size)
         predicted = self.decoder.decode([*written.explanations, ""], strict=False)

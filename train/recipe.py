@@ -185,7 +185,7 @@ class Recipe:
                 refuse("joint.stratum_weights", self.joint.stratum_weights, f"shares of {', '.join(strata)}")
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: str | Path, overrides: str | Sequence[str] = ()) -> Recipe:
     """Read a recipe: a YAML file, or the name of a shipped one such as ``couplets``.
 
     Args:
@@ -203,6 +203,6 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         content = read_yaml(file)
     except ParseError as error:
         raise RecipeError(error.got, error.expected, error.fix) from error
-    for assignment in overrides:
+    for assignment in [overrides] if isinstance(overrides, str) else overrides:
         override(content, assignment)
     return build(Recipe, content, str(file))

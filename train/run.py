@@ -47,7 +47,7 @@ OF_CORPUS = PAIRS | {"extract": (MANIFEST, BASELINES), "describe": ("train.jsonl
 
 
 def run_recipe(
-    path: str | Path, *, overrides: Sequence[str] = (), until: str | None = None, dry_run: bool = False
+    path: str | Path, *, overrides: str | Sequence[str] = (), until: str | None = None, dry_run: bool = False
 ) -> dict[str, Any]:
     """Run a recipe's stages in order and return a summary of each.
 

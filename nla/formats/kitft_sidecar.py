@@ -73,7 +73,7 @@ def read_meta(path: Path, *kinds: str) -> dict[str, Any]:
         SidecarError: it is missing, not YAML, or of another kind or schema.
     """
     try:
-        meta = read_yaml(path)
+        meta = read_yaml(path, foreign=True)
     except ParseError as error:
         raise SidecarError(error.got, f"a sidecar, {path.name}", FIX) from error
     if not isinstance(meta, dict):

@@ -134,12 +134,15 @@ def renewed(old: str, new: str) -> str:
         return new
     fix = "correct the card"
     try:
-        kept = parse_yaml(old_header, f"the header of {CARD_FILE}") or {}
+        kept = parse_yaml(old_header, f"the header of {CARD_FILE}", foreign=True) or {}
     except ParseError as error:
         raise ConfigError(error.got, "YAML between two lines of ---", fix) from error
     tags = kept.get("tags") or [] if isinstance(kept, dict) else None
+    if isinstance(tags, str):
+        tags = [tags]
     if not isinstance(tags, list):
-        raise ConfigError(f"a {CARD_FILE} with the header {shown(kept)}", "keys and values, and a list of tags", fix)
+        got = f"a {CARD_FILE} with the header {shown(kept)}"
+        raise ConfigError(got, "keys and values, and as tags a text or a list", fix)
     fresh = yaml.safe_load(header)
     merged = {**kept, **fresh, "tags": [*fresh["tags"], *(t for t in tags if t not in fresh["tags"])]}
     before, begin, rest = old_body.partition(BEGIN)

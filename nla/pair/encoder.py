@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -18,6 +19,7 @@ from nla.models.generate import ends_of, generate, pad_of, rows_at_a_time, seede
 from nla.models.hooks import inject, locate_marker
 from nla.models.points import context_length, device_of, unwrapped
 from nla.pair.roles import Roles
+from nla.storage.schema import shown
 from nla.text.tokens import render_prompt
 
 
@@ -89,7 +91,7 @@ class Encoder:
             batch_size: rows (activations × samples) at a time; see :func:`nla.models.generate.rows_at_a_time`.
 
         Raises:
-            ArgumentError: an argument is out of range.
+            ArgumentError: an argument is out of range, or a seed is no whole number.
             ContextLengthError: prompt and longest answer together do not fit the context.
             ShapeError, NonFiniteError: see :func:`nla.metrics.rescale`.
         """
@@ -106,7 +108,8 @@ class Encoder:
         entering = rescale(self.config.check_vectors(vectors), self.config.injection.norm)
         entering, device = entering.repeat_interleave(samples, dim=0), device_of(model)
 
-        own = None if isinstance(seed, int | None) else _draws(seed, samples, length)
+        seed = whole_seeds(seed)
+        own = _draws(seed, samples, length) if isinstance(seed, list) else None
         if own is not None and len(own) != len(entering):
             got = f"{len(own) // samples} seeds for {len(entering) // samples} activations"
             raise ArgumentError(got, "one seed, or one for each activation", "give as many")
@@ -124,7 +127,7 @@ class Encoder:
                 pad=self.pad_id,
                 max_new_tokens=length,
                 temperature=None if greedy else temperature,
-                generator=seeded(seed, device) if isinstance(seed, int) else None,
+                generator=None if isinstance(seed, list) else seeded(seed, device),
                 draws=own,
                 processors=[MarkerMask(self.config.injection.marker_id)],
                 intervene=injected,
@@ -143,6 +146,25 @@ class Encoder:
                 f"at most {context} tokens together, the model's context",
                 f"give max_new_tokens={context - prompt} or less",
             )
+
+
+def whole_seeds(seed: Any) -> int | list[int] | None:
+    """A seed, or one for each activation, as whole numbers; NumPy's and torch's are such, too.
+
+    Raises:
+        ArgumentError: they are not, or are beyond 64 bits.
+    """
+    if seed is None:
+        return None
+    several = hasattr(seed, "__len__") and getattr(seed, "ndim", 1) > 0
+    try:
+        seeds = [operator.index(one) for one in seed] if several else [operator.index(seed)]
+    except TypeError:
+        seeds = [2**64]
+    if not all(-(2**63) <= one < 2**64 for one in seeds):
+        expected = "a whole number of 64 bits, or one for each activation"
+        raise ArgumentError(f"seed={shown(seed)}", expected, "give a number such as 0")
+    return seeds if several else seeds[0]
 
 
 def _draws(seeds: Sequence[int], samples: int, length: int) -> Float[Tensor, "n t"]:

@@ -48,7 +48,7 @@ def reconstruction_errors(
 
 
 def fve_by_stratum(
-    errors: Float[Tensor, " n"], strata: Sequence[str], baselines: Mapping[str, Baseline]
+    errors: Float[Tensor, " n"], strata: str | Sequence[str], baselines: Mapping[str, Baseline]
 ) -> dict[str, float]:
     """FVE over all ("global"), and within each stratum that has a baseline, over the stratum's own.
 
@@ -65,7 +65,7 @@ def fve_by_stratum(
 def fve_gain_by_stratum(
     errors: Float[Tensor, " n"],
     reference: Float[Tensor, " n"],
-    strata: Sequence[str],
+    strata: str | Sequence[str],
     baselines: Mapping[str, Baseline],
 ) -> dict[str, float]:
     """FVE of ``errors`` minus FVE of ``reference`` on the same activations: a ratio would pass through zero."""
@@ -78,7 +78,7 @@ class FidelityByStratum:
 
     def __init__(
         self,
-        strata: Sequence[str],
+        strata: str | Sequence[str],
         documents: Int[Tensor, " n"],
         baselines: Mapping[str, Baseline],
         n_boot: int = 1000,
@@ -93,6 +93,7 @@ class FidelityByStratum:
         Raises:
             BaselineError: no baseline for "global" or for a known stratum.
         """
+        strata = [strata] if isinstance(strata, str) else strata
         self.documents, self.n_boot, self.seed = documents, n_boot, seed
         self.rows = {name: rows for name, rows in rows_by_stratum(strata).items() if name != UNKNOWN_STRATUM}
         self.rows[GLOBAL] = torch.ones(len(strata), dtype=torch.bool)
@@ -130,8 +131,9 @@ class FidelityByStratum:
         return self.statistic(stratum, [errors, reference], lambda mean: 1 - mean[..., 0] / mean[..., 1])
 
 
-def rows_by_stratum(strata: Sequence[str]) -> dict[str, Bool[Tensor, " n"]]:
+def rows_by_stratum(strata: str | Sequence[str]) -> dict[str, Bool[Tensor, " n"]]:
     """The rows of each stratum as a mask, in order of appearance."""
+    strata = [strata] if isinstance(strata, str) else strata
     return {name: torch.tensor([stratum == name for stratum in strata]) for name in dict.fromkeys(strata)}
 
 

@@ -98,7 +98,7 @@ class Score:
 def score(
     target: Float[Tensor, "n d"],
     predicted: Float[Tensor, "n d"],
-    strata: Sequence[str],
+    strata: str | Sequence[str],
     documents: Int[Tensor, " n"],
     baselines: Mapping[str, Baseline],
     empty: Float[Tensor, " d"],
@@ -120,6 +120,7 @@ def score(
     """
     if len(target) == 0:
         raise BaselineError("no activations", "at least 1 to score", "check the selection of positions")
+    strata = [strata] if isinstance(strata, str) else strata
     error = mse(target, predicted)
     judged = FidelityByStratum(strata, documents, baselines, n_boot, seed)
     within = _shuffled_within(target, predicted, strata, seed)

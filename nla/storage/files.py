@@ -11,6 +11,7 @@ import shutil
 import stat
 import tempfile
 import uuid
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from io import BufferedReader
 from pathlib import Path
@@ -114,26 +115,23 @@ def replacing_files(folder: Path, last: str, outdated: Sequence[str] = ()) -> It
 def try_folder(folder: Path | None) -> None:
     """Refuse a folder for results in which nothing can be written: before the work, and not after it.
 
+    A folder that is not there is tried under another name, beside which other processes may make and fill it.
+
     Raises:
         StorageError: no permission, no room, a file of that name, or no name for a folder. What was made to try it is
             gone again.
     """
     if folder is None:
         return
-    made: list[Path] = []
     try:
-        made = [part for part in (folder, *folder.parents) if not part.exists()]
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder) as file:
-            file.write(b"\0")
-            file.flush()
+        there = next((part for part in (folder, *folder.parents) if os.path.lexists(part)), folder)
+        with tempfile.TemporaryDirectory(prefix=".", suffix=".tmp", dir=there, ignore_cleanup_errors=True) as name:
+            inner = name / folder.relative_to(there)
+            inner.mkdir(parents=True, exist_ok=True)
+            (inner / "0").write_bytes(b"\0")
     except (OSError, ValueError) as error:
         got = f"the folder {str(folder)!r}, in which nothing can be written ({error})"
         raise StorageError(got, "one to write into, with room", "choose another folder, or free space") from error
-    finally:
-        for part in made:
-            with contextlib.suppress(OSError):
-                part.rmdir()
 
 
 def try_file(path: Path | None) -> None:
@@ -282,8 +280,7 @@ def _containers(values: Any) -> list[Any]:
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        twice = next(name for name, n in Counter(name for name, _ in pairs).items() if n > 1)
         raise ValueError(f"the key {twice[:60]!r} twice")
     return content
 
@@ -294,7 +291,7 @@ def _integer(digits: str) -> int:
     return int(digits)
 
 
-def read_yaml(path: str | Path) -> Any:
+def read_yaml(path: str | Path, foreign: bool = False) -> Any:
     """What a YAML file holds, read as :func:`parse_yaml` reads.
 
     Raises:
@@ -304,7 +301,7 @@ def read_yaml(path: str | Path) -> Any:
         text = read_bytes(path, MAX_YAML_BYTES).decode("utf-8-sig")
     except (OSError, ValueError) as error:
         raise ParseError(f"no readable {path} ({error})", "a YAML file there", "name another") from error
-    return parse_yaml(text, str(path))
+    return parse_yaml(text, str(path), foreign)
 
 
 class _PlainLoader(yaml.SafeLoader):
@@ -329,11 +326,14 @@ _PlainLoader.add_implicit_resolver(
 )
 
 
-def parse_yaml(text: str, source: str) -> Any:
+def parse_yaml(text: str, source: str, foreign: bool = False) -> Any:
     """The plain values of a YAML text, those that JSON has: keys that are texts, no objects, no endless aliases.
 
     What YAML 1.1 takes for a date, a number to base 60 (1:30) or one to base 8 (010) is a text here, and 1e-4 is a
     number.
+
+    Args:
+        foreign: it was written for other programs: all that PyYAML's safe loader takes, as it takes it.
 
     Raises:
         ParseError: it is anything else; the message names ``source`` and the line.
@@ -342,43 +342,52 @@ def parse_yaml(text: str, source: str) -> Any:
     try:
         if len(text) > MAX_YAML_BYTES or sum(map(text.count, "\n,[{")) > MAX_YAML_NODES:
             raise ValueError(f"more than {MAX_YAML_BYTES:,} characters or {MAX_YAML_NODES:,} values")
-        loader = _PlainLoader(text)
+        loader = (yaml.SafeLoader if foreign else _PlainLoader)(text)
         node = loader.get_single_node()
         if node is None:
             return None
-        _check_nodes(node, {})
+        _check_nodes(node, {}, plain=not foreign)
         return loader.construct_document(node)
     except (yaml.YAMLError, *_OF_TAGS, RecursionError) as error:
         mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
         where = source if mark is None else f"{source}, line {mark.line + 1}"
         problem = getattr(error, "problem", None) or ("nested too deep" if isinstance(error, RecursionError) else error)
         got = f"{where}, which is not YAML ({visible(str(problem))[:120]})"
-        raise ParseError(got, "plain YAML whose keys are texts", "correct it; a special mark goes in quotes") from error
+        expected = "YAML" if foreign else "plain YAML whose keys are texts"
+        raise ParseError(got, expected, "correct it; a special mark goes in quotes") from error
     finally:
         if loader is not None:
             loader.dispose()
 
 
-def _check_nodes(node: yaml.Node, sizes: dict[int, int]) -> int:
-    """How many values a node stands for, aliases written out; too many, odd tags and odd keys are refused."""
+def _check_nodes(node: yaml.Node, sizes: dict[int, int], plain: bool) -> int:
+    """How many values a node stands for, aliases written out; too many are refused, and so are long numbers.
+
+    Args:
+        plain: odd tags, keys that are no texts and keys that stand twice are refused, too.
+    """
     if id(node) in sizes:
         if sizes[id(node)] == 0:  # not counted to its end: it holds itself
             raise yaml.MarkedYAMLError(problem="an alias inside of what it stands for", problem_mark=node.start_mark)
         return sizes[id(node)]
     sizes[id(node)], size = 0, 1
-    if node.tag not in _PLAIN:
+    if plain and node.tag not in _PLAIN:
         raise yaml.MarkedYAMLError(problem=f"the tag {node.tag!r}", problem_mark=node.start_mark)
+    if node.tag in (_INT, _FLOAT) and len(node.value) > MAX_DIGITS:
+        problem = f"a number of {len(node.value)} characters"
+        raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
     if isinstance(node, yaml.MappingNode):
         keys = set()
         for key, value in node.value:
-            if key.tag not in (_TEXT, _MERGE):
+            if plain and key.tag not in (_TEXT, _MERGE):
                 raise yaml.MarkedYAMLError(problem="a key that is no text", problem_mark=key.start_mark)
-            if key.value in keys:
+            if plain and key.value in keys:
                 raise yaml.MarkedYAMLError(problem=f"the key {key.value[:40]!r} twice", problem_mark=key.start_mark)
-            keys.add(key.value)
-            size += 1 + _check_nodes(value, sizes)
+            if plain:
+                keys.add(key.value)
+            size += _check_nodes(key, sizes, plain) + _check_nodes(value, sizes, plain)
     elif isinstance(node, yaml.SequenceNode):
-        size += sum(_check_nodes(value, sizes) for value in node.value)
+        size += sum(_check_nodes(value, sizes, plain) for value in node.value)
     if size > MAX_YAML_NODES:
         raise yaml.MarkedYAMLError(problem=f"more than {MAX_YAML_NODES:,} values", problem_mark=node.start_mark)
     sizes[id(node)] = size

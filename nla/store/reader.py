@@ -299,13 +299,14 @@ def _grouped(values: Tensor) -> typing.Iterator[tuple[int, Tensor]]:
     yield from zip(numbers.tolist(), places.split(counts.tolist()), strict=True)
 
 
-def open_splits(folder: str | Path, splits: Sequence[str] = SPLITS) -> dict[str, Store]:
+def open_splits(folder: str | Path, splits: str | Sequence[str] = SPLITS) -> dict[str, Store]:
     """Open several splits of a store, which must not share a document.
 
     Raises:
         StoreError: see :meth:`Store.open`; or two splits hold the same text.
         ArgumentError: a split is named twice.
     """
+    splits = [splits] if isinstance(splits, str) else splits
     if len(set(splits)) != len(splits):
         raise ArgumentError(f"the splits {', '.join(splits)}", "each split once", "name it once")
     stores = {split: Store.open(folder, split) for split in splits}

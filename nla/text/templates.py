@@ -2,6 +2,9 @@
 
 Each template is tried in a process of its own first, which the system ends when it takes too much time or memory. After
 that it runs here, and is stopped when it takes too long.
+
+The process is a fork of this one, whatever its threads do: it renders in Python alone, without torch or the tokenizer's
+own code, whose locks other threads could hold; no template is rendered here meanwhile, and it ends without clean-up.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import os
 import resource
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -27,11 +31,14 @@ MAX_CHARACTERS = 100_000
 MAX_ADDED = 1_000_000
 """Characters that a template may write beside four times those of the messages and tools."""
 SECONDS, MEGABYTES = 1, 300
-"""Of a template's first run, on the processor, and beyond what this process has."""
+"""Of a template's first run, on the processor, and beyond what this process has; and beside what its messages need."""
+CHARACTERS_PER_S, BYTES_PER_CHARACTER = 5_000_000, 64
+"""What messages and tools need of both: of four bytes a character, sixteen copies."""
 PATIENCE_S = 20.0
 """Of any run, on a clock."""
-_tried: dict[str, str] = {}
-"""Of each template, what its first run took too much of; empty for nothing."""
+_passed: set[str] = set()
+"""Templates whose first run took no more."""
+_one_at_a_time = threading.Lock()
 
 
 def render_template(
@@ -54,13 +61,13 @@ def render_template(
 
     if len(template) > MAX_CHARACTERS:
         raise _too_much(f"of {len(template)} characters")
-    if template not in _tried:
-        _tried[template] = _tried_apart(render)
-    if _tried[template]:
-        raise _too_much(_tried[template])
-    with _deadline():
-        text = render()
     given = len(json.dumps([list(messages), options.get("tools")], ensure_ascii=False, default=str))
+    with _one_at_a_time:
+        if template not in _passed:
+            _try_apart(render, given)
+            _passed.add(template)
+        with _deadline():
+            text = render()
     if len(text) > 4 * given + MAX_ADDED:
         raise _too_much(f"that writes {len(text)} characters for messages of {given}")
     return text
@@ -69,44 +76,48 @@ def render_template(
 def _too_much(what: str) -> TemplateError:
     return TemplateError(
         f"a chat template {what}",
-        f"one of at most {MAX_CHARACTERS} characters, which runs in {SECONDS} s and {MEGABYTES} MB",
+        f"one of at most {MAX_CHARACTERS} characters, which runs in {SECONDS} s and {MEGABYTES} MB beside its messages",
         "use the tokenizer as its makers published it, or another target",
     )
 
 
-def _tried_apart(render: Callable[[], str]) -> str:
-    """What a run in a copy of this process takes too much of; empty for nothing, whether or not it raises."""
+def _try_apart(render: Callable[[], str], given: int) -> None:
+    """Refuse what a run in a copy of this process takes too much of, for messages of so many characters.
+
+    Whether it raises is no matter: its own errors are those of the run that follows.
+    """
+    seconds, megabytes = SECONDS + given // CHARACTERS_PER_S, MEGABYTES + (given * BYTES_PER_CHARACTER >> 20)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # other threads are not copied, and none is needed here
+        warnings.simplefilter("ignore", DeprecationWarning)  # of the threads, which are not copied
         pid = os.fork()
     if pid == 0:
         code = 0
         try:
-            _limit_this_process()
+            _limit_this_process(seconds, megabytes)
             render()
         except MemoryError:
             code = 1
-        except BaseException:  # its own errors are those of the run that follows
+        except BaseException:
             pass
         finally:
             os._exit(code)
     ends = time.monotonic() + PATIENCE_S
-    while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+    while not (ended := os.waitpid(pid, os.WNOHANG))[0]:
         if time.monotonic() > ends:
             os.kill(pid, signal.SIGKILL)
         time.sleep(0.001)
-    status = os.waitpid(pid, 0)[1]
-    if os.WIFSIGNALED(status):
-        return f"that does not end in {SECONDS} s"
-    return f"that takes more than {MEGABYTES} MB" if os.WEXITSTATUS(status) else ""
+    if os.WIFSIGNALED(ended[1]):
+        raise _too_much(f"that does not end in {seconds} s for messages of {given} characters")
+    if os.WEXITSTATUS(ended[1]):
+        raise _too_much(f"that takes more than {megabytes} MB for messages of {given} characters")
 
 
-def _limit_this_process() -> None:
-    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 1))
+def _limit_this_process(seconds: int, megabytes: int) -> None:
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
     signal.signal(signal.SIGXCPU, signal.SIG_DFL)
     with contextlib.suppress(OSError, ValueError):  # only Linux says how much address space is in use
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        limit = used + (MEGABYTES << 20)
+        limit = used + (megabytes << 20)
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 

@@ -139,13 +139,13 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, max_length: int) -> En
     return encode_batch(tokenizer, [text], max_length)[0]
 
 
-def check_texts(texts: Sequence[str]) -> None:
+def check_texts(texts: str | Sequence[str]) -> None:
     """Refuse what is no text.
 
     Raises:
         ArgumentError: not a str, or one with a lone surrogate (half of a character), which no tokenizer can take.
     """
-    for number, text in enumerate(texts):
+    for number, text in enumerate([texts] if isinstance(texts, str) else texts):
         if not isinstance(text, str):
             raise ArgumentError(f"text {number} of type {type(text).__name__}", "a str", "decode or convert it first")
         try:

@@ -106,7 +106,7 @@ def test_the_pair_of_a_corpus_loads_and_its_card_has_its_score(whole):
 def test_a_second_run_skips_every_stage_and_more_texts_rerun_all_but_the_reading(whole, work):
     path = whole.with_suffix(".yaml")
     assert all(stage["skipped"] for stage in run.run_recipe(path).values())
-    again = run.run_recipe(path, overrides=["texts.n_train=41"], dry_run=True)
+    again = run.run_recipe(path, overrides="texts.n_train=41", dry_run=True)
     assert again["extract"]["skipped"] and all(
         again[stage]["would_run"] for stage in ("describe", "warmstart", "joint")
     )

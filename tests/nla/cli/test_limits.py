@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from nla.cli import console, main
 from nla.cli.console import USAGE
+from nla.errors import StorageError
 from nla.storage import files
 from tests.helpers.command_line import commands
 from tests.helpers.shell import Shell
@@ -97,6 +100,31 @@ def test_trying_a_folder_leaves_nothing_and_keeps_what_was_there(tmp_path: Path)
     (tmp_path / "kept").mkdir()
     files.try_folder(tmp_path / "kept")
     assert list(tmp_path.iterdir()) == [tmp_path / "kept"]
+
+
+def test_a_folder_is_tried_while_others_make_and_try_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, make = tmp_path / "a" / "b", Path.mkdir
+
+    def others_come_first(path: Path, *given: Any, **options: Any) -> None:
+        os.makedirs(folder, exist_ok=True)
+        make(path, *given, **options)
+
+    monkeypatch.setattr(Path, "mkdir", others_come_first)
+    files.try_folder(folder)
+    assert list(tmp_path.rglob("*")) == [tmp_path / "a", folder], "what another process made is there still"
+    monkeypatch.undo()
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(files.try_folder, [tmp_path / "c" / str(number // 50) / "d" for number in range(400)]))
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize("name", ["dangling", "dangling/b", "file/b", "a/" + "x" * 300, "a\0b"])
+def test_a_folder_that_cannot_be_made_is_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match="nothing can be written"):
+        files.try_folder(tmp_path / name)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dangling", "file"]
 
 
 PRINTS = {

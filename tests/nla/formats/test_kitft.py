@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import shutil
 import sys
@@ -398,3 +399,8 @@ def test_the_longest_answer_is_the_reference_clients(root: Path) -> None:
     assert nla.config.max_new_tokens == 200
     with pytest.raises(ContextLengthError, match="max_new_tokens=200"):
         nla.explain(pairs.probe_vectors())
+
+
+def test_a_sidecar_may_hold_keys_that_we_do_not_read_of_any_kind(root: Path) -> None:
+    edit(root, "av", lambda meta: meta.update({7: "seven", None: [1], "made": datetime.date(2026, 1, 2)}))
+    assert load(root).config.d_model > 0

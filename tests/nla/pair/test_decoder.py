@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 
@@ -9,6 +12,8 @@ from nla.config import DecoderConfig
 from nla.errors import ArgumentError, ContextLengthError, EmptyTextError, ShapeError, VocabularyError
 from nla.pair.decoder import last_stream, pad_batch
 from nla.pair.roles import Head
+from nla.pair.steer import generate_patched
+from nla.text.tokens import check_texts, encode_batch, plain_ids, prompt_ids
 from tests.helpers.tiny import CONTEXT, D_MODEL, make_pair
 
 TEXTS = ["the cat is here.", "a dog.", "it is so. the red tree is under the blue mat and the cat sat there.", "a dog."]
@@ -131,3 +136,25 @@ def test_training_reaches_the_decoders_parameters_and_no_others(pair) -> None:
     assert reached == expected
     layers = {int(name.split(".layers.")[1].split(".")[0]) for name in expected}
     assert layers == set(range(pair.config.layer + 1)), "the decoder's adapter ends at the point"
+
+
+def test_a_bare_string_is_one_text_to_every_function_that_takes_several(pair) -> None:
+    one, tokenizer = "a dog.", pair.tokenizer
+    calls: list[Callable[[Any], Any]] = [
+        pair.reconstruct,
+        lambda texts: pair.reconstruct(texts, per_sample=True),
+        pair.decoder.decode,
+        lambda texts: pair.encode_explanations(texts).input_ids,
+        lambda texts: torch.tensor(pair.decoder.prompt_rows(texts)),
+        lambda texts: pair.read(texts).vectors,
+        lambda texts: torch.tensor(plain_ids(tokenizer, texts)),
+        lambda texts: torch.tensor(prompt_ids(tokenizer, texts, None)),
+        lambda texts: torch.tensor(encode_batch(tokenizer, texts, None)[0].ids),
+    ]
+    for number, call in enumerate(calls):
+        assert torch.equal(call(one), call([one])), number
+    with pair.role("target"):
+        patched = [generate_patched(pair.base, tokenizer, texts, pair.point, "last", None, 2) for texts in (one, [one])]
+    assert patched[0] == patched[1] and len(patched[0]) == 1
+    with pytest.raises(ArgumentError, match="text 0 "):
+        check_texts("ab\ud800")

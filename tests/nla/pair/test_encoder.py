@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -244,3 +246,22 @@ def test_an_answer_that_cannot_fit_the_context_is_refused_before_it_is_sampled(p
     assert pair.encoder.generate(VECTORS[:1], samples=1, max_new_tokens=room).ids.shape[0] == 1
     with pytest.raises(ContextLengthError, match=rf"{CONTEXT} tokens.*max_new_tokens={room}"):
         pair.encoder.generate(VECTORS, max_new_tokens=room + 1)
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.uint8, np.array, torch.tensor])
+def test_seeds_of_numpy_and_torch_are_those_of_python(pair, kind: Any) -> None:
+    one, several = pair.explain(VECTORS, samples=1, seed=3), [3, 4, 5, 6, 7]
+    assert pair.explain(VECTORS, samples=1, seed=kind(3)).texts == one.texts
+    written = [pair.encoder.generate(VECTORS, 1, seed=seed).texts for seed in (3, several)]
+    assert written[0] != written[1]
+    assert pair.encoder.generate(VECTORS, 1, seed=kind(3)).texts == written[0]
+    seeds = kind(several) if kind in (np.array, torch.tensor) else [kind(seed) for seed in several]
+    assert pair.encoder.generate(VECTORS, 1, seed=seeds).texts == written[1]
+    assert pair.encoder.generate(VECTORS, 1, seed=tuple(several)).texts == written[1]
+
+
+@pytest.mark.parametrize("seed", [1.5, "12", 2**64, -(2**63) - 1, [1, 2, 3, 4, None], np.ones(5), torch.ones(5), {}])
+def test_what_is_no_seed_is_a_typed_error(pair, seed: Any) -> None:
+    for call in (pair.explain, pair.encoder.generate):
+        with pytest.raises(ArgumentError, match="seed"):
+            call(VECTORS, 1, seed=seed)

@@ -14,6 +14,7 @@ from nla.pair.fidelity import (
     other_document_rows,
     reconstruction_errors,
 )
+from nla.pair.score import score
 
 STRATA = ["a", "b", "a", "b", "a", "b"]
 DOCUMENTS = torch.tensor([0, 0, 1, 1, 2, 2])
@@ -69,3 +70,13 @@ def test_an_activation_without_a_readable_explanation_counts_as_reconstructed_at
     assert reconstruction_errors(vectors, -vectors).tolist() == pytest.approx([4.0] * 3)
     with pytest.raises(ShapeError):
         reconstruction_errors(vectors, vectors, readable=[True, False, True])
+
+
+def test_a_bare_string_is_one_stratum() -> None:
+    one, place = ERRORS[:1], DOCUMENTS[:1]
+    named = BASELINES | {"newline": Baseline(torch.zeros(4), 1.0, 9)}
+    assert fve_by_stratum(one, "newline", named) == fve_by_stratum(one, ["newline"], named)
+    assert fve_gain_by_stratum(one, one, "newline", named) == {"global": 0, "newline": 0}
+    assert FidelityByStratum("newline", place, named).strata == ["newline"]
+    row = torch.ones(1, 4)
+    assert score(row, row, "newline", place, named, torch.zeros(4), n_boot=9).by_stratum.keys() == {"newline"}

@@ -319,3 +319,11 @@ def test_a_saved_folders_card_names_a_base_model_on_the_hub_and_no_folder(tmp_pa
         assert header.pop("base_model", None) == (target if target == "someone/target" else None)
         assert header == {"library_name": "nla", "tags": ["interpretability", "natural-language-autoencoder"]}
         (tmp_path / "pair" / "README.md").unlink()
+
+
+def test_a_card_may_hold_whatever_yaml_its_writer_chose() -> None:
+    new = card({}, make_pair(target="someone/target").config, "me/pair", local=False)
+    header = "2024: year\nlicense: mit\ndate: 2024-01-02\ntags: custom\n"
+    renewed_header = yaml.safe_load(renewed(f"---\n{header}---\n# Mine\n", new).split("---\n", 2)[1])
+    fresh = yaml.safe_load(new.split("---\n", 2)[1])
+    assert renewed_header == yaml.safe_load(header) | fresh | {"tags": [*fresh["tags"], "custom"]}

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -335,3 +336,11 @@ def test_a_folder_where_a_file_is_to_be_written_is_refused(tmp_path, name):
     (tmp_path / "folder").mkdir()
     with pytest.raises(StorageError, match="path of a file"):
         native.write_atomic(tmp_path / name, "x")
+
+
+def test_among_many_keys_one_that_stands_twice_is_named_at_once():
+    keys = [f'"{number}": 0' for number in range(60_000)]
+    started = time.thread_time()
+    with pytest.raises(ValueError, match="the key '59999' twice"):
+        native.parse_json("{" + ", ".join([*keys, keys[-1]]) + "}")
+    assert time.thread_time() - started < 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
 from nla.errors import ParseError
 from nla.storage.files import parse_yaml, read_yaml
@@ -71,3 +72,28 @@ def test_a_file_that_cannot_be_read_is_a_typed_error(tmp_path: Path) -> None:
 def test_a_tag_whose_value_does_not_fit_is_refused(value: str) -> None:
     with pytest.raises(ParseError, match="not YAML"):
         parse_yaml(f"a: {value}", "a recipe")
+
+
+def test_foreign_yaml_is_what_the_safe_loader_makes_of_it() -> None:
+    text = "2024: x\nyes: 1\nwhen: 2001-09-09\nodd: [010, 1:30, !!binary aGk=, !!set {x}]\na: 1\na: 2"
+    assert parse_yaml(text, "a card", foreign=True) == yaml.safe_load(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        BOMB,
+        MERGES,
+        f"? [{', '.join(['*h'] * 10)}]\n: x".join([BOMB, ""]),
+        "a: &a [*a]",
+        "[" * 5000,
+        "a: " + "x" * 300_000,
+        "a: " + "9" * 200_000,
+        f"a: {'1:' * 90_000}1",
+        "!!python/object/apply:os.system ['x']",
+        "a: 2001-99-99",
+    ],
+)
+def test_foreign_yaml_is_limited_too(text: str) -> None:
+    with pytest.raises(ParseError, match="the source"):
+        parse_yaml(text, "the source", foreign=True)

@@ -191,6 +191,7 @@ def test_a_malformed_manifest_is_refused(tmp_path, change):
 def test_splits_that_share_a_text_are_refused(tmp_path):
     make(tmp_path / "apart")
     assert set(open_splits(tmp_path / "apart")) == {"train", "eval"}
+    assert set(open_splits(tmp_path / "apart", "train")) == {"train"}
     make(tmp_path / "shared", eval_text="träin 2 1 ✓")
     assert len(Store.open(tmp_path / "shared", "eval")) == 3
     with pytest.raises(StoreError, match="1 documents that stand in train as well as in eval"):

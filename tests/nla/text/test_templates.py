@@ -47,6 +47,11 @@ def test_a_template_that_takes_too_much_is_a_typed_error(name: str, tokenizer: A
     with pytest.raises(TemplateError, match=says) as caught:
         render_template(tokenizer, template, MESSAGES)
     assert time.thread_time() - started < 2 and len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("name", ["a long text", "characters", "many characters"])
+def test_prompts_and_transcripts_refuse_a_template_that_takes_too_much(name: str, tokenizer: Any) -> None:
+    template, says = HOSTILE[name]
     tokenizer.chat_template = template
     with pytest.raises(TemplateError, match=says):
         render_prompt(tokenizer, "the cat")
@@ -63,6 +68,30 @@ def test_a_template_that_is_slow_for_later_messages_alone_is_stopped(
     with pytest.raises(TemplateError, match="does not end"):
         render_template(tokenizer, template, MESSAGES * 2)
     assert render_template(tokenizer, template, MESSAGES) == "hello"
+
+
+def test_a_template_that_takes_too_much_of_one_chat_is_tried_anew_with_the_next(tokenizer: Any) -> None:
+    template = "{% if messages|length > 1 %}" + DOUBLING + "{% endif %}good day"
+    with pytest.raises(TemplateError, match="MB"):
+        render_template(tokenizer, template, MESSAGES * 2)
+    assert render_template(tokenizer, template, MESSAGES) == "good day"
+
+
+def test_what_a_template_may_take_grows_with_its_messages(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(templates, "MEGABYTES", 20)
+    content = "🙂" + "x" * 3_000_000  # four bytes a character
+    template = "{% for m in messages %}{{ '<' ~ m['role'] ~ '>' ~ m['content'] | trim ~ '</>' }}{% endfor %}"
+    text = render_template(tokenizer, template, [{"role": role, "content": content} for role in ("user", "assistant")])
+    assert text == f"<user>{content}</><assistant>{content}</>"
+    with pytest.raises(TemplateError, match="more than 20 MB for messages of 48 characters"):
+        render_template(tokenizer, template + "{% set x = 'y' * 90000000 %}", MESSAGES)
+
+
+def test_templates_are_tried_without_what_macos_lacks(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("os.waitid", raising=False)  # on macOS there from Python 3.13 on
+    assert render_template(tokenizer, "{{ 'fine' }}", MESSAGES) == "fine"
+    with pytest.raises(TemplateError, match="MB"):
+        render_template(tokenizer, DOUBLING, MESSAGES)
 
 
 @pytest.mark.parametrize(
