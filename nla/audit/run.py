@@ -14,6 +14,7 @@ from nla.audit.reading import Reading, read_batch
 from nla.audit.rubric import Rubric, load_rubrics
 from nla.audit.settings import BASE, AuditSettings
 from nla.errors import ArgumentError
+from nla.models.lora import other_base
 from nla.models.points import context_length
 from nla.organisms import adapter_folder
 from nla.progress import Progress, silent
@@ -144,6 +145,8 @@ def audit_prepared(
     cache.finish()
     progress("findings", 0.0)
     transcripts = [prepared.transcript for prepared in ours]
+    adapters = (target_adapter, None if control_target == BASE else control_target)
+    bases = (other_base(adapter, target_name(nla)) for adapter in adapters)
     scores = score_evidence(_evidence(ours, readings), evidence, matcher, paired, settings.seed)
     progress("findings", 1.0)
     return Audit(
@@ -155,7 +158,10 @@ def audit_prepared(
         scores=scores.transcripts,
         results=scores.rubrics,
         unread={prepared.transcript.id: prepared.chat.unread for prepared in ours if prepared.chat.unread},
-        remarks=remarks(prepared.chat for prepared in (*ours, *(theirs or ()))),
+        remarks=[
+            *remarks(prepared.chat for prepared in (*ours, *(theirs or ()))),
+            *(warning for warning in bases if warning is not None),
+        ],
         n_judged=0 if matcher.judge is None else matcher.judge.n_asked,
         n_discarded=0 if matcher.judge is None else matcher.judge.n_discarded,
     )

@@ -77,18 +77,21 @@ def explain(
     words, chosen = given_text(text, file) if chat is None else None, positions(which)
     if chat is not None and (text is not None or file is not None):
         raise ArgumentError("--chat beside a text", "one of them", "give TEXT, --file or --chat")
+    from nla.models.lora import other_base
     from nla.organisms import adapter_folder
     from nla.storage.files import try_file
 
     try_file(svg)
     nla = load(pair, device)
+    adapter = adapter_folder(target_adapter)
 
-    with nla.planted(adapter_folder(target_adapter)):
+    with nla.planted(adapter):
         acts = nla.read(one_chat(chat) if words is None else words, chosen)
     explanations = nla.explain(acts, samples=samples)
     if json:
-        content = explanations.to_json()
-        emit({**about(nla, pair), "text": acts.texts[0], "explanations": content, "notes": content})
+        content, remark = explanations.to_json(), other_base(adapter, nla.model_of("target").name_or_path)
+        remarks = {} if remark is None else {"remarks": [remark]}
+        emit({**about(nla, pair), **remarks, "text": acts.texts[0], "explanations": content, "notes": content})
         if svg is None:
             return OK
     from nla.cli import view

@@ -511,11 +511,11 @@ def _finish(
                 f"NaN or infinity in {name} of the target in {checkpoint.source}", "finite weights", _RESTORE
             )
     check_stream(model)
+    model.name_or_path = model.config._name_or_path = checkpoint.source
+    model.config._commit_hash = checkpoint.commit
     adapter = settings.get("adapter")
     if adapter is not None:
         merge_adapter(model, adapter)
-    model.name_or_path = model.config._name_or_path = checkpoint.source
-    model.config._commit_hash = checkpoint.commit
     return model.eval()
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from nla.errors import ConfigError, WeightsError
+from nla.errors import ConfigError, WeightsError, visible
 from nla.models.points import backbone, blocks, is_transposed, layout, unwrapped
 from nla.storage.files import folder_of, read_json, write_json
 from nla.storage.hashes import sha256
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig, PeftConfig, PeftModel
     from transformers import PreTrainedModel
 
+_log = logging.getLogger(__name__)
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -265,6 +267,10 @@ def fitted(folder: Path, model: nn.Module) -> tuple[LoraConfig, dict[str, Tensor
 
     Layers are found by what follows the list of blocks, so an adapter of a multimodal wrapper fits the text side alone,
     and one of a whole model a backbone. What lies above the blocks that ``model`` has is left out; so is the vision.
+    A base of another name than the target's is warned of; see :func:`other_base`.
+
+    Raises:
+        ConfigError, WeightsError, NonFiniteError: see :func:`nla.pair.roles.planted`.
     """
     config: Any = read_adapter_config(folder)
     base = unwrapped(model)
@@ -274,10 +280,11 @@ def fitted(folder: Path, model: nn.Module) -> tuple[LoraConfig, dict[str, Tensor
     layers: dict[str, str] = {}
     renamed: dict[str, str] = {}
     strange = []
-    for name in read_header(folder / ADAPTER_WEIGHTS).tensors:
+    for name, entry in read_header(folder / ADAPTER_WEIGHTS).tensors.items():
         path, _, part = name.rpartition(".lora_")
         match = layer_path.match(path)
         if match is not None and match[1] in known:
+            _check_shape(base.get_submodule(known[match[1]]), path, part, entry.shape, folder)
             layers[known[match[1]]] = path.removeprefix("base_model.model.")
             renamed[name] = f"base_model.model.{known[match[1]]}.lora_{part}"
         elif not _beyond(name, match, base is stack, n_blocks):
@@ -293,7 +300,58 @@ def fitted(folder: Path, model: nn.Module) -> tuple[LoraConfig, dict[str, Tensor
     config.target_modules, config.layers_to_transform = set(layers), None
     config.fan_in_fan_out = is_transposed(base)
     stored = load_tensors(folder / ADAPTER_WEIGHTS)
+    remark = other_base(folder, str(getattr(base, "name_or_path", "")))
+    if remark is not None:
+        _log.warning("%s", remark)
     return config, {now: stored[before] for before, now in renamed.items()}
+
+
+def _check_shape(module: nn.Module, name: str, part: str, shape: Sequence[int], folder: Path) -> None:
+    """Hold an adapter's matrix, ``A`` (rank × in) or ``B`` (out × rank), against the layer it is added to.
+
+    Raises:
+        WeightsError: the layer takes or gives another number of features.
+    """
+    weight = getattr(module, "weight", None)
+    sizes = [getattr(module, key, None) for key in ("in_features", "out_features")]
+    if None in sizes and isinstance(weight, Tensor) and weight.ndim == 2:
+        sizes = list(weight.shape)  # Conv1D of GPT-2, which is transposed
+    if None in sizes or len(shape) != 2:  # PEFT says of others what it makes
+        return
+    expected = (shape[0], sizes[0]) if part.startswith("A") else (sizes[1], shape[1])
+    if tuple(shape) != expected:
+        raise WeightsError(
+            f"{folder / ADAPTER_WEIGHTS}, where lora_{part[0]} of {shown(name.removeprefix('base_model.model.'))} has "
+            f"the shape {tuple(shape)}",
+            f"{expected}, as the target's layer of {sizes[0]} inputs and {sizes[1]} outputs takes it",
+            "use the target that the adapter was trained on",
+        )
+
+
+def other_base(folder: str | Path | None, target: str | Path) -> str | None:
+    """A warning that an adapter names another base than ``target``; None where it does not, or names none.
+
+    The last parts of the names are compared, since the same model has many places.
+
+    Raises:
+        ConfigError: the adapter's configuration is missing or malformed.
+        TargetError, AccessError: the hub does not give it.
+    """
+    if folder is None:
+        return None
+    base = read_json(located(folder) / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if not isinstance(base, str) or _last_part(base) in ("", _last_part(str(target))):
+        return None
+    return (
+        f"the adapter {visible(str(folder))} names the base {shown(base)}, and the target is {visible(str(target))}: "
+        "if these are not the same model, what is read means nothing"
+    )
+
+
+def _last_part(name: str) -> str:
+    """The name of a model in a path, a hub id or the hub's cache."""
+    cached = re.search(r"models--(?:.*--)?([^/]+)/snapshots/", name)
+    return (cached[1] if cached else Path(name.replace("\\", "/")).name).casefold()
 
 
 def _by_layer(patterns: dict[str, Any], layers: dict[str, str], default: Any, path: Path) -> dict[str, Any]:
@@ -320,7 +378,7 @@ def fill(folder: Path, model: PeftModel, state: dict[str, Tensor]) -> None:
     wrong = sorted(set(current) ^ set(state)) or [n for n, t in state.items() if t.shape != current[n].shape]
     if wrong:
         raise WeightsError(
-            f"{folder / ADAPTER_WEIGHTS}, whose {wrong[0]} is missing, unknown or of another shape",
+            f"{folder / ADAPTER_WEIGHTS}, whose {wrong[0]} is missing, unknown or of another rank",
             "the tensors of this adapter's configuration, in the target's shapes",
             "load it with the target and the rank it was made for",
         )

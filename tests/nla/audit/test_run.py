@@ -26,6 +26,7 @@ from nla.audit.settings import AuditSettings
 from nla.autoencoder import NLA
 from nla.cli.main import main
 from nla.errors import ArgumentError, NLAError, ParseError, RubricError, TranscriptError
+from nla.storage.files import read_json, write_json
 from tests.helpers.adapters import lora_folder
 from tests.helpers.pages import Markup
 from tests.helpers.talk import transcript, write_jsonl
@@ -229,6 +230,15 @@ def test_the_target_adapter_is_part_of_what_a_reading_depends_on(nla: NLA, files
     assert cosines[0] != cosines[1]
     assert planted.audit.results[0].control == base.audit.results[0].rate
     assert torch.equal(nla.read("the cat").vectors, before)
+
+
+def test_an_adapter_that_names_another_base_is_said_in_the_report(nla: NLA, files: dict[str, Path]) -> None:
+    plant = lora_folder(files["out"].parent / "plant")
+    config = read_json(plant / "adapter_config.json")
+    write_json(plant / "adapter_config.json", {**config, "base_model_name_or_path": "someone/other-7b"})
+    report = go(nla, files, target_adapter=plant)
+    assert any("someone/other-7b" in note for note in report.notes())
+    assert any("someone/other-7b" in remark for remark in report.to_json()["remarks"])
 
 
 def test_a_target_is_not_held_against_itself(nla: NLA, files: dict[str, Path]) -> None:

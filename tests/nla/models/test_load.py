@@ -24,9 +24,10 @@ from nla.errors import (
 from nla.models import load as module
 from nla.models.generate import ends_of
 from nla.models.load import load_target, load_truncated
-from nla.models.lora import save_adapter
+from nla.models.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, other_base, save_adapter
 from nla.models.read import read
 from nla.organisms import TARGETS
+from nla.storage.files import read_json, write_json
 from tests.helpers.targets import IDS, INDEX, POINT, activations_of, files_of, saved
 from tests.helpers.tiny import TEXTS, make_model, make_tokenizer
 
@@ -166,6 +167,38 @@ def test_an_adapter_of_another_model_is_refused(folder: Path, tmp_path: Path) ->
         load_target(folder, device="cpu", adapter=tmp_path / "adapter")
     with pytest.raises(ConfigError, match="does not fit"):
         load_truncated(folder, "resid_post.1", device="cpu", adapter=tmp_path / "adapter")
+
+
+@pytest.mark.parametrize(("architecture", "module"), [("llama", "q_proj"), ("llama", "down_proj"), ("gpt2", "c_fc")])
+@pytest.mark.parametrize("part", ["A", "B"])
+def test_a_matrix_of_another_shape_is_refused_before_peft_makes_any(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str, module: str, part: str
+) -> None:
+    target, adapter = saved(tmp_path / "target", architecture), tmp_path / "adapter"
+    lora(adapter, architecture, (module,))
+    tensors = load_file(adapter / ADAPTER_WEIGHTS)
+    name = next(n for n in tensors if f"lora_{part}" in n)
+    rows, columns = tensors[name].shape
+    wrong = (rows, columns + 8) if part == "A" else (rows + 8, columns)
+    save_file({**tensors, name: torch.zeros(wrong)}, adapter / ADAPTER_WEIGHTS)
+    monkeypatch.setattr("peft.get_peft_model", lambda *_, **__: pytest.fail("PEFT made matrices"))
+    with pytest.raises(WeightsError) as refused:
+        load_target(target, device="cpu", adapter=adapter)
+    assert f"lora_{part} of " in refused.value.got and module in refused.value.got and str(wrong) in refused.value.got
+    assert str((rows, columns)) in refused.value.expected
+
+
+def test_a_base_of_another_name_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    target, adapter = saved(tmp_path / "Tiny-1B", "llama"), tmp_path / "adapter"
+    lora(adapter)
+    config = read_json(adapter / ADAPTER_CONFIG)
+    same = ["someone/tiny-1b", "../../Tiny-1B/", "/root/.cache/huggingface/hub/models--someone--Tiny-1B/snapshots/0f0f"]
+    for base, warned in [*((name, False) for name in (*same, None, "")), ("someone/Tiny-7B", True)]:
+        caplog.clear()
+        write_json(adapter / ADAPTER_CONFIG, {**config, "base_model_name_or_path": base})
+        load_target(target, device="cpu", adapter=adapter)
+        assert [r.levelname for r in caplog.records] == ["WARNING"] * warned, base
+        assert ("someone/Tiny-7B" in caplog.text) == warned == (other_base(adapter, target) is not None)
 
 
 # Refusals
