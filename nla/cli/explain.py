@@ -89,7 +89,7 @@ def explain(
         acts = nla.read(one_chat(chat) if words is None else words, chosen)
     explanations = nla.explain(acts, samples=samples)
     if json:
-        content, remark = explanations.to_json(), other_base(adapter, nla.base_of("target").name_or_path)
+        content, remark = explanations.to_json(), other_base(adapter, str(nla.base_of("target").name_or_path))
         remarks = {} if remark is None else {"remarks": [remark]}
         emit({**about(nla, pair), **remarks, "text": acts.texts[0], "explanations": content, "notes": content})
         if svg is None:
