@@ -198,6 +198,7 @@ def _locate(source: str, revision: str | None) -> _Checkpoint:
     if getattr(whole, "quantization_config", None) is not None:
         config.quantization_config = whole.quantization_config
     dtype = str(whole.dtype or config.dtype).removeprefix("torch.")
+    files = _weight_files(source, commit or revision)
     return _Checkpoint(
         source=source,
         revision=revision,
@@ -206,9 +207,29 @@ def _locate(source: str, revision: str | None) -> _Checkpoint:
         dtype=dtype if dtype in DTYPES else "float32",
         generation=GenerationConfig.from_model_config(whole),
         parts=_layout_of(config, source),
-        text=_TEXT_SIDE if config is not whole else "",
-        files=_weight_files(source, commit or revision),
+        text=_text_side(whole, files, source) if config is not whole else "",
+        files=files,
     )
+
+
+def _text_side(whole: PretrainedConfig, names: Iterable[str], source: str) -> str:
+    """What a wrapper calls the part of it that writes: nearly always the same, or as transformers has it (SmolVLM).
+
+    Raises:
+        ArchitectureError: no part of it does.
+    """
+    if any(re.match(rf"(model\.)?{_TEXT_SIDE}\.", name) for name in names):
+        return _TEXT_SIDE
+    try:
+        wrapper: Any = _skeleton(whole)
+        return next(name for name, part in wrapper.named_modules() if name and part is wrapper.get_decoder())
+    except Exception as error:  # many need packages, or have no such part
+        raise ArchitectureError(
+            f"{source}, a model of type {whole.model_type!r} whose text side is not found "
+            f"({type(error).__name__}: {shown(str(error))})",
+            f"weights named {_TEXT_SIDE}.…, or a wrapper of which transformers says what writes",
+            "use a target that is a text model alone",
+        ) from error
 
 
 def _weight_files(source: str, revision: str | None) -> dict[str, str]:
@@ -323,7 +344,15 @@ def _generation(path: Path) -> GenerationConfig:
 
 def _check_depth(names: Iterable[str], n_blocks: int, checkpoint: _Checkpoint) -> None:
     """Refuse a configuration of more blocks than the files hold, before modules are made for them."""
+    names = list(names)
     stored = max((block + 1 for name in names if (block := _block_of(name, checkpoint)) is not None), default=0)
+    if not stored:
+        where = f"{checkpoint.text or 'the model'}: …{checkpoint.parts.blocks}.0.…"
+        raise WeightsError(
+            f"{checkpoint.source} without weights of blocks ({len(names)} names, such as {shown(names[:1])})",
+            f"those of {n_blocks} blocks of {where}",
+            "use a checkpoint that transformers saved, or convert it to its names",
+        )
     if n_blocks > stored:
         raise WeightsError(
             f"{checkpoint.source} with a config.json of {n_blocks} blocks", f"{stored}, as its weights have", _RESTORE

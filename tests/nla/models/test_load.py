@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, SmolVLMConfig, SmolVLMForConditionalGeneration
 
 from nla.errors import (
     ArchitectureError,
@@ -128,12 +128,44 @@ def test_a_multimodal_wrapper_in_either_spelling_gives_its_text_side_alone(tmp_p
         assert torch.equal(cut_of(folder), activations_of(expected))
 
 
+def tiny_smolvlm() -> SmolVLMForConditionalGeneration:
+    text = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4}
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0, "tie_word_embeddings": False}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 16, "patch_size": 8}
+    config = SmolVLMConfig(text_config=text, vision_config=vision, tie_word_embeddings=False, image_token_id=60)
+    return SmolVLMForConditionalGeneration(config).eval()
+
+
+def test_a_wrapper_that_calls_its_text_side_otherwise_gives_it_too(tmp_path: Path) -> None:
+    expected = tiny_smolvlm()
+    expected.save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    assert {name.split(".")[1] for name in load_file(tmp_path / "model.safetensors")} >= {"text_model", "vision_model"}
+    model, _ = load_target(tmp_path, device="cpu")
+    assert type(model) is LlamaForCausalLM and torch.equal(model(IDS).logits, expected(IDS).logits)
+    assert torch.equal(cut_of(tmp_path), activations_of(expected))
+
+
+def test_weights_without_a_text_side_are_said_to_be_without_it(tmp_path: Path) -> None:
+    tiny_smolvlm().save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    renamed = {name.replace("text_model", "speaker"): tensor for name, tensor in load_file(path).items()}
+    save_file(renamed, path, metadata={"format": "pt"})
+    for load in (load_target, lambda folder, **keywords: load_truncated(folder, POINT, **keywords)):
+        with pytest.raises(WeightsError, match=r"without weights of blocks.*text_model: …layers\.0"):
+            load(tmp_path, device="cpu")
+
+
 # Adapters
 
 
 def lora(folder: Path, architecture: str = "llama", modules: tuple[str, ...] = ("q_proj", "up_proj")):
     """A tuned model of that architecture, whose adapter is saved in ``folder``."""
-    tuned = get_peft_model(make_model(architecture), LoraConfig(r=4, target_modules=list(modules)))
+    tuned = get_peft_model(
+        make_model(architecture), LoraConfig(r=4, target_modules=list(modules), fan_in_fan_out=architecture == "gpt2")
+    )
     with torch.random.fork_rng():
         torch.manual_seed(3)
         for name, parameter in tuned.named_parameters():
