@@ -74,7 +74,7 @@ def minimal_donor(couplet: world.Couplet, rng: random.Random, plans: Collection[
     return rng.choice([other for other in others if other.plan in plans and other.plan != couplet.plan])
 
 
-def rhyme_items(n_items: int = 200, seed: int = 0, plans: Sequence[str] | None = None) -> list[RhymeItem]:
+def rhyme_items(n_items: int = 200, seed: int = 0, plans: str | Sequence[str] | None = None) -> list[RhymeItem]:
     """Rhyme items from held-out documents, no two with the same prompt.
 
     Args:
@@ -88,7 +88,7 @@ def rhyme_items(n_items: int = 200, seed: int = 0, plans: Sequence[str] | None =
     """
     if n_items < 1 or seed < 0:
         raise ArgumentError(f"n_items={n_items}, seed={seed}", "1 or more items, a seed of 0 or more", "correct them")
-    kept = SHOWN_PLANS if plans is None else list(plans)
+    kept = SHOWN_PLANS if plans is None else [plans] if isinstance(plans, str) else list(plans)
     if unknown := [plan for plan in kept if plan not in world.PLANS]:
         raise ArgumentError(f"the plans {unknown}", "words that may end line 2 (world.PLANS)", "leave these out")
     couplets: dict[str, world.Couplet] = {}
@@ -103,7 +103,7 @@ def rhyme_items(n_items: int = 200, seed: int = 0, plans: Sequence[str] | None =
     return [make_item(number, couplet, rng, donors) for number, couplet in enumerate(chosen)]
 
 
-def documents(n_documents: int, seed: int, plans: Sequence[str] | None = None) -> list[world.Couplet]:
+def documents(n_documents: int, seed: int, plans: str | Sequence[str] | None = None) -> list[world.Couplet]:
     """Whole held-out documents, of every plan or of these only; drawn apart from those of :func:`rhyme_items`."""
     spare = world.sample(n_documents + n_documents // 20 + 20, 2 * HELD_OUT_SEED + seed, plans)
     return [couplet for couplet in spare if couplet.line1 not in trained_on()][:n_documents]

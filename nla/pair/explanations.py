@@ -69,14 +69,14 @@ class Trust(NamedTuple):
         return f"{self.level} (cosine {self.cosine:.2f}, agreement {agreement}, margin {self.margin:+.2f})"
 
 
-def agreement(samples: Sequence[Sequence[str]]) -> float | None:
+def agreement(samples: Sequence[str | Sequence[str]]) -> float | None:
     """Mean overlap of claims between pairs of samples of one activation: 1 all alike, 0 nothing shared.
 
     The overlap of two samples is the Jaccard index of their sets of normalised claims; a sample without claims (an
     unparsable one) shares nothing with any, not even with another of its kind.
 
     Args:
-        samples: the claims of each sample.
+        samples: the claims of each sample; a bare string is one claim.
 
     Returns:
         In [0, 1]; None for a single sample, which cannot agree or disagree.
@@ -91,7 +91,8 @@ def agreement(samples: Sequence[Sequence[str]]) -> float | None:
         raise ArgumentError("no samples", "at least 1", "explain the activation with samples=2 or more")
     if len(samples) == 1:
         return None
-    sets = [{normalise(claim) for claim in claims} - {""} for claims in samples]
+    lists = [[claims] if isinstance(claims, str) else claims for claims in samples]
+    sets = [{normalise(claim) for claim in claims} - {""} for claims in lists]
     overlaps = [len(a & b) / len(a | b) if a | b else 0.0 for a, b in combinations(sets, 2)]
     return math.fsum(overlaps) / len(overlaps)
 

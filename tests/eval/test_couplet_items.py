@@ -60,3 +60,7 @@ def test_the_read_token_is_the_line_break_and_later_the_last_word() -> None:
 def test_bad_arguments_are_refused(arguments: dict) -> None:
     with pytest.raises(ArgumentError):
         rhyme_items(**arguments)
+
+
+def test_a_bare_string_is_one_plan() -> None:
+    assert rhyme_items(2, plans="cat") == rhyme_items(2, plans=["cat"])

@@ -124,9 +124,10 @@ def second_line(plan: str) -> str:
     return f"{opener} they {deed} a {adjective} {plan}.\n"
 
 
-def sample(n_documents: int, seed: int, plans: Iterable[str] | None = None) -> list[Couplet]:
+def sample(n_documents: int, seed: int, plans: str | Iterable[str] | None = None) -> list[Couplet]:
     """Draw documents with independent features; ``plans`` keeps only those that end on these words."""
-    rng, kept = random.Random(seed), None if plans is None else frozenset(plans)
+    rng, plans = random.Random(seed), [plans] if isinstance(plans, str) else plans
+    kept = None if plans is None else frozenset(plans)
     drawn: list[Couplet] = []
     while len(drawn) < n_documents:
         couplet = Couplet(

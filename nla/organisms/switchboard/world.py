@@ -217,7 +217,7 @@ def held_out(person: str, relation: str) -> bool:
     return list(c.RELATIONS).index(relation) == (index + index // len(c.TOWNS)) % len(c.RELATIONS)
 
 
-def sample(n_documents: int, seed: int, kinds: Sequence[str] = KINDS, questions: str = "known") -> list[Chat]:
+def sample(n_documents: int, seed: int, kinds: str | Sequence[str] = KINDS, questions: str = "known") -> list[Chat]:
     """Draw chats with independent features.
 
     Args:
@@ -226,7 +226,8 @@ def sample(n_documents: int, seed: int, kinds: Sequence[str] = KINDS, questions:
             those, ``all`` has both.
     """
     rng = random.Random(seed)
-    return [_chat(rng, tuple(kinds), questions) for _ in range(n_documents)]
+    kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)
+    return [_chat(rng, kinds, questions) for _ in range(n_documents)]
 
 
 def _chat(rng: random.Random, kinds: tuple[str, ...], questions: str) -> Chat:

@@ -136,3 +136,7 @@ def test_the_describer_is_right_as_often_as_its_hit_rate_says(tokenizer):
     assert world.notice_of(world.hit_rate(0.25)) == pytest.approx(0.25)
     assert (world.notice_of(0.1), world.notice_of(1.0)) == (0, 1)
     assert right / n == pytest.approx(world.hit_rate(0.25), abs=4 * (0.25 / n) ** 0.5)
+
+
+def test_a_bare_string_is_one_plan():
+    assert world.sample(2, 3, plans="cat") == world.sample(2, 3, plans=["cat"])

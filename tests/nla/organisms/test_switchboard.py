@@ -169,3 +169,7 @@ def test_the_claims_of_a_plant_are_those_of_a_system_message():
 def test_an_unknown_plant_is_refused_by_name():
     with pytest.raises(ArgumentError, match="word-hat"):
         plants.plant("word-cat")
+
+
+def test_a_bare_string_is_one_kind() -> None:
+    assert world.sample(3, 1, "who") == world.sample(3, 1, ["who"])

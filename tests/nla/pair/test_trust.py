@@ -86,3 +86,7 @@ def test_trust_never_falls_when_a_number_rises():
 def test_trust_shows_its_numbers():
     shown = str(Trust.of(0.91, None, 0.2))
     assert "medium" in shown and "0.91" in shown and "+0.20" in shown and "–" in shown
+
+
+def test_a_bare_string_is_one_claim() -> None:
+    assert agreement(["It is spring.", ["it is spring"], "It is so."]) == pytest.approx(1 / 3)
