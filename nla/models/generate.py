@@ -199,9 +199,12 @@ def rows_at_a_time(model: PreTrainedModel, n_tokens: int, most: int) -> int:
     if device_of(model).type != "cpu":
         return most
     config: Any = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    cached = n_tokens * config.num_hidden_layers * 2 * heads * width * model.dtype.itemsize
+    heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None)
+    if heads:
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        cached = n_tokens * config.num_hidden_layers * 2 * heads * width * model.dtype.itemsize
+    else:  # Mamba: a state of fixed size
+        cached = 4 * config.num_hidden_layers * config.hidden_size * config.expand * config.state_size
     bound = max(CPU_BYTES, int(CPU_SHARE * sum(parameter.nbytes for parameter in model.parameters())))
     return max(1, min(most, bound // (cached + _DISTRIBUTIONS * 4 * config.vocab_size)))
 

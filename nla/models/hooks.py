@@ -304,14 +304,25 @@ def _edit(
 @contextlib.contextmanager
 def _changed(module: nn.Module, change: Callable[[Tensor, int], Tensor | None], layer: int = 0) -> Iterator[None]:
     """While active, ``change`` sees a module's output (b, t, d) and how many tokens of the sequence came before it in
-    the cache; what it returns, if anything, takes the output's place. The only place that registers hooks."""
+    the cache, or 1 where some did and it does not count; what it returns, if anything, takes the output's place. The
+    only place that registers hooks."""
+
+    last: Cache | None = None
+
+    def before(cache: Cache | None, n_tokens: int) -> int:
+        nonlocal last
+        if cache is None:
+            return 0
+        again, last = cache is last, cache
+        with contextlib.suppress(ValueError):  # no layer of attention, and only these count tokens
+            return max(again, cache.get_seq_length(layer) - n_tokens)
+        return int(again)
 
     def hook(_module: nn.Module, _args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         stream = output[0] if isinstance(output, tuple) else output
         # Architectures pass the cache to their blocks under several names, or by its place.
         cache = next((value for value in (*_args, *kwargs.values()) if isinstance(value, Cache)), None)
-        past = 0 if cache is None else max(0, cache.get_seq_length(layer) - stream.shape[1])
-        new = change(stream, past)
+        new = change(stream, before(cache, stream.shape[1]))
         if new is None:
             return output
         return (new, *output[1:]) if isinstance(output, tuple) else new

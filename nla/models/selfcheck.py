@@ -102,9 +102,12 @@ def _first_difference(model: PreTrainedModel, stack: PreTrainedModel) -> str | N
     hidden = out.hidden_states or ()
     if len(hidden) != n_blocks + 1:
         return f"transformers gives {len(hidden)} hidden states for {n_blocks} blocks"
-    for point, stream, expected in zip(points[:-1], streams, hidden[1:], strict=False):
-        if _differ(stream, expected):
-            return f"{point} is not hidden state {point.layer + 1} of transformers"
+    strange = [
+        [point for point, *two in zip(points[:-1], streams, hidden[first:], strict=False) if _differ(*two)]
+        for first in (1, 0)  # Mamba's hidden states begin after the first block
+    ]
+    if all(strange):
+        return f"{strange[0][0]} is not hidden state {strange[0][0].layer + 1} of transformers"
     if _differ(final_norm(model)(streams[-1]), out.last_hidden_state):
         return f"{points[-1]} after the final norm is not the last hidden state of transformers"
     for layer in sorted({n_blocks // 2, n_blocks - 1}):
@@ -139,12 +142,15 @@ def _changed_by_padding(model: PreTrainedModel, ids: Tensor, streams: Tensor) ->
     places = (mask.cumsum(dim=1) - 1).clamp(min=0)
     takes_places = "position_ids" in inspect.signature(view.forward).parameters
     writes = model is not backbone(model)  # a backbone alone does not
+    known = inspect.signature(view.forward).parameters
+    kept = "cache_params" if "cache_params" in known else "past_key_values"
     cache, given, starts = None, [], [0, *range(padded.shape[1] - 2, padded.shape[1])] if writes else [0]
     for start, end in zip(starts, [*starts[1:], padded.shape[1]], strict=True):
         own: dict[str, Any] = {"position_ids": places[:, start:end]} if takes_places else {}
-        own |= {"past_key_values": cache, "use_cache": True} if writes else {"use_cache": False}
-        out = view(input_ids=padded[:, start:end], attention_mask=mask[:, :end], **own)
-        cache = getattr(out, "past_key_values", None)  # RecurrentGemma keeps its state in itself
+        own |= {kept: cache, "use_cache": True} if writes else {"use_cache": False}
+        seen = mask[:, :end] if kept == "past_key_values" or not start else None
+        out = view(input_ids=padded[:, start:end], attention_mask=seen, **own)
+        cache = getattr(out, kept, None)  # RecurrentGemma keeps its state in itself
         given.append(out.last_hidden_state)
     first = given[0][:, PADDING:]
     if _differ(first, streams[:, : first.shape[1]]):
