@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from nla.organisms import couplets, switchboard
+from nla.storage.files import folder_of
 
 TARGETS = {
     "couplets/planner": couplets.PLANNER,
@@ -38,7 +39,16 @@ def full_name(name: str | Path) -> str:
 
 
 def target_folder(name: str | Path) -> str:
-    """Where a target is: an embedded one's folder, such as of "couplets" or "couplets/plain"."""
+    """Where a target is: an embedded one's folder, such as of "couplets" or "couplets/plain"; of a GGUF file, that of
+    its safetensors, which are made if need be.
+
+    Raises:
+        TargetError, MissingExtraError, WeightsError, StorageError: see :func:`nla.storage.gguf.safetensors_of`.
+    """
+    if str(name).lower().endswith(".gguf") and folder_of(name) is None:
+        from nla.storage.gguf import safetensors_of  # torch, which only this needs
+
+        return str(safetensors_of(name))
     return str(TARGETS.get(full_name(name), name))
 
 

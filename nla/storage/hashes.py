@@ -53,7 +53,7 @@ def hash_weights(source: str | Path) -> str | None:
 
     The weights are the files that the index names, or model.safetensors, or, with neither, all safetensors; copies of
     them in another layout do not count. Every byte does, since a fine-tuned model may differ anywhere: about a second
-    for each GB, once for each large file (see :func:`_remembered_sha256`).
+    for each GB, once for each large file (see :func:`remembered_sha256`).
 
     Raises:
         WeightsError: a file that the index names is missing or cannot be read.
@@ -68,11 +68,16 @@ def hash_weights(source: str | Path) -> str | None:
     else:
         names = {SINGLE_FILE} if (folder / SINGLE_FILE).is_file() else {p.name for p in folder.glob("*.safetensors")}
     names |= {"config.json"} if (folder / "config.json").is_file() else set()
-    listing = "\n".join(f"{_remembered_sha256(folder / name)} {name}" for name in sorted(names))
+    listing = "\n".join(f"{remembered_sha256(folder / name)} {name}" for name in sorted(names))
     return hashlib.sha256(listing.encode()).hexdigest()
 
 
-def _remembered_sha256(path: Path) -> str:
+def cache_folder() -> Path:
+    """Where what can be made again is kept for the user: nla in the cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "nla"
+
+
+def remembered_sha256(path: Path) -> str:
     """SHA-256 of a file; of a large one, what it was when a file of this place, size, times and inode was last hashed.
 
     The notes lie in nla/sha256.json of the user's cache folder; where they cannot be read or written, files are hashed
@@ -92,7 +97,7 @@ def _remembered_sha256(path: Path) -> str:
         return sha256(path)  # says what is wrong
     if before[0] < _REMEMBERED_BYTES:
         return sha256(path)
-    notes = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "nla" / "sha256.json"
+    notes = cache_folder() / "sha256.json"
     key = str(path.resolve())
     known = _notes(notes)
     if known.get(key, [None])[0] == before:
@@ -106,7 +111,7 @@ def _remembered_sha256(path: Path) -> str:
 
 
 def _notes(path: Path) -> dict[str, list[Any]]:
-    """The notes of :func:`_remembered_sha256` that have their form; none if there are none, or they are damaged."""
+    """The notes of :func:`remembered_sha256` that have their form; none if there are none, or they are damaged."""
     try:
         content = read_json(path)
     except ConfigError:
