@@ -307,13 +307,13 @@ def _changed(module: nn.Module, change: Callable[[Tensor, int], Tensor | None], 
     the cache, or 1 where some did and it does not count; what it returns, if anything, takes the output's place. The
     only place that registers hooks."""
 
-    last: Cache | None = None
+    last: weakref.ref[Cache] | None = None  # a cache is large: it must not live on for this
 
     def before(cache: Cache | None, n_tokens: int) -> int:
         nonlocal last
         if cache is None:
             return 0
-        again, last = cache is last, cache
+        again, last = last is not None and last() is cache, weakref.ref(cache)
         with contextlib.suppress(ValueError):  # no layer of attention, and only these count tokens
             return max(again, cache.get_seq_length(layer) - n_tokens)
         return int(again)
