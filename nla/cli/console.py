@@ -79,8 +79,10 @@ def load(pair: str, device: list[str] | None = None) -> NLA:
 
 def quiet() -> None:
     """Keep notices of the libraries underneath, which a user can do nothing about, off the screen."""
+    from huggingface_hub.utils import logging as hub
     from transformers.utils import logging as chatter
 
+    hub.set_verbosity_error()
     chatter.disable_progress_bar()
     chatter.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning)

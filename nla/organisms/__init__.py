@@ -6,10 +6,14 @@ is not embedded is a folder or a hub id, and comes back as it is.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Mapping
 from pathlib import Path
 
+from nla.errors import ConfigError
 from nla.organisms import couplets, switchboard
 from nla.storage.files import folder_of
+from nla.storage.schema import shown
 
 TARGETS = {
     "couplets/planner": couplets.PLANNER,
@@ -28,6 +32,12 @@ RUBRICS = {f"switchboard/{file.stem}": file for file in switchboard.RUBRICS_FOLD
 ORGANISMS = {name.split("/")[0]: name for name in PAIRS}
 """An organism's name alone means its target, or its pair, whichever a command takes."""
 
+_NEAR = 0.88
+"""How much of a name is an embedded one's, of 1, for it to be meant: "couplet" of "couplets", but no "triplets"."""
+
+_N_NAMED = 5
+_WITH_ARTICLE = {"target": "a target", "pair": "a pair", "adapter": "an adapter"}
+
 
 def full_name(name: str | Path) -> str:
     """The whole name of an embedded target; anything else as it is.
@@ -43,20 +53,54 @@ def target_folder(name: str | Path) -> str:
     its safetensors, which are made if need be.
 
     Raises:
+        ConfigError: an embedded name that is none of a target.
         TargetError, MissingExtraError, WeightsError, StorageError: see :func:`nla.storage.gguf.safetensors_of`.
     """
     if str(name).lower().endswith(".gguf") and folder_of(name) is None:
         from nla.storage.gguf import safetensors_of  # torch, which only this needs
 
         return str(safetensors_of(name))
-    return str(TARGETS.get(full_name(name), name))
+    return _found(name, "target", TARGETS)
 
 
 def pair_folder(name: str | Path) -> str:
-    """Where a pair is: an embedded one's folder, such as of "couplets" or "switchboard"."""
-    return str(PAIRS.get(full_name(name), name))
+    """Where a pair is: an embedded one's folder, such as of "couplets" or "switchboard".
+
+    Raises:
+        ConfigError: an embedded name that is none of a pair.
+    """
+    return _found(name, "pair", PAIRS)
 
 
 def adapter_folder(name: str | Path | None) -> str | None:
-    """Where an adapter on a target is: an embedded one's folder, such as of "switchboard/goal"; None for None."""
-    return None if name is None else str(ADAPTERS.get(str(name), name))
+    """Where an adapter on a target is: an embedded one's folder, such as of "switchboard/goal"; None for None.
+
+    Raises:
+        ConfigError: an embedded name that is none of an adapter.
+    """
+    return None if name is None else _found(name, "adapter", ADAPTERS)
+
+
+def _found(name: str | Path, kind: str, folders: Mapping[str, Path]) -> str:
+    """The folder of an embedded name of a kind; what is neither embedded nor meant to be comes back as it is.
+
+    Names that begin with an organism's, and those that nearly are embedded ones, are never asked of a hub.
+    """
+    full = full_name(name)
+    if full in folders or folder_of(name) is not None:
+        return str(folders.get(full, name))
+    kinds = {
+        **dict.fromkeys(RUBRICS, "rubric"),
+        **dict.fromkeys(ADAPTERS, "adapter"),
+        **dict.fromkeys(TARGETS, "target"),
+    }
+    names = list(ORGANISMS) if kind == "pair" else [*(ORGANISMS if kind == "target" else ()), *sorted(folders)]
+    organism = full.split("/")[0]
+    meant, nearest = (difflib.get_close_matches(str(name), known, 1, _NEAR) for known in ([*names, *kinds], names))
+    if not meant and organism not in ORGANISMS:
+        return str(name)
+    got, fix = f"no embedded {kind} {shown(name)}", f"did you mean {nearest[0]}?" if nearest else "check the name"
+    if full in kinds:
+        got = f"{str(name)!r}, an embedded {kinds[full]}, where {_WITH_ARTICLE[kind]} is expected"
+        fix = f"give an adapter of {organism}, or none" if kind == "adapter" else f"give {organism}"
+    raise ConfigError(got, f"a folder, a hub id, or {', '.join(names[:_N_NAMED])}{' …' * (len(names) > _N_NAMED)}", fix)

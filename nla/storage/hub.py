@@ -81,7 +81,9 @@ def fetch_file(source: str, revision: str | None, name: str, optional: bool = Fa
     )
 
     try:
-        return Path(hf_hub_download(source, name, revision=revision))
+        copy = try_to_load_from_cache(source, name, revision=revision)
+        silent = not isinstance(copy, str) and not answers(source, name, revision)
+        return Path(hf_hub_download(source, name, revision=revision, local_files_only=silent))
     except RepositoryNotFoundError as error:  # a gated one is a kind of it
         raise access_error(source, error) from error
     except LocalEntryNotFoundError as error:
@@ -102,6 +104,20 @@ def fetch_file(source: str, revision: str | None, name: str, optional: bool = Fa
             "a hub id and one of its revisions",
             "check both, and the network",
         ) from error
+
+
+def answers(source: str, name: str, revision: str | None) -> bool:
+    """Whether the hub answers one request for a file, whatever it says; huggingface_hub would ask for half a minute."""
+    from huggingface_hub import errors, get_hf_file_metadata, hf_hub_url
+
+    client: Any = errors.HfHubHTTPError.__bases__[0]
+    try:
+        get_hf_file_metadata(hf_hub_url(source, name, revision=revision), timeout=_TIMEOUT_S)
+    except errors.HfHubHTTPError:
+        return True
+    except (client, ConnectionError):
+        return False
+    return True
 
 
 def place_of(source: str | Path) -> str:

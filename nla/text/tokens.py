@@ -24,7 +24,7 @@ from nla.errors import (
     WeightsError,
 )
 from nla.storage.files import folder_of
-from nla.storage.hub import fetch_file
+from nla.storage.hub import answers, fetch_file
 from nla.storage.schema import shown
 from nla.text.patterns import compile_pattern
 from nla.text.templates import render_template
@@ -117,9 +117,10 @@ def load_tokenizer(
             "put the target's tokenizer beside it: load it with transformers and call save_pretrained",
         )
     try:
-        saved_as = get_tokenizer_config(source, revision=revision or "main").get("tokenizer_class")
-        generic = saved_as in ("TokenizersBackend", "PreTrainedTokenizerFast")
         arguments: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
+        arguments["local_files_only"] = folder is None and not answers(source, "tokenizer_config.json", revision)
+        saved_as = get_tokenizer_config(source, **arguments).get("tokenizer_class")
+        generic = saved_as in ("TokenizersBackend", "PreTrainedTokenizerFast")
         tokenizer = (PreTrainedTokenizerFast if generic else AutoTokenizer).from_pretrained(source, **arguments)
         tokenizer("a")  # settings of another type than they should have show at the first text, or
         unknown_id(tokenizer)  # when a special token is asked for

@@ -15,9 +15,10 @@ import torch
 
 from nla.errors import AccessError, TargetError
 from nla.models.load import load_target, load_truncated
+from nla.storage.hub import fetch_file
 from nla.text.tokens import load_tokenizer
 from tests.helpers.targets import IDS, POINT, activations_of, files_of, saved
-from tests.helpers.tiny import make_model
+from tests.helpers.tiny import make_model, make_tokenizer
 
 
 @pytest.fixture
@@ -150,3 +151,18 @@ def test_a_tokenizer_of_no_known_name_without_a_network(hub: Hub, monkeypatch: p
     for name in ("typo", "./typo"):
         with pytest.raises(TargetError):
             load_tokenizer(name)
+
+
+def test_a_hub_that_does_not_answer_is_asked_once_a_file(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    view = load_truncated("some/model", POINT, device="cpu")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        fetch_file("some/model", None, file)
+    monkeypatch.setattr(hub_constants, "ENDPOINT", "http://127.0.0.1:1")  # nobody listens there
+    template = hub_constants.ENDPOINT + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(hub_constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: pytest.fail("waited to ask again"))
+    with pytest.raises(TargetError, match="cannot be reached"):
+        load_target("some/other")
+    again = load_truncated("some/model", POINT, device="cpu")
+    assert torch.equal(again(input_ids=IDS).last_hidden_state, view(input_ids=IDS).last_hidden_state)
+    assert load_tokenizer("some/model", hub.commit)("the cat")["input_ids"] == make_tokenizer()("the cat")["input_ids"]
