@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import json
 import logging
 import math
 import re
@@ -59,7 +60,8 @@ def safetensors_of(path: str | Path) -> Path:
     with _typed(file):
         n_stored = _check_tensors(file)
         _log.warning("%s is converted to safetensors in %s, once (%.1f GB)", file, folder, 4 * n_stored / 1e9)
-        model, tokenizer = _model_of(file, n_stored), _tokenizer_of(file)
+        model = _model_of(file, n_stored)
+        tokenizer = _tokenizer_of(file, model.config.vocab_size)
     with replacing_files(folder, "config.json") as new:
         model.save_pretrained(new)
         tokenizer.save_pretrained(new)
@@ -122,7 +124,20 @@ def _check_tensors(file: Path) -> int:
     return sum(math.prod(map(int, tensor.shape)) for tensor in reader.tensors)
 
 
-def _tokenizer_of(file: Path) -> Any:
-    from transformers import AutoTokenizer
+def _tokenizer_of(file: Path, n_tokens: int) -> Any:
+    """The tokenizer in a GGUF file, without what transformers adds to it beyond the model's ``n_tokens``."""
+    from tokenizers import Tokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    return AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+    tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    beyond = {token["content"] for token in content["added_tokens"] if token["id"] >= n_tokens}
+    if not beyond:
+        return tokenizer
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] not in beyond]
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(content)),
+        chat_template=tokenizer.chat_template,
+        **{name: token for name, token in special.items() if token not in beyond},
+    )

@@ -17,7 +17,7 @@ from tests.helpers.tiny import N_BLOCKS, make_model
 
 gguf = pytest.importorskip("gguf")
 LETTERS = [chr(code) for code in range(97, 123)]
-TOKENS = ["<|pad|>", "<|endoftext|>", "<|end|>", "<|user|>", *LETTERS, "Ġ", *(f"Ġ{letter}" for letter in LETTERS)]
+TOKENS = ["<|pad|>", "<|begin|>", "<|end|>", "<|user|>", *LETTERS, "Ġ", *(f"Ġ{letter}" for letter in LETTERS)]
 NAMES = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v"}
 NAMES |= {"self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up"}
 NAMES |= {"mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
@@ -75,6 +75,8 @@ def write(path: Path, model: Any, left_out: str = "", **changes: Any) -> Path:
     for name, weight in model.named_parameters():
         if name_of(name) != left_out:
             writer.add_tensor(name_of(name), value_of(name, weight, config))
+    if "strange" in changes:
+        writer.add_tensor(changes["strange"], np.zeros(config.hidden_size, np.float32))
     if "scaled" in changes:
         writer.add_tensor(changes["scaled"], np.full(4, 8, np.float32))
     if "scaling" in changes:
@@ -98,6 +100,9 @@ def test_a_file_means_the_model_that_it_was_written_from(tmp_path: Path, llama: 
     assert torch.allclose(read(ids).logits, llama(ids).logits, atol=1e-4)
     assert [TOKENS[token] for token in ids[0].tolist()] == ["a", "Ġc", "a", "t", "Ġr", "a", "n"]
     assert tokenizer.chat_template == TEMPLATE
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == ("<|pad|>", "<|end|>", "<|pad|>")
+    assert tokenizer("<|user|>a")["input_ids"] == [3, 4]
+    assert max(tokenizer("a <|endoftext|> b")["input_ids"]) < len(TOKENS) == len(tokenizer)  # which transformers adds
     assert Path(str(read.name_or_path)).parent == cache and not hasattr(read.config, "quantization_config")
 
 
@@ -144,6 +149,7 @@ def test_a_file_is_converted_once_by_its_content(
     [
         ({"left_out": "blk.1.ffn_down.weight"}, "weights"),
         ({"left_out": "output_norm.weight"}, "weights"),
+        ({"left_out": "output_norm.weight", "strange": "norm.weight"}, "without model.norm.weight"),
         ({"n_blocks": 1_000_000_000}, "of 1000000000 blocks"),
         ({"n_blocks": 2}, "of 2 blocks"),
         ({"width": 2_000_000_000}, "weights"),
