@@ -88,7 +88,6 @@ def test_a_tokenizer_that_adds_bos_gives_every_path_the_same_tokens() -> None:
     [
         ("couplets", couplets.PLANNER, couplets.PAIR),
         ("couplets/planner", couplets.PLANNER, couplets.PAIR),
-        ("couplets/plain", couplets.PLAIN, None),
         ("switchboard", switchboard.TARGET, switchboard.PAIR),
         ("switchboard/target", switchboard.TARGET, switchboard.PAIR),
         ("someone/model", None, None),
