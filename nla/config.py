@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import field
@@ -254,7 +255,7 @@ class NLAConfig:
         return cls.from_json(read_json(path), source=str(path))
 
     def resolve_target(self, folder: str | Path) -> str:
-        """What to load the target from, for a pair in ``folder``: an existing folder's path, or else the hub id."""
+        """What to load the target from, for a pair in ``folder``: a path beside it, or else the hub id."""
         return resolve(self.target, folder)
 
     def check_vectors(self, vectors: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
@@ -319,10 +320,21 @@ class NLAConfig:
             raise ConfigError(f"a target at revision {commit}", f"revision {self.target_revision}", fix)
 
 
+def is_local(source: str) -> bool:
+    """A source is written as a path and not as a hub id."""
+    return source.startswith((".", "/", "~")) or Path(source).is_absolute()
+
+
 def resolve(source: str, folder: str | Path) -> str:
-    """What a source in the config of the pair in ``folder`` means: an existing folder's path, or else the hub id."""
-    local = folder_of(Path(folder) / source)
-    return source if local is None else str(local.resolve())
+    """What a source in the config of the pair in ``folder`` means: a path beside it, or else the hub id.
+
+    A path stays one where nothing lies there: it must not be taken for one beside the working directory.
+    """
+    beside = Path(folder) / os.path.expanduser(source)
+    local = folder_of(beside)
+    if local is not None:
+        return str(local.resolve())
+    return os.path.normpath(beside.absolute()) if is_local(source) else source
 
 
 def _content_checksum(content: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from nla.baselines import BASELINES_FILE, load_baselines, save_baselines
-from nla.config import CONFIG_FILE, NLAConfig, WeightsConfig
+from nla.config import CONFIG_FILE, NLAConfig, WeightsConfig, is_local
 from nla.errors import ArgumentError, ConfigError, WeightsError
 from nla.models.generate import ends_of
 from nla.models.load import load_target
@@ -29,7 +29,7 @@ from nla.models.points import device_of, is_transposed, unwrapped
 from nla.organisms import ORGANISMS, pair_folder
 from nla.pair.card import CARD_FILE, card
 from nla.pair.roles import DECODER_ADAPTER, ENCODER_ADAPTER, Head, Parts, SharedBase
-from nla.pair.separate import Devices, Sources, assemble, check_weights, is_local, refuse_outside, source_of
+from nla.pair.separate import Devices, Sources, assemble, check_weights, refuse_outside, source_of
 from nla.storage.files import folder_of, read_json, replacing_files, write_atomic, write_json
 from nla.storage.hashes import hash_weights, sha256
 from nla.storage.hub import download, is_hub_id, place_of

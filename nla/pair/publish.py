@@ -7,12 +7,11 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from nla.config import CONFIG_FILE, NLAConfig, resolve
+from nla.config import CONFIG_FILE, NLAConfig, is_local, resolve
 from nla.errors import ConfigError
 from nla.pair.card import CARD_FILE, card, renewed
 from nla.pair.folder import METRICS_FILE, check_files, manifest, save
 from nla.pair.roles import Parts
-from nla.pair.separate import is_local
 from nla.storage.files import read_bytes, read_json, temporary_folder
 from nla.storage.hub import download, hub_errors
 

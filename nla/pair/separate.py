@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from nla.config import CONFIG_FILE, NLAConfig, WeightsConfig, resolve
+from nla.config import CONFIG_FILE, NLAConfig, WeightsConfig, is_local, resolve
 from nla.errors import ArgumentError, ConfigError, TokenizerMismatchError, WeightsError
 from nla.metrics import Baseline
 from nla.models.load import load_target, load_truncated
@@ -138,11 +138,6 @@ def expand(source: str | Path) -> str:
     'someone/model'
     """
     return os.path.expanduser(source)
-
-
-def is_local(source: str) -> bool:
-    """A source is written as a path and not as a hub id."""
-    return source.startswith((".", "/", "~")) or Path(source).is_absolute()
 
 
 def refuse_outside(source: str, folder: Path, from_hub: bool) -> None:

@@ -376,7 +376,7 @@ def test_weights_that_changed_since_the_import_are_refused_at_first_use(root: Pa
         nla.base_of(name)  # type: ignore[arg-type]
 
 
-def test_a_folder_that_is_gone_or_outside_of_a_downloaded_pair_is_refused(root: Path) -> None:
+def test_a_folder_outside_of_a_downloaded_pair_is_refused(root: Path) -> None:
     from nla.pair.separate import source_of
 
     load(root).save_pretrained(root / "pair")
@@ -384,8 +384,17 @@ def test_a_folder_that_is_gone_or_outside_of_a_downloaded_pair_is_refused(root: 
     assert weights is not None
     with pytest.raises(ConfigError, match="from the hub"):
         source_of(weights, root / "pair", from_hub=True)
-    shutil.rmtree(root / "av")
-    with pytest.raises(ConfigError, match="no weights at"):
+
+
+@pytest.mark.parametrize("role, said", [("av", "no weights at"), ("target", "no target at")])
+def test_a_folder_that_is_gone_is_not_looked_for_beside_the_working_directory(
+    root: Path, monkeypatch: pytest.MonkeyPatch, role: str, said: str
+) -> None:
+    load(root).save_pretrained(root / "pair")
+    (root.parent / "elsewhere" / "here").mkdir(parents=True)
+    shutil.move(root / role, root.parent / "elsewhere" / role)
+    monkeypatch.chdir(root.parent / "elsewhere" / "here")  # where ../av is a whole encoder
+    with pytest.raises(ConfigError, match=f"{said} {root / role}"):
         NLA.from_pretrained(root / "pair")
 
 
