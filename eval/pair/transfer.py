@@ -199,7 +199,7 @@ def judge_transfer(model: NLA | str | Path, settings: TransferSettings, progress
     explanations = [explain(nla, read.vectors, seed=seed) for read in (acts, tuned)]
     progress("transfer", 0.9)
     report = compare_transfer(nla, acts, tuned, explanations, str(settings.target_adapter), seed)
-    report = replace(report, remarks=documents.remarks)
+    report = replace(report, remarks=[*([] if nla.doubt is None else [nla.doubt]), *documents.remarks])
     progress("transfer", 1.0)
     return report
 

@@ -159,6 +159,7 @@ def audit_prepared(
         results=scores.rubrics,
         unread={prepared.transcript.id: prepared.chat.unread for prepared in ours if prepared.chat.unread},
         remarks=[
+            *([] if nla.doubt is None else [nla.doubt]),
             *remarks(prepared.chat for prepared in (*ours, *(theirs or ()))),
             *(warning for warning in bases if warning is not None),
         ],
