@@ -221,10 +221,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--easynla", type=Path, metavar="CLONE", help="of asherps/EasyNLA")
     parser.add_argument("--record", type=Path, metavar="DIR", help="write down what their code computed")
     args: Any = parser.parse_args(arguments)
-    logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     clones = {"kitft": args.reference, "easynla": args.easynla}
-    rows = run(clones, args.record)
+    logging.disable(logging.WARNING)
+    try:
+        rows = run(clones, args.record)
+    finally:
+        logging.disable(logging.NOTSET)
     print(table(rows, clones))
     return 0 if all(row.passed for row in rows) else 1
 
