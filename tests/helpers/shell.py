@@ -184,7 +184,11 @@ def serve(address: str) -> None:
 
 def _answer(client: socket.socket) -> None:
     """In the child: become the command that the client asks for, and send its exit code."""
+    import torch
+
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    # A fork's first use of PyTorch's thread pool makes a new one, which several threads at once cannot.
+    torch.set_num_threads(1)
     length, files, _, _ = socket.recv_fds(client, 8, 3)
     message = bytearray()
     while len(message) < int.from_bytes(length, "big"):
