@@ -6,10 +6,12 @@ import random
 import re
 from typing import NamedTuple
 
+import torch
+
 from nla.errors import PositionError
 from nla.text.patterns import Pattern, compile_pattern
 from nla.transcripts.messages import ROLES
-from nla.transcripts.rendering import CONTENT, Chat, Region
+from nla.transcripts.rendering import CALLS, CONTENT, REASONING, Chat, Region
 
 BUDGET = 64
 """Positions of a transcript, unless more are asked for."""
@@ -18,6 +20,10 @@ BEFORE_ANSWER, ANSWER_START, ANSWER_END = "before answer", "answer start", "answ
 STRUCTURE = (BEFORE_ANSWER, ANSWER_START, ANSWER_END, *(f"{role} end" for role in ROLES if role != "assistant"))
 """Kinds of the positions by structure."""
 CHOICES = ("structure", "all", "random")
+
+
+_WRITTEN = (CONTENT, CALLS, REASONING)
+"""Sections of a message that its positions are looked for in: the first of them that it has."""
 
 
 class Position(NamedTuple):
@@ -32,8 +38,8 @@ def select(chat: Chat, positions: str = "structure", budget: int | None = BUDGET
 
     Args:
         positions: "structure": where a turn is about to be decided (the token before the assistant's first), its
-            decision point (that first token), and where each turn ends; "all"; "random"; or a pattern, searched in
-            each token's text, such as "/\\n/".
+            decision point (that first token), and where each turn ends, a turn of tool calls alone too; "all";
+            "random"; or a pattern, searched in each token's text, such as "/\\n/".
         budget: at most this many; None: no limit. Structure is thinned out evenly, kind by kind, over the whole
             transcript; "all" and patterns evenly; "random" draws as many, the same for the same transcript and seed.
 
@@ -62,27 +68,30 @@ def structure(chat: Chat) -> list[Position]:
     """The positions where turns are decided and end, in order; a token that is several is the first of them.
 
     Kinds: "before answer", "answer start", and "system end", "user end", "tool end", "answer end": the last token of
-    what was written.
+    what was written. That is a message's content; where it has none, its tool calls, from the name of the first to the
+    end of the last; where it has neither, its reasoning.
     """
+    bounds = torch.searchsorted(chat.region, torch.arange(len(chat.regions) + 1, dtype=chat.region.dtype)).tolist()
+    """First token of each region, and the end of the last."""
+    runs: dict[int, dict[str, tuple[int, int]]] = {}
+    """First and last token of each section of each message."""
+    for region, begin, end in zip(chat.regions, bounds, bounds[1:], strict=False):
+        if begin < end:
+            sections = runs.setdefault(region.message, {})
+            sections[region.section] = (sections.get(region.section, (begin,))[0], end - 1)
     kinds: dict[int, str] = {}
-    first = [-1] * len(chat.transcript.messages)
-    last = list(first)
-    """First and last token of each message's content; -1 for a message without any."""
-    for index, number in enumerate(chat.region.tolist()):
-        region = chat.regions[number]
-        if region.section == CONTENT:
-            last[region.message] = index
-            first[region.message] = index if first[region.message] < 0 else first[region.message]
     for number, message in enumerate(chat.transcript.messages):
-        if first[number] < 0:  # tool calls only: no token is the content's
+        written = next((runs[number][one] for one in _WRITTEN if one in runs.get(number, {})), None)
+        if written is None:  # no token is of what was written in it
             continue
+        first, last = written
         if message.role == "assistant":
-            if first[number] > 0:
-                kinds.setdefault(first[number] - 1, BEFORE_ANSWER)
-            kinds.setdefault(first[number], ANSWER_START)
-            kinds.setdefault(last[number], ANSWER_END)
+            if first > 0:
+                kinds.setdefault(first - 1, BEFORE_ANSWER)
+            kinds.setdefault(first, ANSWER_START)
+            kinds.setdefault(last, ANSWER_END)
         else:
-            kinds.setdefault(last[number], f"{message.role} end")
+            kinds.setdefault(last, f"{message.role} end")
     return [Position(index, kinds[index]) for index in sorted(kinds)]
 
 

@@ -32,6 +32,7 @@ from nla.transcripts.pieces import tokenise
 __all__ = ["CALLS", "CONTENT", "CONTROL", "REASONING", "TOOLS", "Chat", "Region", "Unread", "render", "trimmed"]
 
 _ALONE = "\ue000\ue001"
+_THINK = "<think>"
 
 
 class Region(NamedTuple):
@@ -142,11 +143,22 @@ class Chat:
 
 def trimmed(transcript: Transcript) -> Transcript:
     """The transcript without white space at the ends of its messages, as some templates write it."""
-    messages = tuple(
-        replace(message, content=message.content.strip(), reasoning=message.reasoning.strip())
-        for message in transcript.messages
-    )
+    messages = tuple(_trimmed(message) for message in transcript.messages)
     return replace(transcript, messages=messages)
+
+
+def _trimmed(message: Message) -> Message:
+    opening, middle = message.tags
+    content = message.content.strip()
+    if not (opening or middle):
+        return replace(message, content=content, reasoning=message.reasoning.strip())
+    reasoning = message.reasoning if opening else message.reasoning.lstrip()
+    return replace(
+        message,
+        content=content,
+        reasoning=reasoning,
+        tags=(opening.lstrip(), middle if content else middle.rstrip()),
+    )
 
 
 def system_folded(transcript: Transcript) -> Transcript:
@@ -179,6 +191,7 @@ def render(tokenizer: PreTrainedTokenizerBase, transcript: Transcript, allow_dro
             "use an instruction-tuned target's pair",
         )
     text, placed, way = _placed(tokenizer, transcript)
+    transcript, placed = _unsplit(transcript, text, placed)
     dropped = [Unread(message, what, True) for message, what in placed.dropped]
     if any(one.what == "tool calls" for one in dropped) and any(message.untagged for message in transcript.messages):
         # The calls stood in tags inside the content: there they are read as they are.
@@ -249,6 +262,33 @@ def _placed(tokenizer: PreTrainedTokenizerBase, transcript: Transcript) -> tuple
         assert error is not None
         raise error
     return taken[0]
+
+
+def _unsplit(transcript: Transcript, text: str, placed: Placed) -> tuple[Transcript, Placed]:
+    """Messages that a closing think tag without an opening one might divide, whole where the template divides none.
+
+    There the tag stands in the text as it was written: it is quoted, or the template knows no thinking.
+    """
+    messages, spans, edited = list(transcript.messages), [], placed.edited
+    for span in placed.spans:
+        number, message = span.message or 0, messages[span.message or 0]
+        if span.message is None or message.tags[0] or not message.tags[1]:
+            spans.append(span)
+            continue
+        if span.section == CONTENT and spans and spans[-1].end > span.start:
+            continue  # its second half, which the first has taken in
+        whole = message.reasoning + message.tags[1] + message.content
+        start = span.start if message.reasoning else span.start - len(message.tags[1])
+        is_first = span.section == (REASONING if message.reasoning else CONTENT)
+        written = next((one for one in (whole, whole.strip()) if text.startswith(one, start)), None)
+        if not is_first or written is None or text[max(start - 9, 0) : start].rstrip("\n").endswith(_THINK):
+            spans.append(span)
+            continue
+        if written != whole:
+            edited = edited or Edit(start, whole[:40], CONTENT)
+        spans.append(Placement(start, start + len(written), number, CONTENT))
+        messages[number] = replace(message, content=whole, reasoning="", tags=("", ""))
+    return replace(transcript, messages=tuple(messages)), placed._replace(spans=spans, edited=edited)
 
 
 def _shortened(tokenizer: PreTrainedTokenizerBase, marked: Marked, way: Way) -> str | None:

@@ -16,7 +16,7 @@ from nla.audit.settings import AuditSettings
 from nla.errors import TemplateError
 from nla.transcripts.entries import parse_messages
 from nla.transcripts.messages import Message, Transcript
-from nla.transcripts.rendering import CONTENT, REASONING, Unread, render
+from nla.transcripts.rendering import CONTENT, REASONING, Unread, render, trimmed
 from tests.helpers.chat_templates import SHAPES, tokenizer_in_shape
 from tests.helpers.talk import entry
 from tests.helpers.tiny import make_pair
@@ -73,13 +73,48 @@ def test_what_was_dropped_is_listed_and_the_rest_is_read_as_the_template_writes_
     assert apart.heard(3)[: apart.offset(index)] == "Short answer.\nA rake."
 
 
-@pytest.mark.parametrize("tags", ["<think>{}</think>{}", "<think>\n{}\n</think>\n\n{}", "{}\n</think>\n\n{}"])
+@pytest.mark.parametrize("tags", ["<think>{}</think>{}", "<think>\n{}\n</think>\n\n{}"])
 def test_inline_thinking_is_given_to_templates_as_it_stands(tags: str) -> None:
     """A template that knows no thinking writes the tags as the file has them, and every word has its part."""
     chat = inline(tags)
     read = render(tokenizer_in_shape("plain"), chat)
     assert tags.format(SECRET, "A pear.") in read.text and not read.unread
     assert read.heard(1) == f"{SECRET}\nA pear."
+
+
+QUOTING = ["In its format the tag </think> ends it.", "A\n</think>\n\nB", "It ends with </think>", "</think> ends it."]
+
+
+@pytest.mark.parametrize("written", QUOTING)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_closing_tag_alone_divides_a_message_only_where_the_template_does(shape: str, written: str) -> None:
+    """The oracle is the template: where what it writes of the message is the message, nothing is divided."""
+    entries = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": written}] * 2
+    tokenizer = tokenizer_in_shape(shape)
+    read = render(tokenizer, Transcript("quote", parse_messages(entries, "quote")), allow_dropped=True)
+    assert read.text == tokenizer.apply_chat_template(entries, tokenize=False)
+    turns = [turn.removeprefix("assistant\n") for turn in read.text.split("<|im_start|>")[1:]]
+    before, _, after = (part.strip() for part in written.partition("</think>"))
+    for number in (1, 3):
+        is_whole = turns[number] == f"{written}<|im_end|>\n"
+        own = [read.text[one.start : one.end] for one in read.regions_of(number, CONTENT)]
+        assert own == ([written] if is_whole else [after] if after else [])
+        thought = [read.text[one.start : one.end].strip() for one in read.regions_of(number, REASONING)]
+        assert thought == ([before] if not is_whole and before and before in turns[number] else [])
+        assert (Unread(number, "reasoning", True) in read.unread) == bool(before and before not in turns[number])
+
+
+@pytest.mark.parametrize(("template", "trims"), [("{{ m.content | trim }}", True), ("{{ m.content }}", False)])
+def test_white_space_around_a_quoted_tag_is_kept_or_refused_until_it_is_trimmed(template: str, trims: bool) -> None:
+    tokenizer = tokenizer_in_shape("plain")
+    tokenizer.chat_template = SHAPES["plain"].replace("{{ m.content }}", template)
+    entries = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": " The tag </think> ends it.\n"}]
+    chat = Transcript("quote", parse_messages(entries, "quote"))
+    if trims:
+        with pytest.raises(TemplateError, match="--trim"):
+            render(tokenizer, chat)
+        chat = trimmed(chat)
+    assert render(tokenizer, chat).heard(1) == ("The tag </think> ends it." if trims else entries[1]["content"])
 
 
 def test_an_empty_thought_is_no_reasoning_and_is_kept() -> None:

@@ -38,10 +38,36 @@ def test_a_one_token_answer_is_read_once() -> None:
     assert [kind for _, kind in shown(rendered)] == ["user end", BEFORE_ANSWER, ANSWER_START]
 
 
-def test_a_conversation_of_tool_calls_alone_has_no_structure() -> None:
+CALL = ({"name": "cat", "arguments": {"on": "mat"}},)
+CALLING = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.reasoning_content or '' }}{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}<text>{{ c.function.name }} {{ c.function.arguments.on }}</text>{% endfor %}"
+    "<|end|>{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        (Message("assistant", "", CALL), ["<text>", "cat", "</text>"]),
+        (Message("assistant", "", CALL * 2), ["<text>", "cat", "</text>"]),
+        (Message("assistant", "", CALL, reasoning="so red"), ["<text>", "cat", "</text>"]),
+        (Message("assistant", "it is here", CALL), ["<|assistant|>", "it", " here"]),
+        (Message("assistant", "", reasoning="so red"), ["<|assistant|>", "so", " red"]),
+    ],
+)
+def test_a_turn_without_text_is_decided_and_ends_where_its_calls_or_its_reasoning_do(message, expected) -> None:
     tokenizer = make_tokenizer()
-    tokenizer.chat_template = "{% for m in messages %}<|{{ m.role }}|>{{ m.tool_calls[0].function.name }}{% endfor %}"
-    empty = render(tokenizer, Transcript("a", (Message("assistant", "", ({"name": "cat", "arguments": {}},)),)))
+    tokenizer.chat_template = CALLING
+    rendered = render(tokenizer, Transcript("a", (Message("user", "the cat sat"), message, Message("user", "so"))))
+    kinds = ["user end", BEFORE_ANSWER, ANSWER_START, ANSWER_END, "user end"]
+    assert shown(rendered) == list(zip([" sat", *expected, "so"], kinds, strict=True))
+
+
+def test_without_a_word_there_is_no_structure() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}<|{{ m.role }}|>{% endfor %}"
+    empty = render(tokenizer, Transcript("a", (Message("assistant", "", CALL),)), allow_dropped=True)
     with pytest.raises(PositionError, match="no message has text"):
         select(empty)
     assert select(empty, "all")
