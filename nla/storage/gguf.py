@@ -27,11 +27,11 @@ _ROPE_TENSORS = re.compile(r"rope_(freqs|factors_\w+)\.weight")
 _DOWNLOAD = "download the file again, or give the target's folder of safetensors"
 
 
-def safetensors_of(path: str | Path) -> Path:
-    """The folder of a GGUF file's weights (float32, no longer quantised), configuration and tokenizer.
+def safetensors_of(path: str | Path, dtype: torch.dtype = torch.float32) -> Path:
+    """The folder of a GGUF file's weights (no longer quantised), configuration and tokenizer.
 
-    It lies in nla/gguf of the user's cache folder under the hash of the file, and is made at the first call. Weights
-    have the values that the file's quantisation gives them.
+    It lies in nla/gguf of the user's cache folder under the hash of the file, and is made at the first call. In float32
+    weights have the values that the file's quantisation gives them; in another type, these rounded.
 
     Raises:
         TargetError: there is no such file.
@@ -50,7 +50,8 @@ def safetensors_of(path: str | Path) -> Path:
         ) from error
     if magic != _MAGIC:
         raise WeightsError(f"{visible(str(file))}, which is no GGUF file by its first bytes", "GGUF", _DOWNLOAD)
-    folder = cache_folder() / "gguf" / remembered_sha256(file)
+    kind = "" if dtype == torch.float32 else f"-{dtype}".replace("torch.", "")
+    folder = cache_folder() / "gguf" / f"{remembered_sha256(file)}{kind}"
     if (folder / "config.json").is_file():  # it comes last
         return folder
     if find_spec("gguf") is None:
@@ -59,8 +60,9 @@ def safetensors_of(path: str | Path) -> Path:
         )
     with _typed(file):
         n_stored = _check_tensors(file)
-        _log.warning("%s is converted to safetensors in %s, once (%.1f GB)", file, folder, 4 * n_stored / 1e9)
-        model = _model_of(file, n_stored)
+        size = dtype.itemsize * n_stored / 1e9
+        _log.warning("%s is converted to safetensors in %s, once (%.1f GB)", file, folder, size)
+        model = _model_of(file, n_stored).to(dtype)
         tokenizer = _tokenizer_of(file, model.config.vocab_size)
     with replacing_files(folder, "config.json") as new:
         model.save_pretrained(new)

@@ -8,10 +8,20 @@ from pathlib import Path
 import pytest
 
 from nla.errors import ConfigError
-from nla.organisms import ADAPTERS, ORGANISMS, PAIRS, RUBRICS, TARGETS, adapter_folder, pair_folder, target_folder
+from nla.organisms import (
+    ADAPTERS,
+    ORGANISMS,
+    PACKAGED,
+    PAIRS,
+    RUBRICS,
+    TARGETS,
+    adapter_folder,
+    pair_folder,
+    target_folder,
+)
 
 KINDS = {target_folder: {**TARGETS}, pair_folder: {**PAIRS}, adapter_folder: {**ADAPTERS}}
-ALL = sorted({*ORGANISMS, *TARGETS, *PAIRS, *ADAPTERS, *RUBRICS})
+ALL = sorted({*ORGANISMS, *TARGETS, *PAIRS, *ADAPTERS, *RUBRICS} - {*PACKAGED})
 
 
 @pytest.mark.parametrize("find", KINDS)
