@@ -216,7 +216,7 @@ def _extract(recipe: Recipe, shape: Shape, device: Device, below: int) -> dict[s
     if corpus.n_documents is None:
         return {"tokens": None, "hours": None, "memory_gb": memory, "not_known": "corpus.n_documents"}
     tokens = corpus.n_documents * min(corpus.max_tokens, DOCUMENT_TOKENS)
-    rows = corpus.n_documents * corpus.n_positions if corpus.positions == "random" else None
+    rows = corpus.n_documents * corpus.n_positions if corpus.positions in ("random", "kinds") else None
     disk = None if rows is None else round(rows * shape.d_model * BYTES[recipe.dtype] / 1e9, 2)
     return {
         "tokens": tokens,

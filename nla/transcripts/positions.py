@@ -6,12 +6,14 @@ import random
 import re
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from nla.errors import PositionError
+from nla.text.kinds import CONTENT_WORD, FUNCTION_WORD, token_kinds
 from nla.text.patterns import Pattern, compile_pattern
 from nla.transcripts.messages import ROLES
-from nla.transcripts.rendering import CALLS, CONTENT, REASONING, Chat, Region
+from nla.transcripts.rendering import CALLS, CONTENT, CONTROL, REASONING, Chat, Region
 
 BUDGET = 64
 """Positions of a transcript, unless more are asked for."""
@@ -20,6 +22,9 @@ BEFORE_ANSWER, ANSWER_START, ANSWER_END = "before answer", "answer start", "answ
 STRUCTURE = (BEFORE_ANSWER, ANSWER_START, ANSWER_END, *(f"{role} end" for role in ROLES if role != "assistant"))
 """Kinds of the positions by structure."""
 CHOICES = ("structure", "all", "random")
+TEMPLATE = "template token"
+PROMPT_KINDS = ("prompt content word", "prompt function word", "prompt punctuation")
+"""Kinds of tokens of what others than the assistant wrote."""
 
 
 _WRITTEN = (CONTENT, CALLS, REASONING)
@@ -93,6 +98,47 @@ def structure(chat: Chat) -> list[Position]:
         else:
             kinds.setdefault(last, f"{message.role} end")
     return [Position(index, kinds[index]) for index in sorted(kinds)]
+
+
+def kinds(chat: Chat) -> np.ndarray:
+    """The kind of each token of a chat, (n,) names.
+
+    What the assistant wrote has the kinds of :func:`nla.text.kinds.token_kinds`, but for its first token, "answer
+    start"; what others wrote has ``PROMPT_KINDS``, where line breaks and ends of sentences are punctuation. The
+    template's own text is a "template token", the last of it that comes before an answer is "before answer".
+    """
+    roles = [message.role for message in chat.transcript.messages]
+    is_control = np.array([region.section == CONTROL for region in chat.regions])
+    is_prompt = np.array([roles[region.message] != "assistant" for region in chat.regions]) & ~is_control
+    # A message ends where it ends: what the template writes after it is no part of its last word.
+    parts = ("\n" * (r.end - r.start) if r.section == CONTROL else chat.text[r.start : r.end] for r in chat.regions)
+    names = token_kinds("".join(parts), chat.starts.numpy(), chat.ends.numpy()).astype(object)
+    of_prompt = [names == CONTENT_WORD, names == FUNCTION_WORD, names != ""]
+    region = chat.region.numpy()
+    names = np.where(is_prompt[region], np.select(of_prompt, PROMPT_KINDS, ""), names)
+    names[is_control[region]] = TEMPLATE
+    for index, kind in structure(chat):
+        if kind in (BEFORE_ANSWER, ANSWER_START):
+            names[index] = kind
+    return names
+
+
+def spread(kinds: np.ndarray, n_tokens: int, draw: random.Random) -> dict[int, str]:
+    """Up to ``n_tokens`` tokens in order, each with its kind; kinds share them equally, as far as they have tokens.
+
+    Args:
+        kinds: (n,) names, empty for tokens that are not to be chosen.
+        draw: chooses tokens of a kind, and which kinds have one more, or none where there are more kinds than tokens.
+    """
+    names = [name for name in np.unique(kinds).tolist() if name]
+    waiting = []
+    for name in draw.sample(names, len(names)):
+        indexes = np.flatnonzero(kinds == name).tolist()
+        waiting.append([(index, name) for index in draw.sample(indexes, min(n_tokens, len(indexes)))])
+    chosen: list[tuple[int, str]] = []
+    while len(chosen) < n_tokens and any(waiting):
+        chosen += [group.pop() for group in waiting if group][: n_tokens - len(chosen)]
+    return dict(sorted(chosen))
 
 
 def writer_of(chat: Chat, region: Region) -> str:

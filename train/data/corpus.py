@@ -62,12 +62,13 @@ class CorpusSettings:
     max_tokens: Count = 1024
     """Longer documents are cut here; the manifest counts them."""
     positions: str = "random"
-    """"random": ``n_positions`` of each document, drawn by a generator keyed to its text; "last"; "every:k"; or
-    "turns": where a chat's turns are decided and end. Never a special token."""
+    """"random": ``n_positions`` of each document, drawn by a generator keyed to its text; "last"; "every:k";
+    "turns": where a chat's turns are decided and end; or "kinds": as many, spread evenly over kinds of words and marks,
+    of a chat also over the template's tokens, the prompt's and the answer's start. Else never a special token."""
     n_positions: Count = 10
-    """For "random"."""
+    """For "random" and "kinds"."""
     first_position: Annotated[int, Field(ge=0)] = 50
-    """Tokens before this one are not chosen, for "random" and "every:k": they have little to tell."""
+    """Tokens before this one are not chosen, for "random", "every:k" and texts' "kinds": they have little to tell."""
     eval_fraction: Annotated[Number, Field(gt=0, lt=1)] = 0.05
     """Share of the documents that are held out."""
     n_eval: int | None = None
@@ -78,8 +79,10 @@ class CorpusSettings:
     """Documents in one file, in memory at a time, and done again after a kill."""
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"random|last|turns|every:[1-9][0-9]*", self.positions):
-            refuse("corpus.positions", self.positions, '"random", "last", "turns" or "every:k" such as "every:8"')
+        if not re.fullmatch(r"random|last|turns|kinds|every:[1-9][0-9]*", self.positions):
+            refuse(
+                "corpus.positions", self.positions, '"random", "last", "turns", "kinds" or "every:k" such as "every:8"'
+            )
         if self.n_eval is not None and not (self.n_documents and 0 < self.n_eval < self.n_documents):
             refuse("corpus.n_eval", self.n_eval, f"between 1 and n_documents = {self.n_documents}, which must be set")
 

@@ -10,15 +10,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from nla.baselines import UNKNOWN_STRATUM
 from nla.errors import ArgumentError, CorpusError, NLAError, TemplateError, TranscriptError, VocabularyError
 from nla.store.shards import Document, is_held_out
+from nla.text.kinds import token_kinds
 from nla.text.tokens import Span, unknown_id
 from nla.train.data.corpus import CorpusSettings, Entry
 from nla.transcripts.messages import Transcript
-from nla.transcripts.positions import structure, writer_of
+from nla.transcripts.positions import BEFORE_ANSWER, TEMPLATE, kinds, spread, structure, writer_of
 from nla.transcripts.prepared import remarks
 from nla.transcripts.rendering import Chat, render, trimmed
 
@@ -137,7 +139,23 @@ class Reader:
             return dict.fromkeys(index for index in late if (index - settings.first_position) % step == 0)
         # Keyed by the text, so that neither order nor number of the other documents changes what is drawn.
         draw = random.Random(hashlib.sha256(f"{self.seed}|{text}".encode()).digest())
+        if settings.positions == "kinds":
+            return dict(spread(self._kinds(tokens, text, late, n), settings.n_positions, draw))
         return dict.fromkeys(sorted(draw.sample(late, min(settings.n_positions, len(late)))))
+
+    def _kinds(self, tokens: Tokens, text: str, late: list[int], n: int) -> np.ndarray:
+        """The kind of each of the first ``n`` tokens; empty for those that are not to be read.
+
+        Of a chat these are the first token, on which models put outliers, and control tokens that a message spells.
+        """
+        if tokens.chat is None:
+            names = np.full(n, "", dtype=object)
+            starts, ends = np.array([tokens.offsets(index) for index in late], dtype=np.int64).reshape(-1, 2).T
+            names[late] = token_kinds(text, starts, ends)
+            return names
+        names = kinds(tokens.chat)[:n]
+        is_eligible = np.isin(np.arange(n), tokens.eligible) | np.isin(names, (TEMPLATE, BEFORE_ANSWER))
+        return np.where(is_eligible & (np.arange(n) > 0), names, "")
 
     def _tokenised(self, entries: Sequence[Entry], counts: Counter[str], errors: list[NLAError]) -> list[Tokens]:
         by_number: dict[int, Tokens | None] = {}

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from itertools import pairwise
 
+import numpy as np
 import pytest
 
 from nla.errors import PositionError
 from nla.transcripts.messages import Message, Transcript
-from nla.transcripts.positions import ANSWER_END, ANSWER_START, BEFORE_ANSWER, select
+from nla.transcripts.positions import ANSWER_END, ANSWER_START, BEFORE_ANSWER, TEMPLATE, kinds, select, spread
 from nla.transcripts.rendering import Chat, render
 from tests.helpers.talk import said, transcript
 from tests.helpers.tiny import make_tokenizer
@@ -113,3 +115,39 @@ def test_unknown_positions_are_refused(positions: str) -> None:
 def test_a_budget_below_one_is_refused() -> None:
     with pytest.raises(PositionError, match="budget"):
         select(chat(("user", "the cat")), "all", 0)
+
+
+def test_every_token_of_a_chat_has_the_kind_of_who_wrote_it_and_what_it_is() -> None:
+    rendered = chat(("user", "the cat."), ("assistant", "it sat.\n so"), ("user", "ran"), ("assistant", "here."))
+    assert [(rendered.span(index).text, kind) for index, kind in enumerate(kinds(rendered))] == [
+        ("<|user|>", TEMPLATE),
+        ("the", "prompt function word"),
+        (" cat", "prompt content word"),
+        (".", "prompt punctuation"),
+        ("<|end|>", TEMPLATE),
+        ("<|assistant|>", BEFORE_ANSWER),
+        ("it", ANSWER_START),
+        (" sat", "content word"),
+        (".", "sentence end"),
+        ("\n", "line break"),
+        (" so", "function word"),
+        ("<|end|>", TEMPLATE),
+        ("<|user|>", TEMPLATE),
+        ("ran", "prompt content word"),
+        ("<|end|>", TEMPLATE),
+        ("<|assistant|>", BEFORE_ANSWER),
+        ("here", ANSWER_START),
+        (".", "sentence end"),  # the template goes on at once
+        ("<|end|>", TEMPLATE),
+    ]
+
+
+def test_tokens_are_spread_evenly_over_kinds_and_what_a_rare_kind_leaves_goes_to_others() -> None:
+    names = np.array(["a"] * 50 + [""] * 50 + ["b"] * 30 + ["c"])
+    chosen = spread(names, 21, random.Random(0))
+    assert Counter(chosen.values()) == {"a": 10, "b": 10, "c": 1} and list(chosen) == sorted(chosen)
+    assert all(names[index] == kind for index, kind in chosen.items())
+    assert spread(names, 21, random.Random(0)) == chosen != spread(names, 21, random.Random(1))
+    assert len(spread(names, 200, random.Random(0))) == 81
+    seldom = Counter(kind for seed in range(300) for kind in spread(names, 1, random.Random(seed)).values())
+    assert set(seldom) == {"a", "b", "c"} and min(seldom.values()) > 60

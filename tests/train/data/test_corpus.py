@@ -378,6 +378,28 @@ def test_a_corpus_that_is_not_there_or_broken_is_an_error(tmp_path, monkeypatch,
         prepare(tokenizer, CorpusSettings(parquet, positions="turns"))
 
 
+def test_positions_by_kind_are_spread_evenly_over_texts_and_chats(tmp_path, tokenizer):
+    texts = [f"the cat sat on a mat.\n the {word} dog ran." for word in ("red", "blue")]
+    settings = {"positions": "kinds", "n_positions": 6, "first_position": 2}
+    source = write_jsonl(tmp_path / "texts.jsonl", [{"text": text} for text in texts])
+    (chunk,) = prepare(tokenizer, CorpusSettings(source, **settings))
+    for document in chunk.documents:
+        assert len(document.spans) == 6 and all(span.index >= 2 for span in document.spans)
+        kinds = dict(zip((span.text for span in document.spans), document.strata, strict=True))
+        assert kinds.get("\n") == "line break" and kinds.get(".") == "sentence end"
+        assert set(document.strata) == {"content word", "function word", "sentence end", "line break"}
+    source = write_jsonl(tmp_path / "chats.jsonl", [{"messages": CHAT}, {"messages": [*CHAT, *CHAT]}])
+    (chunk,) = prepare(tokenizer, CorpusSettings(source, **settings | {"n_positions": 50, "max_tokens": 14}))
+    for document in chunk.documents:
+        assert 0 not in (span.index for span in document.spans), "the first token is an outlier"
+        assert {"before answer", "answer start", "template token", "prompt content word"} <= set(document.strata)
+        assert all(span.text.startswith("<|") == (kind in ("template token", "before answer"))
+                   for span, kind in zip(document.spans, document.strata, strict=True))  # fmt: skip
+    again = prepare(tokenizer, CorpusSettings(source, **settings | {"max_tokens": 14}))
+    assert again == prepare(tokenizer, CorpusSettings(source, **settings | {"max_tokens": 14}))
+    assert again != prepare(tokenizer, CorpusSettings(source, **settings | {"max_tokens": 14}), seed=1)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
