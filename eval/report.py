@@ -131,6 +131,8 @@ class Report(Figures, ABC):
     """Of the evaluation: its files and its section of a model card are called so."""
     derived = ("passed",)
     checks: list[Check]
+    doubts: Sequence[str] = dataclasses.field(default=(), kw_only=True)
+    """What the pairs' own measurements say against them (:func:`nla.eval.target.doubts`); stands below the title."""
 
     @property
     def held(self) -> list[Check]:
@@ -145,13 +147,25 @@ class Report(Figures, ABC):
     def __str__(self) -> str:
         return self.to_markdown()
 
-    @abstractmethod
     def to_markdown(self) -> str:
         """The readable report."""
+        return self._with_doubts(self.body())
 
     def to_card(self) -> str:
         """The section of the model card."""
-        return self.to_markdown()
+        return self._with_doubts(self.section())
+
+    def _with_doubts(self, text: str) -> str:
+        title, _, rest = text.partition("\n\n")
+        return paragraphs(title, *(f"**{doubt}**" for doubt in self.doubts), rest)
+
+    @abstractmethod
+    def body(self) -> str:
+        """The readable report without doubts, its title first."""
+
+    def section(self) -> str:
+        """The section of the model card without doubts, its title first."""
+        return self.body()
 
     @abstractmethod
     def figure(self) -> Figure:

@@ -121,6 +121,12 @@ def open_rival(pair: NLA | str | Path, nla: NLA, device: Devices = None) -> NLA:
     return other
 
 
+def doubts(nla: NLA | None, **others: NLA | None) -> list[str]:
+    """What pairs' own measurements say against them: the judged one's, then the others', named by their keywords."""
+    named = {"": nla, **{f"{name.replace('_', ' ')}: ": pair for name, pair in others.items()}}
+    return [name + doubt for name, pair in named.items() if pair is not None for doubt in pair.doubts]
+
+
 def open_target(model: Target | NLA | str | Path, point: str | Point, device: Devices = None) -> Target:
     """A target: as it is, of a pair (loaded, or its folder), or loaded from a name, folder or hub id.
 

@@ -260,9 +260,10 @@ class NLA:
         check_store(store, self.config, self.tokenizer, self.target_folder)
 
     @property
-    def doubt(self) -> str | None:
-        """What the pair's own measurements say against it; see :func:`nla.pair.card.doubt`."""
-        return doubt(self.metrics)
+    def doubts(self) -> list[str]:
+        """What the pair's own measurements say against it, if anything (:func:`nla.pair.card.doubt`)."""
+        said = doubt(self.metrics)
+        return [] if said is None else [said]
 
     # Roles
 

@@ -60,7 +60,7 @@ class TraceReport(Report):
         rows = [[self.site(point, role).effect for role in self.roles] for point in self.points]
         return [[None if effect is None else effect.value for effect in row] for row in rows]
 
-    def to_markdown(self) -> str:
+    def body(self) -> str:
         """The readable report."""
         dropped = f" ({self.n_dropped} more left out: the target hardly tells their prompts apart)"
         many = f"{self.n_pairs} minimal pairs" if self.n_pairs > 1 else "1 minimal pair"

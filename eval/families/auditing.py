@@ -24,7 +24,7 @@ from nla.eval.families.plants import ARMS, adapters_of, answered, cued
 from nla.eval.families.plants_report import FALSE_ALARM_MAX
 from nla.eval.report import Check, Figures, Rate, Report, bars, checks_table, new_figure, paragraphs, table
 from nla.eval.settings import EvaluationSettings
-from nla.eval.target import Target, open_pair
+from nla.eval.target import Target, doubts, open_pair
 from nla.eval.worlds import SWITCHBOARD, require_world
 from nla.organisms.switchboard.plants import PLANTS, Plant, sham_of
 from nla.organisms.switchboard.world import Chat
@@ -74,7 +74,7 @@ class AuditingReport(Report):
     samples: int
     plants: list[AuditFigures]
 
-    def to_markdown(self) -> str:
+    def body(self) -> str:
         """The readable report."""
         header = ("plant", "found: plant", "sham", "base", "found, not said", "in the text: plant", "AUROC", "p")
         rows = [
@@ -196,7 +196,7 @@ def evaluate_auditing(
         by_arm = audits(plant, nla, folder, settings.n_chats, n_samples, settings.seed)
         audited.append(audit_figures(plant, by_arm))
         progress("audits", (number + 1) / len(chosen))
-    return AuditingReport(audit_checks(audited), str(nla.point), n_samples, audited)
+    return AuditingReport(audit_checks(audited), str(nla.point), n_samples, audited, doubts=doubts(nla))
 
 
 def audit_checks(audited: Sequence[AuditFigures]) -> list[Check]:

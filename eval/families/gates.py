@@ -56,7 +56,7 @@ class GateReport(Report):
     verdict: str
     n_documents: int
 
-    def to_markdown(self) -> str:
+    def body(self) -> str:
         """The readable table."""
         kind = f", gates of the {self.variant}" if self.variant else ""
         grid = [(point, *line) for point, line in zip(self.patch_map.points, self.patch_map.values, strict=True)]

@@ -26,7 +26,7 @@ from nla.eval.explainers import explain
 from nla.eval.families.plants_report import PlantFigures, PlantsReport, Secrets, plant_checks
 from nla.eval.report import Rate
 from nla.eval.settings import EvaluationSettings
-from nla.eval.target import Patch, Target, last_token, open_pair, read_last, write
+from nla.eval.target import Patch, Target, doubts, last_token, open_pair, read_last, write
 from nla.eval.worlds import SWITCHBOARD, require_world
 from nla.organisms import switchboard
 from nla.organisms.switchboard import claims, content
@@ -296,4 +296,5 @@ def evaluate_plants(
         judged.append(plant_figures(plant, chats_here, three, seed))
     grid = secret_figures(chats, arms, seed)
     progress("plants", 1.0)
-    return PlantsReport(plant_checks(judged, grid), str(nla.point), samples, judged, grid, by_exposure)
+    checks = plant_checks(judged, grid)
+    return PlantsReport(checks, str(nla.point), samples, judged, grid, by_exposure, doubts=doubts(nla))

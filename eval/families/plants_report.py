@@ -86,7 +86,7 @@ class PlantsReport(Report):
     exposure: dict[str, dict[str, Rate]]
     """Known entity, by how often training had the name: ``answered``, ``called known``."""
 
-    def to_markdown(self) -> str:
+    def body(self) -> str:
         """The readable report."""
         header = ("plant", "prompts", "behaves: plant", "sham", "base", "carried")
         header = (*header, "read: plant", "sham", "base", "AUROC")

@@ -24,7 +24,7 @@ from nla.eval.families.naming import CONTINUED, WARM, Naming, NamingSettings, me
 from nla.eval.families.rhymes_report import RhymesReport
 from nla.eval.report import Check, Rate
 from nla.eval.settings import EvaluationSettings
-from nla.eval.target import Target, open_pair, open_rival, open_target
+from nla.eval.target import Target, doubts, open_pair, open_rival, open_target
 from nla.eval.worlds import COUPLETS, require_world
 from nla.organisms import TARGETS
 from nla.pair.separate import Devices
@@ -80,6 +80,7 @@ def evaluate_rhymes(
         name: None if nla is None or pair is None else open_rival(pair, nla, settings.device)
         for name, pair in before.items()
     }
+    against = doubts(nla, warm_start=pairs[WARM], continued=pairs[CONTINUED])
     n_separate = max(2, n_items // 4)
 
     items, separate = rhyme_items(n_items, seed), rhyme_items(n_separate, seed + 100)
@@ -110,6 +111,7 @@ def evaluate_rhymes(
         naming=naming,
         counterfactual=counterfactual,
         steering=steering,
+        doubts=against,
         checks=[
             _causal_share(gate, None if nla is None else CAUSAL_MIN),
             *(measured.checks if variant else []),

@@ -34,18 +34,18 @@ class RhymesReport(Report):
     counterfactual: Counterfactual | None
     steering: EditAndSteer | None
 
-    def to_markdown(self) -> str:
+    def body(self) -> str:
         """The whole report, verdict first."""
         none = "No explanations were judged: there is no pair here, or no item passed the gate."
         return paragraphs(
-            self.to_card(),
+            self.section(),
             none if self.naming is None else _naming(self.naming),
             "" if self.counterfactual is None else _counterfactual(self.counterfactual),
             "" if self.steering is None else _steering(self.steering),
-            self.gates.to_markdown(),
+            self.gates.body(),
         )
 
-    def to_card(self) -> str:
+    def section(self) -> str:
         """The verdict, what it rests on, and every figure that is held against a bound."""
         counts = ", ".join(f"{count} {verdict}" for verdict, count in self.gate.counts().items())
         gate = self.gate.to_json()

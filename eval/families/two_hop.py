@@ -26,7 +26,7 @@ from nla.eval.circuits.minimal_pairs import MinimalPair
 from nla.eval.explainers import explain
 from nla.eval.report import Check, Rate, Report, bars, checks_table, new_figure, one_line, paragraphs
 from nla.eval.settings import EvaluationSettings
-from nla.eval.target import Patch, Target, last_token, open_pair, open_rival, read_last, write
+from nla.eval.target import Patch, Target, doubts, last_token, open_pair, open_rival, read_last, write
 from nla.eval.worlds import SWITCHBOARD, require_world
 from nla.organisms.switchboard import claims, content, world
 from nla.organisms.switchboard.world import END, Chat, Exchange
@@ -99,7 +99,7 @@ class TwoHopReport(Report):
     """The pair's, on questions kept from all training."""
     examples: list[str]
 
-    def to_markdown(self) -> str:
+    def body(self) -> str:
         """The readable report."""
         verdicts = ", ".join(f"{count} {verdict}" for verdict, count in self.gate.items())
         return paragraphs(
@@ -207,6 +207,7 @@ def evaluate_two_hop(
     examples = explain(nla, read_last(target, [item.premise for item in kept[:4]]), seed=seed) if kept else []
     return TwoHopReport(
         checks=two_hop_checks(readers),
+        doubts=doubts(nla, warm_start=warm),
         point=str(nla.point),
         n_items=n_items,
         samples=samples,

@@ -34,7 +34,7 @@ from nla.eval.pair.graph_concepts import (
 )
 from nla.eval.report import Check, Figures, Rate, Report, bars, checks_table, new_figure, paragraphs, table
 from nla.eval.settings import EvaluationSettings
-from nla.eval.target import open_pair
+from nla.eval.target import doubts, open_pair
 from nla.models.points import Point, context_length
 from nla.progress import Progress, silent
 from nla.stats import Interval, derangement
@@ -89,7 +89,7 @@ class GraphReport(Report):
     scores: list[GraphScore]
     """The encoder, then the baselines."""
 
-    def to_markdown(self) -> str:
+    def body(self) -> str:
         """The readable report."""
         kinds = [kind for kind in KINDS if any(kind in one.named for one in self.scores)]
         rows = [
@@ -177,6 +177,7 @@ def judge_against_graphs(
     scores = score_all(reader, read_tokens, cells, acts.vectors, settings.n_samples, seed, progress)
     return GraphReport(
         checks=_checks(scores),
+        doubts=doubts(nla),
         files=[str(path) for path in paths],
         point=str(nla.point),
         n_graphs=len(loaded),

@@ -36,7 +36,7 @@ from nla.eval.pair.texts import load_documents, sample_tokens, world_documents
 from nla.eval.pair.truth import VISIBLE, Truth, measure_truth, owners
 from nla.eval.report import Check
 from nla.eval.settings import EvaluationSettings
-from nla.eval.target import open_pair, open_rival
+from nla.eval.target import doubts, open_pair, open_rival
 from nla.eval.worlds import COUPLETS, world_of
 from nla.metrics import Baseline
 from nla.models.read import Activations
@@ -151,6 +151,7 @@ def judge_fidelity(
         gains=gains,
         truths=claims,
         checks=_checks(scored, public, gains, claims, couplets is not None),
+        doubts=doubts(nla, warm_start=warm),
         examples=_examples(acts, texts[ENCODER]),
         remarks=remarks,
     )

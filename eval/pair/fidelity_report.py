@@ -80,7 +80,7 @@ class FidelityReport(Report):
     remarks: Sequence[str] = ()
     """What of the chats the target did not read, a sentence each."""
 
-    def to_markdown(self) -> str:
+    def body(self) -> str:
         """The readable report."""
         header = (
             "stratum",
@@ -109,14 +109,14 @@ class FidelityReport(Report):
         )
         baselines = "; ".join(f"{name.replace('_', ' ')} {fve}" for name, fve in self.score.baselines.items())
         return paragraphs(
-            self.to_card(),
+            self.section(),
             *([public, table(header, rows)] if rows else []),
             f"Baselines over all positions, as FVE: {baselines}. (The mean itself is at 0; a wrong vector of unit "
             "length near −1.)",
             checks_table(self.checks),
         )
 
-    def to_card(self) -> str:
+    def section(self) -> str:
         """The section of the model card: FVE by stratum."""
         header = ("stratum", "n", "FVE", "baseline: shuffled within", "warm start", "change", "error removed")
         rows = [

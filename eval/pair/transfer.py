@@ -23,7 +23,7 @@ from nla.eval.explainers import explain
 from nla.eval.pair.texts import load_documents, sample_tokens, world_documents
 from nla.eval.report import Check, Report, bars, checks_table, new_figure, paragraphs, table
 from nla.eval.settings import EvaluationSettings
-from nla.eval.target import open_pair
+from nla.eval.target import doubts, open_pair
 from nla.metrics import Baseline, cosine, mse
 from nla.models.read import Activations
 from nla.organisms import adapter_folder
@@ -105,13 +105,13 @@ class TransferReport(Report):
         """What all positions together allow."""
         return self.parts[-1].verdict
 
-    def to_markdown(self) -> str:
+    def body(self) -> str:
         """The readable report."""
         header = ("token", "cosine", "explanation on the target", "on the fine-tune")
         rows = [(one["token"], one["cosine"], one["base"], one["tuned"]) for one in self.examples]
-        return paragraphs(self.to_card(), "Where activations moved furthest:", table(header, rows))
+        return paragraphs(self.section(), "Where activations moved furthest:", table(header, rows))
 
-    def to_card(self) -> str:
+    def section(self) -> str:
         """The section of the model card."""
         header = ("positions", "n", "FVE", "on the fine-tune", "fall", "over own mean", "on the fine-tune", "kept")
         more = ("positions", "cosine", "on the fine-tune", "activations: tuned · base", "own text − base's", "verdict")
@@ -199,7 +199,7 @@ def judge_transfer(model: NLA | str | Path, settings: TransferSettings, progress
     explanations = [explain(nla, read.vectors, seed=seed) for read in (acts, tuned)]
     progress("transfer", 0.9)
     report = compare_transfer(nla, acts, tuned, explanations, str(settings.target_adapter), seed)
-    report = replace(report, remarks=[*([] if nla.doubt is None else [nla.doubt]), *documents.remarks])
+    report = replace(report, doubts=doubts(nla), remarks=documents.remarks)
     progress("transfer", 1.0)
     return report
 

@@ -72,14 +72,14 @@ class CoupletsReport(ReadersReport):
         """What the picture shows."""
         return {f"{one.target}: {task.task}": task for one in self.targets for task in one.tasks if task.task != RANDOM}
 
-    def to_markdown(self) -> str:
+    def body(self) -> str:
         """The readable report."""
         about = f"Point `{self.point}`; {self.n_train} documents to fit on, {self.n_items} to judge; "
         about += f"{self.n_samples} sample(s) an activation. {LEGEND}"
         by_target = [part for one in self.targets for part in (f"## {one.target}", tables(one.tasks))]
-        return paragraphs(self.to_card(), about, *by_target)
+        return paragraphs(self.section(), about, *by_target)
 
-    def to_card(self) -> str:
+    def section(self) -> str:
         """The section of the model card: what is known by construction, and whether it came out."""
         rows = [(one.target, one.used, *summary(one.task(PLAN))) for one in self.targets]
         plans = table(("target", "patch moves line 2", *SUMMARY), rows)

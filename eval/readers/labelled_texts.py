@@ -19,7 +19,7 @@ from nla.eval.readers.probes import LOGISTIC
 from nla.eval.readers.tables import LEGEND, random_check, readers_figure, tables
 from nla.eval.readers.tasks import TEST, TRAIN, Sites, Task
 from nla.eval.report import Check, Report, checks_table, one_line, paragraphs
-from nla.eval.target import Target, open_pair
+from nla.eval.target import Target, doubts, open_pair
 from nla.models.points import context_length
 from nla.progress import Progress, silent
 from nla.text.tokens import Span, encode_batch, select_positions
@@ -53,7 +53,7 @@ class ProbeReport(Report):
 
     tasks: list[TaskResult]
 
-    def to_markdown(self) -> str:
+    def body(self) -> str:
         """The readable report."""
         about = (
             f"`{one_line(self.data)}`: {self.n_texts} texts of {self.n_rows} rows, {self.n_sites} activations of "
@@ -135,6 +135,7 @@ def compare_on_labelled_texts(data: str | Path, settings: ProbeSettings, progres
     tasks = compare_readers([task], sources, settings, progress)
     return ProbeReport(
         checks=_checks(tasks),
+        doubts=doubts(nla),
         data=Path(data).name,
         target=Path(nla.config.target).name,
         point=str(nla.point),

@@ -5,7 +5,7 @@ In goes a pair on Couplets or on Switchboard, out comes that organism's report: 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -15,7 +15,7 @@ from nla.eval.readers.compare import ComparisonSettings
 from nla.eval.readers.couplets import CONTRAST, compare_on_couplets
 from nla.eval.readers.switchboard import compare_on_switchboard
 from nla.eval.readers.tables import ReadersReport
-from nla.eval.target import Target, open_pair
+from nla.eval.target import Target, doubts, open_pair
 from nla.eval.worlds import COUPLETS, SWITCHBOARD, require_world
 from nla.progress import Progress, silent
 
@@ -77,4 +77,4 @@ def compare_on_organism(
         raise ArgumentError(f"plants of a pair on {nla.config.target}", wanted, "leave --plants out, or name that pair")
     else:
         report = compare_on_couplets(nla, settings.contrast, sizes, settings, progress)
-    return report
+    return replace(report, doubts=doubts(nla))

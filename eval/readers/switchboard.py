@@ -52,12 +52,12 @@ class SwitchboardReport(ReadersReport):
         """What the picture shows."""
         return {task.task: task for task in self.tasks if task.task != RANDOM}
 
-    def to_markdown(self) -> str:
+    def body(self) -> str:
         """The readable report."""
         about = f"Point `{self.point}`; {self.n_samples} sample(s) an activation. {LEGEND}"
-        return paragraphs(self.to_card(), about, tables(self.tasks))
+        return paragraphs(self.section(), about, tables(self.tasks))
 
-    def to_card(self) -> str:
+    def section(self) -> str:
         """The section of the model card: what is known by construction, and whether it came out."""
         rows = [
             (name, *summary(task), *[row.labelled[TEST] for row in _text_readers(task)])

@@ -86,6 +86,7 @@ class AuditReport:
             "n_controls": len(content.controls),
             "n_positions": sum(len(reading.entries) for reading in content.readings),
             "forged": {reading.transcript: reading.n_forged for reading in content.readings if reading.n_forged},
+            "doubts": list(content.doubts),
             "remarks": list(content.remarks),
             "unread": {name: [one._asdict() for one in unread] for name, unread in content.unread.items()},
             "rubrics": [_plain(vars(result)) for result in content.results],
@@ -135,7 +136,8 @@ class AuditReport:
         if self.audit.n_discarded:
             judged = f"{self.audit.n_discarded} of {self.audit.n_judged}"
             lines.append(f"{judged} verdicts of the judge had no literal quote: no match.")
-        return [*lines, *self.audit.remarks, *(f"Left out: {visible(error)}" for error in self.refused)]
+        refused = [f"Left out: {visible(error)}" for error in self.refused]
+        return [*self.audit.doubts, *lines, *self.audit.remarks, *refused]
 
     def legend(self) -> str:
         """What the columns mean."""

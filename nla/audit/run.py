@@ -46,6 +46,8 @@ class Audit:
     """Every rubric."""
     unread: Mapping[str, Sequence[Unread]] = field(default_factory=dict)
     """Of each transcript's id, what of it the target did not read."""
+    doubts: Sequence[str] = ()
+    """What the pair's own measurements say against it."""
     remarks: Sequence[str] = ()
     """What a reader must know of how the transcripts and controls were read."""
     n_judged: int = 0
@@ -158,8 +160,8 @@ def audit_prepared(
         scores=scores.transcripts,
         results=scores.rubrics,
         unread={prepared.transcript.id: prepared.chat.unread for prepared in ours if prepared.chat.unread},
+        doubts=nla.doubts,
         remarks=[
-            *([] if nla.doubt is None else [nla.doubt]),
             *remarks(prepared.chat for prepared in (*ours, *(theirs or ()))),
             *(warning for warning in bases if warning is not None),
         ],

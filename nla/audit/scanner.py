@@ -74,6 +74,7 @@ def nla_audit(
         ids = [message.id for message in transcript.messages]
         not_read = {
             "unread": [str(one) for unread in result.unread.values() for one in unread],
+            "doubts": list(result.doubts),
             "remarks": list(result.remarks),
         }
         results = []

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from nla.cli.console import FAILED, OK, UNDECIDED, emit, progress_bar, quiet, show
+from nla.cli.console import FAILED, OK, UNDECIDED, emit, progress_bar, quiet, say_doubts, show
 from nla.cli.options import Device, Json, Pair, TargetAdapter, count, given, places, seed, text
 from nla.errors import visible
 
@@ -87,6 +87,7 @@ def audit(
     reading = given(controls=controls, max_mb=max_mb, skip_bad=skip_bad, device=places(device))
     with progress_bar() as progress:
         report = audit_files(pair, paths, AuditSettings(**settings), out_dir=out, progress=progress, **reading)
+    say_doubts(report.audit.doubts)
     if json:
         emit(report)
     else:

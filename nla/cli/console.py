@@ -7,7 +7,7 @@ import json
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,9 +72,14 @@ def load(pair: str, device: list[str] | None = None) -> NLA:
     from nla.autoencoder import NLA
 
     nla = NLA.from_pretrained(pair, device=device_or_roles)
-    if nla.doubt is not None:
-        print(f"nla: {nla.doubt}", file=sys.stderr)
+    say_doubts(nla.doubts)
     return nla
+
+
+def say_doubts(doubts: Sequence[str]) -> None:
+    """Say on standard error, above the output, what pairs' own measurements say against them."""
+    for doubt in doubts:
+        print(f"nla: {doubt}", file=sys.stderr)
 
 
 def quiet() -> None:
@@ -170,5 +175,4 @@ def peak_memory_gb() -> float:
 
 def about(nla: NLA, name: str) -> dict[str, Any]:
     """Which pair this is."""
-    doubt = {} if nla.doubt is None else {"doubt": nla.doubt}
-    return {"pair": name, "target": nla.config.target, "point": str(nla.point), **doubt}
+    return {"pair": name, "target": nla.config.target, "point": str(nla.point), "doubts": nla.doubts}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
 
-from nla.cli.console import FAILED, OK, UNDECIDED, emit, progress_bar, quiet, show_lines
+from nla.cli.console import FAILED, OK, UNDECIDED, emit, progress_bar, quiet, say_doubts, show_lines
 from nla.cli.options import Card, Check, Device, Json, Out, add, count, given, group, places, text
 from nla.errors import ArgumentError
 
@@ -89,6 +89,7 @@ def reported(command: Callable[..., Evaluation]) -> Callable[..., int]:
             report.save(out)
         if card is not None:
             write_card(card, report.name, report.to_card(), context.find_root().obj)
+        say_doubts(report.doubts)
         if json:
             emit(report)
         else:

@@ -197,6 +197,7 @@ def test_the_evaluations_run_through_and_leave_the_pair_as_it_was(made, tmp_path
     names = ("word-hat", "word-snow", "word-sham", "known", "known-sham", "mismatch", "mismatch-sham")
     for module in (plants, auditing):
         monkeypatch.setattr(module, "PLANTS", {name: PLANTS[name] for name in names})
+    monkeypatch.setattr(nla, "metrics", {"joint": {"fve/global": -0.3}})
     before = {name: value.clone() for name, value in nla.model.state_dict().items()}
     report = plants.evaluate_plants(nla, plants.PlantsSettings(folder, n_prompts=4, n_samples=1))
     report.save(tmp_path)
@@ -208,6 +209,7 @@ def test_the_evaluations_run_through_and_leave_the_pair_as_it_was(made, tmp_path
         plants.evaluate_plants(nla, plants.PlantsSettings(folder, n_prompts=2, n_samples=1, seed=1))
     audited = auditing.evaluate_auditing(nla, auditing.AuditingSettings(folder, n_chats=2, n_samples=1))
     audited.save(tmp_path)
+    assert "reads nothing" in report.doubts[0] and audited.doubts == report.doubts
     assert [one.rubric for one in audited.plants][-1] == "answer-language" and (tmp_path / "auditing.png").is_file()
     hops = two_hop.evaluate_two_hop(nla, two_hop.TwoHopSettings(n_items=4, n_samples=1))
     hops.save(tmp_path)

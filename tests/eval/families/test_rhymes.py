@@ -188,9 +188,12 @@ def test_a_bare_target_gets_gates_and_probe_and_a_verdict(tmp_path) -> None:
 def test_the_whole_protocol_runs_on_a_pair_and_writes_its_report(tmp_path) -> None:
     stages: set[str] = set()
     settings = RhymeSettings(planted_pair(), planted_pair(), n_items=16, n_samples=2, n_fit=800, hit_rate=0.4375)
-    report = evaluate_rhymes(planted_pair(), settings, lambda stage, fraction: stages.add(stage))
+    pair = planted_pair()
+    pair.metrics = {"joint": {"fve/global": -0.3}}
+    report = evaluate_rhymes(pair, settings, lambda stage, fraction: stages.add(stage))
     report.save(tmp_path)
     assert report.verdict == "planned and used" and report.naming is not None
+    assert len(report.doubts) == 1 and "reads nothing" in report.doubts[0]
     assert report.naming.sampled.named.value <= 0.2 and not report.passed  # nothing was trained
     assert report.naming.margin < -0.5  # the target itself knows the plan
     assert {"gate", "naming", "counterfactual", "edit and steer"} <= stages

@@ -140,7 +140,7 @@ def test_tables_align_and_reports_are_written_whole(tmp_path) -> None:
     class Tried(Report):
         name = "name"
 
-        def to_markdown(self):
+        def body(self):
             return paragraphs("# A", "", table(("a", "b"), [("x", 0.5), ("longer", None)]))
 
         def figure(self):

@@ -238,7 +238,9 @@ def test_the_report_tells_the_two_targets_apart_and_is_written(tmp_path, monkeyp
     contrast = planted_target(used=False)
     contrast.model.model.layers[1].register_forward_hook(lambda module, args, output: output * 1.01)
     settings = ReadersSettings(contrast=contrast, n_items=32, n_train=96, **quick)
-    report = compare_on_organism(planted_pair(), settings)
+    pair = planted_pair()
+    pair.metrics = {"joint": {"fve/global": -0.3}}
+    report = compare_on_organism(pair, settings)
     report.save(tmp_path)
     checks = {check.name: check.passed for check in report.checks}
     assert all(passed for name, passed in checks.items() if "≥ 0.95" not in name and "moves" not in name), checks
@@ -248,6 +250,7 @@ def test_the_report_tells_the_two_targets_apart_and_is_written(tmp_path, monkeyp
     assert content["targets"][0]["tasks"][0]["readers"][0]["reader"] == LOGISTIC
     assert (tmp_path / "readers.png").read_bytes().startswith(b"\x89PNG")
     text = (tmp_path / "readers.md").read_text()
+    assert "reads nothing" in text.split("\n\n")[1]
     assert "text-only LM" in text and "### plan" in text and "What reconstructions keep" in text
 
 

@@ -244,10 +244,10 @@ def test_an_adapter_that_names_another_base_is_said_in_the_report(nla: NLA, file
 def test_a_pair_below_its_baselines_is_said_first_in_the_report(
     nla: NLA, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert not go(nla, files).audit.remarks
+    assert not go(nla, files).audit.doubts
     monkeypatch.setattr(nla, "metrics", {"joint": {"fve/global": -0.3}})
     report = go(nla, files)
-    assert "reads nothing" in report.to_json()["remarks"][0] and report.audit.remarks[0] in report.notes()
+    assert "reads nothing" in report.to_json()["doubts"][0] and report.audit.doubts[0] == report.notes()[0]
 
 
 def test_a_target_is_not_held_against_itself(nla: NLA, files: dict[str, Path]) -> None:

@@ -253,6 +253,7 @@ def test_a_failed_threshold_exits_with_1_only_where_it_is_asked(
             name="gates",
             passed=passed,
             held=[passed],
+            doubts=[],
             to_markdown=lambda: "# A report\x1b[2J",
             to_card=lambda: "## In short",
             to_json=lambda: {"passed": passed},
