@@ -215,6 +215,15 @@ class Store:
             out[places] = shard.tensor("number")[shard.tensor("document")[inside]]
         return out
 
+    def attributes(self, rows: int | slice | Tensor | Sequence[int] | None = None) -> list[dict[str, Any]]:
+        """For each row, what the corpus says of its document, such as its topic; empty where it says nothing."""
+        chosen = self.rows(rows)
+        out: list[dict[str, Any]] = [{} for _ in chosen]
+        for shard, places, inside in self.by_shard(chosen):
+            for row, document in zip(places.tolist(), shard.tensor("document")[inside].tolist(), strict=True):
+                out[row] = shard.attributes[document]
+        return out
+
     def token_indexes(self, rows: int | slice | Tensor | Sequence[int] | None = None) -> Tensor:
         """For each row, its token's place in the document, special tokens counted, (k,) int64."""
         chosen = self.rows(rows)
@@ -319,7 +328,8 @@ def open_splits(folder: str | Path, splits: str | Sequence[str] = SPLITS) -> dic
                 raise StoreError(
                     f"{n_shared} documents that stand in {other} as well as in {split} of {folder}",
                     "splits that share no text",
-                    "read the corpus again: the split follows from the text",
+                    "read the corpus again: the split follows from the text; where a column `split` says it, give "
+                    "equal texts one split",
                 )
         seen.append((split, hashes))
     return stores

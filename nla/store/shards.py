@@ -6,7 +6,8 @@
     span       (n, 5)  int64: id, start, end,         hash      (k, 16)  uint8: BLAKE2b of what was read of it
                        index, added                   text      (bytes,) uint8: UTF-8 of all of them, once each
     document   (n,)    int64: into number, hash, …    text_end  (k,)     int64: where each ends, in bytes
-    stratum    (n,)    int64: into the names          words     (bytes,) uint8: JSON with the strata's names
+    stratum    (n,)    int64: into the names          words     (bytes,) uint8: JSON with the strata's names, and
+                                                                what is known of each document
     norm       (n,)    float32: L2 norms              unit_sum  (s, d)   float64: sums of unit vectors, by stratum
                                                       unit_square (s,)   float64: sums of their squared norms
 """
@@ -18,7 +19,7 @@ import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -91,6 +92,9 @@ class Document(NamedTuple):
     key: str | None = None
     """The text that documents are compared by; None: ``text``."""
 
+    attributes: Mapping[str, Any] = {}
+    """What its corpus says of it, such as its topic: JSON values."""
+
 
 class ShardEntry(NamedTuple):
     """A shard as records and manifests list it."""
@@ -118,6 +122,9 @@ def write_shard(folder: Path, file: str, documents: Sequence[Document], vectors:
     names = sorted(set(kinds))
     stratum = torch.tensor([names.index(kind) for kind in kinds], dtype=torch.int64)
     texts = [document.text.encode() for document in documents]
+    words: dict[str, Any] = {"strata": names}
+    if any(document.attributes for document in documents):
+        words["attributes"] = [dict(document.attributes) for document in documents]
     spans = [(span.token_id, span.start, span.end, span.index, span.added) for each in documents for span in each.spans]
     tensors = {
         "vectors": vectors,
@@ -129,7 +136,7 @@ def write_shard(folder: Path, file: str, documents: Sequence[Document], vectors:
         "hash": _bytes(b"".join(text_hash(d.key or d.text) for d in documents)).reshape(-1, HASH_BYTES),
         "text": _bytes(b"".join(texts)),
         "text_end": torch.tensor([len(text) for text in texts], dtype=torch.int64).cumsum(0),
-        "words": _bytes(json.dumps({"strata": names}, ensure_ascii=False).encode()),
+        "words": _bytes(json.dumps(words, ensure_ascii=False, default=str).encode()),
         **_unit_sums(vectors, stratum, len(names)),
     }
     path = folder / file
@@ -258,10 +265,30 @@ class Shard:
         return vectors
 
     @cached_property
+    def _words(self) -> dict[str, Any]:
+        try:
+            words = parse_json(self.tensor("words").numpy().tobytes().decode())
+        except ValueError as error:
+            raise self._refused(str(error)) from error
+        if not isinstance(words, dict):
+            raise self._refused("words that are no mapping")
+        return words
+
+    @cached_property
+    def attributes(self) -> list[dict[str, Any]]:
+        """What the corpus says of each document; empty where it says nothing."""
+        known = self._words.get("attributes", [{}] * self.n_documents)
+        if not isinstance(known, list) or len(known) != self.n_documents:
+            raise self._refused("attributes of other documents")
+        if not all(isinstance(one, dict) for one in known):
+            raise self._refused("attributes that are no mappings")
+        return known
+
+    @cached_property
     def strata(self) -> list[str]:
         """Names of the strata that ``stratum`` counts."""
         try:
-            names = parse_json(self.tensor("words").numpy().tobytes().decode())["strata"]
+            names = self._words["strata"]
             if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
                 raise ValueError("names of strata that are no texts")
             if len(names) != self._sizes["s"]:

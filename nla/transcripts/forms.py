@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from nla.transcripts import petri
 from nla.transcripts.calls import read_tools
 from nla.transcripts.entries import parse_messages, unused_keys
-from nla.transcripts.messages import ROLES, Transcript, bad, role_of
+from nla.transcripts.messages import ROLES, Transcript, bad, role_of, stated
 from nla.transcripts.responses import is_items, read_items
 
 Object = Mapping[str, Any]
@@ -160,6 +160,7 @@ def _transcript(found: Found, name: str, source: str) -> Transcript:
         tools=tools,
         prefill=continued or beside.get(_CONTINUE_FINAL) is True,
         unused=tuple(sorted([*map(str, unused - {_CONTINUE_FINAL}), *unknown])),
+        **stated(beside),
     )
 
 

@@ -113,6 +113,12 @@ class Transcript:
     prefill: bool = False
     """The last message is the beginning of an answer: the target reads it without an end."""
 
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+    """What is known of it, such as its topic, where its file says so: of a corpus, for who describes it."""
+
+    split: str | None = None
+    """Of a corpus, the split that it belongs to, where its file says so."""
+
     unused: tuple[str, ...] = ()
     """Fields of the file beside the messages that nothing here uses."""
 
@@ -142,6 +148,12 @@ class Transcript:
         if self.tools or self.prefill:
             content.append([[dict(tool) for tool in self.tools], self.prefill])
         return hashlib.sha256(json.dumps(content, ensure_ascii=True).encode()).hexdigest()
+
+
+def stated(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What the row of a corpus says of its conversation: ``attributes`` and ``split`` of a :class:`Transcript`."""
+    attributes = row.get("attributes")
+    return {"attributes": dict(attributes) if isinstance(attributes, Mapping) else {}, "split": row.get("split")}
 
 
 def role_of(name: str) -> str:

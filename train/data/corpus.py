@@ -20,7 +20,7 @@ from nla.storage.schema import shown
 from nla.train.schema import Count, Number, one_of, refuse, section
 from nla.transcripts.entries import parse_messages
 from nla.transcripts.files import read_file
-from nla.transcripts.messages import Transcript
+from nla.transcripts.messages import Transcript, stated
 
 KINDS = ("text", "lines", "chat")
 TABLES = (".parquet", ".jsonl", ".ndjson")
@@ -250,10 +250,10 @@ def column_of(settings: CorpusSettings, columns: list[str], example: Mapping[str
     return column, settings.kind == "chat" or (settings.kind is None and (is_list or column == "messages"))
 
 
-def _content(value: Any, is_chat: bool, where: str) -> Content:
-    """A cell of a table as text or chat."""
+def _content(value: Any, is_chat: bool, where: str, beside: Mapping[str, Any] = {}) -> Content:
+    """A cell of a table as text or chat; ``beside``, what the row says of the chat."""
     if is_chat:
-        return Transcript(where, parse_messages(value, where), source=where)
+        return Transcript(where, parse_messages(value, where), source=where, **stated(beside))
     if value is not None and not isinstance(value, str):
         raise CorpusError(
             f"{where}: a text that is a {type(value).__name__}",
@@ -261,6 +261,11 @@ def _content(value: Any, is_chat: bool, where: str) -> Content:
             "name another text_column, or set kind = chat for a column of messages",
         )
     return value or ""
+
+
+def _beside(columns: list[str]) -> list[str]:
+    """The columns that say something of a chat."""
+    return [name for name in ("attributes", "split") if name in columns]
 
 
 def _parquet(file: Path, settings: CorpusSettings) -> Iterator[Callable[[], Content]]:
@@ -272,13 +277,19 @@ def _parquet(file: Path, settings: CorpusSettings) -> Iterator[Callable[[], Cont
             rows = table.iter_batches(batch_size=1)
             example = next((batch.to_pylist()[0] for batch in rows), {})
             column, is_chat = column_of(settings, table.schema_arrow.names, example, str(file))
+            wanted = [column, *(_beside(table.schema_arrow.names) if is_chat else ())]
             number = 0
-            for batch in table.iter_batches(batch_size=1024, columns=[column]):
-                values = batch.column(0)
-                for row in range(len(values)):
-                    where = f"{file}, row {number + row}"
-                    yield lambda value=values[row], where=where: _content(value.as_py(), is_chat, where)
-                number += len(values)
+            for batch in table.iter_batches(batch_size=1024, columns=wanted):
+                for row in range(len(batch)):
+
+                    def parse(
+                        batch: Any = batch, row: int = row, where: str = f"{file}, row {number + row}"
+                    ) -> Content:
+                        values = {name: batch.column(name)[row].as_py() for name in wanted}
+                        return _content(values[column], is_chat, where, values)
+
+                    yield parse
+                number += len(batch)
     except pa.ArrowException as error:
         raise _unreadable(file, error) from error
 
@@ -353,15 +364,15 @@ def _hub(settings: CorpusSettings, commit: str | None) -> Corpus:
             "correct the name; log in (`hf auth login`) for a gated one; check the network",
         ) from error
     column, is_chat = column_of(settings, list(data.column_names or example), example, where)
-    data = data.select_columns([column])
+    data = data.select_columns([column, *(_beside(data.column_names or list(example)) if is_chat else ())])
 
     def entries() -> Iterator[Callable[[], Content]]:
         rows = enumerate(_unbroken(data, where)) if settings.streaming else ((n, n) for n in range(len(data)))
         for number, row in rows:
 
             def parse(row: Any = row, number: int = number) -> Content:
-                value = (data[row] if isinstance(row, int) else row)[column]
-                return _content(value, is_chat, f"{where}, row {number}")
+                values = data[row] if isinstance(row, int) else row
+                return _content(values[column], is_chat, f"{where}, row {number}", values)
 
             yield parse
 

@@ -15,6 +15,8 @@ from transformers import PreTrainedTokenizerBase
 
 from nla.baselines import UNKNOWN_STRATUM
 from nla.errors import ArgumentError, CorpusError, NLAError, TemplateError, TranscriptError, VocabularyError
+from nla.storage.schema import shown
+from nla.store.reader import SPLITS
 from nla.store.shards import Document, is_held_out
 from nla.text.kinds import token_kinds
 from nla.text.tokens import Span, unknown_id
@@ -115,10 +117,13 @@ class Reader:
             start, end = tokens.offsets(index)
             spans.append(Span(ids[index], text[start:end], start, end, index))
             strata.append(_stratum(tokens.chat, index, chosen[index]))
-        out.documents.append(Document(tokens.number, text, spans, strata))
+        transcript = None if tokens.chat is None else tokens.chat.transcript
+        attributes = {} if transcript is None else transcript.attributes
+        out.documents.append(Document(tokens.number, text, spans, strata, attributes=attributes))
         out.ids.append(ids[: max(chosen) + 1])
         held_out = is_held_out(text, self.settings.eval_share, self.settings.split_key)
-        out.splits.append("eval" if held_out else "train")
+        stated = None if transcript is None else transcript.split
+        out.splits.append(stated or ("eval" if held_out else "train"))
         out.counts["read"] += 1
         out.counts["tokens"] += min(len(ids), limit)
 
@@ -164,6 +169,7 @@ class Reader:
             try:
                 content = parse()
                 if isinstance(content, Transcript):
+                    _check_split(number, content.split)
                     by_number[number] = self._of_chat(number, content, counts)
                 elif content.strip():
                     content.encode()
@@ -217,6 +223,12 @@ class Reader:
         self._n_warned[kind] += 1
         if self._n_warned[kind] <= _MOST_WARNINGS:
             log.warning("%s", text)
+
+
+def _check_split(number: int, split: str | None) -> None:
+    if split not in (None, *SPLITS):
+        got = f"document {number} of the split {shown(split)}"
+        raise CorpusError(got, f"{' or '.join(SPLITS)} in the column `split`", "rename the split, or the column")
 
 
 def _characters(encoding: Any) -> Any:

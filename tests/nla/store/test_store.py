@@ -13,6 +13,7 @@ import torch
 from nla.config import tokenizer_hash
 from nla.errors import BaselineError, NonFiniteError, ShapeError, StorageError, StoreError, TokenizerMismatchError
 from nla.metrics import Baseline
+from nla.store import shards
 from nla.store.reader import Manifest, Store, open_splits
 from nla.store.shards import Document, Shard, is_held_out, write_shard
 from nla.store.writer import StoreWriter
@@ -20,6 +21,7 @@ from nla.text.tokens import Span
 from tests.helpers.disk import limited_file_size
 
 D = 6
+json_dumps = json.dumps
 ABOUT = {
     "target": "a/target",
     "revision": None,
@@ -90,6 +92,30 @@ def test_rows_keep_their_tokens_texts_and_documents(tmp_path):
     assert all(
         rows.texts[i][span.start : span.end] == span.text for i, span in zip(rows.document, rows.spans, strict=True)
     )
+
+
+def test_what_is_known_of_a_document_is_known_of_each_of_its_rows(tmp_path):
+    known = [{"topic": "bees", "tone": None}, {}, {"topic": "tea", "wordings": [1, 2]}]
+    documents = [document(n, f"text {n}")._replace(attributes=one) for n, one in enumerate(known)]
+    writer = StoreWriter(tmp_path / "a", ABOUT)
+    splits = {"train": (documents[:2], vectors(4, 0)), "eval": (documents[2:], vectors(2, 1))}
+    writer.write(0, splits, {})
+    writer.finish(1)
+    train, held_out = open_splits(tmp_path / "a").values()
+    assert train.attributes([3, 0, 1]) == [{}, known[0], known[0]] and held_out.attributes() == [known[2]] * 2
+    make(tmp_path / "b")
+    plain = Store.open(tmp_path / "b")
+    assert plain.attributes([2, 3]) == [{}, {}]
+    written = Shard(tmp_path / "b" / plain.entries[0].file).tensor("words").numpy().tobytes()
+    assert json.loads(written) == {"strata": ["all"]}, "a store as versions before this one wrote it"
+
+
+@pytest.mark.parametrize("words", [{"strata": ["all"], "attributes": wrong} for wrong in ([{}], 3, [{}, 1])] + [[]])
+def test_a_shard_that_says_something_else_than_of_its_documents_is_refused(tmp_path, monkeypatch, words):
+    monkeypatch.setattr(shards.json, "dumps", lambda *_, **__: json_dumps(words))
+    write_shard(tmp_path, "train/000000.safetensors", [document(0, "a text"), document(1, "a word")], vectors(4, 0))
+    with pytest.raises(StoreError, match="damaged"):
+        _ = Shard(tmp_path / "train" / "000000.safetensors").attributes
 
 
 @pytest.mark.parametrize("kinds, names", [(("all", "all"), {"global"}), (("user", "tool"), {"global", "user", "tool"})])

@@ -312,6 +312,36 @@ def test_chats_are_read_as_the_targets_own_with_roles_for_strata(tokenizer, tmp_
     ]
 
 
+KNOWN = [
+    {"messages": CHAT, "attributes": {"topic": "cats", "tone": None}, "split": "eval"},
+    {"messages": [*CHAT, *CHAT], "attributes": {"topic": "dogs", "tone": "sad"}, "split": "train"},
+    {"messages": [*CHAT, *CHAT, *CHAT], "attributes": None, "split": None},
+]
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet", "hub"])
+def test_what_a_corpus_says_of_its_chats_is_kept_and_its_splits_are_taken(tokenizer, tmp_path, monkeypatch, form):
+    source = write_jsonl(tmp_path / "c.jsonl", KNOWN)
+    if form == "parquet":
+        source = str(tmp_path / "c.parquet")
+        pq.write_table(pa.Table.from_pylist(KNOWN), source)
+    elif form == "hub":
+        monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_list(KNOWN))
+        source = "some/data"
+    for share, rest in ((1e-9, "train"), (1 - 1e-9, "eval")):
+        (chunk,) = prepare(tokenizer, CorpusSettings(source, first_position=0, eval_fraction=share))
+        assert chunk.splits == ["eval", "train", rest], "where nothing is said, the text decides"
+        said = [{name: value for name, value in d.attributes.items() if value} for d in chunk.documents]
+        assert said == [{"topic": "cats"}, {"topic": "dogs", "tone": "sad"}, {}]
+
+
+def test_another_split_than_train_and_eval_is_refused(tokenizer, tmp_path):
+    for wrong in ("test", "", 0):
+        source = write_jsonl(tmp_path / "c.jsonl", [{**KNOWN[0], "split": wrong}])
+        with pytest.raises(CorpusError, match=r"document 0 .* train or eval in the column"):
+            prepare(tokenizer, CorpusSettings(source, first_position=0))
+
+
 def test_chats_of_which_the_template_drops_something_are_counted_and_some_are_named(tokenizer, tmp_path, caplog):
     chats = [{"messages": [{"role": "system", "content": "red"}, *CHAT]}] * 5 + [{"messages": CHAT}]
     settings = CorpusSettings(write_jsonl(tmp_path / "c.jsonl", chats), first_position=0)
