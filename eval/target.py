@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
@@ -15,12 +15,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from nla.autoencoder import NLA
 from nla.config import CONFIG_FILE
 from nla.errors import ArgumentError, ConfigError, ShapeError
+from nla.models.checkpoint import read_config
 from nla.models.generate import Generated, ends_of, generate, pad_of, seeded
 from nla.models.hooks import inference, replace
-from nla.models.load import load_target, read_config
+from nla.models.load import LoadSettings, load_target
 from nla.models.points import Point, blocks, context_length, device_of, unwrapped
 from nla.models.read import read
-from nla.organisms import TARGETS, adapter_folder, full_name, target_folder
+from nla.organisms import TARGETS, full_name
 from nla.pair.separate import Devices
 from nla.text.tokens import prompt_ids
 
@@ -36,39 +37,16 @@ class Target:
     """A context in which ``model`` is the bare target (a pair switches its adapters off)."""
 
     @classmethod
-    def load(
-        cls,
-        name: str | Path,
-        point: str | Point,
-        *,
-        revision: str | None = None,
-        dtype: str | None = "float32",
-        device: Devices = None,
-        quantization: str | None = None,
-        adapter: str | Path | None = None,
-    ) -> Target:
-        """A target without a pair: an embedded name such as "couplets/plain", a model folder or a hub id.
-
-        The keywords are those of :func:`nla.models.load.load_target`.
+    def load(cls, name: str | Path, point: str | Point, **settings: Unpack[LoadSettings]) -> Target:
+        """A target without a pair: an embedded name such as "couplets/plain", a GGUF file, a model folder or a hub id.
 
         Raises:
-            ArgumentError: places by role, where one model is loaded.
             PointError: the model has no such point; nothing but its configuration is read before.
             TargetError, WeightsError, NonFiniteError: there is no such model, or its weights are not whole, finite
                 safetensors. The rest is as for :func:`nla.models.load.load_target`.
         """
-        if isinstance(device, Mapping):
-            raise ArgumentError(f"device={dict(device)}", "one place: one model is loaded", "such as cuda:0")
-        source = target_folder(name)
-        at = Point.parse(point).within(read_config(source, revision).num_hidden_layers)
-        model, tokenizer = load_target(
-            source,
-            revision=revision,
-            dtype=dtype,
-            device=device,
-            quantization=quantization,
-            adapter=adapter_folder(adapter),
-        )
+        at = Point.parse(point).within(read_config(name, settings.get("revision")).num_hidden_layers)
+        model, tokenizer = load_target(name, **settings)
         return cls(model, tokenizer, at)
 
     @classmethod
@@ -127,6 +105,17 @@ def doubts(nla: NLA | None, **others: NLA | None) -> list[str]:
     return [name + doubt for name, pair in named.items() if pair is not None for doubt in pair.doubts]
 
 
+def one_place(device: Devices) -> str | torch.device | None:
+    """Where the one model of a target goes.
+
+    Raises:
+        ArgumentError: places by role.
+    """
+    if isinstance(device, Mapping):
+        raise ArgumentError(f"device={dict(device)}", "one place: one model is loaded", "such as cuda:0")
+    return device
+
+
 def open_target(model: Target | NLA | str | Path, point: str | Point, device: Devices = None) -> Target:
     """A target: as it is, of a pair (loaded, or its folder), or loaded from a name, folder or hub id.
 
@@ -143,7 +132,7 @@ def open_target(model: Target | NLA | str | Path, point: str | Point, device: De
         return Target.of(model)
     if full_name(model) not in TARGETS and (Path(model) / CONFIG_FILE).is_file():
         return Target.of(open_pair(model, device))
-    return Target.load(model, point, device=device)
+    return Target.load(model, point, device=one_place(device))
 
 
 class Patch(NamedTuple):

@@ -23,6 +23,7 @@ from nla.models.generate import ends_of
 from nla.models.points import Point, block, device_of, unwrapped
 from nla.models.read import Activations, Intervene, Strata, read
 from nla.models.selfcheck import check_stream
+from nla.organisms import hash_target, local_folder, noted_target
 from nla.pair import folder as pair_folder
 from nla.pair import publish
 from nla.pair.card import doubt
@@ -32,8 +33,6 @@ from nla.pair.explanations import Explanations, judge
 from nla.pair.roles import Head, Parts, Role, Roles, SharedBase, check_role, planted, require_shared
 from nla.pair.score import Score, check_store, denominators, score
 from nla.pair.separate import Devices
-from nla.storage.files import folder_of
-from nla.storage.hashes import hash_weights
 from nla.store.reader import Store
 from nla.text.tokens import Positions
 from nla.transcripts.messages import Transcript
@@ -139,6 +138,7 @@ class NLA:
 
         Args:
             target_model: a transformers causal LM without adapters; it is wrapped in place.
+            config: its ``target`` says where ``target_model`` is from: an embedded name, GGUF file, folder or hub id.
             rank, alpha: of both adapters; ``alpha`` is LoRA's scale numerator, None: ``rank``, so that the scale is 1.
             baselines: see :attr:`baselines`; :meth:`score` needs "global".
         """
@@ -147,10 +147,11 @@ class NLA:
         block(target_model, config.point)
         check_stream(target_model)
         ends = config.end_ids or ends_of(target_model, tokenizer) or None
-        config = replace(config, files={}, target_weights=hash_weights(config.target), end_ids=ends)
+        source = noted_target(config.target)
+        config = replace(config, target=source, files={}, target_weights=hash_target(source), end_ids=ends)
         roles = SharedBase.create(target_model, config, rank, alpha)
         pair = cls(roles, tokenizer, config, baselines)
-        pair.target_folder = folder.resolve() if (folder := folder_of(config.target)) else None
+        pair.target_folder = folder.resolve() if (folder := local_folder(source)) else None
         return pair
 
     @classmethod

@@ -115,7 +115,7 @@ def count_shape(source: str, revision: str | None) -> Shape:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from nla.models.load import read_config
+    from nla.models.checkpoint import read_config
     from nla.models.points import blocks, linear_names
 
     config = read_config(source, revision)

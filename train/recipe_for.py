@@ -13,8 +13,9 @@ from typing import Any
 import yaml
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from nla.config import DTYPES
 from nla.errors import ContextLengthError
-from nla.models.load import DTYPES, read_config
+from nla.models.checkpoint import read_config
 from nla.models.points import NO_LIMIT
 from nla.organisms import target_folder
 from nla.text.tokens import load_tokenizer, render_prompt

@@ -15,6 +15,7 @@ from nla.baselines import load_baselines
 from nla.config import NLAConfig
 from nla.errors import AccessError, ContextLengthError, ParseError, RecipeError, TargetError
 from nla.models import load as target
+from nla.models.checkpoint import read_config
 from nla.models.points import NO_LIMIT, Point, d_model
 from nla.organisms import TARGETS, ground_truth, target_folder
 from nla.pair.encoder import parse, strip_tags
@@ -111,7 +112,7 @@ def preflight(recipe: Recipe, describing: bool, reachable: bool) -> None:
     if not reachable:
         return
     source = target_folder(recipe.target)
-    config = target.read_config(source, recipe.revision)
+    config = read_config(source, recipe.revision)
     Point.parse(recipe.point).within(config.num_hidden_layers)
     tokenizer, prompts = load_tokenizer(source, recipe.revision), prompts_of(recipe)
     marker, *_ = place_marker(tokenizer, prompts)

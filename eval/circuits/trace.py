@@ -26,7 +26,7 @@ from nla.eval.circuits.sites import judge_sites, measure_sites
 from nla.eval.circuits.trace_graphs import TraceResult, graph_paths, save_graphs
 from nla.eval.circuits.trace_report import TraceReport, summarise
 from nla.eval.settings import EvaluationSettings
-from nla.eval.target import Target, open_pair
+from nla.eval.target import Target, one_place, open_pair
 from nla.organisms import full_name
 from nla.pair.separate import Devices
 from nla.progress import Progress, silent
@@ -136,4 +136,4 @@ def open_named(model: Target | str | Path, device: Devices = None) -> tuple[str,
     if (Path(model) / CONFIG_FILE).is_file():
         nla = open_pair(model, device)
         return nla.config.target, Target.of(nla)
-    return full_name(model), Target.load(model, "resid_post.0", device=device)
+    return full_name(model), Target.load(model, "resid_post.0", device=one_place(device))

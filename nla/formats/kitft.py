@@ -26,7 +26,7 @@ from nla.formats.kitft_sidecar import (
     read_sidecar,
     required,
 )
-from nla.models.load import read_config
+from nla.models.checkpoint import read_config
 from nla.pair.folder import load_head
 from nla.pair.separate import Devices, Sources, assemble, check_same_ids, expand
 from nla.storage import hub

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from nla.errors import ConfigError, WeightsError, visible
 from nla.models.points import backbone, blocks, is_transposed, layout, unwrapped
+from nla.organisms import adapter_folder
 from nla.storage.files import folder_of, read_json, write_json
 from nla.storage.hashes import sha256
 from nla.storage.hub import fetch_file, is_hub_id
@@ -386,11 +387,13 @@ def fill(folder: Path, model: PeftModel, state: dict[str, Tensor]) -> None:
 
 
 def located(folder: str | Path) -> Path:
-    """A folder as it stands, or where a hub id's files are, which are downloaded if need be.
+    """A folder as it stands, an embedded adapter's, or where a hub id's files are, which are downloaded if need be.
 
     Raises:
+        ConfigError: an embedded name that is none of an adapter.
         TargetError, AccessError: the hub does not give them.
     """
+    folder = adapter_folder(folder) or folder
     if folder_of(folder) is not None or not is_hub_id(str(folder)):
         return Path(folder)
     files = [fetch_file(str(folder), None, name) for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)]

@@ -14,9 +14,9 @@ from nla.config import CONFIG_FILE, NLAConfig, WeightsConfig, is_local, resolve
 from nla.errors import ArgumentError, ConfigError, TokenizerMismatchError, WeightsError
 from nla.metrics import Baseline
 from nla.models.load import load_target, load_truncated
+from nla.organisms import hash_target
 from nla.pair.roles import ROLES, Head, Parts, SeparateModels, check_role
 from nla.storage.files import folder_of
-from nla.storage.hashes import hash_weights
 from nla.storage.hub import hub_errors
 from nla.text.tokens import load_tokenizer
 
@@ -161,7 +161,7 @@ def check_weights(source: str, expected: str | None, what: str) -> None:
     Raises:
         WeightsError: they are others, or a folder stands where a hub id was, or the reverse.
     """
-    actual = hash_weights(source)
+    actual = hash_target(source)
     if actual != expected:
         names = [f"sha256 {digest[:12]}…" if digest else "on the hub" for digest in (actual, expected)]
         raise WeightsError(

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from nla import NLA
 from nla.errors import ConfigError
+from nla.models.checkpoint import read_config
+from nla.models.load import load_target, load_truncated
+from nla.models.lora import adapter_hash
 from nla.organisms import (
     ADAPTERS,
     ORGANISMS,
@@ -57,3 +63,31 @@ def test_what_was_meant_is_named() -> None:
         pair_folder("switchboard/goal")
     with pytest.raises(ConfigError, match="did you mean switchboard/goal"):
         adapter_folder("switchboard/gaol")
+
+
+def test_every_loader_takes_embedded_names() -> None:
+    name, folder, adapter = "switchboard", TARGETS["switchboard/target"], "switchboard/goal"
+    ids = torch.tensor([[5, 6, 7]])
+
+    def outputs(target: str | Path, plant: str | Path) -> list[torch.Tensor]:
+        model, _ = load_target(target, device="cpu")
+        with_adapter, _ = load_target(target, device="cpu", adapter=plant)
+        view = load_truncated(target, "resid_post.1", device="cpu")
+        return [model(ids).logits, with_adapter(ids).logits, view(ids).last_hidden_state]
+
+    by_name, expected = outputs(name, adapter), outputs(folder, ADAPTERS[adapter])
+    assert all(one.equal(other) for one, other in zip(by_name, expected, strict=True))
+    assert not by_name[0].equal(by_name[1]) and adapter_hash(adapter) == adapter_hash(ADAPTERS[adapter])
+    assert read_config(name, None).to_dict() == read_config(folder, None).to_dict()
+    for load in (load_target, lambda name: load_truncated(name, "resid_post.1"), lambda name: read_config(name, None)):
+        with pytest.raises(ConfigError, match="an embedded adapter, where a target"):
+            load(adapter)
+
+
+def test_a_pair_that_is_made_on_an_embedded_name_finds_its_target_again(tmp_path: Path) -> None:
+    model, tokenizer = load_target("couplets", device="cpu")
+    config = replace(NLA.from_pretrained("couplets", device="cpu").config, target="couplets")
+    made = NLA.create(model, tokenizer, config, rank=1)
+    made.save_pretrained(tmp_path)
+    assert made.target_folder == NLA.from_pretrained(tmp_path, device="cpu").target_folder
+    assert made.target_folder == TARGETS["couplets/planner"].resolve()

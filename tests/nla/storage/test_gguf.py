@@ -10,7 +10,10 @@ import pytest
 import torch
 
 from nla.errors import MissingExtraError, NLAError, TargetError, WeightsError
-from nla.models.load import load_target
+from nla.eval.target import Target
+from nla.models.checkpoint import read_config
+from nla.models.load import load_target, load_truncated
+from nla.models.read import read
 from nla.organisms import target_folder
 from nla.storage import gguf as module
 from tests.helpers.tiny import N_BLOCKS, make_model
@@ -95,7 +98,7 @@ def llama() -> Any:
 
 def test_a_file_means_the_model_that_it_was_written_from(tmp_path: Path, llama: Any, cache: Path) -> None:
     file = write(tmp_path / "tiny.gguf", llama)
-    read, tokenizer = load_target(target_folder(file), device="cpu")
+    read, tokenizer = load_target(file, device="cpu")
     ids = torch.tensor([tokenizer("a cat ran")["input_ids"]])
     assert torch.allclose(read(ids).logits, llama(ids).logits, atol=1e-4)
     assert [TOKENS[token] for token in ids[0].tolist()] == ["a", "Ġc", "a", "t", "Ġr", "a", "n"]
@@ -104,6 +107,15 @@ def test_a_file_means_the_model_that_it_was_written_from(tmp_path: Path, llama: 
     assert tokenizer("<|user|>a")["input_ids"] == [3, 4]
     assert max(tokenizer("a <|endoftext|> b")["input_ids"]) < len(TOKENS) == len(tokenizer)  # which transformers adds
     assert Path(str(read.name_or_path)).parent == cache and not hasattr(read.config, "quantization_config")
+
+
+def test_every_loader_takes_the_file_itself(tmp_path: Path, llama: Any) -> None:
+    file = write(tmp_path / "tiny.gguf", llama)
+    model, tokenizer = load_target(str(file), device="cpu")
+    config = read_config(file, None)
+    view, target = load_truncated(file, "resid_post.1", device="cpu"), Target.load(file, "resid_post.1", device="cpu")
+    whole, *others = (read(each, tokenizer, "a cat", "resid_post.1").vectors for each in (model, view, target.model))
+    assert all(whole.equal(other) for other in others) and config.hidden_size == whole.shape[1]
 
 
 def test_quantised_weights_have_the_values_of_the_quantisation(tmp_path: Path, llama: Any) -> None:
@@ -126,7 +138,7 @@ def test_quantised_weights_have_the_values_of_the_quantisation(tmp_path: Path, l
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gguf.GGUFWriter, "add_tensor", add)
         write(file, llama)
-    read, _ = load_target(target_folder(file), device="cpu")
+    read, _ = load_target(file, device="cpu")
     state = read.state_dict()
     assert len(rounded) > N_BLOCKS
     for name, values in rounded.items():
