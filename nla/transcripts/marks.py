@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import count, takewhile
 from typing import Any, NamedTuple
@@ -19,6 +19,8 @@ _NAMES = {REASONING: "reasoning", CONTENT: "content", CALLS: "tool calls", TOOLS
 _PARAMETERS = "parameters of tools"
 _COMPUTED = frozenset({"type", "required", "format", "$ref", "$schema", "$id"})
 """Keywords of JSON Schema whose values templates branch on or translate: they are not marked."""
+_GIVEN = frozenset({"default", "enum", "const", "examples"})
+"""Keywords whose values are arguments: there true and false are marked, which elsewhere (nullable) are branched on."""
 _OPEN, _CLOSE, _ESCAPED = "\ue000", "\ue001", "\\ue000"
 _FIRST_PREFIX = 731_902_548
 """A number is marked by a number, so that a template still writes one: nine digits that are nowhere else, and nine."""
@@ -35,7 +37,8 @@ class Field(NamedTuple):
     """Its name for readers."""
 
     def spellings(self) -> list[str]:
-        """How a template may write it: as it is; words of calls also inside JSON or Python; reasoning also trimmed."""
+        """How a template may write it: as it is; values and words of calls and tools as JSON or Python does; reasoning
+        also trimmed."""
         value = self.value
         if not isinstance(value, str):
             return [json.dumps(value), str(value)]
@@ -111,7 +114,7 @@ class Marked:
 
         def mark(message: int | None, section: str, what: str = "") -> Callable[[Any], Any]:
             def marked(value: Any) -> Any:
-                is_number = isinstance(value, int | float) and section == CALLS
+                is_number = isinstance(value, int | float)
                 if not is_number and not (isinstance(value, str) and value):
                     return value
                 fields.append(Field(message, section, value, what or _NAMES[section]))
@@ -267,13 +270,23 @@ def _marked_call(call: Mapping[str, Any], mark: Callable[[Any], Any]) -> Mapping
     return {"name": name, "arguments": arguments}
 
 
-def _marked_leaves(value: Any, mark: Callable[[Any], Any], kept: Container[str] = ()) -> Any:
+def _marked_leaves(value: Any, mark: Callable[[Any], Any]) -> Any:
     if isinstance(value, Mapping):
-        return {
-            key: inner if key in kept and not isinstance(inner, Mapping) else _marked_leaves(inner, mark, kept)
-            for key, inner in value.items()
-        }
-    return [_marked_leaves(inner, mark, kept) for inner in value] if isinstance(value, list) else mark(value)
+        return {key: _marked_leaves(inner, mark) for key, inner in value.items()}
+    return [_marked_leaves(inner, mark) for inner in value] if isinstance(value, list) else mark(value)
+
+
+def _marked_schema(value: Any, mark: Callable[[Any], Any]) -> Any:
+    if isinstance(value, list):
+        return [_marked_schema(inner, mark) for inner in value]
+    if not isinstance(value, Mapping):
+        return value if isinstance(value, bool) else mark(value)
+    marked = {}
+    for key, inner in value.items():  # a mapping is a parameter of that name, or more schema
+        is_keyword = not isinstance(inner, Mapping)
+        way = _marked_leaves if is_keyword and key in _GIVEN else _marked_schema
+        marked[key] = inner if is_keyword and key in _COMPUTED else way(inner, mark)
+    return marked
 
 
 def _marked_tool(
@@ -282,7 +295,7 @@ def _marked_tool(
     function = tool["function"]
     texts = {key: mark(function[key]) for key in ("name", "description") if key in function}
     if "parameters" in function:
-        texts["parameters"] = _marked_leaves(function["parameters"], mark_parameter, _COMPUTED)
+        texts["parameters"] = _marked_schema(function["parameters"], mark_parameter)
     return {**tool, "function": {**function, **texts}}
 
 

@@ -1,7 +1,7 @@
 """A transcript as the target's exact tokens: rendered with its own chat template, each token with its message and part.
 
 The template is rendered once more with a mark in the place of each field: content, reasoning, the words and numbers of
-tool calls, and the words of the list of tools. What stands between the marks is the template's own text; putting the
+tool calls and of the list of tools. What stands between the marks is the template's own text; putting the
 fields back must give the rendered text to the letter, so no template can edit or reorder a message unseen. A mark that
 is missing is a field that the target never reads.
 """

@@ -150,6 +150,58 @@ def test_parameters_that_the_template_drops_are_an_error_of_their_own() -> None:
     assert not render(with_template(names + SHAPES["plain"]), Transcript("a", (TALK[0],), tools=TOOL)).unread
 
 
+LIMITS = [
+    {"minimum": 41},
+    {"maximum": 0},
+    {"exclusiveMaximum": 1e22},
+    {"default": -0.5},
+    {"default": False},
+    {"default": 0},
+    {"enum": [7, 8]},
+    {"enum": [True, 'Lí"ma']},
+    {"const": True},
+    {"examples": [[1, {"of": True}]]},
+    {"items": {"type": "integer", "multipleOf": 3}},
+    {"type": "object", "properties": {"inner": {"type": "integer", "default": 9}}},
+    {"anyOf": [{"type": "integer", "maximum": 5}, {"type": "null"}]},
+]
+RANGES = "{{ t.function.name }}: {{ t.function.description }} {{ t.function.parameters.properties | PROPERTIES }}\n"
+WRITTEN_AS = ["tojson", "string", "tojson(indent=2)"]
+
+
+@pytest.mark.parametrize("form", WRITTEN_AS)
+@pytest.mark.parametrize("limits", LIMITS)
+def test_every_value_of_a_parameter_is_read_or_missed(form: str, limits: dict) -> None:
+    """A template that writes the parameters is read to the letter; one that writes their names alone drops values."""
+    offered = tool("pay", amount={"type": "integer", "nullable": True, **limits})
+    chat = Transcript("tools", (TALK[0], TALK[3]), tools=(offered,))
+    messages = [one.for_template() for one in chat.messages]
+    whole = with_template(
+        "{% for t in tools %}" + RANGES.replace("PROPERTIES", form) + "{% endfor %}" + SHAPES["plain"]
+    )
+    read = render(whole, chat)
+    assert read.text == whole.apply_chat_template(messages, tools=[offered], tokenize=False) and not read.unread
+    names = with_template(
+        "{% for t in tools %}" + RANGES.replace("PROPERTIES", "list") + "{% endfor %}" + SHAPES["plain"]
+    )
+    with pytest.raises(TemplateError, match="drops the parameters of tools"):
+        render(names, chat)
+
+
+def test_what_a_template_branches_on_in_a_schema_is_left_to_it() -> None:
+    """A parameter named like a keyword is a parameter; true and false that describe one are no values."""
+    properties = {"default": {"type": "integer", "nullable": True}, "enum": {"type": "string", "nullable": False}}
+    listed = (
+        "{% for t in tools or [] %}{{ t.function.name }} {{ t.function.description }}"
+        "{% for name, p in t.function.parameters.properties.items() %}"
+        "{{ name }}: {{ p.type }}{{ '?' if p.nullable is true else '' }}\n{% endfor %}{% endfor %}"
+    )
+    read = render(
+        with_template(listed + SHAPES["plain"]), Transcript("a", (TALK[0],), tools=(tool("f", **properties),))
+    )
+    assert "default: integer?\nenum: string\n" in read.text
+
+
 @pytest.mark.parametrize("form", LISTS)
 def test_a_list_of_tools_is_heard_to_its_end_and_what_follows_is_not_of_it(form: str) -> None:
     chat = Transcript("tools", (TALK[0], TALK[3]), tools=LAUNCH)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from importlib.resources import files
 
@@ -61,6 +62,29 @@ def test_calls_and_tools_are_read_under_templates_that_know_them(name: str) -> N
     read = render(tokenizer(name), AGENT)
     assert not read.unread and "clock" in read.heard(1) and "old" in read.heard(1)
     assert read.regions_of(1, CALLS) and "Tells the time" in read.text
+
+
+BOUNDED = {
+    "pears": {"type": "integer", "description": "How many.", "minimum": 1, "maximum": 90, "default": 5},
+    "price": {"type": "number", "description": "At most.", "enum": [0.5, 0, 2]},
+    "ripe": {"type": "boolean", "description": "Only those.", "default": False},
+}
+LISTS_TOOLS = ["gemma4", "glm4moe", "gptoss", "lfm2", "llama3_1", "llama3_2", "muse_glimmer", "nemotron_3_nano"]
+LISTS_TOOLS += ["qwen2_5", "qwen3", "qwen3_6"]
+
+
+@pytest.mark.parametrize("parameter", BOUNDED)
+@pytest.mark.parametrize("name", LISTS_TOOLS)
+def test_values_of_parameters_are_in_the_text_or_named_as_dropped(name: str, parameter: str) -> None:
+    """Values that stand nowhere in the text are dropped; what JSON or Python writes of them is there otherwise."""
+    values = [one for key, one in BOUNDED[parameter].items() if key in ("minimum", "maximum", "default", "enum")]
+    schema = {"type": "object", "properties": {parameter: BOUNDED[parameter]}}
+    tool = {"type": "function", "function": {"name": "eat", "description": "Eats", "parameters": schema}}
+    read = render(tokenizer(name), replace(said(("user", "Eat."), ("assistant", "No.")), tools=(tool,)), True)
+    own = read.text[read.text.index(parameter) :].split(BOUNDED["ripe"]["description"])[-1]
+    flat = [one for value in values for one in (value if isinstance(value, list) else [value])]
+    is_read = all(json.dumps(one) in own or str(one) in own for one in flat)
+    assert [str(one) for one in read.unread] == ([] if is_read else ["parameters of tools"])
 
 
 @pytest.mark.parametrize(
