@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count, takewhile
 from typing import Any, NamedTuple
 
 from nla.errors import TemplateError
-from nla.transcripts.messages import Transcript
+from nla.transcripts.messages import Message, Transcript
 
 CONTROL, REASONING, CONTENT, CALLS, TOOLS = "control", "reasoning", "content", "calls", "tools"
 """Parts of a message: what the template adds, thinking, what was written, tool calls, and the tools on offer."""
 
-_NAMES = {REASONING: "reasoning", CONTENT: "content", CALLS: "tool calls", TOOLS: "list of tools"}
+NAMES = {REASONING: "reasoning", CONTENT: "content", CALLS: "tool calls", TOOLS: "list of tools"}
+"""What readers know parts by."""
 _PARAMETERS = "parameters of tools"
 _COMPUTED = frozenset({"type", "required", "format", "$ref", "$schema", "$id"})
 """Keywords of JSON Schema whose values templates branch on or translate: they are not marked."""
@@ -76,6 +77,40 @@ class Placed(NamedTuple):
     dropped: list[tuple[int | None, str]]
     """Message and name of what is not in the text, in order, each once."""
     edited: Edit | None
+    moved: bool
+    """Messages are numbered as in :func:`texts_after_tools`: so the template writes them."""
+
+
+class Moved(NamedTuple):
+    """A transcript with messages in another order."""
+
+    transcript: Transcript
+    places: Mapping[tuple[int, str], int]
+    """The number now of the message that a section of an old one belongs to."""
+
+
+def texts_after_tools(transcript: Transcript) -> Moved:
+    """The transcript with text beside calls as a message after the tools' answers, as Gemma 4's template has it."""
+    messages: list[Message] = []
+    places: dict[tuple[int, str], int] = {}
+    waiting: tuple[int, Message] | None = None
+
+    def add(number: int, message: Message, *sections: str) -> None:
+        places.update({(number, section): len(messages) for section in sections})
+        messages.append(message)
+
+    for number, message in enumerate(transcript.messages):
+        if waiting is not None and message.role != "tool":
+            add(*waiting, CONTENT)
+            waiting = None
+        is_apart = not any(message.tags)
+        if message.calls and message.content and is_apart:
+            waiting = number, replace(message, calls=(), call_ids=(), untagged="", reasoning="")
+            message = replace(message, content="", untagged="", unseen=(), summary="")
+        add(number, message, REASONING, CALLS, *([] if waiting and waiting[0] == number else [CONTENT]))
+    if waiting is not None:
+        add(*waiting, CONTENT)
+    return Moved(replace(transcript, messages=tuple(messages)), places)
 
 
 @dataclass(frozen=True)
@@ -117,7 +152,7 @@ class Marked:
                 is_number = isinstance(value, int | float)
                 if not is_number and not (isinstance(value, str) and value):
                     return value
-                fields.append(Field(message, section, value, what or _NAMES[section]))
+                fields.append(Field(message, section, value, what or NAMES[section]))
                 number = len(fields) - 1
                 return int(f"{prefix}{number:09d}") if is_number else f"{_OPEN}{number}{_CLOSE}"
 
@@ -150,10 +185,10 @@ class Marked:
             TemplateError: the template repeats or reorders messages, or writes marks of its own.
         """
         literals, numbers = self._split(marked_text)
-        self._check_order(numbers)
+        message_of = self._messages_in_order(numbers)
         seen = set(numbers)
-        dropped = dict.fromkeys((one.message, one.what) for n, one in enumerate(self.fields) if n not in seen)
-        if (None, _NAMES[TOOLS]) in dropped:
+        dropped = dict.fromkeys((message_of[n], one.what) for n, one in enumerate(self.fields) if n not in seen)
+        if (None, NAMES[TOOLS]) in dropped:
             dropped.pop((None, _PARAMETERS), None)
         rests = self._rests(literals, numbers, shortened_text)
         spans, at = [], len(literals[0])
@@ -172,11 +207,15 @@ class Marked:
                 edited = Edit(at, (one.spellings()[0] + after)[:_SHOWN], one.section)
                 break
             end = at + len(spelling)
-            spans.append(Span(at, end + rests.get(place, 0), one.message, one.section))
+            message = message_of[number]
+            if one.section != CALLS or not spans or (spans[-1].message or 0) <= (message or 0):
+                spans.append(Span(at, end + rests.get(place, 0), message, one.section))
+            # Otherwise a template repeats a call's name where it writes its answer (Gemma 4's): that is its own text.
             at = end + len(after)
         if edited is None and at != len(text):
             edited = Edit(at, "", CONTENT)
-        return Placed(spans, list(dropped), edited)
+        moved = any(one.message != message for one, message in zip(self.fields, message_of, strict=True))
+        return Placed(spans, list(dropped), edited, moved)
 
     def _split(self, marked_text: str) -> tuple[list[str], list[int]]:
         """What stands between the marks, and their numbers."""
@@ -210,19 +249,29 @@ class Marked:
         of_tools = [*(self.fields[number].section == TOOLS for number in numbers), False]
         return [place for place in range(len(numbers)) if of_tools[place] and not of_tools[place + 1]]
 
-    def _check_order(self, numbers: list[int]) -> None:
-        """Contents and reasoning stand once each, message after message."""
+    def _messages_in_order(self, numbers: list[int]) -> list[int | None]:
+        """The message of each field: contents and reasoning stand once each, message after message."""
+        message_of = [one.message for one in self.fields]
         order = [number for number in numbers if self.fields[number].section in (CONTENT, REASONING)]
-        where = self.transcript.source or self.transcript.id
-        for what, wrong in (("repeats", _repeated(order)), ("reorders", _early(order, self.fields))):
-            if wrong is not None:
-                message = self.fields[wrong].message
-                assert message is not None  # tools are neither
-                raise TemplateError(
-                    f"{where}: the chat template {what} message {message} ({self.transcript.messages[message].role})",
-                    "a template that writes every message once, in order",
-                    "merge or remove the message (such as a system message that the template does not know)",
-                )
+        what, wrong = "repeats", _repeated(order)
+        if wrong is None:
+            what, wrong = "reorders", _early(order, message_of)
+        if wrong is not None and what == "reorders":
+            places = texts_after_tools(self.transcript).places
+            moved = [None if one.message is None else places[one.message, one.section] for one in self.fields]
+            placed = [number for number in dict.fromkeys(numbers) if self.fields[number].message is not None]
+            if _early(placed, moved) is None:
+                return moved
+        if wrong is not None:
+            message = self.fields[wrong].message
+            assert message is not None  # tools are neither
+            where = self.transcript.source or self.transcript.id
+            raise TemplateError(
+                f"{where}: the chat template {what} message {message} ({self.transcript.messages[message].role})",
+                "a template that writes every message once, in order",
+                "merge or remove the message (such as a system message that the template does not know)",
+            )
+        return message_of
 
 
 def _repeated(order: list[int]) -> int | None:
@@ -234,11 +283,11 @@ def _repeated(order: list[int]) -> int | None:
     return None
 
 
-def _early(order: list[int], fields: list[Field]) -> int | None:
+def _early(order: list[int], message_of: Sequence[int | None]) -> int | None:
     """A field whose message comes after a later one's; within a message parts stand as the template wants."""
     highest = -1
     for number in order:
-        message = fields[number].message
+        message = message_of[number]
         assert message is not None
         if message < highest:
             return number

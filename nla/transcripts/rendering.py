@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
-from itertools import accumulate, pairwise
+from itertools import accumulate, groupby, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +24,18 @@ from transformers import PreTrainedTokenizerBase
 from nla.errors import ArgumentError, ConfigError, TemplateError, VocabularyError
 from nla.text.templates import render_template
 from nla.text.tokens import Encoded, Span, undated, unknown_id
-from nla.transcripts.marks import CALLS, CONTENT, CONTROL, REASONING, TOOLS, Edit, Marked, Placed
+from nla.transcripts.marks import (
+    CALLS,
+    CONTENT,
+    CONTROL,
+    NAMES,
+    REASONING,
+    TOOLS,
+    Edit,
+    Marked,
+    Placed,
+    texts_after_tools,
+)
 from nla.transcripts.marks import Span as Placement
 from nla.transcripts.messages import Message, Transcript
 from nla.transcripts.pieces import tokenise
@@ -33,6 +44,12 @@ __all__ = ["CALLS", "CONTENT", "CONTROL", "REASONING", "TOOLS", "Chat", "Region"
 
 _ALONE = "\ue000\ue001"
 _THINK = "<think>"
+_OFFERING = ("system", "user")
+"""Roles of messages that a list of tools may stand in."""
+_MOVED = (
+    "the chat template writes the text beside tool calls after the tools' answers: it counts as a message of its own"
+)
+_LISTED = "the chat template lists the tools between messages of the assistant: the list counts as a system's message"
 
 
 class Region(NamedTuple):
@@ -191,19 +208,29 @@ def render(tokenizer: PreTrainedTokenizerBase, transcript: Transcript, allow_dro
             "use an instruction-tuned target's pair",
         )
     text, placed, way = _placed(tokenizer, transcript)
-    transcript, placed = _unsplit(transcript, text, placed)
-    dropped = [Unread(message, what, True) for message, what in placed.dropped]
-    if any(one.what == "tool calls" for one in dropped) and any(message.untagged for message in transcript.messages):
+    if placed.moved:
+        transcript = texts_after_tools(transcript).transcript
+        transcript = replace(transcript, remarks=(*transcript.remarks, _MOVED))
+    lacks_calls = any(what == "tool calls" for _, what in placed.dropped)
+    if lacks_calls and any(message.untagged for message in transcript.messages):
         # The calls stood in tags inside the content: there they are read as they are.
         inside = tuple(message.with_tags() for message in transcript.messages)
         return render(tokenizer, replace(transcript, messages=inside), allow_dropped)
+    transcript, placed = _unsplit(transcript, text, placed)
     if placed.edited is not None:
         raise _edited(tokenizer, transcript, text, placed.edited, allow_dropped)
+    if transcript.prefill:
+        text, placed = _unended(text, placed, transcript)
+
+    @cache
+    def tail_of(role: str) -> str:
+        return _tail(tokenizer, transcript, role, way)
+
+    transcript, placed = _with_owners(transcript, text, placed, tail_of)
+    dropped = [Unread(message, what, True) for message, what in placed.dropped]
     if dropped and not allow_dropped:
         raise _dropped(transcript, dropped)
-    regions = _regions(tokenizer, transcript, text, placed, way)
-    if transcript.prefill:
-        text, regions = _unended(text, regions, placed, transcript)
+    regions = _regions(transcript, text, placed, tail_of)
     media = [Unread(n, what, False) for n, message in enumerate(transcript.messages) for what in message.unseen]
     return _tokens(tokenizer, transcript, text, regions, sorted(dropped + media, key=lambda one: one.message or 0))
 
@@ -371,27 +398,21 @@ def _edited(
     return TemplateError(got, "contents to the letter", fix)
 
 
-def _unended(text: str, regions: list[Region], placed: Placed, transcript: Transcript) -> tuple[str, list[Region]]:
-    """The text up to where the last message, the beginning of an answer, stops; and its regions."""
+def _unended(text: str, placed: Placed, transcript: Transcript) -> tuple[str, Placed]:
+    """The text up to where the last message, the beginning of an answer, stops; what stands after it is not read."""
     last = len(transcript.messages) - 1
     end = max((span.end for span in placed.spans if (span.message, span.section) == (last, CONTENT)), default=None)
     if end is None:
         raise _dropped(transcript, [Unread(last, "content", True)])
-    kept = [region._replace(end=min(region.end, end)) for region in regions if region.start < end]
-    return text[:end], kept
+    after = [(span.message, NAMES[span.section]) for span in placed.spans if span.start >= end]
+    kept = [span._replace(end=min(span.end, end)) for span in placed.spans if span.start < end]
+    return text[:end], placed._replace(spans=kept, dropped=list(dict.fromkeys([*placed.dropped, *after])))
 
 
-def _regions(
-    tokenizer: PreTrainedTokenizerBase, transcript: Transcript, text: str, placed: Placed, way: Way
-) -> list[Region]:
+def _regions(transcript: Transcript, text: str, placed: Placed, tail_of: Callable[[str], str]) -> list[Region]:
     """The text cut into regions: fields where they stand, calls with all that is written of them, the rest control."""
     roles = [message.role for message in transcript.messages]
-
-    @cache
-    def tail_of(role: str) -> str:
-        return _tail(tokenizer, transcript, role, way)
-
-    runs = _runs(text, placed.spans, roles, tail_of)
+    runs = [(message or 0, list(spans)) for message, spans in groupby(placed.spans, lambda span: span.message)]
     if not runs:  # nothing that was written is in the text
         return [Region(0, len(text), 0, CONTROL)]
     regions: list[Region] = []
@@ -420,36 +441,43 @@ def _regions(
     return regions
 
 
-def _runs(
-    text: str, spans: Sequence[Placement], roles: Sequence[str], tail_of: Callable[[str], str]
-) -> list[tuple[int, list[Placement]]]:
-    """Spans by message, in the order of the text.
+def _with_owners(
+    transcript: Transcript, text: str, placed: Placed, tail_of: Callable[[str], str]
+) -> tuple[Transcript, Placed]:
+    """Give lists of tools to the messages in which they stand.
 
-    Tools belong to the message in which they stand: that before them if it is a system's or user's and not closed yet,
-    otherwise that after them, or the last.
+    That is the message before one if it is a system's or user's and not closed yet; otherwise that after it, or before
+    it, whichever is a system's or user's. Beside others it is a system's message of its own: nobody there wrote it.
     """
-    after: list[int | None] = []
-    for span in reversed(spans):
-        after.append(span.message if span.message is not None else after[-1] if after else None)
-    after.reverse()
-    runs: list[tuple[int, list[Placement]]] = []
-    before: Placement | None = None
-    for span, following in zip(spans, after, strict=True):
+    messages, spans = list(transcript.messages), []
+    added: list[int] = []
+    """Old numbers of the messages before which one was put in."""
+    owner = 0
+    for number, span in enumerate(placed.spans):
         if span.message is not None:
-            owner = span.message
-        elif before is not None and before.section == TOOLS:
-            owner = runs[-1][0]
-        elif before is None:
-            owner = following or 0
-        else:
-            tail, role = tail_of(roles[runs[-1][0]]), roles[runs[-1][0]]
-            is_open = role in ("system", "user") and tail and tail not in text[before.end : span.start]
-            owner = runs[-1][0] if is_open or following is None else following
-        if not runs or runs[-1][0] != owner:
-            runs.append((owner, []))
-        runs[-1][1].append(span)
-        before = span
-    return runs
+            owner = span.message + len(added)
+        elif number == 0 or placed.spans[number - 1].message is not None:
+            following = next((one.message for one in placed.spans[number:] if one.message is not None), None)
+            after = len(messages) if following is None else following + len(added)
+            before = owner if number else -1
+            tail = tail_of(messages[before].role) if number else ""
+            is_open = tail and tail not in text[placed.spans[number - 1].end : span.start]
+            order = (before, after) if is_open else (after, before)
+            owner = next((one for one in order if 0 <= one < len(messages) and messages[one].role in _OFFERING), -1)
+            if owner < 0:
+                owner = after
+                messages.insert(owner, Message("system", ""))
+                added.append(len(transcript.messages) if following is None else following)
+        spans.append(span._replace(message=owner))
+    if not added:
+        return transcript, placed._replace(spans=spans)
+    dropped = [
+        (None if number is None else number + sum(place <= number for place in added), what)
+        for number, what in placed.dropped
+    ]
+    remarks = (*transcript.remarks, _LISTED)
+    whole = replace(transcript, messages=tuple(messages), remarks=remarks)
+    return whole, placed._replace(spans=spans, dropped=dropped)
 
 
 def _tail(tokenizer: PreTrainedTokenizerBase, transcript: Transcript, role: str, way: Way) -> str:

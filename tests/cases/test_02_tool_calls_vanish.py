@@ -247,6 +247,44 @@ def test_tools_after_a_system_text_are_the_systems_as_long_as_it_is_open(closed:
     assert ["pear" in read.heard(number) for number in range(3)] == [not closed, closed, False]
 
 
+FIRST = "{% if tools %}<tools>{{ tools | tojson }}</tools>{% endif %}"
+AFTER_EACH = "{% if loop.index0 == PLACE and tools %}<tools>{{ tools | tojson }}</tools>{% endif %}{% endfor %}"
+TURNS = {"u": TALK[0], "a": TALK[3], "s": Message("system", "Help."), "t": TALK[2]}
+
+
+@pytest.mark.parametrize("place", range(-1, 3))
+@pytest.mark.parametrize("roles", ["aua", "uaa", "aau", "saa", "ata", "usa", "aaa"])
+def test_tools_are_never_the_words_of_an_assistant_or_a_tool(roles: str, place: int) -> None:
+    """Wherever a template lists them, before the first message or after any: only "said" by a system's or user's."""
+    template = SHAPES["plain"].replace("{% endfor %}", AFTER_EACH.replace("PLACE", str(place)))
+    template = FIRST + SHAPES["plain"] if place < 0 else template
+    chat = Transcript("tools", tuple(TURNS[role] for role in roles), tools=LAUNCH)
+    read = render(with_template(template), chat)
+    heard, messages = [read.heard(number) for number in range(len(read.transcript.messages))], read.transcript.messages
+    (offering,) = [number for number, text in enumerate(heard) if "pear" in text]
+    assert messages[offering].role in ("system", "user")
+    assert [one for one in messages if one.content] == list(chat.messages)
+    assert [region.message for region in read.regions] == sorted(region.message for region in read.regions)
+    assert (len(messages) > 3) == bool(read.transcript.remarks)
+    everyone, assistants = (
+        Mentions(pears(), read.transcript, heard),
+        Mentions(pears(said_in=["assistant"]), read.transcript, heard),
+    )
+    assert everyone.around(entry(0)) != NOT_SAID == assistants.around(entry(0))
+
+
+@pytest.mark.parametrize(
+    "written", ["{{ tools | tojson }}", "<call>{{ messages[-1].tool_calls[0].function.name }}</call>"]
+)
+def test_what_stands_after_the_beginning_of_an_answer_is_not_read(written: str) -> None:
+    begun = Message("assistant", "Half", TALK[1].calls if "tool_calls" in written else ())
+    chat = Transcript("begun", (TALK[0], begun), tools=() if begun.calls else LAUNCH, prefill=True)
+    tokenizer = with_template(SHAPES["plain"] + written)
+    with pytest.raises(TemplateError, match=r"drops the (list of tools|tool calls of message 1)"):
+        render(tokenizer, chat)
+    assert render(tokenizer, chat, True).text.endswith("Half")
+
+
 @pytest.mark.parametrize("form", CALLING)
 @pytest.mark.parametrize("value", VALUES)
 def test_every_value_of_a_call_is_read_or_missed(form: str, value: object) -> None:

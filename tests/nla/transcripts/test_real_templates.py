@@ -73,6 +73,31 @@ LISTS_TOOLS = ["gemma4", "glm4moe", "gptoss", "lfm2", "llama3_1", "llama3_2", "m
 LISTS_TOOLS += ["qwen2_5", "qwen3", "qwen3_6"]
 
 
+GEMMAS = sorted(name for name in NAMES if name.startswith(("gemma4", "diffusion_gemma")))
+
+
+@pytest.mark.parametrize("n_calls", [1, 2])
+@pytest.mark.parametrize("name", GEMMAS)
+def test_text_that_a_template_moves_behind_the_tools_answers_is_read_there(name: str, n_calls: int) -> None:
+    calls = tuple({"name": "clock", "arguments": {"town": town}} for town in ("Lima", "Cairo")[:n_calls])
+    answers = [Message("tool", f"09:3{n}", call_id=f"call0000{n}", name="clock") for n in range(n_calls)]
+    asked, rest = Message("user", "What is the time?"), (Message("user", "Thanks."), Message("assistant", "Bye."))
+    turns = (asked, Message("assistant", "Let me look.", calls), *answers, Message("assistant", "Half past."), *rest)
+    read = render(tokenizer(name), Transcript("agent", turns, tools=AGENT.tools))
+    own = [one.for_template() for one in turns]
+    assert read.text == tokenizer(name).apply_chat_template(own, tools=list(AGENT.tools), tokenize=False)
+    messages, found = read.transcript.messages, [region.message for region in read.regions]
+    assert found == sorted(found) and not read.unread
+    contents = ["".join(read.text[r.start : r.end] for r in read.regions_of(n, CONTENT)) for n in range(len(messages))]
+    assert contents == [one.content for one in messages]
+    positions = [read.text.index(text) for text in contents if text]
+    assert positions == sorted(positions), "messages are numbered in the order in which they are read"
+    assert sorted(contents) == sorted(["", *(one.content for one in turns)] if len(messages) > len(turns) else contents)
+    assert "Lima" in read.heard(1) and "Let me look." in "".join(contents)
+    is_moved = read.text.index("Let me look.") > read.text.index("09:30")
+    assert is_moved == any("after the tools' answers" in remark for remark in read.transcript.remarks)
+
+
 @pytest.mark.parametrize("parameter", BOUNDED)
 @pytest.mark.parametrize("name", LISTS_TOOLS)
 def test_values_of_parameters_are_in_the_text_or_named_as_dropped(name: str, parameter: str) -> None:

@@ -87,6 +87,33 @@ def test_a_template_that_does_not_write_messages_to_the_letter_is_refused(templa
         rendered(template)
 
 
+CALLED = (
+    Message("user", "the cat"),
+    Message("assistant", "it is", ({"name": "here", "arguments": {}},)),
+    Message("tool", "red"),
+    Message("assistant", "so"),
+    Message("user", "blue"),
+)
+
+
+@pytest.mark.parametrize("order", ["0 2 1 3 4", "0 1 3 2 4", "0 1c 3 2 1t 4", "0 1c 4 2 1t 3", "2 0 1 3 4"])
+def test_messages_in_another_order_are_refused_also_where_tools_are_called(order: str) -> None:
+    """Only text beside calls may be written behind its own tools' answers."""
+    written = {"c": "{{ m.tool_calls[0].function.name }}", "t": "{{ m.content }}", "": "{{ m.content }}"}
+    calls = "{% for c in m.tool_calls or [] %}<|end|>{{ c.function.name }}{% endfor %}"
+
+    def template(places: str) -> str:
+        parts = [f"{{% set m = messages[{one[0]}] %}}<|end|>{written[one[1:]]}" for one in places.split()]
+        return "".join(
+            part + ("" if "t" in one or "c" in one else calls) for part, one in zip(parts, places.split(), strict=True)
+        )
+
+    with pytest.raises(TemplateError, match="reorders message"):
+        render(with_template(template(order)), Transcript("a", CALLED))
+    assert len(render(with_template(template("0 1c 2 1t 3 4")), Transcript("a", CALLED)).transcript.messages) == 6
+    assert len(render(with_template(template("0 1 2 3 4")), Transcript("a", CALLED)).transcript.messages) == 5
+
+
 def test_a_template_that_trims_is_refused_until_messages_are_trimmed() -> None:
     tokenizer = with_template(TEMPLATE.replace("m['content']", "m['content']|trim"))
     conversation = said(("user", "the cat\n"), ("assistant", "it is here"))
