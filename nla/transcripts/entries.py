@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nla.transcripts.calls import parse_calls, split_calls
@@ -84,9 +84,14 @@ def parse_entry(entry: Any, source: str) -> list[Message]:
     role = _role(entry, source)
     _refuse_elsewhere(entry, source)
     content: Any = entry.get("content")
-    if role == "assistant" and (end := _end_of_calls(content)):  # templates write calls last
-        first, rest = {**entry, "content": content[:end]}, {"role": role, "content": content[end:]}
-        return parse_entry(first, source) + parse_entry(rest, source)
+    if role == "assistant" and len(pieces := _in_order(content)) > 1:
+        entries = [{"role": role, "content": piece} for piece in pieces]
+        calls = {key: entry[key] for key in ("tool_calls", "function_call") if key in entry}
+        entries[0] = {**{key: value for key, value in entry.items() if key not in calls}, **entries[0]}
+        entries[-1] |= calls
+        read = [message for one in entries for message in parse_entry(one, source)]
+        before = [None, *(message.role for message in read)]
+        return [replace(one, continues=one.role == role == last) for one, last in zip(read, before, strict=False)]
     parts, error = _Parts(), entry.get("error")
     if role == "tool" and isinstance(error, Mapping) and error.get("message"):  # Inspect gives models this alone
         parts.texts.append(_text(error, "message", source))
@@ -202,15 +207,24 @@ def _texts_of(details: Sequence[Mapping[str, Any]], kind: str) -> list[str]:
     return [text for text in texts if isinstance(text, str) and text]
 
 
-def _end_of_calls(content: Any) -> int:
-    """Where, in a list of parts, the model says something after it called a tool; 0: nowhere."""
-    called = False
-    for number, part in enumerate(content if isinstance(content, list) else ()):
-        part = _typed(part) if isinstance(part, Mapping) else {"type": "text", "text": part}
-        if called and (part.get("type") in _THOUGHTS or (part.get("type") in _TEXT and part.get("text"))):
-            return number
-        called = called or part.get("type") == "tool_use"
-    return 0
+def _in_order(content: Any) -> list[list[Any]]:
+    """A list of parts cut where the model thinks after it wrote or called, or writes after it called.
+
+    Templates write the reasoning of a message first, then its text, then its calls: each piece is in that order.
+    """
+    pieces: list[list[Any]] = [[]]
+    reached = 0
+    for part in content if isinstance(content, list) else ():
+        typed = _typed(part) if isinstance(part, Mapping) else {"type": "text", "text": part}
+        kind = str(typed.get("type"))
+        words = None if typed.get("redacted") is True else typed.get("text" if kind in _TEXT else kind)
+        said = words if isinstance(words, list) else isinstance(words, str) and words.strip()
+        stage = 3 if kind == "tool_use" else 0 if not said else 1 if kind in _THOUGHTS else 2 if kind in _TEXT else 0
+        if stage and stage < reached:
+            pieces.append([])
+        reached = stage or reached
+        pieces[-1].append(part)
+    return pieces
 
 
 def _typed(part: Mapping[str, Any]) -> Mapping[str, Any]:

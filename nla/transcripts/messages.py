@@ -59,6 +59,9 @@ class Message:
     untagged: str = ""
     """The content as it stood, where calls, or a tool's answer, were written into it in tags."""
 
+    continues: bool = False
+    """It goes on with the message before it: in the transcript both are one, in which thinking or text came again."""
+
     @property
     def visible(self) -> str:
         """All that can be read in the message: reasoning, content and tool calls, with a line break between them."""
@@ -83,6 +86,27 @@ class Message:
         if self.name:
             entry["name"] = self.name
         return entry
+
+    def joined(self, rest: Message) -> Message:
+        """The message with one that continues it: its reasoning, its content and its calls after this one's."""
+        first, rest = self._untagged(), rest._untagged()
+        return replace(
+            first,
+            content="\n".join(filter(None, (first.content, rest.content))),
+            calls=(*first.calls, *rest.calls),
+            reasoning="\n".join(filter(None, (first.reasoning, rest.reasoning))),
+            call_ids=(*first.call_ids, *rest.call_ids)
+            if len(first.call_ids) == len(first.calls) and len(rest.call_ids) == len(rest.calls)
+            else (),
+            unseen=(*first.unseen, *rest.unseen),
+            summary="\n".join(filter(None, (first.summary, rest.summary))),
+        )
+
+    def _untagged(self) -> Message:
+        """With what stands in tags inside the content as content."""
+        message = self.with_tags()
+        inside = message.tags[0] + message.reasoning + message.tags[1] if any(message.tags) else ""
+        return replace(message, content=inside + message.content, reasoning="", tags=("", "")) if inside else message
 
     def with_tags(self) -> Message:
         """The message with its calls in tags inside the content, if the transcript writes them so."""

@@ -49,6 +49,10 @@ _OFFERING = ("system", "user")
 _MOVED = (
     "the chat template writes the text beside tool calls after the tools' answers: it counts as a message of its own"
 )
+_GATHERED = (
+    "in a message the assistant thought after it wrote, or wrote after it called a tool: the chat template takes one "
+    "message at a time, so that all its thinking is read first, then its text, then its calls"
+)
 _LISTED = "the chat template lists the tools between messages of the assistant: the list counts as a system's message"
 
 
@@ -207,7 +211,12 @@ def render(tokenizer: PreTrainedTokenizerBase, transcript: Transcript, allow_dro
             "one that has it: transcripts are read as the target's own conversations",
             "use an instruction-tuned target's pair",
         )
-    text, placed, way = _placed(tokenizer, transcript)
+    try:
+        text, placed, way = _placed(tokenizer, transcript)
+    except TemplateError:
+        if not any(message.continues for message in transcript.messages):
+            raise
+        return render(tokenizer, _gathered(transcript), allow_dropped)
     if placed.moved:
         transcript = texts_after_tools(transcript).transcript
         transcript = replace(transcript, remarks=(*transcript.remarks, _MOVED))
@@ -289,6 +298,17 @@ def _placed(tokenizer: PreTrainedTokenizerBase, transcript: Transcript) -> tuple
         assert error is not None
         raise error
     return taken[0]
+
+
+def _gathered(transcript: Transcript) -> Transcript:
+    """The transcript with messages that continue others joined to them, for templates that take one of a role only."""
+    messages: list[Message] = []
+    for message in transcript.messages:
+        if message.continues:
+            messages[-1] = messages[-1].joined(message)
+        else:
+            messages.append(message)
+    return replace(transcript, messages=tuple(messages), remarks=(*transcript.remarks, _GATHERED))
 
 
 def _unsplit(transcript: Transcript, text: str, placed: Placed) -> tuple[Transcript, Placed]:

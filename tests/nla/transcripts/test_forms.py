@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from nla.errors import TranscriptError
 from nla.transcripts.files import load_transcripts, read_file
 from nla.transcripts.forms import read_value
 from nla.transcripts.messages import ENCRYPTED, Transcript
+from nla.transcripts.rendering import render
+from tests.helpers.chat_templates import SHAPES, tokenizer_in_shape
 
 ASKED = {"role": "user", "content": "Hi"}
 ANSWER = {"role": "assistant", "content": "Yo"}
@@ -175,6 +178,58 @@ def test_text_after_calls_in_parts_stays_after_them() -> None:
     assert [(one.content, len(one.calls)) for one in found.messages[1:]] == [("A", 2), ("B", 1)]
     silent = [use, {"type": "text", "text": ""}, use, {"cachePoint": {"type": "default"}}]
     assert [len(one.calls) for one in read([ASKED, {"role": "assistant", "content": silent}]).messages] == [0, 2]
+
+
+def part(kind: str, word: str) -> dict[str, Any]:
+    if kind == "tool_use":
+        return {"type": kind, "id": word, "name": word, "input": {"on": word}}
+    return {"type": kind, kind: word}
+
+
+KINDS = ["thinking", "text", "tool_use"]
+ORDERS = [[*order, last] for n in (1, 2, 3) for order in product(KINDS, repeat=n) for last in ("text", "tool_use")]
+IN_TURN = "{% if m.role == messages[loop.index0 - 1].role and loop.index0 %}{{ raise_exception('in turn') }}{% endif %}"
+
+
+@pytest.mark.parametrize("kinds", ORDERS, ids=lambda kinds: " ".join(kinds))
+def test_thinking_text_and_calls_are_read_in_the_order_in_which_they_were_written(kinds: list[str]) -> None:
+    """The order stays where a template takes several messages of the assistant's; elsewhere the report says so."""
+    words = [f"word{number}" for number in range(len(kinds))]
+    parts = [part(*one) for one in zip(kinds, words, strict=True)]
+    found = read([ASKED, {"role": "assistant", "content": parts}, ASKED])
+    tokenizer = tokenizer_in_shape("plain")
+    tokenizer.chat_template = SHAPES["calling"].replace("{{ m.content", "{{ m.reasoning_content or '' }} {{ m.content")
+    chat = render(tokenizer, found)
+    at = [chat.text.index(word) for word in words]
+    assert at == sorted(at) and not chat.unread and not chat.transcript.remarks
+
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_start|>{{", IN_TURN + "<|im_start|>{{")
+    chat = render(tokenizer, found)
+    at = [chat.text.index(word) for word in words]
+    stages = [KINDS.index(kind) for kind in kinds]
+    assert [words[n] for n in sorted(range(len(at)), key=lambda n: at[n])] == [
+        words[n] for n in sorted(range(len(at)), key=lambda n: (stages[n], n))
+    ]
+    assert len(chat.transcript.messages) == 3 and not chat.unread
+    assert bool(chat.transcript.remarks) == (stages != sorted(stages)) == (len(found.messages) > 3)
+
+
+def test_what_is_locked_or_blank_between_parts_cuts_nothing() -> None:
+    locked = [{"type": "redacted_thinking", "data": "x"}, {"type": "thinking", "thinking": "", "signature": "s"}]
+    parts = [part("thinking", "a"), part("text", "b"), *locked, part("text", "\n\n"), part("tool_use", "c")]
+    (_, message) = read([ASKED, {"role": "assistant", "content": parts}]).messages
+    assert (message.reasoning, message.content, message.unseen) == ("a", "b\n\n\n", (ENCRYPTED, ENCRYPTED))
+
+
+def test_calls_beside_parts_belong_to_the_last_of_them() -> None:
+    parts = [part("thinking", "a"), part("text", "b"), {"type": "reasoning", "reasoning": "c"}, part("text", "d")]
+    call = {"id": "1", "function": {"name": "look", "arguments": "{}"}}
+    found = read([ASKED, {"role": "assistant", "id": "m", "content": parts, "tool_calls": [call]}])
+    assert [(one.reasoning, one.content, len(one.calls)) for one in found.messages[1:]] == [
+        ("a", "b", 0),
+        ("c", "d", 1),
+    ]
+    assert [one.continues for one in found.messages] == [False, False, True] and not found.unused
 
 
 @pytest.mark.parametrize("rows", ["grouped", "mixed"])
