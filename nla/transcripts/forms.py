@@ -341,6 +341,28 @@ def _has(*keys: str) -> Callable[[Object], bool]:
     return lambda content: all(content.get(key) is not None for key in keys)
 
 
+def _answer_key(content: Object) -> str | None:
+    """Under which key the answer to messages stands that end with a question; None where nothing there is an answer."""
+    messages = content.get("messages")
+    last = messages[-1] if isinstance(messages, list) and messages else None
+    role = role_of(str(last.get("role", last.get("from")))) if isinstance(last, Mapping) else ""
+    if role not in ("user", "tool"):
+        return None
+    return next((key for key in ("output", "completion") if _is_answer(content.get(key))), None)
+
+
+def _is_answer(value: Any) -> bool:
+    """Whether a value is text, a message or a response, and no score, label or state."""
+    if isinstance(value, str):
+        return bool(value.strip())
+    if isinstance(value, Mapping):  # Bedrock's and Ollama's answers hold the message
+        inner = value.get("message")
+        return "messages" not in value and (
+            holds_messages(value) or (isinstance(inner, Mapping) and holds_messages(inner))
+        )
+    return holds_messages(value)
+
+
 def _is_batch(content: Object) -> bool:
     return "custom_id" in content and isinstance(content.get("body", content.get("params")), Mapping)
 
@@ -355,6 +377,8 @@ FORMS = (
          lambda c, s: _exchange(c, c["response"], c, {"response"}, s)),
     Form("input and output", lambda c: _has("input", "output")(c) and not {"object", "instruction"} & set(c),
          lambda c, s: _exchange(c, c["output"], c, {"output"}, s)),
+    Form("messages and answer", lambda c: _answer_key(c) is not None,
+         lambda c, s: _exchange(c, c[_answer_key(c)], c, {str(_answer_key(c))}, s)),
     Form("messages", lambda c: "messages" in c, lambda c, s: [_request(c, s)]),
     Form("prompt and completion", _has("prompt", "completion"), _completion),
     Form("conversations", lambda c: isinstance(c.get("conversations", c.get("conversation")), list),

@@ -321,6 +321,54 @@ def test_an_answer_that_the_messages_hold_already_is_read_once(response: Any) ->
     assert told(read_value({"messages": asked_twice, "response": response}, "a", "a")[0]) == [*TOLD, *TOLD]
 
 
+ANSWERED: dict[str, Any] = {
+    "text": "Yo",
+    "message": ANSWER,
+    "messages": [ANSWER],
+    "openai": {"object": "chat.completion", "choices": [{"message": ANSWER}]},
+    "responses": {"object": "response", "output": [{"type": "message", **ANSWER}]},
+    "items": [{"type": "message", **ANSWER}],
+    "bedrock": {"message": {"role": "assistant", "content": [{"text": "Yo"}]}},
+}
+
+
+@pytest.mark.parametrize("key", ["output", "completion", "response"])
+@pytest.mark.parametrize("name", ANSWERED)
+def test_the_answer_beside_messages_is_the_assistants(name: str, key: str, tmp_path: Path) -> None:
+    called = {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": "{}"}}],
+    }
+    for asked in ([ASKED], [ASKED, called, {"role": "tool", "tool_call_id": "1", "content": "so"}]):
+        found = read({"messages": asked, key: ANSWERED[name], "score": 3})
+        assert told(found)[-1] == ("assistant", "Yo") and len(found.messages) == len(asked) + 1
+        assert found.unused == ("score",) and told(found)[0] == ("user", "Hi")
+    cells = {"messages": json.dumps([ASKED]), key: ANSWERED[name]}
+    cells[key] = cells[key] if isinstance(cells[key], str) else json.dumps(cells[key])
+    write_table(Table.from_pylist([cells]), tmp_path / "a.parquet")
+    in_cells = cells[key] if name == "bedrock" else "Yo"  # JSON in a cell is text, unless it is messages
+    assert [told(one) for one in load_transcripts(tmp_path / "a.parquet")] == [[TOLD[0], ("assistant", in_cells)]]
+
+
+NO_ANSWERS = [3, 0.5, True, "", "  ", [], {}, ["x"], [1], {"score": 3}, {"messages": [ASKED, ANSWER]}, {"message": "x"}]
+
+
+@pytest.mark.parametrize("key", ["output", "completion"])
+def test_what_is_no_answer_to_messages_is_named_as_unused(key: str) -> None:
+    for value in NO_ANSWERS:
+        found = read({"messages": [ASKED], key: value})
+        assert told(found) == TOLD[:1] and found.unused == (key,)
+    for last in (ANSWER, {"role": "system", "content": "Stop."}):
+        found = read({"messages": [ASKED, last], key: "Else"})
+        assert len(found.messages) == 2 and found.unused == (key,)
+
+
+def test_an_answer_that_is_an_error_is_none() -> None:
+    with pytest.raises(TranscriptError, match="failed"):
+        read({"messages": [ASKED], "output": FAILED["vllm"]})
+
+
 @pytest.mark.parametrize("key", ["system", "system_prompt", "instructions"])
 def test_a_system_text_that_the_messages_hold_is_read_once(key: str) -> None:
     place = "input" if key == "instructions" else "messages"
