@@ -21,7 +21,7 @@ from nla.models.hooks import inference, replace
 from nla.models.load import LoadSettings, load_target
 from nla.models.points import Point, blocks, context_length, device_of, unwrapped
 from nla.models.read import read
-from nla.organisms import TARGETS, full_name
+from nla.organisms import is_target
 from nla.pair.separate import Devices
 from nla.text.tokens import prompt_ids
 
@@ -130,7 +130,7 @@ def open_target(model: Target | NLA | str | Path, point: str | Point, device: De
         return model
     if isinstance(model, NLA):
         return Target.of(model)
-    if full_name(model) not in TARGETS and (Path(model) / CONFIG_FILE).is_file():
+    if not is_target(model) and (Path(model) / CONFIG_FILE).is_file():
         return Target.of(open_pair(model, device))
     return Target.load(model, point, device=one_place(device))
 

@@ -103,6 +103,19 @@ def texts() -> list[str]:
 
 
 @pytest.fixture(scope="session")
+def smollm2() -> str:
+    """The name of the real model; tests of it are skipped, by this name, where its package is not installed."""
+    from nla.errors import MissingExtraError
+    from nla.organisms import target_folder
+
+    try:
+        target_folder("smollm2")
+    except MissingExtraError as error:
+        pytest.skip(f"smollm2: {error}")
+    return "smollm2"
+
+
+@pytest.fixture(scope="session")
 def shell() -> Iterator[Shell]:
     """Runs commands as a user types them; see its module for how it saves the seconds of imports."""
     shell = Shell()

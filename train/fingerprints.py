@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from nla.errors import RecipeError
+from nla.organisms import hash_target, is_target, local_folder
 from nla.storage import hashes
 from nla.train.data.corpus import describe_files, local_files
 from nla.train.recipe import Recipe
@@ -82,16 +81,19 @@ def _without(settings: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any
 
 
 def target_print(target: str, revision: str | None = None) -> str:
-    """Identity of the target: a folder's hash, but for its README and git's files; or a hub id and its revision.
+    """Identity of the target: a folder's hash, but for its README and git's files; a packaged one's name and hash; or a
+    hub id and its revision.
 
     Raises:
-        RecipeError: a revision of a folder.
+        RecipeError: a revision of what is not on the hub.
     """
-    folder = Path(target)
-    if not os.path.isdir(folder):  # an odd name is none, and no error
+    folder = local_folder(target)
+    if folder is None and not is_target(target):
         return f"{target}@{revision}"
     if revision is not None:
-        raise RecipeError(f"revision {revision!r} of the folder {target}", "a revision of a hub id", "remove it")
+        raise RecipeError(f"revision {revision!r} of {target}", "a revision of a hub id", "remove it")
+    if folder is None:
+        return f"{target}@{hash_target(target)}"
     digest = hashlib.sha256()
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = file.relative_to(folder)

@@ -12,6 +12,7 @@ from pydantic import Field
 
 from nla.config import DTYPES, QUANTIZATIONS
 from nla.errors import ParseError, RecipeError
+from nla.models.load import AUTO
 from nla.models.points import Point
 from nla.organisms import ground_truth
 from nla.storage.files import read_yaml
@@ -144,8 +145,9 @@ class Recipe:
     """Where documents and warm-start texts come from, for an organism: an embedded world, couplets or switchboard."""
     revision: str | None = None
     """Commit, tag or branch of a target on the hub; None: its main branch."""
-    dtype: Annotated[str, one_of(*DTYPES), _READ] = "float32"
-    """Of the target's weights and of the stored activations: float32, bfloat16 or float16."""
+    dtype: Annotated[str, one_of(*DTYPES, AUTO), _READ] = "float32"
+    """Of the target's weights and of the stored activations: float32, bfloat16 or float16; auto: bfloat16, but float32
+    on a CPU that would emulate it."""
     quantization: Annotated[Annotated[str, one_of(*QUANTIZATIONS)] | None, _READ] = None
     """8bit or 4bit, by bitsandbytes; None: the weights as they are."""
     seed: Annotated[Seed, _READ] = 0

@@ -16,8 +16,9 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from nla.config import DTYPES
 from nla.errors import ContextLengthError
 from nla.models.checkpoint import read_config
+from nla.models.load import AUTO
 from nla.models.points import NO_LIMIT
-from nla.organisms import target_folder
+from nla.organisms import PACKAGED, target_folder
 from nla.text.tokens import load_tokenizer, render_prompt
 from nla.train.estimate import count_shape, shape_of
 from nla.train.pair_config import DECODER_TEMPLATE, ENCODER_PROMPT, SLOT, Prompts, place_marker
@@ -56,7 +57,7 @@ def recipe_for(model: str | Path, revision: str | None = None) -> dict[str, Any]
         "target": str(model),
         "point": f"resid_post.{int(config.num_hidden_layers * DEPTH)}",
         "out": f"runs/{Path(str(model)).name.lower()}",
-        "dtype": _dtype(config),
+        "dtype": AUTO if str(model) in PACKAGED else _dtype(config),
         "seed": 0,
         "corpus": {
             "source": "HuggingFaceFW/fineweb",

@@ -8,6 +8,7 @@ and what an older version of the recipe made is moved aside, never deleted.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import gc
 import logging
@@ -20,8 +21,9 @@ import torch
 
 from nla import config
 from nla.errors import ConfigError, OutOfMemoryError, RecipeError
+from nla.models.load import AUTO, fastest_dtype
 from nla.models.read import ACTIVATIONS_FILE
-from nla.organisms import target_folder
+from nla.organisms import noted_target
 from nla.pair import folder as pair_folder
 from nla.storage.files import read_json, try_folder, write_json
 from nla.train.data.world import BASELINES, MANIFEST, SPLITS
@@ -61,11 +63,13 @@ def run_recipe(
     """
     processes.join(on_cpu=not torch.cuda.is_available())
     recipe = load_recipe(path, overrides)
+    if recipe.dtype == AUTO:
+        recipe = dataclasses.replace(recipe, dtype=fastest_dtype(recipe.target, processes.own_device()))
     stages = [stage for stage in STAGES if stage != "control" or recipe.control]
     if until is not None and until not in stages:
         raise RecipeError(f"until={until!r}", f"one of {', '.join(stages)}", "name a stage of this recipe")
     stages = stages[: stages.index(until) + 1] if until else stages
-    target = target_print(target_folder(recipe.target), recipe.revision)
+    target = target_print(noted_target(recipe.target), recipe.revision)
     prints, former = fingerprints(recipe, target), former_fingerprints(recipe, target)
     whole = OF_WORLD if recipe.corpus is None else OF_CORPUS
     summary: dict[str, Any] = {}

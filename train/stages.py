@@ -17,7 +17,7 @@ from nla.errors import AccessError, ContextLengthError, ParseError, RecipeError,
 from nla.models import load as target
 from nla.models.checkpoint import read_config
 from nla.models.points import NO_LIMIT, Point, d_model
-from nla.organisms import TARGETS, ground_truth, target_folder
+from nla.organisms import PACKAGED, TARGETS, ground_truth, noted_target, target_folder
 from nla.pair.encoder import parse, strip_tags
 from nla.storage.files import read_json
 from nla.store.manifest import MANIFEST_FILE as STORE_MANIFEST
@@ -77,7 +77,7 @@ def load_target(recipe: Recipe, revision: str | None) -> tuple[PreTrainedModel, 
     """
     try:
         return target.load_target(
-            target_folder(recipe.target),
+            recipe.target,
             revision=revision,
             dtype=recipe.dtype,
             quantization=recipe.quantization,
@@ -86,7 +86,7 @@ def load_target(recipe: Recipe, revision: str | None) -> tuple[PreTrainedModel, 
     except AccessError:
         raise
     except TargetError as error:
-        known = ", ".join(TARGETS)
+        known = ", ".join((*TARGETS, *PACKAGED))
         raise RecipeError(
             f"target {recipe.target!r} ({error})", f"{known}, a folder, or a hub id", "correct the recipe"
         ) from error
@@ -144,7 +144,7 @@ def extract_store(recipe: Recipe, out: Path) -> dict[str, Any]:
     device = processes.own_device()
     settings = ExtractionSettings(
         recipe.corpus,
-        target_folder(recipe.target),
+        noted_target(recipe.target),
         recipe.point,
         revision=recipe.revision,
         dtype=recipe.dtype,
@@ -230,7 +230,7 @@ def new_config(
         revision = getattr(model.config, "_commit_hash", None) or revision
     width = Store.open(out / "extract").d_model if model is None else d_model(model)
     return pair_config(
-        target_folder(recipe.target),
+        noted_target(recipe.target),
         revision,
         tokenizer,
         recipe.point,

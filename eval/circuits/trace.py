@@ -27,7 +27,7 @@ from nla.eval.circuits.trace_graphs import TraceResult, graph_paths, save_graphs
 from nla.eval.circuits.trace_report import TraceReport, summarise
 from nla.eval.settings import EvaluationSettings
 from nla.eval.target import Target, one_place, open_pair
-from nla.organisms import full_name
+from nla.organisms import full_name, is_target
 from nla.pair.separate import Devices
 from nla.progress import Progress, silent
 
@@ -133,7 +133,7 @@ def open_named(model: Target | str | Path, device: Devices = None) -> tuple[str,
     """
     if isinstance(model, Target):
         return model.model.name_or_path or type(model.model).__name__, model
-    if (Path(model) / CONFIG_FILE).is_file():
+    if not is_target(model) and (Path(model) / CONFIG_FILE).is_file():
         nla = open_pair(model, device)
         return nla.config.target, Target.of(nla)
     return full_name(model), Target.load(model, "resid_post.0", device=one_place(device))

@@ -49,7 +49,7 @@ def train(
 
 
 def recipe(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or hub id of the model to read.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Name, folder or hub id of the model to read.")],
     revision: Annotated[str | None, text("--revision", "NAME", "Of the model on the hub.")] = None,
     json: Json = False,
 ) -> int:
@@ -84,7 +84,7 @@ def extract(
     ],
     out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="The store; continues what is there.")],
     dtype: Annotated[
-        str | None, text("--dtype", "DTYPE", "float32, bfloat16 or float16 (default: the target's own).")
+        str | None, text("--dtype", "DTYPE", "float32, bfloat16, float16 or auto (default: the target's own).")
     ] = None,
     quantization: Annotated[str | None, text("--quantization", "BITS", "8bit or 4bit.")] = None,
     revision: Annotated[str | None, text("--revision", "NAME", "Of the target on the hub.")] = None,
@@ -115,7 +115,7 @@ def extract(
     where = one_place(device)
     quiet()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    from nla.organisms import adapter_folder, target_folder
+    from nla.organisms import adapter_folder, noted_target
     from nla.train.data.corpus import CorpusSettings
     from nla.train.data.extract import ExtractionSettings, extract_corpus
     from nla.train.schema import build, override
@@ -125,7 +125,7 @@ def extract(
         override(corpus, setting)
     reading = ExtractionSettings(
         build(CorpusSettings, {**corpus, "source": source}, "--set"),
-        target_folder(target),
+        noted_target(target),
         point,
         revision=revision,
         dtype=dtype,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import re
 from collections.abc import Iterator
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
@@ -13,11 +15,12 @@ import torch
 from torch import nn
 
 from nla.config import DTYPES, QUANTIZATIONS
-from nla.errors import ArgumentError, MissingExtraError, NonFiniteError, WeightsError
+from nla.errors import ArgumentError, MissingExtraError, NonFiniteError, WeightsError, visible
 from nla.models.checkpoint import CONFIG_ERRORS, RESTORE, Checkpoint, locate
 from nla.models.lora import merge_adapter
 from nla.models.points import Point, backbone, cut_config, truncated_view
 from nla.models.selfcheck import check_stream
+from nla.organisms import PACKAGED
 from nla.storage.files import temporary_folder, write_json
 from nla.storage.hashes import INDEX_FILE
 from nla.storage.tensors import read_header
@@ -26,6 +29,10 @@ from nla.text.tokens import load_tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+_log = logging.getLogger(__name__)
+
+AUTO = "auto"
+"""In the place of a type: the fastest one here."""
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _OF_SCHEMES = re.compile(r"(scales?|scale_inv|zeros?|zero_point|qweight|weight_packed|absmax|quant_state\S*|g_idx)$")
 """Names of tensors that mean nothing without the scheme that made them."""
@@ -39,7 +46,8 @@ class LoadSettings(TypedDict, total=False):
 
     dtype: str | None
     """One of :data:`nla.config.DTYPES`, for all weights: "float32" if it is not given; None: the checkpoint's own, or
-    float32 if its configuration names none of these."""
+    float32 if its configuration names none of these. "auto", which a real model with a name, such as "smollm2", takes
+    for both of these: :func:`fastest_dtype`."""
 
     device: str | torch.device | None
     """Where to put it; None: the first GPU if there is one, else the CPU."""
@@ -73,6 +81,7 @@ def load_target(
     """
     on = _checked_device(settings.get("device"))
     _check_keywords(settings)
+    settings = _settled(source, settings, on)
     checkpoint = locate(source, settings.get("revision"))
     _check_stored(checkpoint, settings)
     tokenizer = load_tokenizer(checkpoint.source, checkpoint.revision, trust_remote_code)
@@ -91,6 +100,7 @@ def load_truncated(source: str | Path, point: str | Point, **settings: Unpack[Lo
     """
     on = _checked_device(settings.get("device"))
     _check_keywords(settings)
+    settings = _settled(source, settings, on)
     checkpoint = locate(source, settings.get("revision"))
     n_blocks = Point.parse(point).within(checkpoint.config.num_hidden_layers).layer + 1
     _check_stored(checkpoint, settings)
@@ -213,11 +223,48 @@ def _checked_device(device: str | torch.device | None) -> torch.device:
     return on
 
 
+def fastest_dtype(source: str | Path, device: str | torch.device | None = None) -> str:
+    """What "auto" means for a target on a device (None: the first GPU if there is one, else the CPU).
+
+    It is bfloat16, but float32 on a CPU that has neither avx512_bf16 nor AMX and would emulate it: ``python
+    benchmarks/dtype.py`` measures both. On a CPU the choice is said once, as a warning.
+    """
+    if _checked_device(device).type != "cpu":
+        return "bfloat16"
+    by = _cpu_bfloat16()
+    dtype, reason = "float32", "has neither avx512_bf16 nor AMX, and would emulate bfloat16"
+    if by is not None:
+        dtype, reason = "bfloat16", f"computes it ({by})"
+    _say(f"{visible(str(source))} in {dtype}: this CPU {reason}")
+    return dtype
+
+
+def _cpu_bfloat16() -> str | None:
+    """The instructions by which this CPU computes bfloat16; None: it has none."""
+    if torch.cpu._is_amx_tile_supported():
+        return "AMX"
+    return "avx512_bf16" if torch.cpu._is_avx512_bf16_supported() else None
+
+
+def _settled(source: str | Path, settings: LoadSettings, on: torch.device) -> LoadSettings:
+    """The settings with a type in the place of "auto", also where it is what a name takes."""
+    asked = settings.get("dtype", None if str(source) in PACKAGED else "float32")
+    if asked == AUTO or (asked is None and str(source) in PACKAGED):
+        return {**settings, "dtype": fastest_dtype(source, on)}
+    return settings
+
+
+@cache
+def _say(remark: str) -> None:
+    """Warn, of the same thing once."""
+    _log.warning("%s", remark)
+
+
 def _check_keywords(settings: LoadSettings) -> None:
     """Refuse before anything is downloaded what cannot be loaded."""
     dtype, quantization = settings.get("dtype"), settings.get("quantization")
-    if dtype is not None and dtype not in DTYPES:
-        raise ArgumentError(f"dtype={dtype!r}", f"one of {', '.join(DTYPES)}", "use one of these")
+    if dtype is not None and dtype not in (*DTYPES, AUTO):
+        raise ArgumentError(f"dtype={dtype!r}", f"one of {', '.join(DTYPES)}, {AUTO}", "use one of these")
     if quantization is None:
         return
     if quantization not in QUANTIZATIONS:

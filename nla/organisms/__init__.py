@@ -51,6 +51,15 @@ def full_name(name: str | Path) -> str:
     return ORGANISMS.get(str(name), str(name))
 
 
+def is_target(name: str | Path) -> bool:
+    """Whether a name is one of a target, whatever lies under it in the working directory.
+
+    >>> is_target("couplets"), is_target("smollm2"), is_target("switchboard/goal")
+    (True, True, False)
+    """
+    return full_name(name) in TARGETS or full_name(name) in PACKAGED
+
+
 def target_folder(name: str | Path) -> str:
     """Where a target is: a named one's folder, such as of "couplets" or "smollm2"; of a GGUF file, that of its
     safetensors, which are made if need be.

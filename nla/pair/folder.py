@@ -15,7 +15,7 @@ from nla.baselines import BASELINES_FILE, load_baselines, save_baselines
 from nla.config import CONFIG_FILE, NLAConfig, WeightsConfig, is_local
 from nla.errors import ArgumentError, ConfigError, WeightsError
 from nla.models.generate import ends_of
-from nla.models.load import load_target
+from nla.models.load import AUTO, load_target
 from nla.models.lora import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -26,7 +26,7 @@ from nla.models.lora import (
     save_adapter,
 )
 from nla.models.points import device_of, is_transposed, unwrapped
-from nla.organisms import ORGANISMS, pair_folder
+from nla.organisms import PAIRS, local_folder, pair_folder
 from nla.pair.card import CARD_FILE, card
 from nla.pair.roles import DECODER_ADAPTER, ENCODER_ADAPTER, Head, Parts, SharedBase
 from nla.pair.separate import Devices, Sources, assemble, check_weights, refuse_outside, source_of
@@ -92,10 +92,11 @@ def load(
             "give device=..., or load a pair of separate models",
         )
     check_weights(source, config.target_weights, "the target")
+    target_folder = local_folder(source)
     model, tokenizer = load_target(
         source,
-        revision=config.target_revision if folder_of(source) is None else None,
-        dtype=config.dtype,
+        revision=config.target_revision if target_folder is None else None,
+        dtype=AUTO if config.dtype == "bfloat16" else config.dtype,  # which a CPU may have to emulate
         device=devices,
         quantization=config.quantization,
         trust_remote_code=trust_remote_code,
@@ -107,7 +108,7 @@ def load(
         config,
         baselines,
         metrics,
-        target_folder=folder_of(source),
+        target_folder=target_folder,
         origin=origin,
     )
 
@@ -150,9 +151,10 @@ def find_folder(name_or_path: str | Path, revision: str | None = None) -> tuple[
     if folder is not None:
         return folder, False
     if not is_hub_id(name):
+        embedded = ", ".join(target.split("/")[0] for target in PAIRS)
         raise ConfigError(
             f"no pair {shown(name)}",
-            f"a folder, a hub id such as 'someone/pair', or one of {', '.join(ORGANISMS)}",
+            f"a folder, a hub id such as 'someone/pair', or one of {embedded}",
             "check the name; a pair is made with `nla train RECIPE`",
         )
     return download(name, revision), True

@@ -14,7 +14,7 @@ from nla.config import CONFIG_FILE, NLAConfig, WeightsConfig, is_local, resolve
 from nla.errors import ArgumentError, ConfigError, TokenizerMismatchError, WeightsError
 from nla.metrics import Baseline
 from nla.models.load import load_target, load_truncated
-from nla.organisms import hash_target
+from nla.organisms import hash_target, local_folder
 from nla.pair.roles import ROLES, Head, Parts, SeparateModels, check_role
 from nla.storage.files import folder_of
 from nla.storage.hub import hub_errors
@@ -70,7 +70,7 @@ def assemble(
 
     def target() -> Any:
         check(sources.target, config.target_weights, "the target")
-        revision = config.target_revision if folder_of(sources.target) is None else None
+        revision = config.target_revision if local_folder(sources.target) is None else None
         model, of_target = load_target(sources.target, revision=revision, device=places["target"], **whole)
         config.check_model(model.config)
         check_same_ids(tokenizer, of_target, sources.encoder, sources.target)
@@ -89,7 +89,7 @@ def assemble(
         check_width(backbone.config, config, sources.decoder)
         return backbone
 
-    folders = {role: found for role, s in zip(ROLES, sources, strict=True) if (found := folder_of(s)) is not None}
+    folders = {role: found for role, s in zip(ROLES, sources, strict=True) if (found := local_folder(s)) is not None}
     return Parts(
         SeparateModels(target, encoder, view, head),
         tokenizer,

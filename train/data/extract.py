@@ -7,7 +7,6 @@ follows from the size of a chunk, not of the corpus.
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,9 +21,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nla.config import DTYPES, QUANTIZATIONS, tokenizer_hash
 from nla.errors import ArgumentError, ContextLengthError
-from nla.models.load import load_truncated
+from nla.models.load import AUTO, load_truncated
 from nla.models.points import context_length
 from nla.models.read import vectors_at
+from nla.organisms import local_folder, target_folder
 from nla.storage.files import read_json, try_folder
 from nla.store.manifest import SETTINGS_FILE, Manifest
 from nla.store.writer import StoreWriter
@@ -50,8 +50,9 @@ class ExtractionSettings:
     point: str
     revision: str | None = None
     """Commit, tag or branch of a target on the hub."""
-    dtype: Annotated[str, one_of(*DTYPES)] | None = "float32"
-    """Of the target's weights; None: the checkpoint's own. The manifest holds the type that they were read in."""
+    dtype: Annotated[str, one_of(*DTYPES, AUTO)] | None = "float32"
+    """Of the target's weights, see :class:`nla.models.load.LoadSettings`; None: the checkpoint's own. The manifest
+    holds the type that they were read in."""
     device: str | None = None
     """Where to read; None: the first GPU if there is one, else the CPU."""
     quantization: Annotated[str, one_of(*QUANTIZATIONS)] | None = None
@@ -74,9 +75,8 @@ class ExtractionSettings:
 
     @property
     def source(self) -> str:
-        """The target's folder, or else its hub id."""
-        folder = Path(self.target).expanduser()
-        return str(folder) if os.path.isdir(folder) else self.target
+        """The target's folder, or else its name or hub id."""
+        return str(local_folder(self.target) or self.target)
 
 
 def extract_corpus(settings: ExtractionSettings, out_dir: str | Path, progress: bool = False) -> Manifest | None:
@@ -110,7 +110,7 @@ def extract_corpus(settings: ExtractionSettings, out_dir: str | Path, progress: 
         quantization=s.quantization,
         adapter=s.adapter,
     )
-    tokenizer = load_tokenizer(s.source, getattr(view.config, "_commit_hash", None) or s.revision)
+    tokenizer = load_tokenizer(target_folder(s.source), getattr(view.config, "_commit_hash", None) or s.revision)
     _check_context(view, s.corpus)
     writer = StoreWriter(out_dir, _about(s, corpus, view, tokenizer))
     n_chunks = _run(s, corpus, view, Reader(tokenizer, s.corpus, s.seed), writer, progress)
@@ -172,8 +172,8 @@ def _about(
     settings: ExtractionSettings, corpus: Corpus, view: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Any]:
     """All that the store's content follows from."""
-    folder = Path(settings.source)
-    files = [*sorted(folder.glob("*.safetensors")), folder / "config.json"] if folder.is_dir() else []
+    folder = local_folder(settings.target)
+    files = [] if folder is None else [*sorted(folder.glob("*.safetensors")), folder / "config.json"]
     adapter_files = [] if settings.adapter is None else sorted(Path(settings.adapter).glob("adapter*"))
     return {
         "target": settings.source,
