@@ -22,8 +22,8 @@ from transformers import (
 
 from nla.errors import ArgumentError, NonFiniteError
 from nla.models.hooks import Intervene, inference
-from nla.models.points import device_of, unwrapped
-from nla.text.tokens import length_batches
+from nla.models.points import device_of, n_embeddings, unwrapped
+from nla.text.tokens import check_ids, length_batches
 
 MAX_TOKENS_PER_BATCH = 8192
 CPU_BYTES, CPU_SHARE = 160 << 20, 0.25
@@ -97,6 +97,7 @@ def generate(
 
     Raises:
         ArgumentError: a temperature that is not above 0.
+        VocabularyError: a prompt holds an id that the model has no embedding for.
     """
     if batches is None:
         batches = length_batches([len(prompt) + max_new_tokens for prompt in prompts], max_tokens_per_batch)
@@ -108,6 +109,7 @@ def generate(
         for batch in batches:
             rows = [torch.tensor(prompts[row], dtype=torch.int64) for row in batch]
             ids = pad_sequence(rows, batch_first=True, padding_value=pad, padding_side="left")
+            check_ids(ids, n_embeddings(unwrapped(model)))
             padding = ids.shape[1] - torch.tensor([len(row) for row in rows])
             mask = (torch.arange(ids.shape[1]) >= padding[:, None]).long()
             drawn = None if draws is None else draws[torch.tensor(batch)]

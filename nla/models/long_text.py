@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from nla.errors import ArgumentError, ContextLengthError
 from nla.metrics import check_finite
 from nla.models.hooks import inference
-from nla.models.points import Point, backbone, context_length, device_of, truncated_view, unwrapped
+from nla.models.points import Point, backbone, context_length, device_of, n_embeddings, truncated_view, unwrapped
 from nla.models.selfcheck import reads_in_parts
+from nla.text.tokens import check_ids
 
 CHUNK = 1024
 """Most tokens of a forward pass."""
@@ -58,7 +59,7 @@ def read_ids(
     Raises:
         ArgumentError: a chunk below 1.
         ContextLengthError: more ids than the model's context, or than one pass holds if it must be one.
-        PointError, NonFiniteError: as in :func:`nla.models.read.read`.
+        PointError, NonFiniteError, VocabularyError: as in :func:`nla.models.read.read`.
     """
     from transformers import DynamicCache
 
@@ -75,6 +76,7 @@ def read_ids(
             f"at most {most} at a time: a model of type {kind!r} gives other values in parts",
             "read it in overlapping windows: --window 2048",
         )
+    check_ids(ids, n_embeddings(unwrapped(model)))
     chunk = chunk if in_parts else most
     view = truncated_view(model, point)
     vectors = torch.empty(len(columns), view.config.hidden_size)

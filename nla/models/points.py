@@ -186,6 +186,12 @@ def device_of(model: nn.Module) -> torch.device:
     return whole.weight.device
 
 
+def n_embeddings(model: nn.Module) -> int:
+    """How many token ids a model has embeddings for."""
+    whole: Any = embeddings(model)
+    return whole.weight.shape[0]
+
+
 def d_model(model: nn.Module) -> int:
     """Width of the residual stream."""
     return backbone(model).config.hidden_size

@@ -19,7 +19,7 @@ from nla.baselines import UNKNOWN_STRATUM
 from nla.errors import PositionError, ShapeError, WeightsError
 from nla.metrics import check_finite
 from nla.models.hooks import Intervene, inference, record
-from nla.models.points import Point, context_length, d_model, device_of, truncated_view, unwrapped
+from nla.models.points import Point, context_length, d_model, device_of, n_embeddings, truncated_view, unwrapped
 from nla.models.selfcheck import check_stream
 from nla.storage.files import parse_json
 from nla.storage.tensors import load_tensors, save_tensors
@@ -27,6 +27,7 @@ from nla.text.tokens import (
     Encoded,
     Positions,
     Span,
+    check_ids,
     check_lengths,
     check_positions,
     encode_batch,
@@ -237,6 +238,9 @@ def vectors_at(
         intervene: a context for each batch, such as patches of its rows.
         points: on the way to the view's own: then the result has the streams at these instead, (n, p, d), in one pass.
         progress: show a bar.
+
+    Raises:
+        VocabularyError: an id that the model has no embedding for.
     """
     ends = torch.tensor([len(chosen) for chosen in columns], dtype=torch.int64).cumsum(0).tolist()
     numbers = [number for number, chosen in enumerate(columns) if chosen]
@@ -250,11 +254,12 @@ def vectors_at(
             row = torch.tensor([index for index, number in enumerate(batch) for _ in columns[number]], device=device)
             column = torch.tensor([column for number in batch for column in columns[number]], device=device)
             out = torch.tensor([i for n in batch for i in range(ends[n] - len(columns[n]), ends[n])])
-            ids = padded([rows[number] for number in batch]).to(device)
+            ids = padded([rows[number] for number in batch])
+            check_ids(ids, n_embeddings(view))
             # Interventions first: hooks run in the order of their making, and what is recorded is what flows on.
             none = torch.zeros(len(batch), dtype=torch.int64)
             with intervene(torch.tensor(batch), none) if intervene else nullcontext(), record(view, points) as at:
-                last = view(input_ids=ids, use_cache=False).last_hidden_state
+                last = view(input_ids=ids.to(device), use_cache=False).last_hidden_state
             chosen = last[row, column]
             if points:
                 chosen = torch.stack([at[str(point)][row, column] for point in points], dim=1)

@@ -16,9 +16,9 @@ from nla.errors import ArgumentError, EmptyTextError, ShapeError
 from nla.metrics import unit
 from nla.models.generate import pad_of
 from nla.models.hooks import inference
-from nla.models.points import context_length, device_of
+from nla.models.points import context_length, device_of, n_embeddings
 from nla.pair.roles import Roles
-from nla.text.tokens import check_texts, encode_batch, length_batches, unknown_id
+from nla.text.tokens import check_ids, check_texts, encode_batch, length_batches, unknown_id
 
 MAX_TOKENS_PER_BATCH = 16384
 
@@ -117,12 +117,13 @@ class Decoder:
         Args:
             strict: refuse empty texts, unknown words and texts beyond the context. What an encoder sampled is passed
                 with False: it may be empty, or string tokens together to no word, and is then a bad explanation, not
-                an error. So is the baseline "empty". One beyond the context counts as empty.
+                an error. So is the baseline "empty". One beyond the context counts as empty, and so does one with a
+                token that the decoder has no embedding for.
 
         Raises:
             ArgumentError: an explanation is no text; see :func:`nla.text.tokens.check_texts`.
             EmptyTextError: an explanation is empty.
-            ContextLengthError, VocabularyError: see :func:`nla.text.tokens.encode_batch`.
+            ContextLengthError, VocabularyError: see :func:`nla.text.tokens.encode_batch` and ``check_ids`` there.
         """
         texts = [texts] if isinstance(texts, str) else texts
         if strict:
@@ -138,10 +139,13 @@ class Decoder:
         prompts = [template.replace("{explanation}", text) for text in (*texts, "")]
         tokens: Any = self.tokenizer(prompts, add_special_tokens=special, verbose=False)
         *rows, empty = tokens["input_ids"]
-        limit, unknown = context_length(self.roles.model_of("decoder")), unknown_id(self.tokenizer)
+        model = self.roles.model_of("decoder")
+        limit, n_tokens, unknown = context_length(model), n_embeddings(model), unknown_id(self.tokenizer)
         if strict and any(len(row) > limit or unknown in row for row in rows):
             encode_batch(self.tokenizer, prompts[:-1], limit)  # says which text, and which words
-        return [row if len(row) <= limit else empty for row in rows]
+        if strict:
+            check_ids(torch.tensor([max(row, default=0) for row in rows]), n_tokens)
+        return [row if len(row) <= limit and max(row, default=0) < n_tokens else empty for row in rows]
 
 
 def pad_batch(rows: Sequence[Sequence[int]], pad: int) -> DecoderBatch:

@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, SupportsIndex
 
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from nla.errors import (
@@ -124,7 +125,6 @@ def load_tokenizer(
         tokenizer = (PreTrainedTokenizerFast if generic else AutoTokenizer).from_pretrained(source, **arguments)
         tokenizer("a")  # settings of another type than they should have show at the first text, or
         unknown_id(tokenizer)  # when a special token is asked for
-        return tokenizer
     except NLAError:
         raise
     except Exception as error:  # the parsers of its files raise errors of many types, Exception itself among them
@@ -133,6 +133,54 @@ def load_tokenizer(
             "whole tokenizer files",
             "restore the folder, or download it again",
         ) from error
+    _fit_to_model(tokenizer, source, revision)
+    return tokenizer
+
+
+def _fit_to_model(tokenizer: PreTrainedTokenizerBase, source: str, revision: str | None) -> None:
+    """Hold a tokenizer against the number of embeddings that the config.json beside it states, if it does.
+
+    Words of the vocabulary beyond are of another model. Added tokens beyond are in published models that never use
+    them: :func:`check_ids` refuses them in an input, and one that pads, which every batch would have, pads no more.
+    """
+    from transformers import AutoConfig
+
+    path = fetch_file(source, revision, "config.json", optional=True)
+    try:
+        n_tokens = None if path is None else AutoConfig.from_pretrained(path.parent).get_text_config().vocab_size
+    except Exception:  # of a configuration that is not to be had, loading the model says what is wrong
+        return
+    if not isinstance(n_tokens, int):
+        return
+    beyond = {index: token for token, index in tokenizer.get_vocab().items() if index >= n_tokens}
+    words = sorted(set(beyond) - set(tokenizer.added_tokens_decoder))
+    if words:
+        raise WeightsError(
+            f"a tokenizer in {source} whose token {shown(beyond[words[0]])} has the id {words[0]} ({len(words)} such)",
+            f"ids below {n_tokens}, the target's embeddings",
+            "put the target's own tokenizer beside it",
+        )
+    if tokenizer.pad_token_id in beyond:
+        tokenizer.pad_token = None
+
+
+def check_ids(ids: Tensor, n_tokens: int) -> None:
+    """Refuse token ids that a model has no embeddings for.
+
+    Args:
+        ids: of any shape, on the CPU.
+        n_tokens: how many it has.
+
+    Raises:
+        VocabularyError: there is one.
+    """
+    most = int(ids.max()) if ids.numel() else 0
+    if most >= n_tokens:
+        raise VocabularyError(
+            f"the token with the id {most}",
+            f"ids below {n_tokens}, the target's embeddings: its tokenizer has more tokens than it",
+            "take the text of this token out; tokenizer.convert_ids_to_tokens(id) says what it is",
+        )
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, max_length: int) -> Encoded:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM, SmolVLMConfig, SmolVLMForConditionalGeneration
 
+from nla import NLA
 from nla.errors import (
     ArchitectureError,
     ArgumentError,
@@ -19,17 +21,21 @@ from nla.errors import (
     NonFiniteError,
     PointError,
     TargetError,
+    VocabularyError,
     WeightsError,
 )
 from nla.models import load as module
-from nla.models.generate import ends_of
+from nla.models.generate import ends_of, generate, pad_of
 from nla.models.load import load_target, load_truncated
+from nla.models.long_text import read_ids
 from nla.models.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, other_base, save_adapter
+from nla.models.points import n_embeddings
 from nla.models.read import read
 from nla.organisms import TARGETS
 from nla.storage.files import read_json, write_json
+from nla.text.tokens import encode, load_tokenizer
 from tests.helpers.targets import IDS, INDEX, POINT, activations_of, files_of, saved
-from tests.helpers.tiny import TEXTS, make_model, make_tokenizer
+from tests.helpers.tiny import TEXTS, make_config, make_model, make_pair, make_tokenizer
 
 PLANNER = TARGETS["couplets/planner"]
 
@@ -373,3 +379,43 @@ def test_no_type_means_the_checkpoints_own(tmp_path: Path, architecture: str) ->
     (tmp_path / "config.json").write_text(json.dumps(config))
     kinds = {parameter.dtype for parameter in load_target(tmp_path, dtype=None, device="cpu")[0].parameters()}
     assert kinds == {torch.float32}
+
+
+def test_a_tokenizer_whose_words_go_beyond_the_embeddings_is_refused(tmp_path: Path) -> None:
+    make_model("llama", vocab_size=50).save_pretrained(tmp_path)
+    tokenizer = make_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    first = repr(tokenizer.convert_ids_to_tokens(50))
+    for load in (load_target, load_tokenizer):
+        with pytest.raises(WeightsError, match=rf"{re.escape(first)} has the id 50 \(4 such\); expected ids below 50"):
+            load(tmp_path)
+
+
+def test_added_tokens_beyond_the_embeddings_are_refused_where_they_are_met(tmp_path: Path) -> None:
+    expected, added = make_pair("llama"), "<[PAD]>"
+    make_model("llama").save_pretrained(tmp_path)
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": added})
+    tokenizer.save_pretrained(tmp_path)
+    model, tokenizer = load_target(tmp_path, device="cpu")
+    assert n_embeddings(model) == tokenizer.convert_tokens_to_ids(added) == len(tokenizer) - 1
+
+    acts = read(model, tokenizer, TEXTS, POINT)
+    assert acts.vectors.equal(expected.read(TEXTS).vectors)
+    prompts = [encode(tokenizer, text, 100).ids for text in (TEXTS[0], f"{TEXTS[0]} {TEXTS[0]}")]
+    short, long = (
+        generate(model, rows, ends=[2], pad=pad_of(tokenizer), max_new_tokens=8).rows()
+        for rows in (prompts[:1], prompts)
+    )
+    assert short == long[:1]
+    ids = torch.tensor(tokenizer(added)["input_ids"])
+    pair = NLA.create(model, tokenizer, make_config(tokenizer, model), rank=2)
+    for use in (
+        lambda: read(model, tokenizer, [*TEXTS, f"{TEXTS[0]}{added}"], POINT),
+        lambda: read_ids(model, ids, POINT, [0]),
+        lambda: generate(model, [ids.tolist()], ends=[2], pad=0, max_new_tokens=1),
+        lambda: pair.reconstruct(f"{TEXTS[0]}{added}"),
+    ):
+        with pytest.raises(VocabularyError, match="the token with the id 54; expected ids below 54"):
+            use()
+    assert pair.decoder.prompt_rows([added], strict=False) == pair.decoder.prompt_rows([""], strict=False)
