@@ -23,7 +23,7 @@ from nla.models.selfcheck import check_stream
 from nla.organisms import PACKAGED
 from nla.storage.files import temporary_folder, write_json
 from nla.storage.hashes import INDEX_FILE
-from nla.storage.tensors import read_header
+from nla.storage.tensors import headers_once, read_header
 from nla.text.tokens import load_tokenizer
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ class LoadSettings(TypedDict, total=False):
     """A plain LoRA adapter, which is merged into the weights: an embedded one, a PEFT folder or a hub id."""
 
 
+@headers_once()
 def load_target(
     source: str | Path, *, trust_remote_code: bool = False, **settings: Unpack[LoadSettings]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -88,6 +89,7 @@ def load_target(
     return _load(checkpoint, None, settings, on), tokenizer
 
 
+@headers_once()
 def load_truncated(source: str | Path, point: str | Point, **settings: Unpack[LoadSettings]) -> PreTrainedModel:
     """The backbone up to a point, without final norm and head: its ``last_hidden_state`` is the activation.
 

@@ -22,7 +22,7 @@ from nla.storage.files import folder_of, read_json, write_json
 from nla.storage.hashes import sha256
 from nla.storage.hub import fetch_file, is_hub_id
 from nla.storage.schema import Problem, checked, shown
-from nla.storage.tensors import load_tensors, read_header, save_tensors
+from nla.storage.tensors import headers_once, load_tensors, read_header, save_tensors
 from nla.text.patterns import compile_pattern
 
 if TYPE_CHECKING:
@@ -263,6 +263,7 @@ def attach(model: PreTrainedModel, folder: Path) -> PeftModel:
     return tuned
 
 
+@headers_once()
 def fitted(folder: Path, model: nn.Module) -> tuple[LoraConfig, dict[str, Tensor]]:
     """An adapter's configuration and tensors under the names that ``model`` gives its layers.
 

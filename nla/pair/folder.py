@@ -34,7 +34,7 @@ from nla.storage.files import folder_of, read_json, replacing_files, write_atomi
 from nla.storage.hashes import hash_weights, sha256
 from nla.storage.hub import download, is_hub_id, place_of
 from nla.storage.schema import shown
-from nla.storage.tensors import load_tensors, save_tensors
+from nla.storage.tensors import headers_once, load_tensors, save_tensors
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -58,6 +58,7 @@ SEPARATE_MANIFEST = (f"{DECODER_FOLDER}/{HEAD_FILE}", BASELINES_FILE)
 """The same of a pair of separate models, which refers to the other weights."""
 
 
+@headers_once()
 def load(
     name_or_path: str | Path,
     revision: str | None,

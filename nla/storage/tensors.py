@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,6 +47,10 @@ class Header(NamedTuple):
     """Ours, over all tensors, if it was saved with one."""
 
 
+_known_headers: ContextVar[dict[Path, Header] | None] = ContextVar("known_headers", default=None)
+"""What :func:`headers_once` keeps."""
+
+
 def read_header(path: str | Path) -> Header:
     """The header of a safetensors file, whose tensors fill the rest of the file side by side.
 
@@ -53,19 +59,40 @@ def read_header(path: str | Path) -> Header:
     Raises:
         WeightsError: the file is missing, no regular file, truncated, corrupt, or its header contradicts it or itself.
     """
-    path = Path(path)
+    path, known = Path(path), _known_headers.get()
+    if known is not None and path in known:
+        return known[path]
     restore = f"restore {path.name} from where the folder came, or train the pair again"
     try:
         with open_regular(path) as file:
             size, length = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
             if not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
                 raise ValueError(f"a header of {length:,} bytes in a file of {size:,}")
-            return _checked(parse_json(file.read(length).decode()), 8 + length, size)
+            header = _checked(parse_json(file.read(length).decode()), 8 + length, size)
     except OSError as error:
         raise WeightsError(f"no readable {path} ({error.strerror})", "a safetensors file there", restore) from error
     except ValueError as error:
         got = f"{path}, which is truncated or corrupt ({error})"
         raise WeightsError(got, "a whole safetensors file", restore) from error
+    if known is not None:
+        known[path] = header
+    return header
+
+
+@contextlib.contextmanager
+def headers_once() -> Iterator[None]:
+    """While active, the header of each file is read once: what loads a model hashes, judges and then reads its files.
+
+    No file may be written meanwhile. It nests, and decorates functions.
+    """
+    if _known_headers.get() is not None:
+        yield
+        return
+    token = _known_headers.set({})
+    try:
+        yield
+    finally:
+        _known_headers.reset(token)
 
 
 def _checked(content: Any, offset: int, size: int) -> Header:

@@ -7,6 +7,7 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -146,6 +147,26 @@ def test_weights_that_are_not_finite_are_not_saved(saved: Path) -> None:
     with pytest.raises(NonFiniteError, match="weight"):
         pair.save_pretrained(saved)
     assert load(saved).head.weight.isfinite().all()
+
+
+def test_each_header_is_read_once_in_a_load_and_anew_in_the_next(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    checked = tensors._checked
+
+    def counted(content: Any, offset: int, size: int) -> tensors.Header:
+        sizes.append(size)
+        return checked(content, offset, size)
+
+    monkeypatch.setattr(tensors, "_checked", counted)
+    expected = sorted(file.stat().st_size for file in saved.parent.rglob("*.safetensors"))
+    assert len(expected) == 5, "the target's, two adapters', the head's and the baselines'"
+    for _ in range(2):
+        sizes.clear()
+        load(saved)
+        assert sorted(sizes) == expected
+    save_file({}, saved / HEAD)
+    with pytest.raises(WeightsError, match=r"head\.safetensors"):
+        load(saved)
 
 
 def test_loading_does_not_disturb_the_global_random_state(saved: Path) -> None:
