@@ -26,6 +26,7 @@ from nla.models.points import device_of, final_norm, is_transposed, layout, line
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
 ENCODER_ADAPTER = "default"
 """TRL's reference and resume look for an adapter of this name."""
@@ -153,8 +154,18 @@ class SharedBase:
         self.model = cast(PreTrainedModel, model)  # PEFT's wrapper has what the model has
         self.head = head
         self.cut(config)
-        self.target_adapter: str | None = None
+        self._target_adapter: str | None = None
         self._turn = Turn()
+        self._found: tuple[tuple[str, ...], list[BaseTunerLayer], list[nn.Parameter]] | None = None
+
+    @property
+    def target_adapter(self) -> str | None:
+        """Adapter that is on while the target is read; None: none."""
+        return self._target_adapter
+
+    @target_adapter.setter
+    def target_adapter(self, adapter: str | None) -> None:
+        self._target_adapter, self._found = adapter, None
 
     def cut(self, config: NLAConfig) -> None:
         """Let the view end at the config's point, with the final norm or without it.
@@ -193,18 +204,51 @@ class SharedBase:
         In a role exactly its adapter is active and trainable ("target": none). Span forward AND backward: a switch
         between them loses gradients.
         """
-        model: Any = self.model
         with self._turn.taken(name):
-            active, disabled = model.active_adapter, _adapters_disabled(model)
-            requires_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+            layers, parameters = self._adapted()
+            before = [(layer.active_adapters, layer.disable_adapters) for layer in layers]
+            model: Any = self.model
+            active, flags = model.active_adapter, [parameter.requires_grad for parameter in parameters]
             try:
-                adapter = self.target_adapter if name == "target" else _ADAPTERS[name]
-                _switch(model, adapter or active, disabled=adapter is None)
+                self._switch(layers, self.target_adapter if name == "target" else _ADAPTERS[name])
                 yield
             finally:
-                _switch(model, active, disabled)
-                for parameter, flag in requires_grad:
+                self._set_active(active)
+                for layer, (adapters, disabled) in zip(layers, before, strict=True):
+                    if layer.active_adapters != adapters:
+                        layer.set_adapter(adapters)
+                    if layer.disable_adapters != disabled:
+                        layer.enable_adapters(not disabled)
+                for parameter, flag in zip(parameters, flags, strict=True):
                     parameter.requires_grad_(flag)
+
+    def _adapted(self) -> tuple[list[BaseTunerLayer], list[nn.Parameter]]:
+        """The layers that have adapters, and all parameters; found once for each set of adapters."""
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        model: Any = self.model
+        names = tuple(model.peft_config)
+        if self._found is None or self._found[0] != names:
+            layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+            self._found = names, layers, list(model.parameters())
+        return self._found[1:]
+
+    def _switch(self, layers: list[BaseTunerLayer], adapter: str | None) -> None:
+        """Switch one adapter on, or all off. PEFT's own ``set_adapter`` walks all modules, twice."""
+        if adapter is None:
+            for layer in layers:
+                layer.enable_adapters(False)
+            return
+        self._set_active(adapter)
+        for layer in layers:
+            layer.set_adapter(adapter)
+            if layer.disable_adapters:
+                layer.enable_adapters(True)
+
+    def _set_active(self, adapter: str) -> None:
+        """Note the adapter that is on where PEFT does."""
+        model: Any = self.model
+        model.active_adapter = model.base_model.active_adapter = adapter
 
     def alone(self) -> contextlib.AbstractContextManager[object]:
         """While active, no other thread plays a role."""
@@ -458,20 +502,6 @@ def require_shared(roles: Roles, what: str) -> SharedBase:
 
 def _count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
-
-
-def _adapters_disabled(model: Any) -> bool:
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    return next(module.disable_adapters for module in model.modules() if isinstance(module, BaseTunerLayer))
-
-
-def _switch(model: Any, adapter: str, disabled: bool) -> None:
-    if _adapters_disabled(model):
-        model.base_model.enable_adapter_layers()
-    model.set_adapter(adapter)
-    if disabled:
-        model.base_model.disable_adapter_layers()
 
 
 def _lora(target: PreTrainedModel, rank: int, alpha: float | None, layers: list[int] | None) -> LoraConfig:

@@ -31,6 +31,7 @@ from nla.models.hooks import inject
 from nla.pair import encoder
 from nla.pair.card import card
 from nla.pair.explanations import Explanations, Trust, agreement
+from nla.pair.roles import Role
 from nla.store.reader import Store
 from nla.store.shards import Document
 from nla.store.writer import StoreWriter
@@ -78,6 +79,19 @@ def test_in_a_role_exactly_its_adapter_is_trainable(pair: NLA) -> None:
         with pair.role(name):
             trainable = {key for key, parameter in pair.model.named_parameters() if parameter.requires_grad}
         assert trainable == {key for key, _ in pair.model.named_parameters() if adapter and adapter in key}
+
+
+@pytest.mark.parametrize("name", ["target", "encoder", "decoder"])
+def test_a_role_is_what_pefts_own_switch_makes_of_the_model(name: Role) -> None:
+    ours, plain = make_pair(scale=0.3), make_pair(scale=0.3)
+    model: Any = plain.model
+    if name == "target":
+        model.base_model.disable_adapter_layers()
+    else:
+        model.set_adapter({"encoder": "default"}.get(name, name))
+    with ours.role(name):
+        assert state_of(ours) == state_of(plain)
+        assert ours.model.active_adapters == model.active_adapters
 
 
 @pytest.mark.parametrize("outer", ["target", "encoder", "decoder"])

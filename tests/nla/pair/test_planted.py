@@ -10,9 +10,10 @@ from peft import LoraConfig, get_peft_model
 
 from nla.autoencoder import NLA
 from nla.errors import ArgumentError, ConfigError, WeightsError
-from nla.models.lora import adapter_hash, merge_adapter, save_adapter
+from nla.models.lora import TARGET_ADAPTER, adapter_hash, merge_adapter, save_adapter
 from nla.models.points import truncated_view
 from nla.models.read import read
+from nla.pair import roles
 from nla.pair.roles import Head, SeparateModels
 from nla.storage.tensors import load_tensors, save_tensors
 from tests.helpers.adapters import LORA, lora_folder
@@ -108,3 +109,20 @@ def test_patterns_over_names_hold_on_a_cut_target_too(tmp_path: Path, named: str
     for model in (whole, cut):
         merge_adapter(model, tmp_path)
         assert torch.allclose(read(model, make_tokenizer(), TEXTS, POINT).vectors, expected, atol=1e-4)
+
+
+def test_adapters_planted_one_after_another_reach_the_target_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(roles, "linear_names", lambda _: ["q_proj"])  # so that each adapter makes layers of its own
+    pair = make_pair()
+    plain, said = pair.read(TEXTS).vectors, pair.reconstruct(["the cat sat."])
+    for module in ("up_proj", "down_proj", "up_proj"):
+        config = LoraConfig(r=2, target_modules=[module], task_type="CAUSAL_LM")
+        with pair.planted(lora_folder(tmp_path / module, config=config)):
+            assert pair.reconstruct(["the cat sat."]).equal(said)
+            assert not pair.read(TEXTS).vectors.allclose(plain, atol=1e-2)
+            with pair.role("target"):
+                on = {name for name, parameter in pair.model.named_parameters() if parameter.requires_grad}
+            assert on == {name for name, _ in pair.model.named_parameters() if f".{TARGET_ADAPTER}." in name}
+    assert pair.read(TEXTS).vectors.equal(plain) and pair.reconstruct(["the cat sat."]).equal(said)
