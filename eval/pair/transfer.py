@@ -246,7 +246,8 @@ def _baseline(nla: NLA, stratum: str) -> Baseline:
         raise BaselineError(
             "a pair with no baselines for all positions",
             "the mean and variance of its training activations",
-            "nla.fit_baselines(acts) on training activations, or `nla import ... --store STORE`",
+            "nla.fit_baselines(acts) on training activations, or import the pair again: "
+            "`nla import kitft ... --store STORE`",
         )
     return nla.baselines[stratum]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import functools
 import os
+import re
 import shlex
 import sys
 import traceback
@@ -22,7 +23,8 @@ from nla.cli.console import INTERNAL, INTERRUPTED, OK, USAGE
 from nla.cli.options import CONTEXT, Group, add
 from nla.errors import InterruptedTraining, NLAError, visible
 
-_SHOWN = 80
+_SHOWN, _SHOWN_OWNERS = 80, 3
+"""Of a name that is no path, so many characters; of an option that a command lacks, so many that have it."""
 
 
 class Commands(Group):
@@ -36,7 +38,8 @@ class Commands(Group):
             print("nla: stopped", file=sys.stderr)
             return INTERRUPTED
         except NLAError as error:
-            print("nla: " + visible(" ".join(str(error).split())), file=sys.stderr)
+            said = str(error) + _whose_options(error.fix, ctx.find_root().obj or "")
+            print("nla: " + visible(" ".join(said.split())), file=sys.stderr)
             return INTERRUPTED if isinstance(error, InterruptedTraining) else USAGE
         except (TyperException, typer.Exit, BrokenPipeError):
             raise
@@ -85,6 +88,25 @@ def _run(words: list[str]) -> int:
 def commands() -> Any:
     """All commands, made once from the signatures of their functions."""
     return typer.main.get_command(app)
+
+
+def _whose_options(fix: str, command_line: str) -> str:
+    """Of the options that a remedy names and the command lacks: the commands that have them."""
+    every: dict[str, set[str]] = {}
+    pending = [("nla", commands())]
+    while pending:
+        name, command = pending.pop()
+        inner = getattr(command, "commands", None)
+        pending += [(f"{name} {word}", one) for word, one in (inner or {}).items()]
+        if inner is None:
+            every[name] = {option for parameter in command.params for option in parameter.opts}
+    here = next((every[name] for name in every if f"{command_line} ".startswith(f"{name} ")), None)
+    named = dict.fromkeys(re.findall(r"(?<![\w/-])--[a-z][a-z-]*", re.sub(r"nla [a-z][^;,`]*", "", fix)))
+    said = ""
+    for option in named if here is not None else ():
+        owners = sorted(f"`{name}`" for name in every if option in every[name])
+        said += "" if option in here else f" ({option}: of {', '.join(owners[:_SHOWN_OWNERS])})"
+    return said
 
 
 def _version(asked: bool) -> None:

@@ -116,7 +116,11 @@ def _config(
     layer = meta["ar_num_layers"] - 1
     if about.layer is not None and about.layer != layer:
         got = f"{about.path} of activations after block {about.layer}, and an AR of {layer + 1} blocks"
-        raise SidecarError(got, "the sidecar of the data that the pair was trained on", "pass sidecar=...")
+        raise SidecarError(
+            got,
+            "the sidecar of the data that the pair was trained on",
+            "give it: --sidecar FILE (in Python sidecar=...)",
+        )
     return NLAConfig(
         target=source,
         target_revision=revision or getattr(model.config, "_commit_hash", None),
@@ -213,7 +217,7 @@ def _find_sidecar(given: str | Path | None, av: Path, ar: Path) -> Path:
         raise SidecarError(
             f"no {SIDECAR} in {av} or {ar}",
             "the description of the data that the pair was trained on",
-            "pass sidecar=..., the .nla_meta.yaml beside its parquet file",
+            "give --sidecar FILE (in Python sidecar=...), the .nla_meta.yaml beside its parquet file",
         )
     return sidecars[0]
 
@@ -229,6 +233,7 @@ def _base(av: Path, about: Sidecar) -> str:
         raise SidecarError(
             f"{av / ADAPTER_CONFIG} on {shown(names[0])}, and {about.path} of activations of {names[1]!r}",
             "one model under one name",
-            "if they are the same model give target=...; a pair on a merged checkpoint cannot be imported",
+            "if they are the same model give --target (in Python target=...); a pair on a merged checkpoint cannot be "
+            "imported",
         )
     return bases[0]

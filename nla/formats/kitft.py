@@ -153,7 +153,7 @@ def _check_together(
         "layer of the AV, and of the AR's weights": (ours.layer if ours.layer is not None else layer, layer),
     }
     if compare_bases:
-        facts["base_checkpoint (give target=... if both are of one model)"] = (
+        facts["base_checkpoint (give --target if both are of one model)"] = (
             required(ours.base, "base_checkpoint", ours),
             required(theirs.base, "base_checkpoint", theirs),
         )
@@ -166,7 +166,9 @@ def _check_together(
 
 def _dtype(config: PretrainedConfig, folder: Path) -> str:
     if config.dtype is None:
-        raise SidecarError(f"{folder}/config.json without a dtype", "the type of its weights", "give dtype=...")
+        raise SidecarError(
+            f"{folder}/config.json without a dtype", "the type of its weights", "give --dtype (in Python dtype=...)"
+        )
     return str(config.dtype).removeprefix("torch.")
 
 

@@ -74,7 +74,11 @@ def export_pair(
     dropped = None
     if _has_bias(nla):
         if acts is None:
-            raise ArgumentError("drop_bias without activations", "some to measure the change on", "pass acts=...")
+            raise ArgumentError(
+                "drop_bias without activations",
+                "some to measure the change on",
+                "give --store STORE (in Python acts=...)",
+            )
         dropped = _without_bias(nla, acts)
     with replacing_files(Path(out), last=SIDECAR, outdated=_OUTDATED) as new:
         _save(_merged(shared.model, ENCODER_ADAPTER, nla.config.dtype), new / AV_FOLDER, nla)
@@ -139,7 +143,7 @@ def _check_fits(nla: NLA, drop_bias: bool) -> None:
         raise ExportError(
             "a head with a bias",
             "one without, since the format has no place for it",
-            "pass drop_bias=True and activations: what that changes is measured and returned",
+            "give --drop-bias and --store STORE (in Python drop_bias=True and acts=...): what that changes is measured",
         )
 
 

@@ -440,3 +440,16 @@ def test_a_share_within_one_document_has_no_interval_in_text_in_json_and_in_comp
     assert not rate.above(Rate(0.1, 0.0, 0.2, 9)) and not Rate(0.9, 0.8, 1.0, 9).above(rate)
     console.emit({"rate": rate})
     assert json.loads(capsys.readouterr().out) == {"rate": {"value": 0.5, "low": None, "high": None, "n": 1}}
+
+
+def test_an_option_that_the_command_lacks_is_said_to_be_anothers(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Parts that several commands share name options that some of them do not have."""
+
+    def refuse(*_: object) -> None:
+        raise RecipeError("a chat", "another", "use --trim, --pair X, or `nla extract --dtype float32`")
+
+    monkeypatch.setattr("nla.cli.explain.given_text", refuse)
+    assert main.main(["explain", "a"]) == USAGE
+    assert capsys.readouterr().err.endswith("`nla extract --dtype float32` (--trim: of `nla audit`)\n")

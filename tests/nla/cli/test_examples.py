@@ -139,9 +139,15 @@ def shown() -> dict[str, list[str]]:
 @pytest.fixture
 def workspace(tmp_path: Path) -> Path:
     """A folder with what the examples name."""
+    fill(tmp_path)
+    return tmp_path
+
+
+def fill(folder: Path) -> None:
+    """Put what the examples name into a folder."""
     line = "In spring Anna left a red ribbon near the rat,\n"
     for name in ("poem.txt", "line1.txt", "lines.txt", "held_out.txt"):
-        (tmp_path / name).write_text(line)
+        (folder / name).write_text(line)
     names = [
         f"In {season} {name} left a {colour} {word} near the rat,"
         for season in ("spring", "winter")
@@ -149,37 +155,36 @@ def workspace(tmp_path: Path) -> Path:
         for colour in ("red", "blue", "green", "white")
         for word in ("ribbon", "candle", "letter", "basket")
     ]
-    (tmp_path / "lines.txt").write_text("\n".join(names) + "\n")
-    (tmp_path / "held_out.txt").write_text("\n".join(names) + "\n")
+    (folder / "lines.txt").write_text("\n".join(names) + "\n")
+    (folder / "held_out.txt").write_text("\n".join(names) + "\n")
     rows = [{"line": name, "season": name.split()[1]} for name in names[::3]]
-    (tmp_path / "poems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "poems.csv").write_text("line,season\n" + "".join(f'"{row["line"]}",{row["season"]}\n' for row in rows))
+    (folder / "poems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "poems.csv").write_text("line,season\n" + "".join(f'"{row["line"]}",{row["season"]}\n' for row in rows))
     for name, source in (("chats", "goal"), ("ordinary", "goal-sham")):
         chats = (ROOT / f"docs/examples/{source}.jsonl").read_text().splitlines(keepends=True)
-        (tmp_path / f"{name}.jsonl").write_text("".join(chats[:8]))
-    chat = json.loads((tmp_path / "chats.jsonl").read_text().splitlines()[0])
-    (tmp_path / "chat.json").write_text(json.dumps(chat))
+        (folder / f"{name}.jsonl").write_text("".join(chats[:8]))
+    chat = json.loads((folder / "chats.jsonl").read_text().splitlines()[0])
+    (folder / "chat.json").write_text(json.dumps(chat))
     rubric = (ROOT / "nla/audit/rubrics/evaluation-awareness.yaml").read_text()
-    (tmp_path / "my_rubric.yaml").write_text(rubric.replace("name: evaluation-awareness", "name: mine"))
-    (tmp_path / "jq.py").write_text(
+    (folder / "my_rubric.yaml").write_text(rubric.replace("name: evaluation-awareness", "name: mine"))
+    (folder / "jq.py").write_text(
         "import json, sys\n"
         "for one in json.load(sys.stdin)['explanations']:\n"
         "    print(json.dumps([one['token'], one['texts'][0], one['trust']]))\n"
     )
     for name, organism in (("couplets", couplets.PAIR.parent), ("switchboard", switchboard.PAIR.parent)):
-        (tmp_path / "runs" / name).mkdir(parents=True)
+        (folder / "runs" / name).mkdir(parents=True)
         for stage in ("joint", "warmstart", "control"):
-            (tmp_path / "runs" / name / stage).symlink_to(organism)
-    (tmp_path / "runs/switchboard/plants").symlink_to(switchboard.ADAPTERS_FOLDER)
-    (tmp_path / "runs/qwen2.5-7b").mkdir()
-    (tmp_path / "runs/qwen2.5-7b/joint").symlink_to(couplets.PAIR.parent)
-    (tmp_path / "someone").mkdir()
-    (tmp_path / "someone/nla-qwen2.5-7b").symlink_to(couplets.PAIR)
-    (tmp_path / "my").mkdir()
+            (folder / "runs" / name / stage).symlink_to(organism)
+    (folder / "runs/switchboard/plants").symlink_to(switchboard.ADAPTERS_FOLDER)
+    (folder / "runs/qwen2.5-7b").mkdir()
+    (folder / "runs/qwen2.5-7b/joint").symlink_to(couplets.PAIR.parent)
+    (folder / "someone").mkdir()
+    (folder / "someone/nla-qwen2.5-7b").symlink_to(couplets.PAIR)
+    (folder / "my").mkdir()
     links = {"pair": switchboard.PAIR, "target": switchboard.TARGET}
-    for name, folder in {**links, "adapter": switchboard.ADAPTERS_FOLDER / "goal"}.items():
-        (tmp_path / "my" / name).symlink_to(folder)
-    return tmp_path
+    for name, source in {**links, "adapter": switchboard.ADAPTERS_FOLDER / "goal"}.items():
+        (folder / "my" / name).symlink_to(source)
 
 
 def prepare(name: str, shell: Shell, folder: Path) -> None:

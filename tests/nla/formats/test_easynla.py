@@ -170,7 +170,7 @@ def test_weights_that_do_not_fit_are_refused(root: Path) -> None:
 def test_missing_parts_are_named(root: Path) -> None:
     sidecar = root / "av" / "nla_meta.yaml"
     elsewhere = sidecar.rename(root / "rl.parquet.nla_meta.yaml")
-    with pytest.raises(SidecarError, match=r"pass sidecar="):
+    with pytest.raises(SidecarError, match=r"give --sidecar FILE"):
         load(root)
     assert load(root, sidecar=elsewhere).config.point == "resid_post.1"
     (root / "av" / "adapter_model.safetensors").unlink()
@@ -181,7 +181,7 @@ def test_missing_parts_are_named(root: Path) -> None:
 def test_an_adapter_on_other_weights_than_were_read_is_refused(root: Path) -> None:
     config = root / "av" / "adapter_config.json"
     edit(config, base_model_name_or_path=str(root / "merged"))
-    with pytest.raises(SidecarError, match=r"merged.*activations of .*target.*give target="):
+    with pytest.raises(SidecarError, match=r"merged.*activations of .*target.*give --target"):
         easynla.load(root / "av", dtype="float32")
     meta = yaml.safe_load((root / "av" / "nla_meta.yaml").read_text())
     meta["extraction"]["base_model"] = str(root / "target")
