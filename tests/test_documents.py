@@ -152,6 +152,11 @@ DOCUMENTS: dict[str, dict[str, Run | RunsIn | NotRun]] = {
         "nla recipe my/model": Run(leaves="mine.yaml"),
         "nla train mine.yaml --dry-run": Run(says="joint +would run", append=CORPUS),
         "nla train qwen2.5-7b  ": NotRun("needs a GPU and the hub"),
+        "nla train mine.yaml --until sample": Run(
+            says=r"sample\.documents +12",
+            leaves="runs/model/sample/000000.jsonl",
+            append="--set corpus.n_documents=12 --set sample.max_new_tokens=4 --set out=runs/model",
+        ),
         "accelerate launch": NotRun("needs four GPUs and the hub"),
         "nla extract couplets/planner": Run(leaves="runs/acts/manifest.json"),
         "nla push": NotRun(HUB + "; tests/nla/pair/test_publish.py pushes to a server of its own"),

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from nla.errors import TargetError
 from nla.models.points import Point
 from nla.organisms import target_folder
+from nla.train.data.requests import draw_requests, load_prompts
 from nla.train.describe.describer import CHARS_PER_TOKEN
 from nla.train.recipe import N_WATCHED, Recipe, ShapeSettings
 
@@ -35,6 +36,8 @@ PREFILL_COPIES = 3
 """Of a block's widest activation, that are alive at once."""
 PROMPT_TOKENS, CLAIM_TOKENS, QUESTION_TOKENS, ANSWER_TOKENS = 90, 60, 250, 80
 """Tokens of an encoder prompt, an explanation, a describer's instructions and its answer: what is usual."""
+REQUEST_TOKENS = 60
+"""Of what a target is asked for its own corpus, with the system message."""
 DOCUMENT_TOKENS = 600
 """A document of a usual web corpus; a position in it has half of them before it."""
 READ_TOKENS = 16_384
@@ -187,6 +190,7 @@ def estimate(recipe: Recipe, shape: Shape) -> dict[str, dict[str, Any]]:
     reached = Device(h.tflops * 1e12 * h.utilisation, h.bandwidth_gbs * 1e9 * h.utilisation, h.devices)
     below = shape.block * (Point.parse(recipe.point).layer + 1)
     stages = {
+        **({"sample": _sample(recipe, shape, reached)} if recipe.writes_corpus else {}),
         "extract": _extract(recipe, shape, reached, below),
         "describe": _describe(recipe, shape, reached),
         "warmstart": _warmstart(recipe, shape, reached, below),
@@ -205,6 +209,21 @@ def estimate(recipe: Recipe, shape: Shape) -> dict[str, dict[str, Any]]:
 def _memory_gb(*parts: float) -> float:
     """GB of so many bytes, and what is reserved."""
     return sum(parts) / 1e9 + RESERVED_GB
+
+
+def _sample(recipe: Recipe, shape: Shape, device: Device) -> dict[str, Any]:
+    s, corpus = recipe.sample, recipe.corpus
+    assert corpus is not None and corpus.n_documents is not None
+    weights = weights_as(recipe.dtype, recipe.quantization)
+    prompts = load_prompts(corpus.prompts)
+    n = len(draw_requests(prompts, corpus.n_documents, recipe.seed, corpus.eval_share, corpus.split_key))
+    batches = math.ceil(n / device.n / s.batch_size)
+    memory = _memory_gb(
+        weights.of(shape.n_blocks * shape.block, shape.embeddings),
+        _cache(shape, weights, s.batch_size, REQUEST_TOKENS + s.max_new_tokens),
+    )
+    seconds = batches * _sampling(shape, weights, device, s.batch_size, REQUEST_TOKENS, s.max_new_tokens)
+    return {"tokens": n * s.max_new_tokens, "answers": n, "hours": seconds / 3600, "memory_gb": memory}
 
 
 def _extract(recipe: Recipe, shape: Shape, device: Device, below: int) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from typing import Any
 from nla.errors import RecipeError
 from nla.organisms import hash_target, is_target, local_folder
 from nla.storage import hashes
-from nla.train.data.corpus import describe_files, local_files
+from nla.train.data.corpus import describe_files, local_files, mixed_files
+from nla.train.data.requests import load_prompts
 from nla.train.recipe import Recipe
 from nla.train.schema import STAGES, deciding
 
@@ -26,6 +27,20 @@ def fingerprints(recipe: Recipe, target: str) -> dict[str, str]:
     for stage, name, value in deciding(recipe):
         decided[stage][name] = value
     decided["extract"] |= {"target": target, "files": _corpus_files(recipe)}
+    mixed = [] if recipe.corpus is None else mixed_files(recipe.corpus)
+    if mixed:
+        decided["extract"]["mixed"] = describe_files(mixed)
+    if not recipe.writes_corpus:
+        del decided["sample"]
+        return _chain(decided, "")
+    corpus = recipe.corpus
+    assert corpus is not None
+    decided["sample"] |= {
+        "target": target,
+        **{name: decided["extract"][name] for name in ("dtype", "quantization", "seed")},
+        "prompts": load_prompts(corpus.prompts).model_dump(),
+        "documents": [corpus.n_documents, corpus.eval_share, corpus.split_key, corpus.documents_per_chunk],
+    }
     return _chain(decided, "")
 
 
@@ -47,7 +62,7 @@ def former_fingerprints(recipe: Recipe, target: str) -> dict[str, str]:
     sources = settings["extract"], settings["describe"]
     if recipe.corpus is not None:
         sources = (
-            {"corpus": settings["corpus"], "files": _corpus_files(recipe)},
+            {"corpus": _without(settings["corpus"], ("prompts", "mix")), "files": _corpus_files(recipe)},
             _without(settings["describer"], asking) | settings["texts"],
         )
         prompts = {name: settings["pair"][name] for name in ("marker", "encoder_prompt", "decoder_template")}
@@ -65,7 +80,7 @@ def former_fingerprints(recipe: Recipe, target: str) -> dict[str, str]:
 
 def _chain(decided: Mapping[str, Any], before: str) -> dict[str, str]:
     prints = {}
-    for stage in STAGES:
+    for stage in decided:
         before = hashlib.sha256((before + json.dumps(decided[stage], sort_keys=True)).encode()).hexdigest()
         prints[stage] = before
     return prints

@@ -17,12 +17,14 @@ from nla.models.points import Point
 from nla.organisms import ground_truth
 from nla.storage.files import read_yaml
 from nla.storage.schema import shown
-from nla.train.data.corpus import CorpusSettings
+from nla.train.data.corpus import SELF, CorpusSettings
+from nla.train.data.sample import SampleSettings
 from nla.train.data.world import DescribeSettings, ExtractSettings
 from nla.train.describe.describer import DescriberSettings
 from nla.train.fit.settings import JointSettings
 from nla.train.schema import (
     NOTHING,
+    STAGES,
     Count,
     Decides,
     Positive,
@@ -141,6 +143,8 @@ class Recipe:
     """Folder of the run: one sub-folder a stage."""
     corpus: CorpusSettings | None = None
     """Where documents come from, for a real target."""
+    sample: SampleSettings = dataclasses.field(default_factory=SampleSettings)
+    """How the target writes them, where ``corpus.source`` is "self"."""
     world: Annotated[str | None, _READ] = None
     """Where documents and warm-start texts come from, for an organism: an embedded world, couplets or switchboard."""
     revision: str | None = None
@@ -178,6 +182,8 @@ class Recipe:
             stated = getattr(self, field.name)
             if field.name in others and stated != type(stated)():
                 refuse(field.name, stated, f"no such section beside `{kind}`")
+        if not self.writes_corpus and self.sample != SampleSettings():
+            refuse("sample", self.sample, 'no such section where corpus.source is not "self"')
         if self.world is not None:
             for name in ("marker", "encoder_prompt", "decoder_template"):
                 if getattr(self.pair, name) is not None:
@@ -185,6 +191,17 @@ class Recipe:
             strata = ground_truth.load(self.world).STRATA
             if not set(self.joint.stratum_weights) <= set(strata):
                 refuse("joint.stratum_weights", self.joint.stratum_weights, f"shares of {', '.join(strata)}")
+
+    @property
+    def writes_corpus(self) -> bool:
+        """Whether the target writes the corpus."""
+        return self.corpus is not None and self.corpus.source == SELF
+
+    @property
+    def stages(self) -> list[str]:
+        """Those of ``STAGES`` that it asks for, in order."""
+        asked = {"sample": self.writes_corpus, "control": self.control}
+        return [stage for stage in STAGES if asked.get(stage, True)]
 
 
 def load_recipe(path: str | Path, overrides: str | Sequence[str] = ()) -> Recipe:

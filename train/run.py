@@ -1,8 +1,9 @@
 """Running a recipe: its stages in order, what to skip, what to resume.
 
-``extract → describe → warmstart → joint`` (and ``control``: the warm start simply continued for joint training's
-wall-clock). Each stage has a folder; one whose inputs have not changed is skipped, one that was interrupted resumes,
-and what an older version of the recipe made is moved aside, never deleted.
+``extract → describe → warmstart → joint``; before them ``sample``, where the target writes its corpus itself, and after
+them ``control``, where it is asked for: the warm start simply continued for joint training's wall-clock. Each stage has
+a folder; one whose inputs have not changed is skipped, one that was interrupted resumes, and what an older version of
+the recipe made is moved aside, never deleted.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ from nla.models.read import ACTIVATIONS_FILE
 from nla.organisms import noted_target
 from nla.pair import folder as pair_folder
 from nla.storage.files import read_json, try_folder, write_json
+from nla.train.data.sample import chunk_file
 from nla.train.data.world import BASELINES, MANIFEST, SPLITS
 from nla.train.estimate import estimate, find_shape
 from nla.train.fingerprints import fingerprints, former_fingerprints, target_print
 from nla.train.fit import processes
 from nla.train.recipe import load_recipe
-from nla.train.schema import STAGES
 from nla.train.stages import preflight, run_stage
 from nla.train.training_data import DONE, PAIR
 
@@ -44,7 +45,11 @@ OF_WORLD = PAIRS | {
     "extract": (MANIFEST, BASELINES, *(f"{split}/{ACTIVATIONS_FILE}" for split in SPLITS)),
     "describe": tuple(f"{split}.jsonl" for split in SPLITS),
 }
-OF_CORPUS = PAIRS | {"extract": (MANIFEST, BASELINES), "describe": ("train.jsonl", "eval.jsonl")}
+OF_CORPUS = PAIRS | {
+    "sample": (chunk_file(Path(), 0).name,),
+    "extract": (MANIFEST, BASELINES),
+    "describe": ("train.jsonl", "eval.jsonl"),
+}
 """What each finished stage holds, relative to its folder."""
 
 
@@ -65,12 +70,13 @@ def run_recipe(
     recipe = load_recipe(path, overrides)
     if recipe.dtype == AUTO:
         recipe = dataclasses.replace(recipe, dtype=fastest_dtype(recipe.target, processes.own_device()))
-    stages = [stage for stage in STAGES if stage != "control" or recipe.control]
+    stages = recipe.stages
     if until is not None and until not in stages:
         raise RecipeError(f"until={until!r}", f"one of {', '.join(stages)}", "name a stage of this recipe")
     stages = stages[: stages.index(until) + 1] if until else stages
     target = target_print(noted_target(recipe.target), recipe.revision)
-    prints, former = fingerprints(recipe, target), former_fingerprints(recipe, target)
+    prints = fingerprints(recipe, target)
+    former = prints | former_fingerprints(recipe, target)
     whole = OF_WORLD if recipe.corpus is None else OF_CORPUS
     summary: dict[str, Any] = {}
     done = [is_done(Path(recipe.out) / stage, (prints[stage], former[stage]), whole[stage]) for stage in stages]

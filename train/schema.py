@@ -20,7 +20,8 @@ from nla.storage import schema
 from nla.storage.files import parse_yaml
 from nla.storage.schema import Problem, dataclass_in, shown
 
-STAGES = ("extract", "describe", "warmstart", "joint", "control")
+STAGES = ("sample", "extract", "describe", "warmstart", "joint", "control")
+"""In their order. A recipe's ``stages`` are some of them."""
 Settings = TypeVar("Settings")
 
 

@@ -24,7 +24,10 @@ from nla.store.manifest import MANIFEST_FILE as STORE_MANIFEST
 from nla.store.reader import Store, open_splits
 from nla.text.tokens import load_tokenizer, render_prompt
 from nla.train.data import world
+from nla.train.data.corpus import written_by_target
 from nla.train.data.extract import ExtractionSettings, extract_corpus
+from nla.train.data.requests import draw_requests, load_prompts
+from nla.train.data.sample import count_documents, sample_corpus
 from nla.train.describe.prompt import pair_marks, quote
 from nla.train.describe.texts import Summary, describe_texts, open_describer
 from nla.train.fit import processes
@@ -53,6 +56,7 @@ ANSWERS = "answers"
 def run_stage(stage: str, recipe: Recipe) -> dict[str, Any]:
     """Do one stage's work in ``<out>/<stage>`` and return its figures."""
     return {
+        "sample": run_sample,
         "extract": run_extract,
         "describe": run_describe,
         "warmstart": run_warmstart,
@@ -126,6 +130,32 @@ def preflight(recipe: Recipe, describing: bool, reachable: bool) -> None:
         )
 
 
+def run_sample(recipe: Recipe, out: Path) -> dict[str, Any]:
+    """The target's own documents; each process writes its share of the chunks."""
+    corpus = recipe.corpus
+    assert corpus is not None and corpus.n_documents is not None
+    requests = draw_requests(
+        load_prompts(corpus.prompts), corpus.n_documents, recipe.seed, corpus.eval_share, corpus.split_key
+    )
+    model, tokenizer = load_target(recipe, recipe.revision)
+    mine = sample_corpus(
+        model,
+        tokenizer,
+        requests,
+        recipe.sample,
+        recipe.seed,
+        out / "sample",
+        corpus.documents_per_chunk,
+        processes.rank(),
+        processes.count(),
+    )
+    processes.wait()
+    n_answers, n_tokens = int(processes.total(mine.answers)), int(processes.total(mine.tokens))
+    rate = processes.total(mine.tokens / max(mine.seconds, 1e-9))
+    written = {"answers": n_answers, "tokens": n_tokens, "tokens_per_s": round(rate, 1)}
+    return {**count_documents(out / "sample"), "last_run": written}
+
+
 def run_extract(recipe: Recipe, out: Path) -> dict[str, Any]:
     """Activations of the world's or the corpus's documents."""
     if recipe.corpus is not None:
@@ -143,7 +173,7 @@ def extract_store(recipe: Recipe, out: Path) -> dict[str, Any]:
     assert recipe.corpus is not None
     device = processes.own_device()
     settings = ExtractionSettings(
-        recipe.corpus,
+        written_by_target(recipe.corpus, out / "sample") if recipe.writes_corpus else recipe.corpus,
         noted_target(recipe.target),
         recipe.point,
         revision=recipe.revision,

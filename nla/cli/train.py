@@ -23,8 +23,9 @@ def train(
 ) -> int:
     """Make a pair from a recipe.
 
-    A recipe's stages run in order: extract, describe, warmstart, joint, control. A stage whose inputs have not changed
-    is skipped; one that was stopped, by Ctrl-C or a full disk, resumes when the same command is given again.
+    A recipe's stages run in order: sample (where the target writes its corpus), extract, describe, warmstart, joint,
+    control (where it is asked for). A stage whose inputs have not changed is skipped; one that was stopped, by Ctrl-C
+    or a full disk, resumes when the same command is given again.
 
     examples:
       nla train qwen2.5-7b --dry-run              which stages would run; tokens, steps, memory and time of each

@@ -16,10 +16,11 @@ from nla.train.recipe import Recipe, load_recipe
 from nla.train.schema import STAGES
 
 FIRST = {
+    "sample": "corpus.prompts sample.max_new_tokens sample.temperature sample.top_p sample.batch_size",
     "extract": """target revision point world dtype quantization seed
         corpus.source corpus.kind corpus.config corpus.split corpus.revision corpus.streaming corpus.text_column
         corpus.n_documents corpus.max_tokens corpus.positions corpus.n_positions corpus.first_position
-        corpus.eval_fraction corpus.n_eval corpus.split_key corpus.documents_per_chunk
+        corpus.eval_fraction corpus.n_eval corpus.split_key corpus.documents_per_chunk corpus.mix
         extract.n_documents extract.n_eval_documents extract.n_other_positions""",
     "describe": """describe.notice describer.describer describer.model describer.url describer.temperature
         describer.tries describer.max_tokens describer.max_chars describer.seed describer.dtype describer.revision
@@ -38,6 +39,10 @@ FIRST = {
         joint.eval_every joint.save_every joint.rows_per_backward joint.gradient_checkpointing""",
 }
 """Of each key, the first stage that it decides: written down from what the stages read, not from the code."""
+WRITTEN = """target revision seed dtype quantization corpus.source corpus.n_documents corpus.eval_fraction
+    corpus.n_eval corpus.split_key corpus.documents_per_chunk"""
+"""Keys that decide what the stage "sample" writes, in a recipe that has it."""
+ENGLISH = Path(__file__).parents[2] / "train" / "data" / "prompts" / "english.yaml"
 OTHER = {
     "target": "some/other",
     "seed": 7,
@@ -78,20 +83,21 @@ OTHER = {
 """Values for keys whose default is no number, or to which not every number can be added."""
 
 
-def recipes() -> tuple[Recipe, Recipe, Recipe]:
-    """One of a world; and two of a corpus, whose describers are a local model and an endpoint."""
+def recipes() -> tuple[Recipe, Recipe, Recipe, Recipe]:
+    """One of a world; two of a corpus, whose describers are a local model and an endpoint; one that writes its own."""
     local = load_recipe("qwen2.5-0.5b", ["describer.parameters_b=null"])
     asked = ["describer.describer=anthropic", "describer.model=m", "describer.price_in=2", "describer.price_out=2"]
     return (
         load_recipe("couplets", ["target=some/hub", "joint.stratum_weights={}"]),
         local,
         load_recipe("qwen2.5-0.5b", ["describer={}", *asked]),
+        load_recipe("qwen2.5-0.5b", ["corpus={source: self, n_documents: 50, n_positions: 3}"]),
     )
 
 
 def keys() -> list[str]:
     """Every key of a recipe, from its classes."""
-    world, local, _ = recipes()
+    world, local, *_ = recipes()
     found = []
     for recipe, field in [(r, f) for r in (world, local) for f in dataclasses.fields(Recipe)]:
         value = getattr(recipe, field.name)
@@ -112,7 +118,9 @@ def changed(recipe: Recipe, key: str) -> Recipe:
         value = (
             (not before) if isinstance(before, bool) else before * 2 if not isinstance(before, str) else before + "x"
         )
-        value = value if name not in ("failing_share", "eval_fraction", "notice", "utilisation") else before / 2
+        value = (
+            value if name not in ("failing_share", "eval_fraction", "notice", "utilisation", "top_p") else before / 2
+        )
     assert value != before
     part = dataclasses.replace(part, **{name: value})
     return dataclasses.replace(recipe, **{section: part}) if section else part
@@ -128,9 +136,14 @@ def test_every_key_of_a_recipe_is_in_the_table_once() -> None:
 
 
 @pytest.mark.parametrize("key", keys())
-def test_a_changed_key_runs_the_stages_again_that_it_decides_and_no_other(key: str) -> None:
-    first = next(stage for stage, names in FIRST.items() if key in names.split())
-    expected = list(STAGES[STAGES.index(first) :]) if first != "none" else []
+def test_a_changed_key_runs_the_stages_again_that_it_decides_and_no_other(
+    key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "more.txt").write_text("More.")
+    monkeypatch.setitem(OTHER, "corpus.mix", [str(tmp_path / "more.txt")])
+    (tmp_path / "own.yaml").write_text(ENGLISH.read_text().replace("football, ", ""))
+    monkeypatch.setitem(OTHER, "corpus.prompts", str(tmp_path / "own.yaml"))
+    listed = next(stage for stage, names in FIRST.items() if key in names.split())
     n_tried = 0
     for recipe in recipes():
         try:
@@ -139,7 +152,9 @@ def test_a_changed_key_runs_the_stages_again_that_it_decides_and_no_other(key: s
             continue
         n_tried += 1
         before, after = prints(recipe), prints(other)
-        assert [stage for stage in STAGES if before[stage] != after[stage]] == expected
+        first = "sample" if recipe.writes_corpus and key in WRITTEN.split() else listed
+        expected = list(STAGES[STAGES.index(first) :]) if first != "none" else []
+        assert [stage for stage in before if before[stage] != after.get(stage)] == expected
     assert n_tried, "the key was changed in no recipe"
 
 
@@ -154,6 +169,19 @@ def test_a_changed_key_runs_the_stages_again_that_it_decides_and_no_other(key: s
 def test_stages_that_0_4_finished_stay_finished(name: str, starts: str) -> None:
     """What `fingerprints` of version 0.4 gives for the shipped recipes."""
     assert [print_[:12] for print_ in fingerprints(load_recipe(name), "T").values()] == starts.split()
+
+
+def test_a_comment_in_the_prompts_and_their_place_decide_nothing(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("# mine\n" + ENGLISH.read_text())
+    *_, recipe = recipes()
+    assert prints(changed_to(recipe, str(tmp_path / "mine.yaml"))) == prints(recipe)
+    (tmp_path / "mine.yaml").write_text(ENGLISH.read_text().replace("share: 0.4 ", "share: 0.3 "))
+    assert prints(changed_to(recipe, str(tmp_path / "mine.yaml"))) != prints(recipe)
+
+
+def changed_to(recipe: Recipe, prompts: str) -> Recipe:
+    assert recipe.corpus is not None
+    return dataclasses.replace(recipe, corpus=dataclasses.replace(recipe.corpus, prompts=prompts))
 
 
 def test_the_fingerprints_of_0_3_are_still_known() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import glob
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -17,11 +19,13 @@ from pydantic import Field
 
 from nla.errors import CorpusError, TranscriptError, visible
 from nla.storage.schema import shown
-from nla.train.schema import Count, Number, one_of, refuse, section
+from nla.train.schema import NOTHING, Count, Decides, Number, one_of, refuse, section
 from nla.transcripts.entries import parse_messages
 from nla.transcripts.files import read_file
 from nla.transcripts.messages import Transcript, stated
 
+SELF = "self"
+"""The source that is no name and no path: what the target itself writes."""
 KINDS = ("text", "lines", "chat")
 TABLES = (".parquet", ".jsonl", ".ndjson")
 CHATS = (".json", ".chat", ".eval")
@@ -41,8 +45,9 @@ class CorpusSettings:
     """
 
     source: str
-    """A ``datasets`` name; or a file, folder or glob of .parquet, .jsonl or .txt files, or of transcripts as
-    `nla audit` takes them. Files are read in the order of their names."""
+    """"self": what the target itself writes, asked with ``prompts``; a ``datasets`` name; or a file, folder or glob of
+    .parquet, .jsonl or .txt files, or of transcripts as `nla audit` takes them. Files are read in the order of their
+    names."""
     kind: Annotated[str, one_of(*KINDS)] | None = None
     """"text" (of a .txt file, the whole is one document), "lines" (of a .txt file, each line is one) or "chat" (a list
     of messages, rendered by the target's template, white space at the ends of messages taken off). None: as the column
@@ -58,7 +63,11 @@ class CorpusSettings:
     text_column: str | None = None
     """Column of the text, or of a chat's messages; None: "text", or "messages"."""
     n_documents: Count | None = None
-    """The first so many of the corpus; None: all."""
+    """The first so many of the corpus, None: all; of "self", how many the target writes."""
+    prompts: Annotated[str | None, NOTHING] = None  # what is in the file decides
+    """Of "self": the YAML file of what the target is asked, or the name of a shipped one; None: "english"."""
+    mix: Annotated[list[str] | None, Decides("extract", but_for_default=True)] = None
+    """Files, folders and globs whose documents follow those of the source."""
     max_tokens: Count = 1024
     """Longer documents are cut here; the manifest counts them."""
     positions: str = "random"
@@ -83,6 +92,14 @@ class CorpusSettings:
             refuse(
                 "corpus.positions", self.positions, '"random", "last", "turns", "kinds" or "every:k" such as "every:8"'
             )
+        if self.source == SELF:
+            if self.n_documents is None:
+                refuse("corpus.n_documents", None, 'how many documents the target writes, where source is "self"')
+            for name in ("kind", "text_column"):
+                if getattr(self, name) is not None:
+                    refuse(f"corpus.{name}", getattr(self, name), 'none where source is "self"')
+        elif self.prompts is not None:
+            refuse("corpus.prompts", self.prompts, 'none where source is not "self"')
         if self.n_eval is not None and not (self.n_documents and 0 < self.n_eval < self.n_documents):
             refuse("corpus.n_eval", self.n_eval, f"between 1 and n_documents = {self.n_documents}, which must be set")
 
@@ -141,10 +158,27 @@ def open_corpus(settings: CorpusSettings, commit: str | None = None) -> Corpus:
     Raises:
         CorpusError: there is none, it cannot be read, or it has not the column.
     """
-    files = local_files(settings)
-    if files is None:
-        return _hub(settings, commit or hub_commit(settings))
+    if settings.source == SELF:
+        got = f"the corpus {SELF!r}, which a target has to write first"
+        raise CorpusError(got, "a corpus that is there", "write a recipe with `corpus: {source: self}` for nla train")
+    files, mixed = local_files(settings), mixed_files(settings)
+    source = _hub(settings, commit or hub_commit(settings)) if files is None else _of_files(files, settings)
+    if not mixed:
+        return source
+    rest = _of_files(mixed, settings)
+    return Corpus(
+        {"source": source.about, "mix": rest.about}, lambda: itertools.chain(source.entries(), rest.entries())
+    )
 
+
+def written_by_target(settings: CorpusSettings, folder: Path) -> CorpusSettings:
+    """The corpus that ``source: self`` is once the target has written it to a folder: all of it is read."""
+    share = {"n_eval": None, "eval_fraction": settings.eval_share}
+    source = str(Path(glob.escape(str(folder))) / "[0-9]*.jsonl")
+    return dataclasses.replace(settings, source=source, prompts=None, n_documents=None, **share)
+
+
+def _of_files(files: list[Path], settings: CorpusSettings) -> Corpus:
     def entries() -> Iterator[Callable[[], Content]]:
         for file in files:
             yield from _of_file(file, settings)
@@ -154,14 +188,25 @@ def open_corpus(settings: CorpusSettings, commit: str | None = None) -> Corpus:
 
 
 def local_files(settings: CorpusSettings) -> list[Path] | None:
-    """The files of a local corpus, in the order in which they are read; None for a ``datasets`` name.
+    """The files of a local corpus, in the order in which they are read; None for a ``datasets`` name and for "self".
 
     Raises:
         CorpusError: there are none.
     """
     source, path = settings.source, Path(settings.source).expanduser()
+    if source == SELF:
+        return None
     is_local = os.path.exists(path) or glob.has_magic(source) or path.suffix.lower() in SUFFIXES or source[:1] in "./~"
     return _files(path) if is_local else None
+
+
+def mixed_files(settings: CorpusSettings) -> list[Path]:
+    """The files of ``mix``, in the order in which they are read.
+
+    Raises:
+        CorpusError: a path has none.
+    """
+    return [file for path in settings.mix or () for file in _files(Path(path).expanduser())]
 
 
 def describe_files(files: list[Path]) -> list[list[Any]]:
