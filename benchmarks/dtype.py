@@ -2,7 +2,7 @@
 
     python benchmarks/dtype.py
 
-The rule that it is the reason of: ``nla.models.load.fastest_dtype``. Trained parameters are float32 either way.
+It is the reason of the rule in ``nla.models.load.fastest_dtype``. Trained parameters are float32 either way.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 
 from nla.models.load import load_target
 
-ROWS, LENGTH, RANK, ROUNDS = 8, 128, 16, 5
+ROWS, LENGTH, RANK, ROUNDS = 8, 128, 16, 3
 DTYPES = ("float32", "bfloat16")
 
 

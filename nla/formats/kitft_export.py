@@ -17,6 +17,7 @@ from nla.formats.kitft_sidecar import EXPLANATION_TAGS, SIDECAR
 from nla.metrics import cosine
 from nla.models.points import backbone, blocks, cut_config, layout
 from nla.models.read import Activations
+from nla.organisms import target_folder
 from nla.pair.roles import DECODER_ADAPTER, ENCODER_ADAPTER
 from nla.storage.files import replacing_files, write_atomic
 from nla.storage.tensors import save_tensors
@@ -92,13 +93,14 @@ def export_pair(
 def sidecar_of(nla: NLA, role: str) -> dict[str, Any]:
     """What the sidecar of an "av" or "ar" holds, in the published spelling and schema 2."""
     config, injection = nla.config, nla.config.injection
+    target = nla.target_folder or target_folder(config.target)
     before, after = config.decoder_template.split("{explanation}")
     suffix = nla.tokenizer(after, add_special_tokens=False)["input_ids"] if after else []
     return {
         "kind": "nla_model",
         "schema_version": 2,
         "role": role,
-        "base_checkpoint": config.target if nla.target_folder is None else str(nla.target_folder.resolve()),
+        "base_checkpoint": str(target.resolve()) if isinstance(target, Path) else target,
         "d_model": config.d_model,
         "extraction_layer_index": config.layer,
         "extraction": {

@@ -10,6 +10,7 @@ from pydantic import AliasChoices, BaseModel, Field, JsonValue, ValidationError
 
 from nla.config import NLAConfig
 from nla.errors import ConfigError, ParseError, visible
+from nla.organisms import PACKAGED
 from nla.storage.files import parse_yaml
 from nla.storage.schema import first_problem, shown
 
@@ -162,7 +163,8 @@ def _parted(text: str) -> tuple[str, str]:
 
 
 def _header(config: NLAConfig, local: bool) -> str:
-    content = {} if local else {"base_model": config.target}
+    package = PACKAGED.get(config.target)
+    content = {} if local else {"base_model": config.target if package is None else package.ORIGINAL}
     content |= {"library_name": "nla", "tags": list(_TAGS)}
     return f"---\n{yaml.safe_dump(content, sort_keys=False, allow_unicode=True)}---"
 

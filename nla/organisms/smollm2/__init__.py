@@ -11,6 +11,8 @@ from pathlib import Path
 from nla.errors import MissingExtraError, WeightsError
 
 NAME = "smollm2"
+ORIGINAL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+"""The hub id of the model that was quantised."""
 PAIR = Path(__file__).parent / "pair"
 """The NLA of it: a native folder."""
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"

