@@ -402,7 +402,7 @@ WAYS: dict[str, Way] = {
         ("locate_marker([render_prompt(pair.tokenizer, pair.config.encoder_prompt)], pair.config.injection)",),
         (TINY, "from nla.models.hooks import *; ids = render_prompt(pair.tokenizer, pair.config.encoder_prompt)"),
     ),
-    "nla/models/load.py: convert it where you trust it": Way(
+    "nla/models/checkpoint.py: convert it where you trust it": Way(
         "nla extract pickled many.txt --point resid_post.1 --out acts",
         (
             "from transformers import AutoModelForCausalLM",
@@ -528,6 +528,18 @@ WAYS: dict[str, Way] = {
         "nla extract words many.txt --point resid_post.1 --out acts",
         ("make_tokenizer().save_pretrained('words')", "from nla.text.tokens import *; load_tokenizer('words')"),
         (*SAVED, "make_model().save_pretrained('words')"),
+    ),
+    "nla/text/tokens.py: take the text of this token out": Way(
+        "check_ids(ids, most)",
+        (
+            "text = text.replace(tokenizer.convert_ids_to_tokens(most), '')",
+            "check_ids(torch.tensor(tokenizer(text)['input_ids']), most)",
+        ),
+        (
+            "import torch; from tests.helpers.tiny import *; from nla.text.tokens import *",
+            "tokenizer, text = make_tokenizer(), 'the cat sat on a mat'",
+            "ids = torch.tensor(tokenizer(text)['input_ids']); most = int(ids.max())",
+        ),
     ),
     "nla/text/tokens.py: set tokenizer.chat_template": Way(
         "chats_of(tokenizer, chat)",
