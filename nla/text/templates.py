@@ -1,7 +1,8 @@
 """A chat template and messages in, a text out: the template is a program from a file, and runs under limits.
 
 Each template is tried in a process of its own first, which the system ends when it takes too much time or memory. After
-that it runs here, and is stopped when it takes too long.
+that it runs here, and is stopped when it takes too long or too much. The limit of memory holds for all threads of a
+process, so where others are at work each later run is tried apart first instead.
 
 The process is a fork of this one, whatever its threads do: it renders in Python alone, without torch or the tokenizer's
 own code, whose locks other threads could hold; no template is rendered here meanwhile, and it ends without clean-up.
@@ -63,11 +64,18 @@ def render_template(
         raise _too_much(f"of {len(template)} characters")
     given = len(json.dumps([list(messages), options.get("tools")], ensure_ascii=False, default=str))
     with _one_at_a_time:
-        if template not in _passed:
+        alone = not any(not one.daemon for one in threading.enumerate() if one is not threading.current_thread())
+        first = template not in _passed
+        if first or not alone:
             _try_apart(render, given)
-            _passed.add(template)
-        with _deadline():
-            text = render()
+        # The first run here is held to it in any case: Jinja works constants out when it compiles, such as 'x' * 9**9.
+        _passed.add(template)
+        try:
+            with _deadline(), _in_memory(given) if alone or first else contextlib.nullcontext():
+                text = render()
+        except TemplateError:
+            _passed.discard(template)
+            raise
     if len(text) > 4 * given + MAX_ADDED:
         raise _too_much(f"that writes {len(text)} characters for messages of {given}")
     return text
@@ -86,16 +94,18 @@ def _try_apart(render: Callable[[], str], given: int) -> None:
 
     Whether it raises is no matter: its own errors are those of the run that follows.
     """
-    seconds, megabytes = SECONDS + given // CHARACTERS_PER_S, MEGABYTES + (given * BYTES_PER_CHARACTER >> 20)
+    seconds = SECONDS + given // CHARACTERS_PER_S
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of the threads, which are not copied
         pid = os.fork()
     if pid == 0:
         code = 0
         try:
-            _limit_this_process(seconds, megabytes)
-            render()
-        except MemoryError:
+            resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
+            signal.signal(signal.SIGXCPU, signal.SIG_DFL)
+            with _in_memory(given):
+                render()
+        except TemplateError:
             code = 1
         except BaseException:
             pass
@@ -109,16 +119,36 @@ def _try_apart(render: Callable[[], str], given: int) -> None:
     if os.WIFSIGNALED(ended[1]):
         raise _too_much(f"that does not end in {seconds} s for messages of {given} characters")
     if os.WEXITSTATUS(ended[1]):
-        raise _too_much(f"that takes more than {megabytes} MB for messages of {given} characters")
+        raise _too_large(given)
 
 
-def _limit_this_process(seconds: int, megabytes: int) -> None:
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
-    signal.signal(signal.SIGXCPU, signal.SIG_DFL)
+@contextlib.contextmanager
+def _in_memory(given: int) -> Iterator[None]:
+    """Hold this process to what it has and what a template needs for so many characters.
+
+    Raises:
+        TemplateError: the block takes more.
+    """
+    before = resource.getrlimit(resource.RLIMIT_AS)
     with contextlib.suppress(OSError, ValueError):  # only Linux says how much address space is in use
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        limit = used + (megabytes << 20)
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        limit = used + (_megabytes(given) << 20)
+        if before[0] == resource.RLIM_INFINITY or limit < before[0]:
+            resource.setrlimit(resource.RLIMIT_AS, (limit, before[1]))
+    try:
+        yield
+    except MemoryError:
+        raise _too_large(given) from None  # its frames hold what was made
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def _megabytes(given: int) -> int:
+    return MEGABYTES + (given * BYTES_PER_CHARACTER >> 20)
+
+
+def _too_large(given: int) -> TemplateError:
+    return _too_much(f"that takes more than {_megabytes(given)} MB for messages of {given} characters")
 
 
 @contextlib.contextmanager

@@ -37,9 +37,9 @@ def watched(use: Callable[[Path], None], path: Path, cpu_s: float = CPU_S) -> Ou
     child = os.fork()
     if child == 0:
         os.close(reader)
-        start = _bytes("RssAnon")
+        start = status_bytes("RssAnon")
         outcome = _limited(use, path, cpu_s)
-        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - start - _bytes("RssFile")
+        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - start - status_bytes("RssFile")
         if grown > allowed:
             outcome = Outcome("memory", f"{grown / 2**20:.0f} MB; {outcome}")
         os.write(writer, json.dumps(outcome).encode())
@@ -60,7 +60,7 @@ def _limited(use: Callable[[Path], None], path: Path, cpu_s: float) -> Outcome:
         signal.signal(number, signal.SIG_DFL)
     signal.setitimer(signal.ITIMER_PROF, cpu_s)
     signal.setitimer(signal.ITIMER_REAL, WALL_S)
-    limit = _bytes("VmData") + 8 * MOST_BYTES
+    limit = status_bytes("VmData") + 8 * MOST_BYTES
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     silence = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
@@ -92,7 +92,7 @@ def _last_line(error: BaseException) -> str:
     return f"at {Path(frame.filename).parent.name}/{Path(frame.filename).name}:{frame.lineno} {frame.line}"
 
 
-def _bytes(name: str) -> int:
+def status_bytes(name: str) -> int:
     """What the kernel says of this process's memory under a name such as "RssAnon"."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import resource
+import threading
 import time
 from typing import Any
 
@@ -14,6 +17,7 @@ from nla.text.tokens import render_prompt, undated
 from nla.transcripts.messages import Message, Transcript
 from nla.transcripts.rendering import render
 from tests.helpers.tiny import make_tokenizer
+from tests.hostile.watch import status_bytes
 
 MESSAGES = [{"role": "user", "content": "the cat"}]
 LOOPS = "{% for i in range(99999) %}{% for j in range(99999) %}{% for k in [] %}{% endfor %}{% endfor %}{% endfor %}"
@@ -68,6 +72,58 @@ def test_a_template_that_is_slow_for_later_messages_alone_is_stopped(
     with pytest.raises(TemplateError, match="does not end"):
         render_template(tokenizer, template, MESSAGES * 2)
     assert render_template(tokenizer, template, MESSAGES) == "hello"
+
+
+@pytest.mark.parametrize("others_work", [False, True])
+def test_a_template_that_is_large_for_later_messages_alone_is_stopped(others_work: bool, tokenizer: Any) -> None:
+    large = "{% set x = 'y' * 500000000 %}"
+    template = "{% if messages|length > 1 %}" + large + f"{{% endif %}}{'good' if others_work else 'well'}"
+    before, done = resource.getrlimit(resource.RLIMIT_AS), threading.Event()
+    other = threading.Thread(target=done.wait)
+    if others_work:
+        other.start()
+    try:
+        text = render_template(tokenizer, template, MESSAGES)
+        with pytest.raises(TemplateError, match="more than 300 MB for messages of"):
+            render_template(tokenizer, template, MESSAGES * 2)
+        assert render_template(tokenizer, template, MESSAGES) == text == template[-4:]
+        assert resource.getrlimit(resource.RLIMIT_AS) == before
+    finally:
+        done.set()
+
+
+def test_what_a_template_makes_when_it_is_compiled_counts(tokenizer: Any) -> None:
+    template = "{% if messages|length > 9 %}{{ 'y' * 700000000 }}{% endif %}hello"
+    before = status_bytes("VmData")
+    assert render_template(tokenizer, template, MESSAGES) == "hello"
+    assert status_bytes("VmData") - before < 400 << 20
+
+
+def test_other_threads_may_take_memory_while_a_template_runs(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    template, running, taken = "{{ messages[0]['content'] | upper }}", threading.Event(), threading.Event()
+    assert render_template(tokenizer, template, MESSAGES) == "THE CAT"
+    sizes: list[int] = []
+
+    def take() -> None:
+        running.wait(20)
+        sizes.append(len(bytearray(500 << 20)))
+        taken.set()
+
+    rendered = tokenizer.apply_chat_template
+
+    def slowly(*given: Any, **options: Any) -> str:
+        if threading.current_thread() is threading.main_thread() and os.getpid() == here:
+            running.set()
+            taken.wait(20)
+        return rendered(*given, **options)
+
+    here = os.getpid()
+    monkeypatch.setattr(tokenizer, "apply_chat_template", slowly)
+    other = threading.Thread(target=take)
+    other.start()
+    assert render_template(tokenizer, template, MESSAGES) == "THE CAT"
+    other.join()
+    assert sizes == [500 << 20]
 
 
 def test_a_template_that_takes_too_much_of_one_chat_is_tried_anew_with_the_next(tokenizer: Any) -> None:
