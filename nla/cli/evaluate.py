@@ -12,16 +12,28 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 import typer
 
 from nla.cli.console import FAILED, OK, UNDECIDED, emit, progress_bar, quiet, say_doubts, show_lines
-from nla.cli.options import Card, Check, Device, Json, Out, add, count, given, group, places, text
+from nla.cli.options import Card, Check, Device, Json, Out, add, count, given, group, pair_name, places, text
 from nla.errors import ArgumentError
 
 if TYPE_CHECKING:
     from nla.eval.report import Report
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="Name, folder or hub id.")]
+
+def _model_name(name: str) -> str:
+    """What :func:`nla.cli.options.pair_name` does, where an embedded target will do, too."""
+    from nla.organisms import TARGETS
+
+    if name not in TARGETS:
+        pair_name(name)
+    return name
+
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Name, folder or hub id.", callback=_model_name)]
 Items = Annotated[int | None, count("--items", "Held-out documents to judge it on.")]
 Samples = Annotated[int | None, count("--samples", "Explanations of each activation.")]
-WarmStart = Annotated[str | None, text("--warm-start", "PAIR", "The pair before joint training, to compare with.")]
+WarmStart = Annotated[
+    str | None, text("--warm-start", "PAIR", "The pair before joint training, to compare with.", pair_name)
+]
 Plants = Annotated[
     Path | None,
     text("--plants", "FOLDER", "Of a pair on Switchboard: the adapters, one folder each (default: the embedded ones)."),
@@ -148,7 +160,7 @@ def rhymes(
     items: Items = None,
     warm_start: WarmStart = None,
     continued: Annotated[
-        str | None, text("--continued", "PAIR", "The control: the warm start simply trained on.")
+        str | None, text("--continued", "PAIR", "The control: the warm start simply trained on.", pair_name)
     ] = None,
     device: Device = None,
 ) -> Evaluation:
@@ -171,7 +183,7 @@ def rhymes(
 
 @reported
 def gates(
-    model: Model = "couplets/planner",
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Name, folder or hub id.")] = "couplets/planner",
     items: Items = None,
     variant: Annotated[
         Literal["planner", "plain"] | None,
@@ -328,7 +340,9 @@ def readers(
 @reported
 def graph(
     files: Annotated[list[str], typer.Argument(metavar="FILE", help="Graphs; the others' concepts are distractors.")],
-    pair: Annotated[str | None, text("--pair", "PAIR", "Name, folder or hub id (default: couplets).")] = None,
+    pair: Annotated[
+        str | None, text("--pair", "PAIR", "Name, folder or hub id (default: couplets).", pair_name)
+    ] = None,
     samples: Samples = None,
     device: Device = None,
 ) -> Evaluation:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nla.cli.console import about, answer, load, quiet
-from nla.cli.options import Device, Json, add, given, group, places, text
+from nla.cli.options import Device, Json, PairArgument, add, given, group, pair_name, places, text
 
 if TYPE_CHECKING:
     from nla.autoencoder import NLA
@@ -125,7 +125,7 @@ def import_parquet(
 
 
 def export_kitft(
-    pair: Annotated[str, typer.Argument(metavar="PAIR", help="Name, folder or hub id.")],
+    pair: PairArgument,
     *,
     out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="For the folders av and ar.")],
     drop_bias: Annotated[
@@ -176,7 +176,7 @@ def export_parquet(
 
 
 def push(
-    pair: Annotated[str, typer.Argument(metavar="PAIR", help="Name or folder.")],
+    pair: Annotated[str, typer.Argument(metavar="PAIR", help="Name or folder.", callback=pair_name)],
     repo: Annotated[str, typer.Argument(metavar="REPO", help="Hub id, such as someone/nla-qwen2.5-7b.")],
     private: Annotated[bool, typer.Option("--private", help="For you alone, if the repository is new.")] = False,
     revision: Annotated[str | None, text("--revision", "BRANCH", "A branch, made if there is none.")] = None,

@@ -85,8 +85,23 @@ Device = Annotated[
         help="Where to put it (default: the first GPU, or the CPU); of whole models ROLE=PLACE, as encoder=cuda:1.",
     ),
 ]
-Pair = Annotated[str, typer.Option("--pair", metavar="PAIR", help="Name, folder or hub id of a pair.")]
-PairArgument = Annotated[str, typer.Argument(metavar="PAIR", help="Name, folder or hub id of a pair.")]
+
+
+def pair_name(name: str | None) -> str | None:
+    """A pair's name as it was given; what can be none is refused before anything heavy is imported."""
+    from nla.organisms import pair_folder
+
+    if name is not None:
+        pair_folder(name)
+    return name
+
+
+Pair = Annotated[
+    str, typer.Option("--pair", metavar="PAIR", help="Name, folder or hub id of a pair.", callback=pair_name)
+]
+PairArgument = Annotated[
+    str, typer.Argument(metavar="PAIR", help="Name, folder or hub id of a pair.", callback=pair_name)
+]
 Text = Annotated[
     str | None,
     typer.Argument(metavar="TEXT", show_default=False, help="The text; - reads it from standard input."),
@@ -127,9 +142,9 @@ def count(flag: str, help: str, default: bool = False) -> Any:
     return typer.Option(flag, metavar="N", min=1, show_default=default, help=help)
 
 
-def text(flag: str, metavar: str, help: str) -> Any:
-    """An option that takes a text and has no default to show."""
-    return typer.Option(flag, metavar=metavar, show_default=False, help=help)
+def text(flag: str, metavar: str, help: str, callback: Callable[[str | None], str | None] | None = None) -> Any:
+    """An option that takes a text, which ``callback`` may refuse, and has no default to show."""
+    return typer.Option(flag, metavar=metavar, show_default=False, help=help, callback=callback)
 
 
 def seed(help: str) -> Any:

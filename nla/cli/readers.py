@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from nla.cli.evaluate import Evaluation, Oracle, Question, Samples, reported
-from nla.cli.options import Device, Out, count, given, places, text
+from nla.cli.options import Device, Out, count, given, pair_name, places, text
 
 
 @reported
@@ -54,7 +54,9 @@ def probe(
     text_column: Annotated[str, typer.Option("--text", metavar="COLUMN", help="The column of the texts.")],
     label: Annotated[str, typer.Option("--label", metavar="COLUMN", help="The column of the labels.")],
     group: Annotated[str | None, text("--group", "COLUMN", "The document that a row belongs to.")] = None,
-    pair: Annotated[str | None, text("--pair", "PAIR", "Name, folder or hub id (default: couplets).")] = None,
+    pair: Annotated[
+        str | None, text("--pair", "PAIR", "Name, folder or hub id (default: couplets).", pair_name)
+    ] = None,
     positions: Annotated[str | None, text("--positions", "WHICH", "last (the default), all, or /PATTERN/.")] = None,
     words: Annotated[
         list[str] | None, text("--words", "LABEL=WORD,WORD", "Words that name a class; once a class.")

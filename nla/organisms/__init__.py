@@ -13,6 +13,7 @@ from pathlib import Path
 from nla.errors import ConfigError
 from nla.organisms import couplets, smollm2, switchboard
 from nla.storage.files import folder_of
+from nla.storage.hub import is_hub_id
 from nla.storage.schema import shown
 
 TARGETS = {
@@ -104,12 +105,20 @@ def hash_target(target: str | Path) -> str | None:
 
 
 def pair_folder(name: str | Path) -> str:
-    """Where a pair is: an embedded one's folder, such as of "couplets" or "switchboard".
+    """Where a pair is: an embedded one's folder, such as of "couplets" or "switchboard"; a folder; a hub id.
 
     Raises:
-        ConfigError: an embedded name that is none of a pair.
+        ConfigError: an embedded name that is none of a pair, or what can be no pair's name at all.
     """
-    return _found(name, "pair", PAIRS)
+    source = _found(name, "pair", PAIRS)
+    if folder_of(source) is None and not is_hub_id(source):
+        named = ", ".join(target.split("/")[0] for target in PAIRS)
+        raise ConfigError(
+            f"no pair {shown(source)}",
+            f"a folder, a hub id such as 'someone/pair', or one of {named}",
+            "check the name; a pair is made with `nla train RECIPE`",
+        )
+    return source
 
 
 def adapter_folder(name: str | Path | None) -> str | None:

@@ -26,14 +26,13 @@ from nla.models.lora import (
     save_adapter,
 )
 from nla.models.points import device_of, is_transposed, unwrapped
-from nla.organisms import PAIRS, local_folder, pair_folder
+from nla.organisms import local_folder, pair_folder
 from nla.pair.card import CARD_FILE, card
 from nla.pair.roles import DECODER_ADAPTER, ENCODER_ADAPTER, Head, Parts, SharedBase
 from nla.pair.separate import Devices, Sources, assemble, check_weights, refuse_outside, source_of
 from nla.storage.files import folder_of, read_json, replacing_files, write_atomic, write_json
 from nla.storage.hashes import hash_weights, sha256
-from nla.storage.hub import download, is_hub_id, place_of
-from nla.storage.schema import shown
+from nla.storage.hub import download, place_of
 from nla.storage.tensors import headers_once, load_tensors, save_tensors
 
 if TYPE_CHECKING:
@@ -151,13 +150,6 @@ def find_folder(name_or_path: str | Path, revision: str | None = None) -> tuple[
     folder = folder_of(name)
     if folder is not None:
         return folder, False
-    if not is_hub_id(name):
-        embedded = ", ".join(target.split("/")[0] for target in PAIRS)
-        raise ConfigError(
-            f"no pair {shown(name)}",
-            f"a folder, a hub id such as 'someone/pair', or one of {embedded}",
-            "check the name; a pair is made with `nla train RECIPE`",
-        )
     return download(name, revision), True
 
 

@@ -88,6 +88,36 @@ def test_help_imports_nothing_heavy():
     assert done.returncode == 0, done.stderr
 
 
+NO_PAIRS = [
+    ["info", "@"],
+    ["explain", "a cat", "--pair", "@"],
+    ["audit", "chats.jsonl", "--pair", "@"],
+    ["eval", "rhymes", "@"],
+    ["eval", "fidelity", "@"],
+    ["eval", "two-hop", "switchboard", "--warm-start", "@"],
+    ["eval", "rhymes", "couplets", "--continued", "@"],
+    ["eval", "graph", "graph.json", "--pair", "@"],
+    ["push", "@", "someone/pair"],
+    ["export", "kitft", "@", "--out", "o"],
+]
+
+
+def test_a_wrong_name_of_a_pair_is_refused_before_anything_heavy_is_imported():
+    code = (
+        "import sys, nla.cli.main\n"
+        "for name in ('no-such-pair', 'switchboard/goal', 'couplet'):\n"
+        f"    for command in {NO_PAIRS!r}:\n"
+        "        words = [name if word == '@' else word for word in command]\n"
+        "        assert nla.cli.main.main(words) == 2, words\n"
+        f"        loaded = [module for module in {HEAVY!r} if module in sys.modules]\n"
+        "        assert not loaded, (words, loaded)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    said = done.stderr.splitlines()
+    assert len(said) == 3 * len(NO_PAIRS) and all("Got no " in line or "an embedded" in line for line in said)
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_teaches(command: str, capsys: pytest.CaptureFixture[str]):
     assert main.main([*command.split(), "--help"]) == OK
@@ -290,7 +320,7 @@ def test_every_option_reaches_the_function_that_does_the_work(
         argv, expected = command.split(), []
         for number, option in enumerate(some, start=30):
             texts = {"N": str(number), "MB": f"{number}.5"}
-            value = texts.get(option.metavar or "", WORDS.get(option.opts[-1], f"value-{number}"))
+            value = texts.get(option.metavar or "", WORDS.get(option.opts[-1], f"some/value-{number}"))
             flag = getattr(option, "is_flag", False)
             argv += [*(option.opts if option.param_type_name == "option" else []), *([] if flag else [value])]
             expected.append("True" if flag else value)
