@@ -5,7 +5,6 @@ They come from a JSON-lines file, from the command line, or from the items of Co
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
@@ -23,6 +22,7 @@ from nla.eval.couplet_items import RhymeItem
 from nla.eval.items import Item
 from nla.eval.target import Target, token_ids
 from nla.models.points import context_length
+from nla.storage.rows import decode_json, numbered_lines, readable
 from nla.storage.schema import build, checked
 from nla.text.tokens import Encoded, encode_batch
 
@@ -118,23 +118,16 @@ def read_pairs(path: str | Path) -> list[MinimalPair]:
     Raises:
         ParseError: not readable, not JSON lines, or a field is missing, unknown or of the wrong type; names the line.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ParseError(f"{path}, not readable ({error})", "a UTF-8 file of JSON lines", "check the path") from error
-    pairs = [_pair(line, f"{path}:{number + 1}", number) for number, line in enumerate(lines) if line.strip()]
+    name = str(path)
+    with readable(name, ParseError), Path(path).open("rb") as file:
+        pairs = [_pair(line, f"{path}:{n}", n - 1) for n, line in numbered_lines(file, name, ParseError)]
     if not pairs:
         raise ParseError(f"{path} without a pair", "one JSON object a line", "write one; see docs/graphs.md")
     return pairs
 
 
-def _pair(line: str, where: str, number: int) -> MinimalPair:
-    try:
-        content = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ParseError(
-            f"{where}, which is not JSON ({error})", "one JSON object a line", "correct the line"
-        ) from error
+def _pair(line: bytes, where: str, number: int) -> MinimalPair:
+    content = decode_json(line, where, ParseError)
     values = {"document": number, **content} if isinstance(content, dict) else content
     return build(MinimalPair, values, where, lambda problem: ParseError(*problem))
 

@@ -18,6 +18,7 @@ from nla.eval.worlds import world_of
 from nla.models.points import context_length
 from nla.models.read import Activations, Strata
 from nla.organisms import ground_truth
+from nla.storage.rows import decode, readable
 from nla.text.tokens import Positions, Span, encode_batch, select_positions
 from nla.transcripts import files
 from nla.transcripts.messages import Transcript
@@ -154,10 +155,8 @@ def _lines(path: Path) -> Iterator[str]:
 
 
 def _utf8(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (UnicodeDecodeError, OSError) as error:
-        raise ParseError(f"{path}, which cannot be read ({error})", "a text in UTF-8", "convert the file") from error
+    with readable(str(path), ParseError):
+        return decode(path.read_bytes(), str(path), ParseError)
 
 
 def _chat_text(tokenizer: PreTrainedTokenizerBase, transcript: Transcript) -> tuple[str, Chat]:

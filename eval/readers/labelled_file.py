@@ -5,8 +5,6 @@ A file may be larger than memory: rows are streamed, and a random sample of fixe
 
 from __future__ import annotations
 
-import csv
-import json
 import math
 import random
 from collections import Counter
@@ -16,14 +14,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nla.errors import ArgumentError, EmptyTextError, ParseError
+from nla.storage.rows import MAX_BYTES, batches, csv_rows, decode_json, numbered_lines, open_parquet, readable
 
 MIN_PER_CLASS = 8
 MAX_ROWS = 2000
 _SHOWN = 8
-_BATCH = 1024
-_MAX_JSON_BYTES = 1 << 30
-_MAX_FIELD = 1 << 24
-_UTF16 = (b"\xff\xfe", b"\xfe\xff")
 
 
 class LabelledRow(NamedTuple):
@@ -156,61 +151,29 @@ def _check_columns(columns: list[str], header: list[str], where: str) -> None:
 # ------------------------------------------------------------------------------------------------------ kinds of file
 
 
-def _encoding(path: Path) -> str:
-    """UTF-16 if the file begins with its byte-order mark, else UTF-8 with or without one."""
-    with path.open("rb") as file:
-        return "utf-16" if file.read(2) in _UTF16 else "utf-8-sig"
-
-
-def _not_this_kind(path: Path, error: Exception) -> ParseError:
-    return ParseError(
-        f"{path.name}, not readable as {path.suffix.lstrip('.')} ({' '.join(str(error).split())[:160]})",
-        "a whole file of that kind, text in UTF-8",
-        "check that the file is not cut off, and convert it to UTF-8",
-    )
-
-
 def _csv(path: Path, columns: list[str]) -> Iterator[dict[str, Any]]:
-    csv.field_size_limit(_MAX_FIELD)
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    try:
-        with path.open(encoding=_encoding(path), newline="") as file:
-            reader = csv.reader(file, delimiter=delimiter, strict=True)
-            header = next(reader, None)
-            if header is None:
-                raise ArgumentError(f"{path.name}, which is empty", "a header and rows", "check the path")
-            _check_columns(columns, header, path.name)
-            position_of = {name: header.index(name) for name in columns}
-            for number, cells in enumerate(filter(None, reader), start=1):
-                if len(cells) != len(header):
-                    raise ParseError(
-                        f"row {number} of {path.name} with {len(cells)} cells",
-                        f"{len(header)}, as in the header",
-                        'put quotes ("…") around texts that hold the delimiter, quotes or line breaks',
-                    )
-                yield {name: cells[position] for name, position in position_of.items()}
-    except (csv.Error, OSError, UnicodeError) as error:
-        raise _not_this_kind(path, error) from error
+    with readable(path.name, ParseError), path.open("rb") as file:
+        rows = csv_rows(file, path.name, ParseError, "\t" if path.suffix.lower() == ".tsv" else ",")
+        header = next(rows, None)
+        if header is None:
+            raise ArgumentError(f"{path.name}, which is empty", "a header and rows", "check the path")
+        _check_columns(columns, header, path.name)
+        position_of = {name: header.index(name) for name in columns}
+        yield from ({name: cells[position] for name, position in position_of.items()} for cells in rows)
 
 
 def _json_lines(path: Path, columns: list[str]) -> Iterator[dict[str, Any]]:
-    try:
-        with path.open(encoding=_encoding(path)) as file:
-            for number, line in enumerate(filter(str.strip, file), start=1):
-                yield _object(json.loads(line), number, path, columns)
-    except (OSError, ValueError, RecursionError) as error:
-        if isinstance(error, ParseError | ArgumentError):
-            raise
-        raise _not_this_kind(path, error) from error
+    with readable(path.name, ParseError), path.open("rb") as file:
+        for number, (line_number, line) in enumerate(numbered_lines(file, path.name, ParseError), start=1):
+            yield _object(decode_json(line, f"{path.name}:{line_number}", ParseError), number, path, columns)
 
 
 def _json(path: Path, columns: list[str]) -> Iterator[dict[str, Any]]:
-    if path.stat().st_size > _MAX_JSON_BYTES:
+    with readable(path.name, ParseError), path.open("rb") as file:
+        data = file.read(MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:
         raise ArgumentError(f"{path.name} of more than 1 GiB", "JSON lines, which are streamed", "convert it to .jsonl")
-    try:
-        content = json.loads(path.read_text(encoding=_encoding(path)))
-    except (OSError, ValueError, RecursionError) as error:
-        raise _not_this_kind(path, error) from error
+    content = decode_json(data, path.name, ParseError)
     if not isinstance(content, list):
         raise ParseError(f"{path.name} holding a {type(content).__name__}", "a list of objects", "wrap the rows in [ ]")
     yield from (_object(one, number, path, columns) for number, one in enumerate(content, start=1))
@@ -224,16 +187,9 @@ def _object(row: Any, number: int, path: Path, columns: list[str]) -> dict[str, 
 
 
 def _parquet(path: Path, columns: list[str]) -> Iterator[dict[str, Any]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(path) as file:
-            _check_columns(columns, file.schema_arrow.names, path.name)
-            for batch in file.iter_batches(_BATCH, columns=columns):
-                yield from batch.to_pylist()
-    except (pa.ArrowException, OSError) as error:
-        raise _not_this_kind(path, error) from error
+    with open_parquet(path, path.name, ParseError) as file:
+        _check_columns(columns, file.schema_arrow.names, path.name)
+        yield from (row for batch in batches(file, path.name, ParseError, columns) for row in batch.to_pylist())
 
 
 READERS: dict[str, Callable[[Path, list[str]], Iterator[dict[str, Any]]]] = {

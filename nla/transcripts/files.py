@@ -14,7 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
-from nla.errors import ArgumentError, TranscriptError, visible
+from nla.errors import ArgumentError, TranscriptError
+from nla.storage.rows import decode, decode_json, numbered_lines
 from nla.transcripts import tables
 from nla.transcripts.forms import is_message, read_value
 from nla.transcripts.inspect_logs import read_log
@@ -121,17 +122,17 @@ def _of_file(path: Path, max_mb: float) -> Iterator[Transcript | TranscriptError
         if data[:4] == b"PAR1":
             yield from tables.read_parquet(path, _bytes(max_mb), data)
         elif suffix in (".csv", ".tsv"):
-            yield from tables.read_csv(_text(data, str(path)), path, "\t" if suffix == ".tsv" else ",")
+            yield from tables.read_csv(data, path, "\t" if suffix == ".tsv" else ",")
         elif suffix == ".json" or data.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] in (b"{", b"["):
             yield from _json(path, data, max_mb)
         else:
-            yield parse_chat(_text(data, str(path)), path.stem, str(path))
+            yield parse_chat(decode(data, str(path), TranscriptError), path.stem, str(path))
 
 
 def _json(path: Path, data: bytes, max_mb: float) -> Iterator[Transcript | TranscriptError]:
     """One JSON value, or lines of them, whatever the file is called."""
     try:
-        content = _decode(data, str(path))
+        content = decode_json(data, str(path), TranscriptError)
     except TranscriptError as error:
         cause = error.__cause__
         if not (isinstance(cause, json.JSONDecodeError) and cause.msg == "Extra data"):
@@ -177,17 +178,12 @@ def parse_chat(text: str, name: str, source: str) -> Transcript:
 
 def _json_lines(file: IO[bytes], path: Path, max_mb: float) -> Iterator[Transcript | TranscriptError]:
     """One transcript a line, or one message a line; a line that cannot be read leaves the others as they are."""
-    limit, number = _bytes(max_mb), 0
     loose: list[Any] = []
-    while line := file.readline(limit + 1):
-        number += 1
+    number = 0
+    for number, line in numbered_lines(file, str(path), TranscriptError, _bytes(max_mb)):
         source = f"{path}:{number}"
-        if len(line) > limit:
-            raise _too_large(source, f"a line above {max_mb:g} MB")
-        if not line.strip():
-            continue
         try:
-            content = _decode(line, source)
+            content = decode_json(line, source, TranscriptError)
             if is_message(content):
                 loose.append(content)
             elif loose:
@@ -214,7 +210,8 @@ def _read(path: Path, max_mb: float) -> bytes:
         with path.open("rb") as file:
             data = file.read(_bytes(max_mb) + 1)
     if len(data) > _bytes(max_mb):
-        raise _too_large(str(path), f"a file above {max_mb:g} MB")
+        fix = "raise it (--max-mb), or write JSONL with a transcript a line"
+        raise bad(str(path), f"a file above {max_mb:g} MB", "what fits the limit", fix)
     if not data.strip():
         raise bad(str(path), "an empty file", "a transcript", "check the file")
     return data
@@ -224,27 +221,6 @@ def _bytes(max_mb: float) -> int:
     if not 0 < max_mb <= 1_000_000:
         raise ArgumentError(f"max_mb={max_mb}", "above 0, at most 1000000", "give the limit in MB")
     return round(max_mb * 2**20)
-
-
-def _too_large(source: str, got: str) -> TranscriptError:
-    return bad(source, got, "what fits the limit", "raise it (--max-mb), or write JSONL with a transcript a line")
-
-
-def _text(data: bytes, source: str) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise bad(source, f"bytes that are not UTF-8 ({error.reason})", "UTF-8 text", "convert the file") from error
-
-
-def _decode(data: bytes, source: str) -> Any:
-    try:
-        return json.loads(_text(data, source))
-    except json.JSONDecodeError as error:
-        got = f"JSON that is cut or broken in line {error.lineno}, column {error.colno} ({error.msg})"
-        raise bad(source, got, "whole JSON", "restore the file, or finish writing it") from error
-    except ValueError as error:  # a number of thousands of digits
-        raise bad(source, f"JSON that cannot be read ({visible(str(error))[:80]})", "JSON", "check the file") from error
 
 
 def refuse_other_models(transcript: Transcript, target: str, model_of: str | None) -> None:

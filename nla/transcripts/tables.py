@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from nla.errors import TranscriptError, visible
+from nla.errors import TranscriptError
+from nla.storage.rows import batches, csv_rows, open_parquet
 from nla.transcripts.forms import holds_messages, is_message, read_value
 from nla.transcripts.messages import Transcript, bad
 
-_ROWS = 64
-"""Rows of a Parquet file that are held at once."""
 _WRITTEN = ("prompt", "completion", "input", "output", "response", "system", "instructions", "system_prompt")
 """Columns of what was said: JSON in them is somebody's text, unless it is messages."""
 _FREE = ("arguments", "args", "parameters", "input", "tools", "functions", "toolConfig")
@@ -31,50 +29,32 @@ def read_parquet(path: Path, limit: int, data: bytes | None = None) -> Iterator[
     Raises:
         TranscriptError: no whole Parquet file, or one whose rows are above the limit.
     """
-    import pyarrow
-    from pyarrow.parquet import ParquetFile
-
-    number = 0
-    try:
-        with ParquetFile(path if data is None else io.BytesIO(data)) as file:
-            for group in range(file.num_row_groups):
-                about = file.metadata.row_group(group)
-                if about.total_byte_size > limit * max(about.num_rows, 1):
-                    got = f"rows of {about.total_byte_size // max(about.num_rows, 1)} bytes"
-                    raise bad(str(path), got, f"at most {limit}", "raise the limit (--max-mb)")
-            for batch in file.iter_batches(_ROWS):
-                for row in batch.to_pylist():
-                    yield from _row(_unfilled(row, False), path, number)
-                    number += 1
-    except TranscriptError:
-        raise
-    except (pyarrow.ArrowException, OSError, ValueError) as error:  # ValueError: text that is not UTF-8, odd dates
-        shown = visible(str(error))[:120]
-        raise bad(str(path), f"no whole Parquet file ({shown})", "a Parquet file", "restore the file") from error
+    number, source = 0, path if data is None else io.BytesIO(data)
+    with open_parquet(source, str(path), TranscriptError) as file:
+        for batch in batches(file, str(path), TranscriptError, limit=limit):
+            for row in batch.to_pylist():
+                yield from _row(_unfilled(row, False), path, number)
+                number += 1
     if number == 0:
         raise bad(str(path), "a table without rows", "a conversation a row", "check the file")
 
 
-def read_csv(text: str, path: Path, delimiter: str) -> Iterator[Transcript | TranscriptError]:
+def read_csv(data: bytes, path: Path, delimiter: str) -> Iterator[Transcript | TranscriptError]:
     """The rows of a CSV file with a header: conversations, or messages (role and content) of one conversation.
 
     Raises:
-        TranscriptError: no rows, or rows of other lengths than the header.
+        TranscriptError: no rows, two columns of one name, or rows of other lengths than the header.
     """
-    csv.field_size_limit(max(len(text), 1))
-    rows: list[Mapping[str, Any]] = []
-    try:
-        for row in csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True):
-            if None in row or None in row.values():
-                got = f"row {len(rows) + 1} with more or fewer fields than the header"
-                raise bad(str(path), got, "a field for each column", "check quotes and separators")
-            rows.append(row)
-    except csv.Error as error:
-        raise bad(str(path), f"no CSV ({error})", "rows with a header", "check quotes and separators") from error
+    lines = csv_rows(io.BytesIO(data), str(path), TranscriptError, delimiter)
+    header = next(lines, [])
+    rows = [dict(zip(header, cells, strict=True)) for cells in lines]
     if not rows:
         raise bad(str(path), "a table without rows", "a conversation a row", "check the file")
+    if len(rows[0]) < len(header):
+        twice = next(name for name in header if header.count(name) > 1)
+        raise bad(str(path), f"two columns {twice[:60]!r}", "columns of different names", "rename or remove one")
     if all(map(is_message, rows)) and {"role", "content"} <= set(rows[0]):
-        yield from read_value([dict(row) for row in rows], path.stem, str(path))
+        yield from read_value(rows, path.stem, str(path))
         return
     for number, row in enumerate(rows):
         yield from _row(row, path, number)

@@ -6,7 +6,6 @@ import dataclasses
 import glob
 import hashlib
 import itertools
-import json
 import logging
 import os
 import re
@@ -18,6 +17,7 @@ from typing import Annotated, Any, NamedTuple, NoReturn
 from pydantic import Field
 
 from nla.errors import CorpusError, TranscriptError, visible
+from nla.storage.rows import batches, decode, decode_json, numbered_lines, open_parquet, readable
 from nla.storage.schema import shown
 from nla.train.schema import NOTHING, Count, Decides, Number, one_of, refuse, section
 from nla.transcripts.entries import parse_messages
@@ -239,7 +239,7 @@ def _files(path: Path) -> list[Path]:
 
 def _of_file(file: Path, settings: CorpusSettings) -> Iterator[Callable[[], Content]]:
     suffix = file.suffix.lower()
-    try:
+    with readable(str(file), CorpusError):
         if suffix == ".parquet":
             yield from _parquet(file, settings)
         elif suffix in TABLES and not _is_chat_file(file, settings):
@@ -250,23 +250,9 @@ def _of_file(file: Path, settings: CorpusSettings) -> Iterator[Callable[[], Cont
         elif settings.kind == "lines":
             with file.open("rb") as lines:
                 for line in lines:
-                    yield lambda line=line: _decode(line, file).rstrip("\r\n")
+                    yield lambda line=line: decode(line, str(file), CorpusError).rstrip("\r\n")
         else:
-            yield lambda: _decode(file.read_bytes(), file)
-    except OSError as error:
-        raise _unreadable(file, error) from error
-
-
-def _unreadable(file: Path, error: Exception) -> CorpusError:
-    return CorpusError(f"{file}, which cannot be read ({visible(str(error))[:200]})", "a whole file", "restore it")
-
-
-def _decode(data: bytes, file: Path) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        got = f"{file} with bytes that are not UTF-8 ({error.reason})"
-        raise CorpusError(got, "UTF-8 text", "convert the file, or leave it out") from error
+            yield lambda: decode(file.read_bytes(), str(file), CorpusError)
 
 
 def _raiser(error: Exception) -> Callable[[], NoReturn]:
@@ -314,29 +300,15 @@ def _beside(columns: list[str]) -> list[str]:
 
 
 def _parquet(file: Path, settings: CorpusSettings) -> Iterator[Callable[[], Content]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(file) as table:
-            rows = table.iter_batches(batch_size=1)
-            example = next((batch.to_pylist()[0] for batch in rows), {})
-            column, is_chat = column_of(settings, table.schema_arrow.names, example, str(file))
-            wanted = [column, *(_beside(table.schema_arrow.names) if is_chat else ())]
-            number = 0
-            for batch in table.iter_batches(batch_size=1024, columns=wanted):
-                for row in range(len(batch)):
-
-                    def parse(
-                        batch: Any = batch, row: int = row, where: str = f"{file}, row {number + row}"
-                    ) -> Content:
-                        values = {name: batch.column(name)[row].as_py() for name in wanted}
-                        return _content(values[column], is_chat, where, values)
-
-                    yield parse
-                number += len(batch)
-    except pa.ArrowException as error:
-        raise _unreadable(file, error) from error
+    name = str(file)
+    with open_parquet(file, name, CorpusError) as table:
+        columns: list[str] = table.schema_arrow.names
+        example = next((batch.slice(0, 1).to_pylist()[0] for batch in batches(table, name, CorpusError)), {})
+        column, is_chat = column_of(settings, columns, example, name)
+        wanted = [column, *(_beside(columns) if is_chat else ())]
+        rows = (row for batch in batches(table, name, CorpusError, wanted) for row in batch.to_pylist())
+        for number, row in enumerate(rows):
+            yield lambda row=row, where=f"{file}, row {number}": _content(row[column], is_chat, where, row)
 
 
 def _is_chat_file(file: Path, settings: CorpusSettings) -> bool:
@@ -344,8 +316,7 @@ def _is_chat_file(file: Path, settings: CorpusSettings) -> bool:
     if settings.kind is not None:
         return settings.kind == "chat"
     with file.open("rb") as lines:
-        first = next((line for line in lines if line.strip()), b"{}")
-    content = _json(first, file, 1)
+        content = next((_json(line, file, n) for n, line in numbered_lines(lines, str(file), CorpusError)), {})
     if isinstance(content, list):
         return True
     column, is_chat = column_of(settings, list(content), content, str(file))
@@ -353,11 +324,7 @@ def _is_chat_file(file: Path, settings: CorpusSettings) -> bool:
 
 
 def _json(line: bytes, file: Path, number: int) -> Any:
-    try:
-        content = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        got = f"{file}, line {number}, which is not JSON ({visible(str(error))[:100]})"
-        raise CorpusError(got, "an object a line", "restore the line, or finish writing the file") from error
+    content = decode_json(line, f"{file}, line {number}", CorpusError)
     if not isinstance(content, dict | list):
         raise CorpusError(f"{file}, line {number}: a {type(content).__name__}", "an object a line", "check the file")
     return content
@@ -371,9 +338,8 @@ def _json_lines(file: Path, settings: CorpusSettings) -> Iterator[Callable[[], C
         return _content(content[column], False, where)
 
     with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                yield lambda line=line, number=number: parse(line, number)
+        for number, line in numbered_lines(lines, str(file), CorpusError):
+            yield lambda line=line, number=number: parse(line, number)
 
 
 def hub_commit(settings: CorpusSettings) -> str | None:

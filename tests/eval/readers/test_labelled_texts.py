@@ -28,16 +28,19 @@ def write_csv(path: Path, pairs=PAIRS, header=("text", "label"), encoding: str =
     return path
 
 
-@pytest.mark.parametrize("kind", ["csv", "bom.csv", "utf16.csv", "tsv", "jsonl", "json", "parquet"])
+@pytest.mark.parametrize(
+    "kind", ["csv", "bom.csv", "utf16.csv", "tsv", "jsonl", "utf16.jsonl", "json", "utf16.json", "parquet"]
+)
 def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, kind: str) -> None:
     path = tmp_path / f"data.{kind}"
     objects = [{"text": text, "label": label, "other": None} for text, label in PAIRS]
     if kind == "tsv":
         path.write_text("\n".join(["text\tlabel", *["\t".join(pair) for pair in PAIRS], ""]))
-    elif kind == "jsonl":
-        path.write_text("\ufeff" + "\n\n".join(json.dumps(one) for one in objects))
-    elif kind == "json":
-        path.write_text(json.dumps(objects))
+    elif kind.endswith("jsonl"):
+        text = "\n\n".join(json.dumps(one) for one in objects)
+        path.write_bytes(text.encode("utf-16") if "utf16" in kind else text.encode("utf-8-sig"))
+    elif kind.endswith("json"):
+        path.write_text(json.dumps(objects), encoding="utf-16" if "utf16" in kind else "utf-8")
     elif kind == "parquet":
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -74,9 +77,9 @@ BAD = {
     "nan label": ("a.jsonl", '{"text": "x", "label": NaN}\n', ArgumentError, "row 1"),
     "nan text": ("a.csv", "text,label\nx,NaN\n", ArgumentError, "row 1"),
     "ragged": ("a.csv", "text,label\nx,y\nx, y, z\n", ParseError, "row 2 .* 3 cells"),
-    "quote": ("a.csv", 'text,label\n"x,y\n', ParseError, "not readable as csv"),
+    "quote": ("a.csv", 'text,label\n"x,y\n', ParseError, "a.csv: no CSV"),
     "latin": ("a.csv", b"text,label\n\xe9t\xe9,y\n", ParseError, "UTF-8"),
-    "cut json": ("a.json", '[{"text": "x"', ParseError, "not readable as json"),
+    "cut json": ("a.json", '[{"text": "x"', ParseError, "a.json: JSON that is cut"),
     "no list": ("a.json", '{"text": "x"}', ParseError, "holding a dict"),
     "no object": ("a.jsonl", "[1]\n", ParseError, "a row that is a list"),
     "missing key": ("a.jsonl", '{"text": "x", "label": "y"}\n{"text": "x"}\n', ArgumentError, "row 2 .*'label'"),
@@ -85,7 +88,7 @@ BAD = {
     "deep": ("a.jsonl", "[" * 100_000, ParseError, "jsonl"),
     "number as text": ("a.jsonl", '{"text": 3, "label": "x"}\n', ParseError, "a int as 'text'"),
     "list as label": ("a.jsonl", '{"text": "x", "label": []}\n', ArgumentError, "row 1"),
-    "no parquet": ("a.parquet", "PAR1 nothing", ParseError, "not readable as parquet"),
+    "no parquet": ("a.parquet", "PAR1 nothing", ParseError, "a.parquet: no whole Parquet file"),
     "kind": ("a.xlsx", "x", ArgumentError, ".parquet"),
 }
 

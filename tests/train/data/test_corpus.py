@@ -396,7 +396,7 @@ def test_a_corpus_that_is_not_there_or_broken_is_an_error(tmp_path, monkeypatch,
     with pytest.raises(CorpusError, match="a folder without such files"):
         open_corpus(CorpusSettings(str(tmp_path / "empty")))
     (tmp_path / "cut.jsonl").write_text('{"text": "a"}\n{"text": "b')
-    with pytest.raises(CorpusError, match=r"line 2, which is not JSON"):
+    with pytest.raises(CorpusError, match=r"line 2: JSON that is cut or broken"):
         texts_of(CorpusSettings(str(tmp_path / "cut.jsonl")))
     (tmp_path / "cut.parquet").write_bytes(b"PAR1 and no more")
     with pytest.raises(CorpusError, match="cannot be read"):
