@@ -20,12 +20,16 @@ from transformers import (
 )
 
 from nla.errors import ArgumentError, ContextLengthError, CorpusError, RecipeError
+from nla.pair.folder import METRICS_FILE
+from nla.storage.files import read_json
 from nla.store.reader import Store
+from nla.train.data import sample
 from nla.train.data.corpus import CorpusSettings, open_corpus
 from nla.train.data.requests import draw_requests, load_prompts
 from nla.train.data.sample import Nucleus, SampleSettings, _draws, count_documents, sample_corpus
 from nla.train.recipe import load_recipe
 from nla.train.run import run_recipe
+from tests.helpers.shell import in_two_processes
 from tests.helpers.tiny import load_benchmark
 
 benchmark = load_benchmark("recipe")
@@ -102,7 +106,7 @@ def test_answers_are_drawn_token_by_token_from_the_targets_own_distribution(load
     assert [document["id"] for document in documents] == list(range(6))
 
 
-def test_neither_batches_nor_processes_change_what_is_written(loaded, tmp_path) -> None:
+def test_neither_batches_nor_processes_nor_chunks_change_what_is_written(loaded, tmp_path) -> None:
     model, tokenizer = loaded
     for name, size, shares in (("one", 1, 1), ("many", 64, 1), ("two", 3, 2)):
         for process in range(shares):
@@ -113,8 +117,19 @@ def test_neither_batches_nor_processes_change_what_is_written(loaded, tmp_path) 
     for name in ("many", "two"):
         assert {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} == files
     assert count_documents(tmp_path / "one")["documents"] == 12
+    sample_corpus(model, tokenizer, small(), SampleSettings(max_new_tokens=6), 0, tmp_path / "whole", 100)
+    assert written(tmp_path / "whole") == written(tmp_path / "one")
     sample_corpus(model, tokenizer, small(), SampleSettings(max_new_tokens=6), 1, tmp_path / "seed", 4)
     assert (tmp_path / "seed" / "000000.jsonl").read_bytes() != files["000000.jsonl"]
+
+
+def test_an_answer_has_a_token_also_where_the_target_would_say_nothing(loaded, tmp_path, monkeypatch) -> None:
+    model, tokenizer = loaded
+    word = tokenizer.convert_tokens_to_ids("a")
+    monkeypatch.setattr(sample, "ends_of", lambda *_: [token for token in range(len(tokenizer)) if token != word])
+    sample_corpus(model, tokenizer, small(4), SampleSettings(max_new_tokens=5), 0, tmp_path, 100)
+    answers = [document["messages"][-1]["content"] for document in written(tmp_path)]
+    assert answers == ["a"] * 4 and all(document["attributes"]["ended"] for document in written(tmp_path))
 
 
 @pytest.mark.parametrize("way", ["refuses", "drops"])
@@ -216,6 +231,34 @@ def test_a_run_killed_while_it_writes_goes_on_to_the_same_bytes(target, whole, t
         }
     again = json.loads(shell.run(f"nla train {path} --until extract --json", tmp_path).stdout)
     assert again["sample"]["skipped"] and again["extract"]["skipped"]
+
+
+@pytest.mark.slow
+def test_two_processes_write_and_read_what_one_does(target, whole, tmp_path, shell) -> None:
+    path = recipe(target, tmp_path / "run", mix=[str(whole.parent / "texts")])
+    done = shell.run(in_two_processes(f"-m nla.train {path} --until extract --json"), tmp_path)
+    assert done.code == 0, done.stderr[-2000:]
+    summary = json.loads(done.stdout)["sample"]
+    requests = {one["attributes"]["request"] for one in written(whole / "sample")}
+    assert summary["documents"] == 40 and summary["last_run"]["answers"] == len(requests)
+    for one in (whole / "sample").glob("*.jsonl"):
+        assert (tmp_path / "run" / "sample" / one.name).read_bytes() == one.read_bytes()
+    for split in ("train", "eval"):
+        ours, theirs = (Store.open(out / "extract", split) for out in (tmp_path / "run", whole))
+        assert ours.attributes() == theirs.attributes() and ours.prefixes() == theirs.prefixes()
+
+
+@pytest.mark.slow
+def test_a_pair_is_trained_on_what_the_target_wrote(target, tmp_path) -> None:
+    path = recipe(target, tmp_path / "run", n_documents=60)
+    steps = ["warmstart.encoder_steps=2", "warmstart.decoder_steps=2", "warmstart.batch_size=4"]
+    steps += ["joint.steps=1", "joint.prompts_per_step=4", "joint.group_size=2", "joint.decoder_mini_batches=2"]
+    steps += ["joint.stratum_weights={answer start: 0.5}", "texts.n_scored=10", "pair.rank=2", "pair.max_new_tokens=6"]
+    summary = run_recipe(path, overrides=steps)
+    assert list(summary) == ["sample", "extract", "describe", "warmstart", "joint"]
+    metrics = read_json(tmp_path / "run" / "joint" / "pair" / METRICS_FILE)
+    n = Store.open(tmp_path / "run" / "extract").manifest.n_documents
+    assert metrics["data"] == f"self: {n['train']} documents; scored on {n['eval']} others" and sum(n.values()) == 60
 
 
 def test_a_plan_says_what_writing_takes(target, tmp_path) -> None:
