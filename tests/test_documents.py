@@ -86,6 +86,7 @@ DOCUMENTS: dict[str, dict[str, Run | RunsIn | NotRun]] = {
     "README.md": {
         "printf 'One spring": Run(says="The next line ends with", leaves="docs/token-view.svg"),
         "make demo": NotRun(INSTALLS + " (tests/nla/organisms/test_shipped.py runs `nla demo`)"),
+        "make real": NotRun(INSTALLS),
         "make test": NotRun(INSTALLS),
         "nla recipe": Run(leaves="my.yaml", instead=("Qwen/Qwen2.5-0.5B-Instruct", "my/model")),
         "nla train my.yaml --dry-run": Run(says="joint +would run", append=CORPUS),
