@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 import json
 import re
 import socket
@@ -15,15 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import anthropic
-import openai
-
 from nla.train.describe.client import EndpointDescriber
 from nla.train.describe.describer import DescriberSettings
 from nla.train.describe.texts import Described, describe_texts
-
-for package in (openai, anthropic):
-    package._base_client.INITIAL_RETRY_DELAY = 0.001  # waits too short to notice, in tests alone
 
 FORMS = ("openai", "anthropic")
 CUT_REASON = {"openai": {"finish": "length"}, "anthropic": {"stop": "max_tokens"}}
@@ -89,6 +84,8 @@ class Server:
         self.thread = threading.Thread(target=self._main, daemon=True)
 
     def __enter__(self) -> Server:
+        package = importlib.import_module(f"{self.form}._base_client")  # here: the import takes seconds
+        package.INITIAL_RETRY_DELAY = 0.001  # waits too short to notice, in tests alone
         self.thread.start()
         self._ready.wait()
         return self

@@ -9,9 +9,7 @@ import random
 import time
 from pathlib import Path
 
-import anthropic
 import anyio
-import openai
 import pytest
 
 from nla.errors import DescriberError
@@ -152,10 +150,9 @@ def test_waits_grow_between_tries(form: str, tmp_path: Path, monkeypatch: pytest
     async def sleep(seconds: float) -> None:
         waits.append(seconds)
 
-    sdk = {"openai": openai, "anthropic": anthropic}[form]
-    monkeypatch.setattr(sdk._base_client, "INITIAL_RETRY_DELAY", 0.5)  # as it is outside of tests
     monkeypatch.setattr(anyio, "sleep", sleep)
     with Server(form, lambda *_: Act("bad", 500)) as server, pytest.raises(DescriberError, match=r"HTTP 500"):
+        monkeypatch.setattr(f"{form}._base_client.INITIAL_RETRY_DELAY", 0.5)  # as it is outside of tests
         describe_texts(prefixes(1), describer(server, tries=9), tmp_path)
     assert server.n_requests == 9
     assert len(waits) == 8 and all(2**i / 4 <= wait <= 2**i / 2 for i, wait in enumerate(waits[:5]))
