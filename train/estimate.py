@@ -261,6 +261,8 @@ def _describe(recipe: Recipe, shape: Shape, device: Device) -> dict[str, Any]:
     assert corpus is not None
     if d.describer == "quote":
         return {"questions": 0, "hours": 0.0, "memory_gb": 0.0}
+    if d.describer == "structured":
+        return _extract(recipe, shape, device, shape.n_blocks * shape.block) | {"questions": 0, "disk_gb": 0.0}
     shown = min(d.max_chars // CHARS_PER_TOKEN, corpus.max_tokens)
     length = QUESTION_TOKENS + min(shown, DOCUMENT_TOKENS // 2)
     asked: dict[str, Any] = {"questions": n, "tokens": n * (length + ANSWER_TOKENS)}

@@ -28,7 +28,9 @@ from nla.train.data.corpus import written_by_target
 from nla.train.data.extract import ExtractionSettings, extract_corpus
 from nla.train.data.requests import draw_requests, load_prompts
 from nla.train.data.sample import count_documents, sample_corpus
-from nla.train.describe.prompt import pair_marks, quote
+from nla.train.describe.describer import AT_HOME
+from nla.train.describe.prompt import allowed, pair_marks, quote
+from nla.train.describe.structured import Rows, describe_rows
 from nla.train.describe.texts import Summary, describe_texts, open_describer
 from nla.train.fit import processes
 from nla.train.fit.joint import share_step, train_joint
@@ -111,7 +113,7 @@ def preflight(recipe: Recipe, describing: bool, reachable: bool) -> None:
     """
     share_step(recipe.joint)
     processes.share(recipe.warmstart.batch_size, "batch_size", recipe.warmstart.rows_per_backward)
-    if describing and recipe.describer.describer not in ("local", "quote"):
+    if describing and recipe.describer.describer not in AT_HOME:
         open_describer(recipe.describer)
     if not reachable:
         return
@@ -208,12 +210,20 @@ def describe_store(recipe: Recipe, out: Path) -> dict[str, Any]:
     stores = open_splits(out / "extract", CORPUS_SPLITS)
     wanted = {"train": recipe.texts.n_train, "eval": N_WATCHED}
     rows = {split: draw_rows(len(stores[split]), wanted[split], f"{recipe.seed}/{split}") for split in CORPUS_SPLITS}
-    prefixes = [text for split in CORPUS_SPLITS for text in stores[split].prefixes(rows[split])]
-    texts, summary = ask(recipe, out, prefixes, pair_marks(new_config(recipe, out)))
-    if not processes.is_main():
-        return {}
-    n_train = len(rows["train"])
-    parts = {"train": texts[:n_train], "eval": texts[n_train:]}
+    refused = pair_marks(new_config(recipe, out))
+    if recipe.describer.describer == "structured":
+        if not processes.is_main():
+            return {}
+        chosen = {split: Rows(stores[split], rows[split]) for split in CORPUS_SPLITS}
+        described, summary = describe_rows(chosen, *load_target(recipe, revision_of(recipe, out)), seed=recipe.seed)
+        parts = {split: [allowed(text, refused) for text in texts] for split, texts in described.items()}
+    else:
+        prefixes = [text for split in CORPUS_SPLITS for text in stores[split].prefixes(rows[split])]
+        texts, summary = ask(recipe, out, prefixes, refused)
+        if not processes.is_main():
+            return {}
+        n_train = len(rows["train"])
+        parts = {"train": texts[:n_train], "eval": texts[n_train:]}
     counts = {split: save_described(out / "describe" / f"{split}.jsonl", rows[split], parts[split]) for split in parts}
     return {f"n_{split}": n for split, n in counts.items()} | summary
 

@@ -24,7 +24,9 @@ READINGS = 2
 OWN, NEUTRAL = "own", "neutral"
 _ORDINARY = 0.5
 """Share of the requests for evaluation that have no held-out value; of the others each part has one in half of them."""
-_TAKEN = ("topic", "form", "instruction", "answer", "request", "held_out", "ended")
+BOOKKEEPING = ("answer", "request", "held_out", "ended")
+"""Attributes that say how a document was made, and nothing of what it is."""
+_TAKEN = ("topic", "form", "instruction", *BOOKKEEPING)
 Share = Annotated[float, Field(ge=0, le=1)]
 Texts = Annotated[
     tuple[Annotated[str, Field(min_length=1)], ...],

@@ -27,7 +27,11 @@ from nla.train.schema import (
     section,
 )
 
-DESCRIBERS = ("local", "openai", "anthropic", "quote")
+DESCRIBERS = ("local", "openai", "anthropic", "structured", "quote")
+UNASKED = ("structured", "quote")
+"""Describers that ask no model to describe."""
+AT_HOME = ("local", *UNASKED)
+"""Describers without an endpoint."""
 CHARS_PER_TOKEN = 4
 """Of a token, where neither a tokenizer nor an endpoint says: an estimate, and named so wherever it is shown."""
 
@@ -41,8 +45,9 @@ class DescriberSettings:
     """
 
     describer: Annotated[str, one_of(*DESCRIBERS)] = "local"
-    """``local`` (a Hugging Face model here), ``openai`` (any endpoint of that form), ``anthropic``, or ``quote`` (no
-    model: the visible words, repeated; to try a recipe out)."""
+    """``local`` (a Hugging Face model here), ``openai`` (any endpoint of that form), ``anthropic``, ``structured`` (no
+    model: what is known of the documents and of what the target does next), or ``quote`` (no model: the visible words,
+    repeated; to try a recipe out)."""
     model: Text | None = None
     """The endpoint's name of its model; of ``local`` a folder or hub id, None: the target itself."""
     url: Text | None = None
@@ -83,7 +88,7 @@ class DescriberSettings:
 
     def __post_init__(self) -> None:
         self._check_key_variable()
-        if self.describer in ("local", "quote"):
+        if self.describer in AT_HOME:
             for name in ("url", "budget_usd"):
                 if getattr(self, name) is not None:
                     refuse(f"describer.{name}", getattr(self, name), f"null: {self.describer} has none")
@@ -98,7 +103,7 @@ class DescriberSettings:
         if self.key_variable is None:
             return
         check_variable(self.key_variable, "a describer.key_variable")
-        if self.describer in ("local", "quote"):
+        if self.describer in AT_HOME:
             raise ArgumentError(f"a describer.key_variable for {self.describer}", "null: it has no key", "remove it")
 
     def _check_own_model(self) -> None:
@@ -114,7 +119,7 @@ class DescriberSettings:
 
     def cost(self, tokens_in: int, tokens_out: int) -> float | None:
         """USD of so many tokens; 0 for what asks nobody, None where a price is not known."""
-        if self.describer in ("local", "quote"):
+        if self.describer in AT_HOME:
             return 0.0
         if self.price_in is None or self.price_out is None:
             return None

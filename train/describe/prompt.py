@@ -145,7 +145,11 @@ def quote(prefix: str, refused: Collection[str] = ()) -> str | None:
     if not words:
         return None
     before = f"The words before are {' '.join(words[:-1])}." if len(words) > 1 else "It is the first word."
-    text = f"{before} The final word is {words[-1]}."
+    return allowed(f"{before} The final word is {words[-1]}.", refused)
+
+
+def allowed(text: str, refused: Collection[str]) -> str | None:
+    """The text, if nothing that no claim may hold is in it."""
     return None if any(mark and mark in text for mark in refused) else text
 
 
