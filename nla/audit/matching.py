@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections import Counter
 from collections.abc import Sequence
-from functools import cache
-from typing import Any, NamedTuple
+from functools import lru_cache
+from itertools import product
+from typing import NamedTuple
 
 from nla.errors import RubricError
 from nla.text.claims import claims
@@ -119,18 +122,21 @@ def similarity(text: str, examples: str | tuple[str, ...]) -> float:
     It needs no model and no network: it sees inflections, word order and typing errors, not synonyms.
     """
     parts, examples = claims(text), (examples,) if isinstance(examples, str) else examples
-    if not parts or not examples:
-        return 0.0
-    return float((_vectorizer().transform(parts) @ _grams(examples).T).max())
+    pairs = product(map(_grams, parts), map(_grams, examples))
+    return max((sum(share * other.get(gram, 0.0) for gram, share in one.items()) for one, other in pairs), default=0.0)
 
 
-@cache
-def _grams(examples: tuple[str, ...]) -> Any:
-    return _vectorizer().transform(list(examples))
+@lru_cache(maxsize=1024)
+def _grams(text: str) -> dict[str, float]:
+    """Counts of the 3- to 5-grams of a text's words with a blank on each side, as a vector of length one.
 
-
-@cache
-def _vectorizer() -> Any:
-    from sklearn.feature_extraction.text import HashingVectorizer
-
-    return HashingVectorizer(analyzer="char_wb", ngram_range=(3, 5), n_features=2**18, alternate_sign=False)
+    They are those of scikit-learn's ``char_wb``, whose import alone takes 90 MB.
+    """
+    counts: Counter[str] = Counter()
+    for word in text.lower().split():
+        padded = f" {word} "
+        counts.update(
+            padded[at : at + n] for n in range(3, min(len(padded), 5) + 1) for at in range(len(padded) - n + 1)
+        )
+    length = math.hypot(*counts.values())
+    return {gram: count / length for gram, count in counts.items()}

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from nla.errors import TranscriptError, visible
@@ -162,7 +163,7 @@ class Transcript:
             got = f"a last message of the role {self.messages[-1].role!r} that is to be continued"
             raise bad(where, got, "the beginning of an assistant's answer", "leave out what marks it as a prefix")
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """SHA-256 of what was said, by whom: what an audit depends on."""
         content: list[Any] = [

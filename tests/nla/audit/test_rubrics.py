@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
 import re
 from pathlib import Path
 
 import pytest
 import yaml
+from sklearn.feature_extraction.text import TfidfVectorizer
 
 from nla.audit.matching import Words, inflections, phrase, similarity
 from nla.audit.rubric import BUILTIN, load_rubrics, parse_rubric
@@ -114,6 +116,18 @@ def test_likeness_sees_spelling_and_is_between_0_and_1() -> None:
     assert 0.6 < near < 1.0
     assert similarity("A red dog ran.", example) < 0.2
     assert similarity("", example) == 0.0
+
+
+def test_likeness_is_scikit_learns_cosine_of_grams() -> None:
+    words = ["a", "the", "I", "it", "testing", "Tests", "cat-like", "über", "日本語テキスト", "being,", "watched", "x"]
+    draw = random.Random(0)
+    for _ in range(20):
+        text, *examples = (" ".join(draw.choices(words, k=draw.randint(1, 9))) for _ in range(3))
+        vectors = TfidfVectorizer(analyzer="char_wb", ngram_range=(3, 5), use_idf=False).fit_transform(
+            [text, *examples]
+        )
+        expected = float((vectors[0] @ vectors[1:].T).max())
+        assert similarity(text, tuple(examples)) == pytest.approx(expected, abs=1e-12)
 
 
 BROKEN = {
