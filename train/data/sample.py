@@ -134,7 +134,8 @@ def count_documents(folder: Path) -> dict[str, int]:
 class Nucleus(LogitsProcessor):
     """Leaves of each row the fewest tokens, the likeliest, that hold a share of the probability at a temperature.
 
-    The same as transformers' ``TemperatureLogitsWarper`` and ``TopPLogitsWarper``, which sort the whole vocabulary.
+    The same as transformers' ``TemperatureLogitsWarper`` and ``TopPLogitsWarper``, which sort the whole vocabulary, but
+    that all tokens as likely as the last of them are left, too.
     """
 
     def __init__(self, temperature: float, share: float) -> None:
@@ -145,14 +146,17 @@ class Nucleus(LogitsProcessor):
         if self.share == 1:
             return scores
         whole = scores.logsumexp(dim=-1, keepdim=True)
+        lowest = torch.empty_like(whole)
+        rows = torch.arange(len(scores), device=scores.device)
         for few in (min(_FEW, scores.shape[-1]), scores.shape[-1]):
-            likeliest, where = scores.topk(few)
-            held = (likeliest - whole).exp().cumsum(dim=-1)
-            if bool((held[:, -1] >= self.share).all()):
+            likeliest = (scores if len(rows) == len(scores) else scores[rows]).topk(few).values
+            held = (likeliest - whole[rows]).exp().cumsum(dim=-1)
+            last = (held < self.share).sum(dim=-1, keepdim=True).clamp_(max=few - 1)
+            lowest[rows] = likeliest.gather(1, last)
+            rows = rows[held[:, -1] < self.share]  # flat distributions: of these, the whole vocabulary
+            if not len(rows):
                 break
-        before = torch.nn.functional.pad(held[:, :-1], (1, 0))
-        kept = likeliest.masked_fill(before >= self.share, -torch.inf)
-        return torch.full_like(scores, -torch.inf).scatter(1, where, kept)
+        return scores.masked_fill(scores < lowest, -torch.inf)
 
 
 class _Asked(NamedTuple):

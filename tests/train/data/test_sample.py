@@ -62,6 +62,7 @@ def small(n: int = 12) -> list[Any]:
 def test_the_nucleus_is_that_of_transformers(spread: float, temperature: float, share: float) -> None:
     logits = torch.randn(6, 2000, generator=torch.Generator().manual_seed(0), dtype=torch.float64).float() * spread
     logits += torch.linspace(0, 1e-2, 2000).roll(700)  # no two alike, where the order would be open
+    logits[::2] *= 0.1  # flat rows and steep ones
     both = LogitsProcessorList([TemperatureLogitsWarper(temperature), TopPLogitsWarper(share)])
     expected = both(torch.zeros(6, 1, dtype=torch.int64), logits)
     ours = Nucleus(temperature, share)(torch.zeros(6, 1, dtype=torch.int64), logits)
@@ -69,6 +70,12 @@ def test_the_nucleus_is_that_of_transformers(spread: float, temperature: float, 
     assert int((ours.isfinite().sum(1) - expected.isfinite().sum(1)).abs().max()) <= 1, "within rounding"
     shared = ours.isfinite() & expected.isfinite()
     torch.testing.assert_close(ours[shared], expected[shared])
+
+
+def test_tokens_as_likely_as_the_last_of_the_nucleus_are_all_in_it() -> None:
+    logits = torch.tensor([[0.0, 3.0, 1.0, 1.0, 1.0, 0.5]])
+    left = Nucleus(1.0, 0.75)(torch.zeros(1, 1, dtype=torch.int64), logits)
+    assert left.isfinite().tolist() == [[False, True, True, True, True, False]]
 
 
 def test_answers_are_drawn_token_by_token_from_the_targets_own_distribution(loaded, tmp_path) -> None:
