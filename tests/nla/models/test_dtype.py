@@ -42,7 +42,7 @@ def named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "cache" / "0123"
     make_model().bfloat16().save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
-    package = SimpleNamespace(target=lambda: folder, SHA256="ab" * 32, PAIR=tmp_path / "none")
+    package = SimpleNamespace(target=lambda: folder, SHA256="ab" * 32, PAIR=tmp_path / "none", ORIGINAL="an/original")
     monkeypatch.setitem(PACKAGED, "tiny", package)
     return folder
 
