@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nla.errors import BaselineError, NonFiniteError, ShapeError
+from nla.errors import BaselineError, NonFiniteError, ShapeError, VocabularyError
 from nla.stats import Interval, bootstrap
 
 
@@ -179,3 +179,22 @@ def fve_interval(
 def _check_pair(a: Tensor, b: Tensor) -> None:
     if a.shape != b.shape or a.ndim != 2:
         raise ShapeError(f"shapes {tuple(a.shape)} and {tuple(b.shape)}", "two times (n, d)", "pass the same positions")
+
+
+def check_ids(ids: Tensor, n_tokens: int) -> None:
+    """Refuse token ids that a model has no embeddings for.
+
+    Args:
+        ids: of any shape, on the CPU.
+        n_tokens: how many it has.
+
+    Raises:
+        VocabularyError: there is one.
+    """
+    most = int(ids.max()) if ids.numel() else 0
+    if most >= n_tokens:
+        raise VocabularyError(
+            f"the token with the id {most}",
+            f"ids below {n_tokens}, the target's embeddings: its tokenizer has more tokens than it",
+            "take the text of this token out; tokenizer.convert_ids_to_tokens(id) says what it is",
+        )

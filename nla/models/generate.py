@@ -21,9 +21,10 @@ from transformers import (
 )
 
 from nla.errors import ArgumentError, NonFiniteError
+from nla.metrics import check_ids
 from nla.models.hooks import Intervene, inference
 from nla.models.points import device_of, n_embeddings, unwrapped
-from nla.text.tokens import check_ids, length_batches
+from nla.text.tokens import length_batches
 
 MAX_TOKENS_PER_BATCH = 8192
 CPU_BYTES, CPU_SHARE = 160 << 20, 0.25

@@ -14,11 +14,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from nla.errors import ArgumentError, ContextLengthError
-from nla.metrics import check_finite
+from nla.metrics import check_finite, check_ids
 from nla.models.hooks import inference
 from nla.models.points import Point, backbone, context_length, device_of, n_embeddings, truncated_view, unwrapped
 from nla.models.selfcheck import reads_in_parts
-from nla.text.tokens import check_ids
 
 CHUNK = 1024
 """Most tokens of a forward pass."""

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nla.baselines import UNKNOWN_STRATUM
 from nla.errors import PositionError, ShapeError, WeightsError
-from nla.metrics import check_finite
+from nla.metrics import check_finite, check_ids
 from nla.models.hooks import Intervene, inference, record
 from nla.models.points import Point, context_length, d_model, device_of, n_embeddings, truncated_view, unwrapped
 from nla.models.selfcheck import check_stream
@@ -27,7 +27,6 @@ from nla.text.tokens import (
     Encoded,
     Positions,
     Span,
-    check_ids,
     check_lengths,
     check_positions,
     encode_batch,

@@ -13,12 +13,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nla.config import NLAConfig
 from nla.errors import ArgumentError, EmptyTextError, ShapeError
-from nla.metrics import unit
+from nla.metrics import check_ids, unit
 from nla.models.generate import pad_of
 from nla.models.hooks import inference
 from nla.models.points import context_length, device_of, n_embeddings
 from nla.pair.roles import Roles
-from nla.text.tokens import check_ids, check_texts, encode_batch, length_batches, unknown_id
+from nla.text.tokens import check_texts, encode_batch, length_batches, unknown_id
 
 MAX_TOKENS_PER_BATCH = 16384
 
@@ -123,7 +123,8 @@ class Decoder:
         Raises:
             ArgumentError: an explanation is no text; see :func:`nla.text.tokens.check_texts`.
             EmptyTextError: an explanation is empty.
-            ContextLengthError, VocabularyError: see :func:`nla.text.tokens.encode_batch` and ``check_ids`` there.
+            ContextLengthError: see :func:`nla.text.tokens.encode_batch`.
+            VocabularyError: see there, and :func:`nla.metrics.check_ids`.
         """
         texts = [texts] if isinstance(texts, str) else texts
         if strict:

@@ -10,7 +10,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, SupportsIndex
 
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from nla.errors import (
@@ -141,7 +140,8 @@ def _fit_to_model(tokenizer: PreTrainedTokenizerBase, source: str, revision: str
     """Hold a tokenizer against the number of embeddings that the config.json beside it states, if it does.
 
     Words of the vocabulary beyond are of another model. Added tokens beyond are in published models that never use
-    them: :func:`check_ids` refuses them in an input, and one that pads, which every batch would have, pads no more.
+    them: :func:`nla.metrics.check_ids` refuses them in an input, and one that pads, which every batch would have, pads
+    no more.
     """
     from transformers import AutoConfig
 
@@ -162,25 +162,6 @@ def _fit_to_model(tokenizer: PreTrainedTokenizerBase, source: str, revision: str
         )
     if tokenizer.pad_token_id in beyond:
         tokenizer.pad_token = None
-
-
-def check_ids(ids: Tensor, n_tokens: int) -> None:
-    """Refuse token ids that a model has no embeddings for.
-
-    Args:
-        ids: of any shape, on the CPU.
-        n_tokens: how many it has.
-
-    Raises:
-        VocabularyError: there is one.
-    """
-    most = int(ids.max()) if ids.numel() else 0
-    if most >= n_tokens:
-        raise VocabularyError(
-            f"the token with the id {most}",
-            f"ids below {n_tokens}, the target's embeddings: its tokenizer has more tokens than it",
-            "take the text of this token out; tokenizer.convert_ids_to_tokens(id) says what it is",
-        )
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, max_length: int) -> Encoded:
