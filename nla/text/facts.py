@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from nla.text.claims import claims
 
 FORM, TOPIC, INSTRUCTION = "form", "topic", "instruction"
+BOOKKEEPING = ("answer", "request", "held_out", "ended")
+"""Attributes of a document that say how it was made, and nothing of what it is."""
 
 _MARKS = {
     ".": "a full stop",
@@ -111,7 +113,7 @@ def state(facts: Facts, draw: random.Random) -> str:
 
 
 def stated(text: str) -> Facts:
-    """The facts that an explanation states; claims in no known wording state none.
+    """The facts that an explanation states, of each kind the first; claims in no known wording state none.
 
     >>> stated("Likely next: cats, dogs. It stands at of. It sounds sad. Whatever.")
     Facts(following=('cats', 'dogs'), sure=False, token='of', before='', place='', attributes={'tone': 'sad'})
@@ -123,10 +125,13 @@ def stated(text: str) -> Facts:
         if match is None:
             continue
         kind, values = match
-        if kind in ("sure", "unsure") and "following" not in read:
-            read["following"] = (values["first"], *filter(None, values.get("rest", "").split(", ")))
-            read["sure"] = kind == "sure"
-        elif kind in ("token", "opening", "ahead") and not {"token", "place"} & set(read):
+        if kind in ("sure", "unsure"):
+            if "following" not in read:
+                read["following"] = (values["first"], *filter(None, values.get("rest", "").split(", ")))
+                read["sure"] = kind == "sure"
+        elif kind in ("token", "opening", "ahead"):
+            if {"token", "place"} & set(read):
+                continue
             read |= {name: values[name] for name in ("token", "before") if values.get(name)}
             read |= {"place": kind} if kind != "token" else {}
         else:

@@ -16,6 +16,7 @@ from nla.errors import ParseError, RecipeError
 from nla.storage.files import read_yaml
 from nla.storage.schema import first_problem, shown
 from nla.store.shards import is_held_out
+from nla.text.facts import BOOKKEEPING
 
 PROMPTS = Path(__file__).parent / "prompts"
 DEFAULT = "english"
@@ -24,8 +25,6 @@ READINGS = 2
 OWN, NEUTRAL = "own", "neutral"
 _ORDINARY = 0.5
 """Share of the requests for evaluation that have no held-out value; of the others each part has one in half of them."""
-BOOKKEEPING = ("answer", "request", "held_out", "ended")
-"""Attributes that say how a document was made, and nothing of what it is."""
 _TAKEN = ("topic", "form", "instruction", *BOOKKEEPING)
 Share = Annotated[float, Field(ge=0, le=1)]
 Texts = Annotated[

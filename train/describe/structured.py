@@ -17,25 +17,18 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from nla.errors import StoreError
-from nla.models.generate import ends_of
-from nla.models.points import blocks, logits_after, truncated_view
-from nla.models.read import vectors_at
+from nla.store.facts import TokenFacts, known_attributes, token_facts
 from nla.store.reader import Store
-from nla.text.facts import Facts, last_word, state, token_name
-from nla.text.tokens import Span
-from nla.train.data.requests import BOOKKEEPING
-from nla.transcripts.positions import ANSWER_START, BEFORE_ANSWER
+from nla.text.facts import Facts, state
 
-N_NEXT, LEAST_SHARE, SURE = 4, 0.03, 0.7
-"""Tokens that are named as likely next; the least probability of those after the first; of a first that is sure."""
+LEAST_SHARE, SURE = 0.03, 0.7
+"""The least probability of tokens that are named as likely next, after the first; of a first that is sure."""
 N_FOLDS, RIDGE = 5, 0.3
 """Of the probes: each document is judged by one that did not see it; their penalty per row, on standardised vectors."""
 USUAL = 0.8
 """A value that so many of the known texts have is not said."""
 LEAST_SKILL = 0.1
 """A kind of token holds an attribute if probes of it are this far from the commonest value (0) to all right (1)."""
-_MAX_TOKENS, _ROWS_AT_ONCE = 4096, 256
 
 
 class Rows(NamedTuple):
@@ -60,109 +53,20 @@ def describe_rows(
     """
     known = {split: _documents(part) for split, part in splits.items()}
     said, figures = _said(splits, known)
-    ends = frozenset(ends_of(model, tokenizer))
-    namer = _Namer(tokenizer, ends)
     texts = {}
     for split, part in splits.items():
-        acts = part.store.activations(part.rows)
-        following = _following(acts.spans, acts.texts, acts.document.tolist(), model, tokenizer)
+        facts = token_facts(part.store.activations(part.rows), model, tokenizer)
         texts[split] = [
-            state(
-                _facts(span, acts.texts[document], stratum, likely, attributes, namer),
-                random.Random(f"{seed}/{split}/{row}"),
-            )
-            for row, span, document, stratum, likely, attributes in zip(
-                part.rows.tolist(), acts.spans, acts.document.tolist(), acts.strata, following, said[split], strict=True
-            )
+            state(_facts(known, attributes), random.Random(f"{seed}/{split}/{row}"))
+            for row, known, attributes in zip(part.rows.tolist(), facts, said[split], strict=True)
         ]
     return texts, figures
 
 
-def _facts(
-    span: Span, text: str, stratum: str, likely: list[tuple[int, float]], attributes: dict[str, str], namer: _Namer
-) -> Facts:
-    inside = span.start > 0 and text[span.start - 1].isalnum()
-    goes_on = span.end > 0 and text[span.end - 1].isalnum()
-    names = dict.fromkeys(
-        namer.name(token, goes_on) for n, (token, share) in enumerate(likely) if share >= LEAST_SHARE or n == 0
-    )
-    return Facts(
-        following=tuple(names),
-        sure=likely[0][1] >= SURE,
-        token=namer.name(span.token_id, inside),
-        before=last_word(namer.after_marks(text[: span.start])),
-        place={BEFORE_ANSWER: "ahead", ANSWER_START: "opening"}.get(stratum, ""),
-        attributes=attributes,
-    )
-
-
-class _Namer:
-    """Names of token ids, each made once."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, ends: frozenset[int]) -> None:
-        self.tokenizer: Any = tokenizer
-        self.special = {str(tokenizer.convert_ids_to_tokens(i)): i for i in tokenizer.all_special_ids}
-        self.ends = ends
-        self._texts: dict[int, str] = {}
-
-    def name(self, token: int, inside: bool) -> str:
-        """The name of a token; ``inside``: a letter or digit stands before it."""
-        if token in self.ends:
-            return "the end of the answer"
-        if token in self.special.values():
-            return "a mark of the chat"
-        if token not in self._texts:
-            # Decoded alone, some tokenizers' tokens lose the space that they begin with.
-            alone, together = (self.tokenizer.decode(ids) for ids in ([self._anchor], [self._anchor, token]))
-            self._texts[token] = together[len(alone) :]
-        return token_name(self._texts[token], inside)
-
-    @property
-    def _anchor(self) -> int:
-        return self.tokenizer.encode("a", add_special_tokens=False)[-1]
-
-    def after_marks(self, text: str) -> str:
-        """What of a text stands after the last token that is a mark of a chat."""
-        end = max((at + len(mark) for mark in self.special if (at := text.rfind(mark)) >= 0), default=0)
-        return text[end:]
-
-
-def _following(
-    spans: Sequence[Span],
-    texts: Sequence[str],
-    documents: Sequence[int],
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-) -> list[list[tuple[int, float]]]:
-    """The likeliest tokens after each span, with their probabilities."""
-    rows: dict[int, list[int]] = defaultdict(list)
-    for row, document in enumerate(documents):
-        rows[document].append(row)
-    ids = [_ids(tokenizer, text, [spans[row] for row in rows[number]]) for number, text in enumerate(texts)]
-    columns = [[spans[row].index for row in rows[number]] for number in range(len(texts))]
-    whole = truncated_view(model, f"resid_post.{len(blocks(model)) - 1}")
-    streams = vectors_at(whole, ids, columns, _MAX_TOKENS, progress=True)
-    out: list[list[tuple[int, float]]] = [[] for _ in spans]
-    order = [row for number in range(len(texts)) for row in rows[number]]
-    with torch.inference_mode():
-        for part in torch.arange(len(order)).split(_ROWS_AT_ONCE):
-            top = logits_after(model, streams[part]).float().softmax(-1).topk(N_NEXT)
-            for place, tokens, shares in zip(part.tolist(), top.indices.tolist(), top.values.tolist(), strict=True):
-                out[order[place]] = list(zip(tokens, shares, strict=True))
-    return out
-
-
-def _ids(tokenizer: Any, text: str, spans: Sequence[Span]) -> list[int]:
-    """The token ids of a stored text, up to its last span; of a chat, as its template rendered it."""
-    for added in (True, False):
-        ids = tokenizer(text, add_special_tokens=added, verbose=False)["input_ids"]
-        if all(span.index < len(ids) and ids[span.index] == span.token_id for span in spans):
-            return ids[: max(span.index for span in spans) + 1]
-    raise StoreError(
-        f"a stored text whose tokens are others now ({text[:40]!r} …)",
-        "the tokens that it was read with",
-        "read the corpus again with this tokenizer",
-    )
+def _facts(known: TokenFacts, attributes: dict[str, str]) -> Facts:
+    names = [name for n, (name, share) in enumerate(known.following) if share >= LEAST_SHARE or n == 0]
+    sure = known.following[0][1] >= SURE
+    return Facts(tuple(names), sure, known.token, known.before, known.place, attributes)
 
 
 # What the vectors hold of what is known of their documents
@@ -178,10 +82,9 @@ class _Known(NamedTuple):
 
 
 def _documents(part: Rows) -> _Known:
-    attributes = part.store.attributes(part.rows)
-    numbers = part.store.documents(part.rows).tolist()
+    attributes, numbers = part.store.attributes(part.rows), part.store.documents(part.rows).tolist()
     return _Known(
-        [{k: v for k, v in known.items() if isinstance(v, str) and k not in BOOKKEEPING} for known in attributes],
+        known_attributes(part.store, part.rows),
         [str(known.get("request", f"document {number}")) for known, number in zip(attributes, numbers, strict=True)],
         part.store.strata(part.rows),
     )

@@ -9,12 +9,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from nla.errors import StoreError
+from nla.store.facts import N_NEXT
 from nla.store.reader import open_splits
 from nla.text.facts import Facts, last_word, state, stated, token_name
 from nla.text.tokens import load_tokenizer
 from nla.train.data.corpus import CorpusSettings
 from nla.train.data.extract import ExtractionSettings, extract_corpus
-from nla.train.describe.structured import N_NEXT, SURE, Rows, describe_rows
+from nla.train.describe.structured import SURE, Rows, describe_rows
 from tests.helpers.tiny import make_model, make_tokenizer
 
 ANIMALS, COLOURS = ("cat", "dog"), ("red", "blue")
@@ -135,6 +136,11 @@ FACTS = [
 @pytest.mark.parametrize("seed", range(12))
 def test_facts_are_read_back_from_every_wording(facts, seed):
     assert stated(state(facts, random.Random(seed))) == facts
+
+
+def test_of_claims_of_one_kind_the_first_counts():
+    said = "Likely next: cats. Next comes dogs. It stands at of. The last token is on. It sounds sad. It sounds odd."
+    assert stated(said) == Facts(("cats",), False, "of", attributes={"tone": "sad"})
 
 
 def test_claims_in_other_words_state_nothing():
