@@ -491,7 +491,7 @@ WAYS: dict[str, Way] = {
             "from nla import NLA; NLA.from_pretrained('couplets', device='cpu')",
         ),
     ),
-    "nla/pair/folder.py: check the name; a pair is made with": Way(
+    "nla/organisms/__init__.py: check the name; a pair is made with": Way(
         "nla info no/such/pair", ("nla train couplets --dry-run", "nla info my/pair")
     ),
     "nla/pair/roles.py: call it within nla.role": Way(
@@ -529,7 +529,7 @@ WAYS: dict[str, Way] = {
         ("make_tokenizer().save_pretrained('words')", "from nla.text.tokens import *; load_tokenizer('words')"),
         (*SAVED, "make_model().save_pretrained('words')"),
     ),
-    "nla/text/tokens.py: take the text of this token out": Way(
+    "nla/metrics.py: take the text of this token out": Way(
         "check_ids(ids, most)",
         (
             "text = text.replace(tokenizer.convert_ids_to_tokens(most), '')",
@@ -600,11 +600,6 @@ WAYS: dict[str, Way] = {
             "nla audit strange.json --samples 1 --budget 1 --pair bare",
         ),
         (*SAVED, 'echo \'[{"role": "user", "content": "under the tree"}]\' > strange.json'),
-    ),
-    "nla/transcripts/tables.py: raise the limit": Way(
-        f"{AUDIT.replace('jsonl', 'parquet')} --max-mb 0.0001",
-        (f"{AUDIT.replace('jsonl', 'parquet')} --max-mb 1",),
-        ("import pandas; pandas.read_json('chats.jsonl', lines=True).to_parquet('chats.parquet')",),
     ),
     "train/data/corpus.py: name the column": Way(
         f"nla extract my/model poems.jsonl {MY_STORE} --set eval_fraction=0.3",
