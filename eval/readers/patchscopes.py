@@ -21,7 +21,7 @@ from nla.models.generate import ends_of, generate, pad_of, seeded
 from nla.models.hooks import inject
 from nla.models.lora import load_adapter, read_adapter_config
 from nla.models.points import d_model, device_of, unwrapped
-from nla.pair.encoder import MarkerMask, strip_tags
+from nla.pair.encoder import strip_tags
 from nla.text.tokens import render_prompt
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def answers(
             max_new_tokens=prompt.max_new_tokens,
             temperature=temperature,
             generator=seeded(seed, device),
-            processors=[MarkerMask(prompt.marker_id)],
+            forbidden=[prompt.marker_id],
             intervene=injected,
             batches=[range(len(vectors))[i : i + batch_size] for i in range(0, len(vectors), batch_size)],
         )

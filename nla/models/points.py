@@ -197,6 +197,19 @@ def d_model(model: nn.Module) -> int:
     return backbone(model).config.hidden_size
 
 
+def attends_plainly(model: nn.Module) -> bool:
+    """Whether every block attends to all earlier tokens by the usual formula, and the head is all that makes logits.
+
+    So it is with a tested type that transformers runs by ``sdpa`` without windows: what is known of its keys and values
+    then holds for any of its tokens. A quantised, recurrent or unknown model is left to transformers' own code.
+    """
+    from transformers.cache_utils import DynamicCache, DynamicLayer
+
+    config: Any = backbone(model).config
+    plain = config.model_type in TESTED and config._attn_implementation == "sdpa"
+    return plain and all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
+
+
 def context_length(model: nn.Module) -> int:
     """Longest input in tokens; where positions have no limit, as of a recurrent model, a million."""
     longest: Any = getattr(backbone(model).config, "max_position_embeddings", None)

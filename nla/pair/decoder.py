@@ -51,16 +51,29 @@ class Decoder:
         """
         texts = [texts] if isinstance(texts, str) else texts
         unique = list(dict.fromkeys(texts))
-        rows = self.prompt_rows(unique, strict)
-        out = torch.empty(len(unique), self.config.d_model)
         with self.roles.play("decoder"), inference(self.roles.model):
-            device = device_of(self.roles.model)
-            for batch in length_batches([len(row) for row in rows], max_tokens_per_batch):
-                ids, mask = pad_batch([rows[index] for index in batch], self.pad_id)
-                out[torch.tensor(batch)] = self.decode_ids(ids.to(device), mask.to(device)).cpu()
+            out = self.predict(unique, strict, max_tokens_per_batch).cpu()
         out = nn.functional.normalize(out, dim=1) * self.config.activation_norm
         row_of = {text: index for index, text in enumerate(unique)}
         return out[torch.tensor([row_of[text] for text in texts], dtype=torch.int64)]
+
+    def predict(
+        self, texts: Sequence[str], strict: bool = True, max_tokens_per_batch: int = MAX_TOKENS_PER_BATCH
+    ) -> Float[Tensor, "n d"]:
+        """Reconstructions in float32 as the head gives them, on its device; texts of like length share a pass.
+
+        Call it in the role "decoder". Gradients flow if they are enabled.
+
+        Raises:
+            ArgumentError: another role is in force.
+            EmptyTextError, ContextLengthError, VocabularyError: see :meth:`prompt_rows`.
+        """
+        rows, device = self.prompt_rows(texts, strict), device_of(self.roles.model)
+        batches = length_batches([len(row) for row in rows], max_tokens_per_batch)
+        prompts = (pad_batch([rows[index] for index in batch], self.pad_id) for batch in batches)
+        parts = [self.decode_ids(ids.to(device), mask.to(device)) for ids, mask in prompts]
+        order = torch.tensor([index for batch in batches for index in batch], dtype=torch.int64, device=device)
+        return torch.cat([*parts, torch.empty(0, self.config.d_model, device=device)])[order.argsort()]
 
     def decode_groups(
         self, lists: str | Sequence[str] | Sequence[Sequence[str]], per_sample: bool, strict: bool

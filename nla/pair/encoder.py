@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import LogitsProcessor, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from nla.config import NLAConfig
 from nla.errors import ArgumentError, ContextLengthError
@@ -40,16 +40,6 @@ class Rollouts(NamedTuple):
 
     complete: list[bool]
     """Per answer: it is one whole explanation between its tags."""
-
-
-class MarkerMask(LogitsProcessor):
-    """Forbids the marker in sampling: a policy that writes it could stand in for the injected activation."""
-
-    def __init__(self, marker_id: int) -> None:
-        self.marker_id = marker_id
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
-        return mask_marker(scores, self.marker_id)
 
 
 class Encoder:
@@ -106,12 +96,12 @@ class Encoder:
         model = unwrapped(self.roles.model_of("encoder"))
         self._check_room(context_length(model), length)
         entering = rescale(self.config.check_vectors(vectors), self.config.injection.norm)
-        entering, device = entering.repeat_interleave(samples, dim=0), device_of(model)
+        device = device_of(model)
 
         seed = whole_seeds(seed)
         own = _draws(seed, samples, length) if isinstance(seed, list) else None
-        if own is not None and len(own) != len(entering):
-            got = f"{len(own) // samples} seeds for {len(entering) // samples} activations"
+        if own is not None and len(own) != len(entering) * samples:
+            got = f"{len(own) // samples} seeds for {len(entering)} activations"
             raise ArgumentError(got, "one seed, or one for each activation", "give as many")
 
         def injected(rows: Tensor, padding: Tensor) -> contextlib.AbstractContextManager[None]:
@@ -119,6 +109,8 @@ class Encoder:
             return inject(model, entering[rows].to(device), columns.to(device), self.config.injection.layer)
 
         size = rows_at_a_time(model, self.prompt_ids.shape[1] + length, batch_size)
+        together = max(part for part in range(1, min(samples, size) + 1) if samples % part == 0)
+        entering, n = entering.repeat_interleave(samples // together, dim=0), max(1, size // together)
         with self.roles.play("encoder"):
             written = generate(
                 model,
@@ -129,9 +121,11 @@ class Encoder:
                 temperature=None if greedy else temperature,
                 generator=None if isinstance(seed, list) else seeded(seed, device),
                 draws=own,
-                processors=[MarkerMask(self.config.injection.marker_id)],
+                forbidden=[self.config.injection.marker_id],
                 intervene=injected,
-                batches=[range(len(entering))[i : i + size] for i in range(0, len(entering), size)],
+                batches=[range(len(entering))[i : i + n] for i in range(0, len(entering), n)],
+                copies=together,
+                common=self.marker_position,
             )
         texts = written.texts(self.tokenizer)
         parsed = [parse(text, self.config) for text in texts]

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from nla.pair.encoder import MarkerMask
+from nla.models import generate as writing
+from nla.models.generate import sampled
+from nla.pair.encoder import mask_marker
 from nla.train.fit import loop
 from nla.train.fit.joint import JointSettings, build_trainer, marker_forbidden, train_joint
 from nla.train.fit.settings import FitSettings
@@ -46,14 +48,13 @@ def test_log_probs_of_training_are_those_of_sampling_with_the_marker_forbidden(
     pair = make_pair(architecture, scale=0.3)
     marker, scores = pair.config.injection.marker_id, []
     with trainer_of(pair, tmp_path) as trainer:
-        sample = pair.model.generate
 
-        def recorded(*args, **kwargs):
-            out = sample(*args, return_dict_in_generate=True, output_scores=True, **kwargs)
-            scores.extend(out.scores)
-            return out.sequences
+        def recorded(logits, *args):
+            scores.append(logits)
+            return sampled(logits, *args)
 
-        monkeypatch.setattr(trainer.model, "generate", recorded)
+        monkeypatch.setattr(writing, "sampled", recorded)
+        monkeypatch.setattr(writing, "_FEWER", 0)  # ended rows stay, so that rows are those of the batch
         with marker_forbidden(trainer.model, marker):
             rows = [trainer.train_dataset[i] for i in (0, 0, 1, 1)]
             batch = trainer._generate_and_score_completions(rows)
@@ -64,11 +65,11 @@ def test_log_probs_of_training_are_those_of_sampling_with_the_marker_forbidden(
         with torch.no_grad(), trainer.injecting(batch["vectors"]):
             logits = trainer.model(ids).logits[:, -width - 1 : -1]
     mask, answers = batch["completion_mask"].bool(), batch["completion_ids"]
-    sampled = torch.stack(scores, dim=1).log_softmax(-1)
-    masked = MarkerMask(marker)(ids, logits).log_softmax(-1)
+    of_sampling = torch.stack(scores, dim=1).log_softmax(-1)
+    masked = mask_marker(logits, marker).log_softmax(-1)
     assert logits.softmax(-1)[..., marker].max() > 1e-3, "nothing to forbid: this test is void"
-    assert sampled[..., marker][mask].exp().max() < 1e-9
-    for other in (sampled, masked):
+    assert of_sampling[..., marker][mask].exp().max() < 1e-9
+    for other in (of_sampling, masked):
         assert (other.gather(-1, answers[..., None])[..., 0] - trained)[mask].abs().max() < 1e-4
     assert (batch["ref_per_token_logps"] - trained)[mask].abs().max() < 1e-4
 

@@ -17,8 +17,11 @@ from trl import GRPOConfig, GRPOTrainer
 
 from nla.errors import ArgumentError, ShapeError
 from nla.metrics import rescale
-from nla.models.generate import plainly
+from nla.models.generate import generate
 from nla.models.hooks import inject
+from nla.models.merged import MergedCopy, can_merge
+from nla.models.points import attends_plainly
+from nla.pair.roles import ENCODER_ADAPTER
 from nla.train.fit import processes
 from nla.train.fit.checkpoints import (
     AtomicCheckpoints,
@@ -28,7 +31,8 @@ from nla.train.fit.checkpoints import (
     keep_float32,
     snapshot,
 )
-from nla.train.fit.loop import PLAIN, checkpointed, fit, on_cpu, own_forward
+from nla.train.fit.log_probs import LogProbs, SharedPrompt, rollout_log_probs
+from nla.train.fit.loop import PLAIN, OptimizerTime, Phases, checkpointed, fit, in_type_of, on_cpu, own_forward
 from nla.train.fit.metrics_log import MetricsLog
 from nla.train.fit.monitor import EvalSet, Monitor
 from nla.train.fit.reward import DecoderReward
@@ -42,6 +46,8 @@ if TYPE_CHECKING:
 
 __all__ = ["EvalSet", "JointSettings", "JointTrainer", "train_joint"]
 
+ROLLOUTS_ON_CPU = 256
+"""Rollouts that are sampled together on a CPU: from here on more of them are hardly faster."""
 REFERENCE = "ref"
 """The adapter that TRL copies the encoder to, for the KL."""
 
@@ -112,11 +118,23 @@ class JointTrainer(AtomicCheckpoints, GRPOTrainer):
         self.vectors, self.norm, self.at_device = vectors, nla.config.injection.norm, nla.device
         self.reward = reward
         self.rows_in_use: Tensor = torch.empty(0, nla.config.d_model)
-        self.base = nla.base_of("encoder")
+        self.phases, self.n_rollouts = Phases(nla.device), 0
+        self.base, self.pad_id = nla.base_of("encoder"), nla.pad_id
         super().__init__(model=nla.model, reward_funcs=[reward], processing_class=nla.tokenizer, **kwargs)  # pyright: ignore
         keep_float32(self.trained)
         self.eos_token_ids = nla.encoder.end_ids  # the pair's; TRL takes the model's
-        self.generation_config.eos_token_id = self.eos_token_ids
+        self.merged = MergedCopy(nla.model, ENCODER_ADAPTER) if can_merge(nla.model, ENCODER_ADAPTER) else None
+        # Blocks that are computed again in the backward pass take no keys from outside.
+        self.shares_prompt = attends_plainly(self.base) and not self.args.gradient_checkpointing
+        whole_forward: Any = self.base.forward
+
+        def forward(*args: Any, prompt: SharedPrompt | None = None, owners: Any = None, **kwargs: Any) -> Any:
+            if prompt is None:
+                return whole_forward(*args, **kwargs)
+            answers, mask = kwargs["input_ids"], kwargs["attention_mask"].bool()
+            return rollout_log_probs(self.base, prompt, owners, answers, mask, self.temperature)
+
+        self.base.forward = forward  # inside all wrappers: those of several processes see one pass
 
     def injected(self, rows: Sequence[int]) -> Float[Tensor, "b d"]:
         """The vectors of ``rows`` at the injection norm, where the model is."""
@@ -131,23 +149,68 @@ class JointTrainer(AtomicCheckpoints, GRPOTrainer):
         finally:
             self.rows_in_use = before
 
-    def injecting(self, vectors: Float[Tensor, "b d"]) -> contextlib.AbstractContextManager[None]:
-        """Inject ``vectors`` (b, d) at the prompt's marker."""
-        positions = torch.full((len(vectors),), self.marker_position, device=vectors.device)
-        model: Any = self.model
-        return inject(model, vectors, positions, self.layer)
+    def injecting(
+        self, vectors: Float[Tensor, "b d"], padding: Int[Tensor, " b"] | int = 0, model: Any = None
+    ) -> contextlib.AbstractContextManager[None]:
+        """Inject ``vectors`` (b, d) at the prompt's marker, in the policy or a copy of it."""
+        positions = torch.full((len(vectors),), self.marker_position) + padding
+        policy: Any = self.model if model is None else model
+        return inject(policy, vectors, positions.to(vectors.device), self.layer)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         policy: Any = self.model
-        with marker_forbidden(policy, self.marker_id):
+        with marker_forbidden(policy, self.marker_id), self.phases.timed("backward"):
             return super().training_step(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if seconds := self.phases.take():  # of a step's end; the run's own summary has none
+            whole = sum(seconds.values())
+            logs["rollouts_per_s"] = self.n_rollouts * processes.count() / whole
+            logs |= {f"phase/{name}": spent / whole for name, spent in seconds.items()}
+            self.n_rollouts = 0
+        super().log(logs, start_time)
+
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
+        with self.phases.timed("decoder"):
+            return super()._calculate_rewards(*args, **kwargs)
 
     def _tokenize_prompts(self, prompts: list) -> tuple[list[list[int]], None, dict]:
         return [self.prompt] * len(prompts), None, {}
 
-    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
-        with self.injecting(self.rows_in_use), plainly(self.base):
-            return super()._generate_single_turn(*args, **kwargs)
+    def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> tuple[list, None]:
+        with self.phases.timed("sampling"):
+            return self._rollouts(len(prompt_ids)), None
+
+    def _rollouts(self, n: int) -> list[list[int]]:
+        """Token ids of ``n`` answers to the activations in use, with their end tokens."""
+        size: Any = self.num_generations
+        most: Any = self.max_completion_length
+        vectors = self.rows_in_use[::size]
+        if not torch.equal(vectors.repeat_interleave(size, dim=0), self.rows_in_use):
+            raise AssertionError("rollouts of one activation stand side by side")
+        model: Any = self.model
+        if self.merged is not None:
+            self.merged.refresh()
+            model = self.merged.model
+        at_once = max(1, (min(n, ROLLOUTS_ON_CPU) if self.at_device.type == "cpu" else n) // size)
+        written = generate(
+            model,
+            [self.prompt] * len(vectors),
+            ends=self.eos_token_ids,
+            pad=self.pad_id,
+            max_new_tokens=most,
+            temperature=self.temperature,
+            draws=torch.rand(n, most, dtype=torch.float64),  # of the global source, which a checkpoint keeps
+            forbidden=[self.marker_id],
+            intervene=lambda rows, padding: self.injecting(vectors[rows], padding, model),
+            batches=list(range(len(vectors))[i : i + at_once] for i in range(0, len(vectors), at_once)),
+            copies=size,
+            common=self.marker_position,
+        )
+        self.n_rollouts += n
+        return [
+            row[:length] for row, length in zip(written.ids.tolist(), written.mask.sum(dim=1).tolist(), strict=True)
+        ]
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         vectors = self.injected([row["row"] for row in inputs])
@@ -164,15 +227,26 @@ class JointTrainer(AtomicCheckpoints, GRPOTrainer):
         compute_entropy: bool = False,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None, None]:
-        logps, entropies = [], []
+        parts = []
         for part in torch.arange(len(input_ids)).split(batch_size or len(input_ids)):
-            with self.injecting(self.rows_in_use[part]):
-                part_logps, part_entropies, _ = super()._get_per_token_logps_and_entropies(
-                    model, input_ids[part], attention_mask[part], logits_to_keep, compute_entropy=compute_entropy
-                )
-            logps.append(part_logps)
-            entropies.append(part_entropies)
-        return torch.cat(logps), torch.cat(entropies) if compute_entropy else None, None
+            args, rows = (model, input_ids[part], attention_mask[part], logits_to_keep), self.rows_in_use[part]
+            with in_type_of(self.base), self.phases.timed("log_probs" if torch.is_grad_enabled() else "reference"):
+                if self.shares_prompt:
+                    parts.append(self._with_shared_prompt(*args, rows))
+                else:
+                    with self.injecting(rows):
+                        whole = super()._get_per_token_logps_and_entropies(*args, compute_entropy=True)
+                    parts.append(LogProbs(*whole[:2]))
+        logps, entropies = (torch.cat(column) for column in zip(*parts, strict=True))
+        return logps, entropies if compute_entropy else None, None
+
+    def _with_shared_prompt(
+        self, model: Any, input_ids: Tensor, attention_mask: Tensor, width: int, rows: Float[Tensor, "b d"]
+    ) -> LogProbs:
+        vectors, owners = torch.unique(rows, dim=0, return_inverse=True)
+        prompt = SharedPrompt(input_ids[0, :-width], self.marker_position, vectors, self.layer)
+        answers, mask = input_ids[:, -width:], attention_mask[:, -width:]
+        return model(input_ids=answers, attention_mask=mask, prompt=prompt, owners=owners)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         with self.using(inputs["vectors"]):
@@ -299,13 +373,20 @@ def train_joint(
         try:
             trainer = build_trainer(nla, vectors, strata, warm_texts, folder, settings)
             log = MetricsLog(folder / "metrics.jsonl")
-            watch = []
+            watch: list[Any] = [OptimizerTime(trainer.phases)]
             if held_out is not None:
                 warm_decoder = snapshot(decoder_parameters(nla))
                 at_once = settings.rows // processes.count()  # what a rollout holds at once: it fits the memory
-                watch = [Monitor(nla, held_out, warm_decoder, log, settings.eval_every, settings.seed, at_once)]
+                watch.append(Monitor(nla, held_out, warm_decoder, log, settings.eval_every, settings.seed, at_once))
             claim_run(folder, nla, identity, vectors, trained, [*(text or "" for text in warm_texts), *strata])
-            return fit(trainer, folder, settings.steps, "joint training", ("reward", "kl", "length"), tuple(watch))
+            return fit(
+                trainer,
+                folder,
+                settings.steps,
+                "joint training",
+                ("reward", "kl", "length", "rollouts_per_s"),
+                tuple(watch),
+            )
         finally:
             if REFERENCE in nla.model.peft_config:
                 nla.model.delete_adapter(REFERENCE)

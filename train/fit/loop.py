@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,55 @@ PLAIN: dict[str, Any] = dict(
 def on_cpu(nla: NLA) -> bool:
     """Whether the pair lives on the CPU, where its trainer must then stay."""
     return next(nla.model.parameters()).device.type == "cpu"
+
+
+def in_type_of(base: Any) -> contextlib.AbstractContextManager[Any]:
+    """While active, adapters multiply in the type of the base's weights, as the base does; their weights, gradients and
+    all losses stay float32. Of a base in float32, nothing changes."""
+    half = base.dtype in (torch.bfloat16, torch.float16)
+    return torch.autocast(base.device.type, dtype=base.dtype) if half else contextlib.nullcontext()
+
+
+class Phases:
+    """Where the time of a step goes: seconds by phase since they were last taken."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.seconds = device, dict[str, float]()
+
+    def now(self) -> float:
+        """Seconds of a clock, once all that was asked of a GPU is done."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    @contextlib.contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Count the block's time, but for what is counted within it, towards a phase."""
+        inner, started = sum(self.seconds.values()), self.now()
+        try:
+            yield
+        finally:
+            counted = sum(self.seconds.values()) - inner
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + self.now() - started - counted
+
+    def take(self) -> dict[str, float]:
+        """The seconds, which begin again from zero."""
+        seconds, self.seconds = self.seconds, {}
+        return seconds
+
+
+class OptimizerTime(TrainerCallback):
+    """Counts what a trainer's optimizer takes, the clipping before it not included."""
+
+    def __init__(self, phases: Phases) -> None:
+        self.phases, self.started = phases, 0.0
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.started = self.phases.now()
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        seconds = self.phases.seconds
+        seconds["optimizer"] = seconds.get("optimizer", 0.0) + self.phases.now() - self.started
 
 
 @contextlib.contextmanager

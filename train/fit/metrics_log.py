@@ -33,6 +33,8 @@ PANELS = (
     ("shares (clipped: 0 by construction)", "share"),
     ("decoder loss", "decoder_loss"),
     ("truth", "truth"),
+    ("share of a step's time", "phase"),
+    ("rollouts a second", "rollouts_per_s"),
 )
 """A panel's title and the first part of the names it shows: ``fve/newline`` belongs to ``fve``."""
 

@@ -62,7 +62,8 @@ def evaluate(
     explanation counts as a vector at right angles.
     """
     mine = processes.share_of(held_out.vectors)
-    answers = processes.gathered(nla.encoder.generate(mine, samples=1, seed=seed, batch_size=batch_size).texts)
+    seeds = processes.share_of([seed * 1_000_003 + number for number in range(len(held_out.vectors))])
+    answers = processes.gathered(nla.encoder.generate(mine, samples=1, seed=seeds, batch_size=batch_size).texts)
     texts = explanations(nla, answers)
     joint = errors_of(nla, held_out.vectors, texts)
     with swapped(decoder_parameters(nla), warm_decoder):

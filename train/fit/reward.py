@@ -17,6 +17,7 @@ from nla.pair.fidelity import ORTHOGONAL, rows_by_stratum
 from nla.text.tokens import plain_ids
 from nla.train.fit import processes
 from nla.train.fit.checkpoints import decoder_parameters
+from nla.train.fit.loop import in_type_of
 from nla.train.fit.settings import JointSettings
 from nla.train.fit.vectors import Vectors, draw_by_weight
 from nla.train.pair_config import template_marks
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 LEAST_ERROR = 1e-4
 """Errors below this count as this, so that the logarithm has a floor."""
+TOKENS_TOGETHER = 4096
+"""Decoder prompts of like length that one pass takes, in tokens: little of it is padding."""
 MAX_GRAD_NORM = 1.0
 """The decoder's gradients are clipped to this norm."""
 
@@ -161,8 +164,8 @@ class DecoderReward:
         """Errors of the live decoder on ``texts`` of activations ``rows``; NaN where it gives no vector."""
         if not texts:
             return torch.empty(0)
-        ids, mask = self.nla.encode_explanations(texts)
-        predicted = self.nla.decode_ids(ids, mask)
+        with in_type_of(self.nla.base):
+            predicted = self.nla.decoder.predict(texts, max_tokens_per_batch=TOKENS_TOGETHER)
         if not torch.isfinite(predicted).all():
             return torch.full((len(texts),), math.nan)
         return mse(self.vectors[rows].float().to(predicted.device), predicted)

@@ -26,7 +26,7 @@ from nla.train.fit.checkpoints import (
     head_parameters,
     keep_float32,
 )
-from nla.train.fit.loop import PLAIN, checkpointed, fit, on_cpu, own_forward
+from nla.train.fit.loop import PLAIN, checkpointed, fit, in_type_of, on_cpu, own_forward
 from nla.train.fit.settings import FitSettings
 from nla.train.fit.vectors import Joined, Vectors, check_directions
 
@@ -131,7 +131,7 @@ class EncoderTrainer(AtomicCheckpoints, SFTTrainer):
 
     def __init__(self, nla: NLA, **kwargs: Any) -> None:
         self.trained, self.marker_position = encoder_parameters(nla), nla.marker_position
-        self.pair_model, self.layer = nla.model, nla.config.injection.layer
+        self.pair_model, self.base, self.layer = nla.model, nla.base, nla.config.injection.layer
         super().__init__(model=nla.model, processing_class=nla.tokenizer, **kwargs)  # pyright: ignore
         keep_float32(self.trained)
 
@@ -139,7 +139,8 @@ class EncoderTrainer(AtomicCheckpoints, SFTTrainer):
         inputs = dict(inputs)
         vectors = inputs.pop("vectors")
         positions = torch.full((len(vectors),), self.marker_position, device=vectors.device)
-        with inject(self.pair_model, vectors, positions, self.layer):  # ``model`` may be wrapped, for several processes
+        # ``model`` may be wrapped, for several processes
+        with inject(self.pair_model, vectors, positions, self.layer), in_type_of(self.base):
             return super().compute_loss(model, inputs, *args, **kwargs)
 
 
@@ -154,7 +155,9 @@ class DecoderModule(nn.Module):
         self, input_ids: Int[Tensor, "b t"], attention_mask: Int[Tensor, "b t"], vectors: Float[Tensor, "b d"]
     ) -> dict[str, Tensor]:
         """``loss``: mean squared error of the directions, 2(1 − cosine)."""
-        return {"loss": mse(vectors, self._decode(input_ids, attention_mask)).mean()}
+        with in_type_of(self.model):
+            predicted = self._decode(input_ids, attention_mask)
+        return {"loss": mse(vectors, predicted).mean()}
 
 
 class DecoderCollator:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM, StoppingCriteria
 
-from nla.models.generate import CPU_BYTES, CPU_SHARE, generate, rows_at_a_time
-from tests.helpers.tiny import make_model
+from nla.errors import NonFiniteError
+from nla.models.generate import CPU_BYTES, CPU_SHARE, generate, rows_at_a_time, sampled
+from nla.models.hooks import inject
+from nla.models.points import attends_plainly
+from tests.helpers.tiny import D_MODEL, make_model
 
 PROMPTS = [[14, 15, 16], [17, 18], [20, 21, 22, 23], [14, 18]]
 SETTINGS = {"ends": [], "pad": 0, "max_new_tokens": 12}
@@ -58,3 +62,69 @@ def test_on_a_cpu_a_large_model_writes_more_rows_together_than_a_small_one() -> 
     large.get_input_embeddings().weight = torch.nn.Parameter(torch.empty(1))  # whose device is a CPU
     rows, weights = rows_at_a_time(large, 190, 512), sum(parameter.nbytes for parameter in large.parameters())
     assert 100 < rows < 512 and rows * 190 * 28 * 2 * 512 * 4 < CPU_SHARE * weights
+
+
+MARKED, AT, COPIES, N_TOKENS = [14, 15, 16, 5, 17, 18], 3, 4, 12
+
+
+def answers_to_vectors(model, common, layer=None, prompt=MARKED, ends=(20, 25, 30), **changes):
+    """Answers to three vectors at the marker of one prompt, some of which end early."""
+    vectors = 4 * torch.nn.functional.normalize(torch.randn(3, D_MODEL, generator=torch.Generator().manual_seed(3)))
+    draws = torch.rand(3 * COPIES, N_TOKENS, generator=torch.Generator().manual_seed(4))
+
+    def injected(rows, padding):
+        return inject(model, vectors[rows], padding + AT, layer)
+
+    settings = dict(ends=list(ends), pad=0, max_new_tokens=N_TOKENS, temperature=1.0, draws=draws, copies=COPIES)
+    settings |= dict(intervene=injected, batches=[[1, 2], [0]], common=common) | changes
+    return generate(model, [prompt] * 3, **settings)
+
+
+@pytest.mark.parametrize("layer", [None, 1])
+def test_a_prompt_read_once_has_the_answers_that_transformers_writes(any_model, layer) -> None:
+    whole, once = (answers_to_vectors(any_model, common, layer) for common in (None, AT))
+    assert whole.ended.any() and len(set(map(tuple, whole.rows()))) > 3, "without varied endings this test is void"
+    assert once.rows() == whole.rows() and torch.equal(once.ended, whole.ended)
+    greedy = [answers_to_vectors(any_model, common, layer, temperature=None).rows() for common in (None, AT)]
+    assert greedy[0] == greedy[1]
+
+
+def test_a_marker_that_ends_the_prompt_is_still_injected_when_the_prompt_is_read_once() -> None:
+    model = make_model()
+    whole, once = (answers_to_vectors(model, common, prompt=MARKED[: AT + 1]) for common in (None, AT))
+    assert once.rows() == whole.rows()
+
+
+def test_one_random_source_gives_the_answers_that_it_gives_with_transformers() -> None:
+    model = make_model()
+    whole, once = (
+        answers_to_vectors(model, common, draws=None, generator=torch.Generator().manual_seed(7)).rows()
+        for common in (None, AT)
+    )
+    assert once == whole
+
+
+def test_tokens_of_a_shared_prompt_are_computed_once_and_those_after_an_end_not_at_all(monkeypatch) -> None:
+    model, computed = make_model(), []
+    assert attends_plainly(model)
+    handle = model.model.layers[0].register_forward_hook(lambda module, args, out: computed.append(args[0].shape[:2]))
+    written = answers_to_vectors(model, AT)
+    handle.remove()
+    first = [n * t for n, t in computed[:2]]
+    assert first == [AT, 2 * (len(MARKED) - AT)], "the part before the marker once, the rest once for each vector"
+    n_answers = sum(n for n, t in computed if t == 1)
+    written_tokens = int(written.mask.sum())
+    assert written_tokens - len(written.ids) <= n_answers < 1.3 * written_tokens
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_token_is_where_its_draw_lies_among_the_probabilities() -> None:
+    logits = 3 * torch.randn(40, 1000, generator=torch.Generator().manual_seed(0))
+    drawn = torch.rand(40, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    heights = logits.softmax(-1).double().cumsum(-1)
+    expected = torch.searchsorted(heights, drawn[:, None] * heights[:, -1:], right=True)[:, 0]
+    assert torch.equal(sampled(logits, None, drawn), expected)
+    least, most = torch.zeros(40), torch.ones(40, dtype=torch.float64)
+    assert (sampled(logits, None, least) == 0).all() and (sampled(logits, None, most) < 1000).all()
+    with pytest.raises(NonFiniteError):
+        sampled(logits.index_fill(1, torch.tensor([3]), torch.nan), None, drawn)

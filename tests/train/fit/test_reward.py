@@ -65,8 +65,8 @@ def test_gradients_that_are_not_finite_are_left_out(vectors, monkeypatch):
     pair = make_writer()
     reward = DecoderReward(pair, vectors, STRATA, TEXTS, draw_weights(STRATA, {}), SETTINGS)
     before = snapshot(decoder_parameters(pair))
-    decode = pair.decode_ids
-    monkeypatch.setattr(pair, "decode_ids", lambda ids, mask: decode(ids, mask) * torch.nan)
+    decode = pair.decoder.decode_ids
+    monkeypatch.setattr(pair.decoder, "decode_ids", lambda ids, mask: decode(ids, mask) * torch.nan)
     with pair.role("decoder"):
         errors, _, norm = reward.update(torch.tensor([0, 1]), TEXTS[:2], 2)
     assert errors.tolist() == [2.0, 2.0] and norm != norm
