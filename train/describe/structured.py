@@ -103,7 +103,7 @@ def _said(
         common, n_common = Counter(v for v in values["train"] if v is not None).most_common(1)[0]
         n_known = sum(v is not None for v in values["train"])
         usual = common if n_common >= USUAL * n_known else None  # what most texts are is not said
-        right = _found(vectors, values, known["train"].group)
+        right = found_by_probe(vectors, values, known["train"].group)
         held = _strata_that_hold(values["train"], right["train"], known["train"].stratum)
         for split, rows in known.items():
             for row, (value, hit, stratum) in enumerate(zip(values[split], right[split], rows.stratum, strict=True)):
@@ -118,10 +118,15 @@ def _said(
     return said, figures
 
 
-def _found(
+def found_by_probe(
     vectors: Mapping[str, Float[Tensor, "n d"]], values: Mapping[str, list[str | None]], groups: Sequence[str]
 ) -> dict[str, list[bool]]:
-    """Whether a ridge classifier that did not see the row's document names its value; False where none is known."""
+    """Whether a ridge classifier that did not see the row's document names its value; False where none is known.
+
+    Args:
+        vectors: of each split; "train" is judged in folds, the others by what was fitted on all of it.
+        groups: of the rows of "train": rows of one group share a fold.
+    """
     classes = {value: n for n, value in enumerate(sorted({v for v in values["train"] if v is not None}))}
     folds = {group: n % N_FOLDS for n, group in enumerate(sorted(set(groups), key=_scrambled))}
     fold = torch.tensor([folds[group] for group in groups])
