@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 from nla.errors import TargetError
 from nla.models.points import Point
 from nla.organisms import target_folder
-from nla.train.data.requests import draw_requests, load_prompts
+from nla.text.prompts import load_prompts
+from nla.train.data.requests import draw_requests
 from nla.train.describe.describer import CHARS_PER_TOKEN
 from nla.train.recipe import N_WATCHED, Recipe, ShapeSettings
 

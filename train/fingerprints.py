@@ -11,8 +11,8 @@ from typing import Any
 from nla.errors import RecipeError
 from nla.organisms import hash_target, is_target, local_folder
 from nla.storage import hashes
+from nla.text.prompts import load_prompts
 from nla.train.data.corpus import describe_files, local_files, mixed_files
-from nla.train.data.requests import load_prompts
 from nla.train.recipe import Recipe
 from nla.train.schema import STAGES, deciding
 

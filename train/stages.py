@@ -22,11 +22,12 @@ from nla.pair.encoder import parse, strip_tags
 from nla.storage.files import read_json
 from nla.store.manifest import MANIFEST_FILE as STORE_MANIFEST
 from nla.store.reader import Store, open_splits
+from nla.text.prompts import load_prompts
 from nla.text.tokens import load_tokenizer, render_prompt
 from nla.train.data import world
 from nla.train.data.corpus import written_by_target
 from nla.train.data.extract import ExtractionSettings, extract_corpus
-from nla.train.data.requests import draw_requests, load_prompts
+from nla.train.data.requests import draw_requests
 from nla.train.data.sample import count_documents, sample_corpus
 from nla.train.describe.describer import AT_HOME
 from nla.train.describe.prompt import allowed, pair_marks, quote

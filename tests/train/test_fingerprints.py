@@ -42,7 +42,7 @@ FIRST = {
 WRITTEN = """target revision seed dtype quantization corpus.source corpus.n_documents corpus.eval_fraction
     corpus.n_eval corpus.split_key corpus.documents_per_chunk"""
 """Keys that decide what the stage "sample" writes, in a recipe that has it."""
-ENGLISH = Path(__file__).parents[2] / "train" / "data" / "prompts" / "english.yaml"
+ENGLISH = Path(__file__).parents[2] / "nla" / "text" / "prompt_files" / "english.yaml"
 OTHER = {
     "target": "some/other",
     "seed": 7,

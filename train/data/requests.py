@@ -1,139 +1,18 @@
-"""A file of prompts and a seed in, requests with known attributes out: what a target is asked for its own corpus."""
+"""Prompts and a seed in, requests with known attributes out: what a target is asked for its own corpus."""
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Mapping
-from functools import cached_property
 from itertools import accumulate
-from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-
-from nla.errors import ParseError, RecipeError
-from nla.storage.files import read_yaml
-from nla.storage.schema import first_problem, shown
 from nla.store.shards import is_held_out
-from nla.text.facts import BOOKKEEPING
+from nla.text.prompts import READINGS, Prompts, Wordings
 
-PROMPTS = Path(__file__).parent / "prompts"
-DEFAULT = "english"
-READINGS = 2
-"""Instructions that a neutral answer is read under, beside none."""
 OWN, NEUTRAL = "own", "neutral"
 _ORDINARY = 0.5
 """Share of the requests for evaluation that have no held-out value; of the others each part has one in half of them."""
-_TAKEN = ("topic", "form", "instruction", *BOOKKEEPING)
-Share = Annotated[float, Field(ge=0, le=1)]
-Texts = Annotated[
-    tuple[Annotated[str, Field(min_length=1)], ...],
-    BeforeValidator(lambda value: tuple(value) if type(value) is list else value),
-]
-
-
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class Wordings(_Part):
-    """Ways to say one value of an attribute."""
-
-    seen: Texts = ()
-    """For training; without any, the value is held out."""
-    held_out: Texts = ()
-
-    @model_validator(mode="after")
-    def _check(self) -> Wordings:
-        if not self.seen and not self.held_out:
-            raise ValueError("a wording, under seen or held_out")
-        return self
-
-
-class Modifier(_Part):
-    """An attribute that some requests state in a sentence of its own."""
-
-    share: Share
-    """Of the requests."""
-    values: Annotated[dict[str, Wordings], Field(min_length=1)]
-    otherwise: str | None = None
-    """The value of the other requests."""
-
-
-class Instructions(_Part):
-    """Hidden instructions: what stands in the system message."""
-
-    share: Share
-    """Of the documents."""
-    neutral: Share
-    """Of these: the answer was written without the instruction, and is read with it."""
-    otherwise: Annotated[Texts, Field(min_length=1)]
-    """System messages of documents without one."""
-    values: dict[str, Wordings]
-
-    @model_validator(mode="after")
-    def _check(self) -> Instructions:
-        n_seen = sum(bool(wordings.seen) for wordings in self.values.values())
-        if self.share and n_seen < READINGS:
-            raise ValueError(f"{READINGS} instructions or more that are not held out, not {n_seen}")
-        if self.share * (1 + self.neutral / READINGS) > 1:
-            raise ValueError(
-                f"share · (1 + neutral / {READINGS}) ≤ 1: neutral answers are read without instruction, too"
-            )
-        return self
-
-
-class Prompts(_Part):
-    """What a target is asked, with every attribute's values and their wordings."""
-
-    topics: Wordings
-    forms: dict[str, Wordings]
-    """What is asked for, with ``{topic}`` in each wording."""
-    modifiers: dict[str, Modifier] = {}
-    """At most one of them in a request."""
-    instructions: Instructions
-
-    @cached_property
-    def topics_by_name(self) -> dict[str, Wordings]:
-        """Each topic as a value with one wording, its name."""
-        seen = {topic: Wordings(seen=(topic,)) for topic in self.topics.seen}
-        return seen | {topic: Wordings(held_out=(topic,)) for topic in self.topics.held_out}
-
-    @model_validator(mode="after")
-    def _check(self) -> Prompts:
-        if not self.topics.seen or not any(wordings.seen for wordings in self.forms.values()):
-            raise ValueError("topics and forms that are not held out")
-        for wordings in self.forms.values():
-            for text in wordings.seen + wordings.held_out:
-                if text.count("{topic}") != 1:
-                    raise ValueError(f"forms with {{topic}} once in each wording, which {shown(text)} has not")
-        if sum(modifier.share for modifier in self.modifiers.values()) > 1:
-            raise ValueError("modifiers whose shares add up to 1 at most")
-        for name, modifier in self.modifiers.items():
-            if name in _TAKEN or not any(wordings.seen for wordings in modifier.values.values()):
-                raise ValueError(f"a modifier of another name, with a value that is not held out, than {shown(name)}")
-        return self
-
-
-def load_prompts(name: str | None) -> Prompts:
-    """The prompts of a file, or of the shipped ones by name; None: English ones.
-
-    Raises:
-        RecipeError: there is no such file, or it does not say what it must.
-    """
-    name = name or DEFAULT
-    file = Path(name).expanduser() if os.path.isfile(Path(name).expanduser()) else PROMPTS / f"{name}.yaml"
-    if not os.path.isfile(file):
-        known = ", ".join(sorted(path.stem for path in PROMPTS.glob("*.yaml")))
-        raise RecipeError(f"corpus.prompts = {shown(name)}", f"a YAML file, or one of {known}", "correct the name")
-    try:
-        return Prompts.model_validate(read_yaml(file))
-    except ParseError as error:
-        raise RecipeError(error.got, error.expected, error.fix) from error
-    except ValidationError as error:
-        problem = first_problem(error, Prompts)
-    raise RecipeError(f"{file}: {problem.got}", problem.expected, problem.fix)
 
 
 class Reading(NamedTuple):

@@ -23,12 +23,11 @@ from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.logits_process import MinNewTokensLengthLogitsProcessor
 
-from nla.errors import ContextLengthError, ParseError, TemplateError
+from nla.errors import ContextLengthError, ParseError
 from nla.models.generate import ends_of, generate, pad_of
 from nla.models.points import context_length, device_of
 from nla.storage.files import parse_json, write_atomic
-from nla.text.templates import render_template
-from nla.text.tokens import undated
+from nla.text.prompts import ChatPrompts
 from nla.train.data.requests import Request
 from nla.train.schema import Count, Decides, Number, Positive, section
 
@@ -89,7 +88,7 @@ def sample_corpus(
         for number, (first, chunk) in enumerate(chunks)
         if number % processes == process and not chunk_file(folder, number).is_file()
     ]
-    asked = _Asked(tokenizer, _reads_system(tokenizer))
+    asked = ChatPrompts.of(tokenizer)
     total, started = Figures(0, 0, 0.0), time.monotonic()
     with _bar(sum(len(chunk) for *_, chunk in mine), process == 0) as bar:
         for number, first, chunk in mine:
@@ -159,46 +158,6 @@ class Nucleus(LogitsProcessor):
         return scores.masked_fill(scores < lowest, -torch.inf)
 
 
-class _Asked(NamedTuple):
-    """How requests are put to a target."""
-
-    tokenizer: Any
-    reads_system: bool
-    """Otherwise the system text stands at the start of the user's message."""
-
-    def messages(self, system: str, user: str) -> list[dict[str, str]]:
-        if not self.reads_system:
-            return [{"role": "user", "content": f"{system}\n\n{user}"}]
-        return [{"role": "system", "content": system}, {"role": "user", "content": user}]
-
-    def ids(self, request: Request) -> list[int]:
-        """Token ids up to where the answer begins."""
-        text = _rendered(self.tokenizer, self.messages(request.system, request.user))
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-def _rendered(tokenizer: Any, messages: list[dict[str, str]]) -> str:
-    text = render_template(tokenizer, undated(tokenizer), messages, add_generation_prompt=True, enable_thinking=False)
-    if not all(message["content"] in text for message in messages):
-        raise TemplateError("a chat template that edits messages", "one that shows them", "use another target")
-    return text
-
-
-def _reads_system(tokenizer: Any) -> bool:
-    """Whether the chat template takes system messages: some refuse them, some drop them.
-
-    Raises:
-        ConfigError, TemplateError: there is none, or it takes no user's message either.
-    """
-    user = {"role": "user", "content": "Who are you?"}
-    _rendered(tokenizer, [user])
-    try:
-        _rendered(tokenizer, [{"role": "system", "content": "You are a pirate."}, user])
-    except Exception:  # a template is a program: it may raise anything
-        return False
-    return True
-
-
 def _chunks(requests: Sequence[Request], size: int) -> Iterator[tuple[int, list[Request]]]:
     """Requests whose documents make up a chunk, or a few more; and the number of the first of these documents."""
     first, n, chunk = 0, 0, []
@@ -214,14 +173,14 @@ def _chunks(requests: Sequence[Request], size: int) -> Iterator[tuple[int, list[
 
 def _answers(
     model: PreTrainedModel,
-    asked: _Asked,
+    asked: ChatPrompts,
     chunk: Sequence[Request],
     settings: SampleSettings,
     seed: int,
     bar: Any,
 ) -> list[tuple[str, bool, int]]:
     """The answer to each request, whether it ended by itself, and its tokens; in batches of similar length."""
-    prompts = [asked.ids(request) for request in chunk]
+    prompts = [asked.ids(request.system, request.user) for request in chunk]
     context, longest = context_length(model), max(map(len, prompts))
     if longest + settings.max_new_tokens > context:
         raise ContextLengthError(

@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from nla.errors import RecipeError
-from nla.train.data.requests import PROMPTS, Request, draw_requests, load_prompts
+from nla.text.prompts import PROMPTS, load_prompts
+from nla.train.data.requests import Request, draw_requests
 
 N = 6000
 ENGLISH: dict[str, Any] = yaml.safe_load((PROMPTS / "english.yaml").read_text())

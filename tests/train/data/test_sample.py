@@ -23,9 +23,10 @@ from nla.errors import ArgumentError, ContextLengthError, CorpusError, RecipeErr
 from nla.pair.folder import METRICS_FILE
 from nla.storage.files import read_json
 from nla.store.reader import Store
+from nla.text.prompts import load_prompts
 from nla.train.data import sample
 from nla.train.data.corpus import CorpusSettings, open_corpus
-from nla.train.data.requests import draw_requests, load_prompts
+from nla.train.data.requests import draw_requests
 from nla.train.data.sample import Nucleus, SampleSettings, _draws, count_documents, sample_corpus
 from nla.train.recipe import load_recipe
 from nla.train.run import run_recipe
