@@ -29,7 +29,7 @@ from nla.store.shards import Document
 from nla.train.data.corpus import CorpusSettings, open_corpus
 from nla.train.data.documents import Reader
 from nla.train.data.requests import BOOKKEEPING
-from nla.train.describe.structured import found_by_probe
+from nla.train.describe.structured import Probes
 from nla.transcripts.positions import ANSWER_START
 
 N_COMMON, N_TERMS, N_TOP = 100, 1500, 4
@@ -126,7 +126,7 @@ def _common(tokens: Sequence[int]) -> list[str | None]:
 
 
 def _right(vectors: Tensor, values: list[str | None], groups: list[str]) -> np.ndarray:
-    return np.array(found_by_probe({"train": vectors}, {"train": values}, groups)["train"])
+    return np.array(Probes({"train": vectors.float()}, groups).right({"train": values})["train"])
 
 
 def _by_kind(right: np.ndarray, kinds: np.ndarray) -> str:

@@ -5,6 +5,7 @@ The describer ``structured`` states it, and `nla eval claims` holds explanations
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -20,11 +21,13 @@ from nla.models.read import Activations, vectors_at
 from nla.store.reader import Store
 from nla.text.facts import BOOKKEEPING, last_word, token_name
 from nla.text.tokens import Span
+from nla.transcripts.messages import ROLES
 from nla.transcripts.positions import ANSWER_START, BEFORE_ANSWER
 
 N_NEXT = 4
 """Tokens that are named as likely next."""
 _MAX_TOKENS, _ROWS_AT_ONCE = 4096, 256
+_ROLE = re.compile(rf"\s*(?:{'|'.join((*ROLES, 'model'))})(?:\n|$)")
 
 
 class TokenFacts(NamedTuple):
@@ -125,7 +128,7 @@ class TokenNames:
     def name(self, token: int, inside: bool) -> str:
         """The name of a token; ``inside``: a letter or digit stands before it."""
         if token in self.ends:
-            return "the end of the answer"
+            return "the end of the message"
         if token in self.special.values():
             return "a mark of the chat"
         if token not in self._texts:
@@ -147,9 +150,15 @@ class TokenNames:
         return self.tokenizer.encode("a", add_special_tokens=False)[-1]
 
     def after_marks(self, text: str) -> str:
-        """What of a text stands after the last token that is a mark of a chat."""
+        """What of a text stands after the last mark of a chat, and after the role's name that follows it."""
         end = max((at + len(mark) for mark in self.special if (at := text.rfind(mark)) >= 0), default=0)
-        return text[end:]
+        return text[end:].removeprefix(_header(text[end:])) if end else text
+
+
+def _header(text: str) -> str:
+    """The name of a role in a line of its own that a text begins with; empty if it begins with none."""
+    match = _ROLE.match(text)
+    return match[0] if match else ""
 
 
 def known_attributes(store: Store, rows: Tensor) -> list[dict[str, str]]:

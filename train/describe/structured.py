@@ -15,8 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import one_hot
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from nla.stats import wilson
 from nla.store.facts import TokenFacts, known_attributes, token_facts
 from nla.store.reader import Store
 from nla.text.facts import Facts, state
@@ -27,8 +29,8 @@ N_FOLDS, RIDGE = 5, 0.3
 """Of the probes: each document is judged by one that did not see it; their penalty per row, on standardised vectors."""
 USUAL = 0.8
 """A value that so many of the known texts have is not said."""
-LEAST_SKILL = 0.1
-"""A kind of token holds an attribute if probes of it are this far from the commonest value (0) to all right (1)."""
+CONFIDENCE, LUCK = 0.95, 1 / 3
+"""Of the bound that probes of an attribute must pass at a kind of token; the most that luck may have of their hits."""
 
 
 class Rows(NamedTuple):
@@ -96,15 +98,15 @@ def _said(
     """Of each row of each split the attributes that a probe finds in its vector; and figures by attribute."""
     said = {split: [{} for _ in part.rows] for split, part in splits.items()}
     names = list(dict.fromkeys(name for row in known["train"].attributes for name in row))
-    vectors = {split: part.store.vectors[part.rows].double() for split, part in splits.items()}
+    probes = Probes({split: part.store.vectors[part.rows] for split, part in splits.items()}, known["train"].group)
     figures: dict[str, Any] = {}
     for name in names:
         values = {split: [row.get(name) for row in rows.attributes] for split, rows in known.items()}
         common, n_common = Counter(v for v in values["train"] if v is not None).most_common(1)[0]
         n_known = sum(v is not None for v in values["train"])
         usual = common if n_common >= USUAL * n_known else None  # what most texts are is not said
-        right = found_by_probe(vectors, values, known["train"].group)
-        held = _strata_that_hold(values["train"], right["train"], known["train"].stratum)
+        right = probes.right(values)
+        held = _strata_that_hold(values["train"], right["train"], known["train"])
         for split, rows in known.items():
             for row, (value, hit, stratum) in enumerate(zip(values[split], right[split], rows.stratum, strict=True)):
                 if hit and value is not None and value != usual and stratum in held:
@@ -118,59 +120,77 @@ def _said(
     return said, figures
 
 
-def found_by_probe(
-    vectors: Mapping[str, Float[Tensor, "n d"]], values: Mapping[str, list[str | None]], groups: Sequence[str]
-) -> dict[str, list[bool]]:
-    """Whether a ridge classifier that did not see the row's document names its value; False where none is known.
+class Probes:
+    """Ridge classifiers on standardised vectors: which rows' values does one name that did not see their documents?
 
     Args:
         vectors: of each split; "train" is judged in folds, the others by what was fitted on all of it.
         groups: of the rows of "train": rows of one group share a fold.
     """
-    classes = {value: n for n, value in enumerate(sorted({v for v in values["train"] if v is not None}))}
-    folds = {group: n % N_FOLDS for n, group in enumerate(sorted(set(groups), key=_scrambled))}
-    fold = torch.tensor([folds[group] for group in groups])
-    codes = {split: torch.tensor([classes.get(v, -1) if v else -1 for v in row]) for split, row in values.items()}
-    right = {split: torch.zeros(len(row), dtype=torch.bool) for split, row in codes.items()}
-    x, y = vectors["train"], codes["train"]
-    for number in range(N_FOLDS + 1):
-        used, judged = (y >= 0) & (fold != number), (y >= 0) & (fold == number)
-        if int(used.sum()) < 2 or (number < N_FOLDS and not bool(judged.any())):
-            continue
-        probe = _ridge(x[used], y[used], len(classes))
-        if number < N_FOLDS:
-            right["train"][judged] = probe(x[judged]) == y[judged]
-        else:  # fitted on all training documents
-            for split in set(vectors) - {"train"}:
-                right[split] = (probe(vectors[split]) == codes[split]) & (codes[split] >= 0)
-    return {split: hits.tolist() for split, hits in right.items()}
+
+    def __init__(self, vectors: Mapping[str, Float[Tensor, "n d"]], groups: Sequence[str]) -> None:
+        mean, scale = vectors["train"].mean(0), vectors["train"].std(0).clamp_min(1e-8)
+        self.vectors = {split: (part - mean) / scale for split, part in vectors.items()}
+        folds = {group: n % N_FOLDS for n, group in enumerate(sorted(set(groups), key=_scrambled))}
+        self.fold = torch.tensor([folds[group] for group in groups])
+        self._grams: dict[bytes, list[Tensor]] = {}
+
+    def right(self, values: Mapping[str, list[str | None]]) -> dict[str, list[bool]]:
+        """Whether each row's value is named; False where none is known. ``values`` are those of each split's rows."""
+        classes = {value: n for n, value in enumerate(sorted({v for v in values["train"] if v is not None}))}
+        codes = {s: torch.tensor([-1 if v is None else classes.get(v, -1) for v in part]) for s, part in values.items()}
+        right = {split: torch.zeros(len(part), dtype=torch.bool) for split, part in codes.items()}
+        y = codes["train"]
+        for number in range(N_FOLDS + 1):  # the last is fitted on all training documents
+            judged = {"train": (y >= 0) & (self.fold == number)}
+            if number == N_FOLDS:
+                judged = {split: part >= 0 for split, part in codes.items() if split != "train"}
+            if int(((y >= 0) & (self.fold != number)).sum()) < 2 or not any(
+                bool(rows.any()) for rows in judged.values()
+            ):
+                continue
+            weights, base = self._fit(y, number, len(classes))
+            for split, rows in judged.items():
+                right[split][rows] = (self.vectors[split][rows] @ weights + base).argmax(1) == codes[split][rows]
+        return {split: hits.tolist() for split, hits in right.items()}
+
+    def _fit(self, y: Tensor, left_out: int, n_classes: int) -> tuple[Tensor, Tensor]:
+        """Weights (d, classes) and constants of one ridge regression per class, on the rows of all folds but one."""
+        used = (y >= 0) & (self.fold != left_out)
+        z, targets = self.vectors["train"][used], one_hot(y[used], n_classes).float()
+        base, mean = targets.mean(0), z.mean(0)
+        grams = [gram for number, gram in enumerate(self._folds_of(y >= 0)) if number != left_out]
+        gram = torch.stack(grams).sum(0) - len(z) * torch.outer(mean, mean).double()
+        gram = gram + RIDGE * len(z) * torch.eye(len(mean)).double()
+        weights = torch.linalg.solve(gram, (z.T @ (targets - base)).double()).float()
+        return weights, base - mean @ weights
+
+    def _folds_of(self, known: Tensor) -> list[Tensor]:
+        """Gram matrix of each fold's known rows: computed once for all attributes that the same rows have."""
+        key = known.numpy().tobytes()
+        if key not in self._grams:
+            parts = [self.vectors["train"][known & (self.fold == number)] for number in range(N_FOLDS)]
+            self._grams = {key: [(part.T @ part).double() for part in parts]}  # the last ones, for memory
+        return self._grams[key]
 
 
 def _scrambled(group: str) -> float:
     return random.Random(group).random()
 
 
-def _ridge(x: Float[Tensor, "n d"], y: Tensor, n_classes: int) -> Any:
-    """One ridge regression per class on standardised vectors; what it makes of vectors is the class with the most."""
-    mean, scale = x.mean(0), x.std(0).clamp_min(1e-8)
-    z = (x - mean) / scale
-    targets = torch.nn.functional.one_hot(y, n_classes).double()
-    base = targets.mean(0)
-    penalty = RIDGE * len(z) * torch.eye(z.shape[1], dtype=z.dtype)
-    weights = torch.linalg.solve(z.T @ z + penalty, z.T @ (targets - base))
-    return lambda vectors: ((vectors - mean) / scale @ weights + base).argmax(1)
-
-
-def _strata_that_hold(values: Sequence[str | None], right: Sequence[bool], strata: Sequence[str]) -> set[str]:
-    """The kinds of token in whose vectors probes find the attribute more often than its commonest value is."""
-    rows: dict[str, list[tuple[str, bool]]] = defaultdict(list)
-    for value, hit, stratum in zip(values, right, strata, strict=True):
+def _strata_that_hold(values: Sequence[str | None], right: Sequence[bool], known: _Known) -> set[str]:
+    """The kinds of token in whose vectors probes find the attribute: surely more often than its commonest value is, and
+    so often that most of what they name rightly is not luck. Rows of one document are taken for one."""
+    rows: dict[str, list[tuple[str, bool, str]]] = defaultdict(list)
+    for value, hit, stratum, group in zip(values, right, known.stratum, known.group, strict=True):
         if value is not None:
-            rows[stratum].append((value, hit))
+            rows[stratum].append((value, hit, group))
     held = set()
     for stratum, judged in rows.items():
-        chance = Counter(value for value, _ in judged).most_common(1)[0][1] / len(judged)
-        accuracy = sum(hit for _, hit in judged) / len(judged)
-        if chance < 1 and (accuracy - chance) / (1 - chance) >= LEAST_SKILL:
+        chance = Counter(value for value, _, _ in judged).most_common(1)[0][1] / len(judged)
+        accuracy = sum(hit for _, hit, _ in judged) / len(judged)
+        n = len({group for _, _, group in judged})
+        surely = wilson(round(accuracy * n), n, 1 - (1 - CONFIDENCE) / len(rows)).low
+        if surely > chance and chance * (1 - (accuracy - chance) / (1 - chance)) <= LUCK * accuracy:
             held.add(stratum)
     return held

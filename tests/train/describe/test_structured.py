@@ -6,16 +6,17 @@ from collections import Counter
 
 import pytest
 import torch
+from sklearn.linear_model import Ridge
 from transformers import AutoModelForCausalLM
 
 from nla.errors import StoreError
-from nla.store.facts import N_NEXT
+from nla.store.facts import N_NEXT, TokenNames
 from nla.store.reader import open_splits
 from nla.text.facts import Facts, last_word, state, stated, token_name
 from nla.text.tokens import load_tokenizer
 from nla.train.data.corpus import CorpusSettings
 from nla.train.data.extract import ExtractionSettings, extract_corpus
-from nla.train.describe.structured import SURE, Rows, describe_rows
+from nla.train.describe.structured import N_FOLDS, RIDGE, SURE, Probes, Rows, _Known, _strata_that_hold, describe_rows
 from tests.helpers.tiny import make_model, make_tokenizer
 
 ANIMALS, COLOURS = ("cat", "dog"), ("red", "blue")
@@ -154,3 +155,64 @@ def test_names_of_tokens_hold_nothing_that_ends_a_claim():
     assert token_name("\n") != token_name("\n\n") != token_name(" ")
     assert (token_name("ing", True), token_name("ing"), token_name(" ing", True)) == ("-ing", "ing", "ing")
     assert (last_word("said Mr. O'Neill, and"), last_word("?!")) == ("and", "")
+
+
+def labelled(n: int, width: int, seed: int, signal: float) -> tuple[torch.Tensor, list[str | None], list[str]]:
+    """Vectors in which one of three values shows by ``signal``, with the value unknown at every tenth row."""
+    draw = torch.Generator().manual_seed(seed)
+    codes = torch.randint(3, (n,), generator=draw)
+    vectors = torch.randn(n, width, generator=draw)
+    vectors[torch.arange(n), codes] += signal
+    values = [None if row % 10 == 0 else "abc"[code] for row, code in enumerate(codes.tolist())]
+    return vectors, values, [f"document {row // 4}" for row in range(n)]
+
+
+def test_probes_are_ridge_regressions_that_have_not_seen_the_document():
+    vectors, values, groups = labelled(200, 12, 0, 1.5)
+    probes = Probes({"train": vectors, "eval": vectors[:50]}, groups)
+    right = probes.right({"train": values, "eval": values[:50]})
+    z = ((vectors - vectors.mean(0)) / vectors.std(0)).double().numpy()
+    for fold in range(N_FOLDS):
+        used = [row for row, value in enumerate(values) if value is not None and probes.fold[row] != fold]
+        model = Ridge(alpha=RIDGE * len(used)).fit(
+            z[used], [[v == c for c in "abc"] for v in (values[r] for r in used)]
+        )
+        for row in [row for row in range(200) if probes.fold[row] == fold]:
+            assert right["train"][row] == (values[row] == "abc"[model.predict(z[[row]]).argmax()])
+    folds = {}
+    for group, fold in zip(groups, probes.fold.tolist(), strict=True):
+        assert folds.setdefault(group, fold) == fold
+    assert sum(right["eval"]) > 0.6 * 45 and not right["eval"][0]
+    fewer = probes.right({"train": [None] * 60 + values[60:], "eval": values[:50]})
+    assert not any(fewer["train"][:60]) and fewer["train"] != right["train"], "other rows, other probes"
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_vectors_of_noise_hold_nothing(seed):
+    vectors, values, groups = labelled(600, 20, seed, 0.0)
+    right = Probes({"train": vectors}, groups).right({"train": values})["train"]
+    kinds = [f"kind {row % 4}" for row in range(600)]
+    assert not _strata_that_hold(values, right, _Known([], groups, kinds))
+
+
+def test_a_kind_of_token_holds_what_its_vectors_show():
+    vectors, values, groups = labelled(600, 20, 0, 3.0)
+    vectors[1::2] = torch.randn(300, 20)
+    right = Probes({"train": vectors}, groups).right({"train": values})["train"]
+    assert _strata_that_hold(values, right, _Known([], groups, ["clear", "noise"] * 300)) == {"clear"}
+
+
+def test_the_end_of_any_message_is_called_so_and_a_role_is_no_word_of_it(target):
+    tokenizer = load_tokenizer(str(target))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|start|>"]})
+    names = TokenNames(AutoModelForCausalLM.from_pretrained(target), tokenizer)
+    assert names.name(next(iter(names.ends)), False) == "the end of the message"
+    for text, rest in {
+        "<|start|>user\nthe cat": "the cat",
+        "<|start|>assistant\n": "",
+        "<|start|>assistant": "",
+        "<|start|>user friends\n": "user friends\n",
+        "user\nthe cat": "user\nthe cat",
+        "the cat<|start|>\nthe dog": "\nthe dog",
+    }.items():
+        assert names.after_marks(text) == rest
