@@ -18,7 +18,7 @@ from nla.errors import DescriberError, ParseError, RecipeError, visible
 from nla.models.read import Activations
 from nla.organisms import ground_truth
 from nla.organisms.ground_truth import Document, GroundTruth
-from nla.storage.files import parse_json, read_json, write_atomic
+from nla.storage.files import read_json, read_json_lines, write_atomic
 from nla.store.reader import Store, open_splits
 from nla.train.data.world import MANIFEST, documents, load_stores, load_texts, plain
 from nla.train.fit.monitor import EvalSet
@@ -181,7 +181,7 @@ def load_described(path: Path, n: int) -> DescribedRows:
         ParseError: a line is not such an object.
     """
     try:
-        lines = [parse_json(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = list(read_json_lines(path))
         rows, texts = torch.tensor([int(line["row"]) for line in lines]), [plain(line["text"]) for line in lines]
     except (OSError, ValueError, LookupError, TypeError, ArithmeticError, RuntimeError) as error:
         got = f"{path} ({visible(str(error))[:200]})"

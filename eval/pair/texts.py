@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -148,7 +149,7 @@ def _lines(path: Path) -> Iterator[str]:
     if parts:
         yield from map(_utf8, parts)
     elif suffix == ".txt":
-        yield from _utf8(path).splitlines()
+        yield from re.split(r"\r?\n", _utf8(path))
     else:
         for row in READERS[suffix](path, [_COLUMN]):
             yield str(row[_COLUMN] or "")

@@ -272,6 +272,19 @@ def parse_json(text: str) -> Any:
     return content
 
 
+def read_json_lines(path: str | Path) -> Iterator[Any]:
+    """The values of a file with one JSON text a line, each read as :func:`parse_json` reads.
+
+    A line ends in a line feed alone: the other characters that end one in Unicode, such as U+2028, stand in texts.
+
+    Raises:
+        OSError, ValueError: the file cannot be read, or a line is no such text.
+    """
+    with open(path, "rb") as lines:
+        for line in lines:
+            yield parse_json(line.decode())
+
+
 def _containers(values: Any) -> list[Any]:
     """The mappings and lists among the values of one."""
     return [v for v in (values.values() if isinstance(values, dict) else values) if isinstance(v, (dict, list))]

@@ -26,7 +26,7 @@ from transformers.generation.logits_process import MinNewTokensLengthLogitsProce
 from nla.errors import ContextLengthError, ParseError
 from nla.models.generate import ends_of, generate, pad_of
 from nla.models.points import context_length, device_of
-from nla.storage.files import parse_json, write_atomic
+from nla.storage.files import read_json_lines, write_atomic
 from nla.text.prompts import ChatPrompts
 from nla.train.data.requests import Request
 from nla.train.schema import Count, Decides, Number, Positive, section
@@ -122,8 +122,7 @@ def count_documents(folder: Path) -> dict[str, int]:
     counts = Counter({"documents": 0, "train": 0, "eval": 0, "ended": 0})
     for path in sorted(folder.glob("*.jsonl")):
         try:
-            for line in path.read_text(encoding="utf-8").splitlines():
-                document = parse_json(line)
+            for document in read_json_lines(path):
                 counts.update(["documents", document["split"], *(["ended"] if document["attributes"]["ended"] else [])])
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise ParseError(f"{path}, which is damaged", "a document a line", f"delete {path}") from error

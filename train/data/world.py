@@ -17,7 +17,7 @@ from nla.errors import ParseError, visible
 from nla.metrics import Baseline
 from nla.models.read import Activations, read
 from nla.organisms.ground_truth import Document, GroundTruth
-from nla.storage.files import parse_json, write_atomic, write_json
+from nla.storage.files import read_json_lines, write_atomic, write_json
 from nla.text.tokens import Span
 from nla.train.schema import Count, Number, section
 
@@ -143,7 +143,7 @@ def load_texts(path: Path) -> Texts:
         ParseError: a line is not such an object.
     """
     try:
-        rows = [parse_json(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        rows = list(read_json_lines(path))
         return Texts([plain(row["described"]) for row in rows], [plain(row["truthful"]) for row in rows])
     except (OSError, ValueError, LookupError, TypeError) as error:
         got = f"{path} ({visible(str(error))[:200]})"

@@ -10,7 +10,7 @@ import pytest
 from nla import NLA
 from nla.errors import ArgumentError, ParseError
 from nla.eval.pair.fidelity import FidelitySettings, judge_fidelity
-from nla.eval.pair.texts import load_documents, sample_tokens, world_documents
+from nla.eval.pair.texts import _lines, load_documents, sample_tokens, world_documents
 from nla.eval.pair.transfer import TransferSettings, judge_transfer
 from tests.helpers.adapters import lora_folder
 from tests.helpers.planted import planted_pair
@@ -63,8 +63,11 @@ def test_long_texts_are_cut_and_the_first_are_taken(pair: NLA, tmp_path: Path) -
 def test_a_line_of_a_file_and_a_file_of_a_folder_are_texts(pair: NLA, tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_text("the cat sat.\n\nthe dog sat.\n")
     (tmp_path / "a.txt").write_text("the dog ran.")
+    (tmp_path / "c.txt").write_bytes("the cat\u2028 sat.\r\nthe\x85 dog".encode())
     (tmp_path / "notes.md").write_text("no text")
     assert load_documents(pair, tmp_path / "b.txt", False, 9).texts == ["the cat sat.", "the dog sat."]
+    assert list(_lines(tmp_path / "c.txt")) == ["the cat\u2028 sat.", "the\x85 dog"]
+    (tmp_path / "c.txt").unlink()
     assert load_documents(pair, tmp_path, False, 9).texts == ["the dog ran.", "the cat sat.\n\nthe dog sat.\n"]
 
 

@@ -354,3 +354,18 @@ def test_among_many_keys_one_that_stands_twice_is_named_at_once():
     with pytest.raises(ValueError, match="the key '59999' twice"):
         native.parse_json("{" + ", ".join([*keys, keys[-1]]) + "}")
     assert time.thread_time() - started < 2
+
+
+def test_lines_of_json_end_in_a_line_feed_alone(tmp_path):
+    ends = [
+        chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000 and len(f"a{chr(code)}b".splitlines()) > 1
+    ]
+    assert {"\n", "\r", "\x0b", "\x85", "\u2028", "\u2029"} <= set(ends)
+    rows = [{"text": f"before{end}after"} for end in ends]
+    for line_end in ("\n", "\r\n"):
+        text = line_end.join(json.dumps(row, ensure_ascii=False) for row in rows)
+        (tmp_path / "rows.jsonl").write_bytes((text + line_end).encode())
+        assert list(native.read_json_lines(tmp_path / "rows.jsonl")) == rows
+    (tmp_path / "rows.jsonl").write_text('{"a": 1}\n{"a": 1')
+    with pytest.raises(ValueError, match="delimiter"):
+        list(native.read_json_lines(tmp_path / "rows.jsonl"))

@@ -51,7 +51,7 @@ def loaded(target: Path) -> tuple[Any, Any]:
 
 
 def written(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for path in sorted(folder.glob("*.jsonl")) for line in path.read_text().splitlines()]
+    return [json.loads(line) for path in sorted(folder.glob("*.jsonl")) for line in path.read_bytes().split(b"\n")[:-1]]
 
 
 def small(n: int = 12) -> list[Any]:
@@ -138,6 +138,18 @@ def test_an_answer_has_a_token_also_where_the_target_would_say_nothing(loaded, t
     sample_corpus(model, tokenizer, small(4), SampleSettings(max_new_tokens=5), 0, tmp_path, 100)
     answers = [document["messages"][-1]["content"] for document in written(tmp_path)]
     assert answers == ["a"] * 4 and all(document["attributes"]["ended"] for document in written(tmp_path))
+
+
+@pytest.mark.parametrize("end", ["\u2028", "\u2029", "\x85", "\x0b", "\x1e", "\r", "\n"])
+def test_an_answer_with_any_end_of_a_line_is_counted_and_read_as_it_is(loaded, tmp_path, monkeypatch, end) -> None:
+    monkeypatch.setattr(sample, "_answers", lambda model, asked, chunk, *_: [(f"one{end}two", True, 3) for _ in chunk])
+    sample_corpus(*loaded, small(4), SampleSettings(), 0, tmp_path, 100)
+    assert count_documents(tmp_path)["documents"] == 4 == count_documents(tmp_path)["ended"]
+    settings = CorpusSettings(str(tmp_path))
+    chunks = open_corpus(settings).chunks(settings, lambda chunk: True)
+    read = [entry.parse() for _, chunk in chunks for entry in chunk or ()]
+    answers = [chat.messages[-1].content for chat in read if not isinstance(chat, str)]
+    assert answers == [f"one{end}two"] * 4
 
 
 @pytest.mark.parametrize("way", ["refuses", "drops"])
