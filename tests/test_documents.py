@@ -128,6 +128,7 @@ DOCUMENTS: dict[str, dict[str, Run | RunsIn | NotRun]] = {
     },
     "docs/evaluation.md": {
         "nla eval fidelity couplets --texts": Run(says="(?i)fve"),
+        "nla eval claims": RunsIn("eval claims"),
         "nla eval gates": RunsIn("eval gates"),
         "nla eval rhymes couplets --out": RunsIn("eval rhymes"),
     },

@@ -191,15 +191,29 @@ def material(nla: NLA, settings: FidelitySettings) -> Material:
         acts = sample_tokens(nla, chosen, settings.positions, settings.n_activations, settings.seed).read(nla)
     if len(acts) == 0:
         raise ArgumentError(f"no activations of {source}", "1 or more", "give texts with a position to read")
-    denominators = _own(nla)
+    denominators = own_denominators(nla)
     if denominators is None:
         fit, acts = _parted(acts, source)
         denominators = _fitted(fit)
-    return Material(_with_known_strata(acts, denominators), couplets, source, denominators, remarks)
+    return Material(with_known_strata(acts, denominators), couplets, source, denominators, remarks)
 
 
 def _store_material(nla: NLA, folder: str | Path, settings: FidelitySettings) -> Material:
     """A sample of a store's held-out part."""
+    store = held_out_part(nla, folder)
+    drawn = torch.randperm(len(store), generator=torch.Generator().manual_seed(settings.seed))
+    acts = store.activations(drawn[: settings.n_activations].sort().values)
+    denominators = own_denominators(nla) or Denominators(store.baselines, f"the training activations of {folder}")
+    return Material(with_known_strata(acts, denominators), None, f"the held-out part of {folder}", denominators)
+
+
+def held_out_part(nla: NLA, folder: str | Path) -> Store:
+    """The held-out part of a store of the pair's own target and point.
+
+    Raises:
+        ArgumentError: it is empty.
+        StoreError, ShapeError, TokenizerMismatchError: a store of another target or point.
+    """
     store = Store.open(folder, "eval")
     nla.check_store(store)
     if len(store) == 0:
@@ -208,13 +222,11 @@ def _store_material(nla: NLA, folder: str | Path, settings: FidelitySettings) ->
             "some that the pair was not trained on",
             "read a corpus with eval_fraction above 0, or give --texts FILE",
         )
-    drawn = torch.randperm(len(store), generator=torch.Generator().manual_seed(settings.seed))
-    acts = store.activations(drawn[: settings.n_activations].sort().values)
-    denominators = _own(nla) or Denominators(store.baselines, f"the training activations of {folder}")
-    return Material(_with_known_strata(acts, denominators), None, f"the held-out part of {folder}", denominators)
+    return store
 
 
-def _own(nla: NLA) -> Denominators | None:
+def own_denominators(nla: NLA) -> Denominators | None:
+    """Those of the pair's training activations, if it has them."""
     return Denominators(nla.baselines, "the pair's training activations") if GLOBAL in nla.baselines else None
 
 
@@ -244,7 +256,7 @@ def _fitted(fit: Activations) -> Denominators:
     return Denominators(fit_baselines(fit.vectors, strata), where)
 
 
-def _with_known_strata(acts: Activations, denominators: Denominators) -> Activations:
+def with_known_strata(acts: Activations, denominators: Denominators) -> Activations:
     """The activations with the strata that have denominators; the others are judged among all alone."""
     names = [name if name in denominators.baselines else UNKNOWN_STRATUM for name in acts.strata]
     return acts.replace(strata=names)

@@ -12,7 +12,21 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 import typer
 
 from nla.cli.console import FAILED, OK, UNDECIDED, emit, progress_bar, quiet, say_doubts, show_lines
-from nla.cli.options import Card, Check, Device, Json, Out, add, count, given, group, pair_name, places, text
+from nla.cli.options import (
+    Card,
+    Check,
+    Device,
+    Json,
+    Out,
+    PairArgument,
+    add,
+    count,
+    given,
+    group,
+    pair_name,
+    places,
+    text,
+)
 from nla.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -152,6 +166,41 @@ def fidelity(
     options |= {"positions": positions, "n_activations": activations, "device": places(device)}
     settings = FidelitySettings(**given(**options))
     return Evaluation(judge_fidelity, model, settings)
+
+
+@reported
+def claims(
+    pair: PairArgument,
+    *,
+    store: Annotated[
+        Path, text("--store", "FOLDER", "A store of documents with attributes: its held-out part is judged on.")
+    ],
+    beside: Annotated[
+        str | None, text("--beside", "PAIR", "Another pair of the target, such as the warm start.", pair_name)
+    ] = None,
+    activations: Annotated[int | None, count("--activations", "Over all kinds of token (default 600).")] = None,
+    samples: Samples = None,
+    fit: Annotated[
+        int | None, count("--fit", "Training activations that probe and readers are fitted on (default 4000).")
+    ] = None,
+    device: Device = None,
+) -> Evaluation:
+    r"""Judge whether explanations are true, by kind of claim.
+
+    Are the claims true: what comes next, the token, the word before, and what is known of the document (its form,
+    topic, tone, hidden instruction)? Beside the commonest value, claims of other activations, a reader of the visible
+    text, n-grams, a linear probe of the same vectors and another pair; with what the decoder makes of the same facts in
+    other words, and of each kind of claim. Reads claims in the wordings of the describer `structured`.
+
+    examples:
+      nla eval claims runs/mine/joint/pair --store runs/mine/extract --out runs/report
+      nla eval claims runs/mine/joint/pair --store runs/mine/extract --beside runs/mine/warmstart/pair --check
+    """
+    from nla.eval.pair.claims import ClaimsSettings, judge_claims
+
+    options = {"beside": beside, "n_activations": activations, "n_samples": samples, "n_fit": fit}
+    settings = ClaimsSettings(store=store, **given(**options, device=places(device)))
+    return Evaluation(judge_claims, pair, settings)
 
 
 @reported
@@ -361,4 +410,4 @@ def graph(
     return Evaluation(judge_against_graphs, files, settings)
 
 
-add(app, fidelity, rhymes, gates, two_hop, auditing, plants, transfer, readers, graph)
+add(app, fidelity, claims, rhymes, gates, two_hop, auditing, plants, transfer, readers, graph)

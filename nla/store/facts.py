@@ -34,8 +34,8 @@ class TokenFacts(NamedTuple):
     """What is true at a token."""
 
     following: list[tuple[str, float]]
-    """Names of the tokens that the target gives most probability next, with it, the likeliest first; equal names once.
-    """
+    """Names of the tokens that the target gives most probability next, with it, the likeliest first, equal names once;
+    empty where it was not asked."""
     token: str
     """Its name, see :func:`nla.text.facts.token_name`."""
     before: str
@@ -46,11 +46,14 @@ class TokenFacts(NamedTuple):
     """The text of its message up to and including it: what stands after the last mark of the chat."""
 
 
-def token_facts(acts: Activations, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[TokenFacts]:
+def token_facts(
+    acts: Activations, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, following: bool = True
+) -> list[TokenFacts]:
     """What is true at each activation's token.
 
     Args:
         model: the whole target, which says what comes next.
+        following: whether it is asked, which takes a forward pass of the documents.
 
     Raises:
         StoreError: the tokenizer no longer divides a stored text as it did.
@@ -65,14 +68,14 @@ def token_facts(acts: Activations, model: PreTrainedModel, tokenizer: PreTrained
     ]
     columns = [[acts.spans[row].index for row in rows] for rows in of_document.values()]
     order = [row for rows in of_document.values() for row in rows]
-    likely = dict(zip(order, next_tokens(model, ids, columns), strict=True))
+    likely = dict(zip(order, next_tokens(model, ids, columns), strict=True)) if following else {}
     out = []
     for row, (span, document, stratum) in enumerate(zip(acts.spans, acts.document.tolist(), acts.strata, strict=True)):
         text = acts.texts[document]
         inside = span.start > 0 and text[span.start - 1].isalnum()
         out.append(
             TokenFacts(
-                following=names.shares(likely[row], text[: span.end]),
+                following=names.shares(likely.get(row, ()), text[: span.end]),
                 token=names.name(span.token_id, inside),
                 before=last_word(names.after_marks(text[: span.start])),
                 place={BEFORE_ANSWER: "ahead", ANSWER_START: "opening"}.get(stratum, ""),

@@ -25,6 +25,7 @@ COMMANDS = {
     "audit": "chats.jsonl --budget 1 --samples 1 --pair switchboard/pair --json",
     "probe": "poems.jsonl --text line --label season --max-rows 40 --samples 1 --pair couplets/pair",
     "eval fidelity": "couplets/pair --items 4",
+    "eval claims": "switchboard/pair --store runs/mine/extract --activations 20 --fit 40",
     "eval two-hop": "switchboard/pair --items 4 --warm-start switchboard/pair",
     "eval transfer": "switchboard/pair --target-adapter switchboard/adapters/goal --items 10 --activations 40",
     "eval graph": "runs/trace/*.json --samples 1 --pair couplets/pair",
@@ -59,7 +60,7 @@ def doubtful(workspace: Path) -> Path:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_doubtful_pair_is_said_above_the_output_and_in_the_report(name: str, shell: Shell, doubtful: Path) -> None:
-    if name in ("eval graph", "export kitft"):
+    if name in ("eval claims", "eval graph", "export kitft"):
         prepare(name, shell, doubtful)
     report = "--out report" if name.startswith(("eval", "probe")) else ""
     done = shell.run(f"nla {name} {COMMANDS[name]} {report}", doubtful)

@@ -47,6 +47,12 @@ EXAMPLES: dict[str, Run | RunsIn | NotRun] = {
     "nla steer --file line1.txt": Run(says='"strength": 1.5'),
     "nla info": Run(says="parameters.encoder"),
     "nla info runs/couplets": Run(says='"d_model": '),
+    "nla eval claims runs/mine/joint/pair --store runs/mine/extract --out": Run(
+        says="word before", leaves="runs/report/claims.json", append="--activations 20"
+    ),
+    "nla eval claims runs/mine/joint/pair --store runs/mine/extract --beside": Run(
+        says="true claims per right probe", append="--activations 20", code=1
+    ),
     "nla eval fidelity": Run(says="(?i)newline", append="--items 6"),
     "nla eval fidelity someone": Run(says="(?i)fve", leaves="runs/report/fidelity.json", append="--activations 60"),
     "nla eval fidelity runs/mine": Run(says="(?i)fve", append="--activations 60"),
@@ -112,9 +118,16 @@ STORE = (
     f"nla extract {couplets.PLANNER} lines.txt --point resid_post.3 --out runs/acts "
     "--set kind=lines --set positions=last --set max_tokens=60 --set eval_fraction=0.3"
 )
+CLAIMS_STORE = (
+    'sed \'s/^{/{"attributes": {"form": "sales talk"}, /\' chats.jsonl > labelled.jsonl; '
+    'sed \'s/^{/{"attributes": {"form": "small talk"}, /\' ordinary.jsonl >> labelled.jsonl; '
+    "nla extract my/target labelled.jsonl --point resid_post.3 --out runs/mine/extract --set kind=chat "
+    "--set positions=kinds --set n_positions=6 --set max_tokens=500 --set eval_fraction=0.4"
+)
 PREPARE = {
     "eval graph": "nla trace couplets --out runs/trace --items 8",
     "eval fidelity": f"{STORE}; mkdir -p runs/mine; mv runs/acts runs/mine/extract",
+    "eval claims": CLAIMS_STORE,
     "export kitft": STORE,
     "export parquet": STORE,
     "import kitft": f"{STORE}; nla export kitft couplets --drop-bias --store runs/acts --out kitft; "
@@ -210,6 +223,10 @@ def prepare(name: str, shell: Shell, folder: Path) -> None:
         for stage in ("joint", "warmstart"):
             (folder / "runs/mine").mkdir(exist_ok=True)
             (folder / "runs/mine" / stage).symlink_to(couplets.PAIR.parent)
+    if name == "eval claims":
+        (folder / "runs/mine").mkdir()
+        for stage in ("joint", "warmstart"):
+            (folder / "runs/mine" / stage).symlink_to(switchboard.PAIR.parent)
     if PREPARE.get(name):
         done = shell.run(PREPARE[name], folder)
         assert done.code == 0, done.stderr

@@ -88,6 +88,13 @@ OPTIONS: dict[str, tuple[Run, ...]] = {
             f"--pair couplets --card card --device cpu --check --json {ORACLE}",
         ),
     ),
+    "eval claims": (
+        Run(
+            says='"when_said"',
+            append="switchboard --store runs/mine/extract --activations 20 --samples 2 --fit 40 --card card "
+            "--device cpu --json",
+        ),
+    ),
     "eval fidelity": (
         Run(
             says="(?i)fve",
