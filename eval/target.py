@@ -84,19 +84,38 @@ def open_rival(pair: NLA | str | Path, nla: NLA, device: Devices = None) -> NLA:
     other = open_pair(pair, device)
     if str(other.point) != str(nla.point):
         raise ConfigError(f"a pair at {other.point}", f"{nla.point}, as the pair that is judged", "give pairs of it")
-    weights, expected = (
-        {name: p for name, p in each.base_of("target").named_parameters() if "lora_" not in name}
-        for each in (other, nla)
-    )
-    if weights.keys() != expected.keys() or not all(
-        torch.equal(expected[name].to(p.device), p) for name, p in weights.items()
-    ):
+    if not _same_weights(other.base_of("target"), nla.base_of("target")):
         raise ConfigError(
             f"a pair of the target {other.config.target}, whose weights differ",
             f"the target of the pair that is judged, {nla.config.target}",
             "give pairs that were trained on the same target",
         )
     return other
+
+
+def check_target(nla: NLA, target: Target, name: str) -> None:
+    """Refuse a pair of another target.
+
+    Raises:
+        ConfigError: the weights differ.
+    """
+    if not _same_weights(nla.base_of("target"), target.model):
+        raise ConfigError(
+            f"a pair of the target {nla.config.target}, whose weights differ from those of {name}",
+            "a pair that was trained on the model that is traced",
+            "give the pair's own target, or a pair of this one",
+        )
+
+
+def _same_weights(first: torch.nn.Module, second: torch.nn.Module) -> bool:
+    """Whether two models have the same weights, adapters, types and devices aside."""
+    weights, expected = (
+        {name.replace(".base_layer.", "."): p for name, p in model.named_parameters() if "lora_" not in name}
+        for model in (first, second)
+    )
+    return weights.keys() == expected.keys() and all(
+        torch.equal(expected[name].to(p.device, p.dtype), p) for name, p in weights.items()
+    )
 
 
 def doubts(nla: NLA | None, **others: NLA | None) -> list[str]:

@@ -64,7 +64,7 @@ class Sweep(NamedTuple):
     log_probability: Tensor
     """log m under the donor's activation, (n, p, r)."""
     controls: Tensor
-    """E of ``c`` random directions as far from the base as the donor, (n, p, r, c)."""
+    """E of the controls (n, p, r, c): random directions as far from the base as the donor, then unrelated pairs."""
 
 
 def encode(target: Target, prompts: Sequence[str], donors: Sequence[str], wanted: Sequence[str]) -> Batch:
@@ -108,6 +108,18 @@ def log_probabilities(
             inside = (column >= head[:, None]) & (column < end[:, None])
             total[chunk] = (each.cpu().double() * inside).sum(1)
     return total
+
+
+def writes(target: Target, heads: Sequence[list[int]], tails: Sequence[list[int]]) -> Tensor:
+    """Whether the target, greedy, writes exactly these tails after these heads, (n,) bool."""
+    right = torch.zeros(len(heads), dtype=torch.bool)
+    with target.active():
+        for chunk, ids, head, end in _batches(target, heads, tails):
+            start = int(head.min())
+            first = (_logits(target, ids, start).argmax(-1) == ids[:, start:]).cpu()
+            column = torch.arange(start, ids.shape[1])
+            right[chunk] = (first | (column < head[:, None]) | (column >= end[:, None])).all(1)
+    return right
 
 
 def scale(target: Target, batch: Batch) -> Scale:
@@ -175,6 +187,7 @@ def sweep(
     seed: int = 0,
     measured: Scale | None = None,
     progress: Progress = silent,
+    others: Tensor | None = None,
 ) -> Sweep:
     """Patch the donor's activation at each chosen site of each pair, one site at a time, with controls beside it.
 
@@ -185,29 +198,45 @@ def sweep(
         vectors: activations (n, p, r, d) of base and donor, from :func:`read_sites`.
         chosen: (p, r) sites to measure; None: all.
         n_controls: random directions of the donor's distance at each site, drawn anew for each pair.
+        others: (n, c) numbers of unrelated pairs that have the same roles, whose activations are controls, too.
     """
     base, donor = vectors
+    others = torch.zeros(len(batch), 0, dtype=torch.int64) if others is None else others
     bounds = scale(target, batch) if measured is None else measured
     wanted = torch.ones(len(points), columns.shape[1], dtype=torch.bool) if chosen is None else chosen
-    values = torch.full((*base.shape[:3], 1 + n_controls), torch.nan, dtype=torch.float64)
+    n_patches = 1 + n_controls + others.shape[1]
+    values = torch.full((*base.shape[:3], n_patches), torch.nan, dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)
     for place, point in enumerate(points):
         pair, role = torch.nonzero((columns >= 0) & wanted[place], as_tuple=True)
         if len(pair):
             here, there = base[pair, place, role], donor[pair, place, role]
-            new = torch.cat([there, *(random_difference(here, there, generator) for _ in range(n_controls))])
-            rows = pair.repeat(1 + n_controls)
-            moved = Patch(point, columns[pair, role].repeat(1 + n_controls), new)
+            drawn = [random_difference(here, there, generator) for _ in range(n_controls)]
+            new = torch.cat([there, *drawn, *(base[other[pair], place, role] for other in others.T)])
+            rows = pair.repeat(n_patches)
+            moved = Patch(point, columns[pair, role].repeat(n_patches), new)
             found = log_probabilities(
                 target,
                 [batch.base[row] for row in rows.tolist()],
                 [batch.wanted[row] for row in rows.tolist()],
                 [moved],
             )
-            values[pair, place, role] = found.reshape(1 + n_controls, -1).T
+            values[pair, place, role] = found.reshape(n_patches, -1).T
         progress("patches", (place + 1) / len(points))
     effects = bounds.effect(values.exp())
     return Sweep(effects[..., 0], values[..., 0], effects[..., 1:])
+
+
+def everywhere(
+    target: Target, batch: Batch, points: Sequence[str], columns: Tensor, donor: Tensor, bounds: Scale
+) -> Tensor:
+    """E of the donor's activations (n, p, r, d) at one token at every point at once, (n, r); NaN where none is."""
+    pair, role = torch.nonzero(columns >= 0, as_tuple=True)
+    patches = [Patch(point, columns[pair, role], donor[pair, place, role]) for place, point in enumerate(points)]
+    heads, tails = ([side[row] for row in pair.tolist()] for side in (batch.base, batch.wanted))
+    m = torch.full(columns.shape, torch.nan, dtype=torch.float64)
+    m[pair, role] = log_probabilities(target, heads, tails, patches).exp()
+    return bounds.effect(m)
 
 
 def first_difference(batch: Batch) -> Tensor:
@@ -254,7 +283,12 @@ def _batches(
 
 def _scores(target: Target, ids: Tensor, start: int) -> tuple[Tensor, Tensor]:
     """Log-probability of each token from column ``start`` on, (b, t), and the numbers (t,) of these columns."""
-    keep = ids.shape[1] - start + 1
-    logits = target.model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits[:, :-1].float()
+    logits = _logits(target, ids, start)
     picked = logits.gather(2, ids[:, start:, None])[..., 0]
     return picked - logits.logsumexp(-1), torch.arange(start, ids.shape[1])
+
+
+def _logits(target: Target, ids: Tensor, start: int) -> Tensor:
+    """Logits (b, t, v) float32 of each token from column ``start`` on, given those before it."""
+    keep = ids.shape[1] - start + 1
+    return target.model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits[:, :-1].float()

@@ -6,6 +6,7 @@ In go minimal pairs of a target; out come the measurements of every site, and it
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,6 +23,7 @@ from nla.eval.report import Figures, Rate
 from nla.eval.target import Target
 from nla.progress import Progress, silent
 from nla.stats import Interval, bootstrap, holm, spearman
+from nla.text.tokens import plain_ids
 
 CAUSAL, WEAK, NONE, UNMEASURED = "causal", "weak", "no effect", "not measured"
 MIN_WEAK = 0.01
@@ -51,13 +53,13 @@ class TracedSite(Figures):
     """Share of pairs whose own E is 0.3 or more: a small mean may be a large effect in few of them."""
 
     control: float
-    """Mean E of random directions of equal norm."""
+    """Mean E of the controls: random directions of equal norm, and activations of unrelated pairs."""
 
     control_bar: float
-    """95th percentile of these, over pairs and directions."""
+    """95th percentile of these, over pairs and controls."""
 
     p_value: float | None
-    """That the donor's direction does no more than random ones, after Holm over all sites that were ranked; None: not
+    """That the donor's activation does no more than the controls, after Holm over all sites that were ranked; None: not
     measured, or too few."""
 
     verdict: str
@@ -87,6 +89,12 @@ class SiteMeasurements:
     live: Bool[Tensor, "p r"]
     """Whether some pair's token is not before its first difference. What is not live has no effect."""
     sweep: Sweep
+    everywhere: Float[Tensor, "n r"]
+    """E of the donor's activations at every point of one token at once."""
+    n_unrelated: int
+    """How many of the controls are activations of unrelated pairs."""
+    behaviour: Rate
+    """Share of all prompts and donor prompts given after which the target, greedy, writes the continuation."""
 
     @property
     def documents(self) -> Int[Tensor, " n"]:
@@ -105,7 +113,7 @@ class SiteMeasurements:
 
     @property
     def n_controls(self) -> int:
-        """Random directions at each site of each pair."""
+        """Controls at each site of each pair."""
         return self.sweep.controls.shape[-1]
 
     @property
@@ -140,14 +148,16 @@ def measure_sites(
 
     Args:
         n_sites: patch so many sites at most, those of the largest mean attribution.
-        n_controls: random directions at each site of each pair; None: 4, or 19 below 8 documents.
+        n_controls: at each site of each pair; None: 4, or 19 below 8 documents. Half of them are activations of
+            unrelated pairs, as far as every pair has some; the others are random directions.
 
     Raises:
         ArgumentError: no pair is usable.
         ShapeError, PositionError: see :func:`nla.eval.circuits.patching.encode` and
             :func:`nla.eval.circuits.minimal_pairs.role_columns`.
     """
-    bounds = patching.scale(target, encode_pairs(target, pairs))
+    given = encode_pairs(target, pairs)
+    bounds = patching.scale(target, given)
     kept = [pair for pair, usable in zip(pairs, bounds.usable.tolist(), strict=True) if usable]
     if not kept:
         raise ArgumentError(
@@ -156,6 +166,10 @@ def measure_sites(
             f"a difference of at least {patching.MIN_RANGE} between the two",
             "give continuations that the target really writes, white space included",
         )
+    own = plain_ids(target.tokenizer, [pair.continuation for pair in pairs])
+    sides = ((given.base, own), (given.donor, given.wanted))
+    right = torch.stack([patching.writes(target, *side) for side in sides], 1).double().mean(1)
+    behaviour = Rate.clustered(right, [pair.document for pair in pairs], seed)
     bounds = Scale(bounds.low[bounds.usable], bounds.high[bounds.usable])
     batch, points = encode_pairs(target, kept), target.points
     roles, columns = role_columns(target, kept, batch)
@@ -167,8 +181,45 @@ def measure_sites(
     shortlist = torch.zeros(live.numel(), dtype=torch.bool).index_fill(0, order, True).reshape(live.shape) & live
     few = len({pair.document for pair in kept}) < FEW_DOCUMENTS
     n_controls = (N_CONTROLS_FEW if few else N_CONTROLS) if n_controls is None else n_controls
-    sweep = patching.sweep(target, batch, points, columns, (base, donor), shortlist, n_controls, seed, bounds, progress)
-    return SiteMeasurements(kept, batch, points, roles, columns, bounds, (base, donor), score, live, sweep)
+    others = unrelated_pairs(kept, columns, n_controls // 2, seed)
+    n_random = n_controls - others.shape[1]
+    sweep = patching.sweep(
+        target, batch, points, columns, (base, donor), shortlist, n_random, seed, bounds, progress, others
+    )
+    return SiteMeasurements(
+        pairs=kept,
+        batch=batch,
+        points=points,
+        roles=roles,
+        columns=columns,
+        bounds=bounds,
+        vectors=(base, donor),
+        attribution=score,
+        live=live,
+        sweep=sweep,
+        everywhere=patching.everywhere(target, batch, points, columns, donor, bounds),
+        n_unrelated=others.shape[1],
+        behaviour=behaviour,
+    )
+
+
+def unrelated_pairs(
+    pairs: Sequence[MinimalPair], columns: Int[Tensor, "n r"], most: int, seed: int = 0
+) -> Int[Tensor, "n c"]:
+    """For each pair the numbers of others, drawn at random, that share no word of the latent and have all its roles.
+
+    As many for each: ``most``, or as many as the pair with the fewest has.
+    """
+    words = [(pair.target, pair.donor_target) for pair in pairs]
+    has = columns >= 0
+    allowed = [
+        [j for j in range(len(pairs)) if words[j][0] not in words[i] and bool((has[j] | ~has[i]).all())]
+        for i in range(len(pairs))
+    ]
+    rng = random.Random(seed)
+    n_others = min(most, *map(len, allowed)) if allowed else 0
+    drawn = [rng.sample(numbers, n_others) for numbers in allowed]
+    return torch.tensor(drawn, dtype=torch.int64).reshape(len(pairs), n_others)
 
 
 def judge_sites(measured: SiteMeasurements, seed: int = 0) -> list[TracedSite]:
@@ -232,7 +283,7 @@ def above_controls(
     n_draws: int = _N_DRAWS,
     seed: int = 0,
 ) -> float:
-    """p-value of "the donor's direction is like a random one" from effects and controls, one-sided.
+    """p-value of "the donor's activation is like a control" from effects and controls, one-sided.
 
     Under it, which of its c + 1 effects is a document's own is arbitrary: the sum over documents is held against sums
     with one drawn from each, for all pairs of a document alike. Pairs without a value (NaN) are left out. In (0, 1],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,11 +14,13 @@ import torch
 from nla.eval.circuits.gate import MIN_EFFECT
 from nla.eval.circuits.organism_pairs import PlantedSite
 from nla.eval.circuits.sites import CAUSAL, MIN_WEAK, WEAK, SiteMeasurements, TracedSite, agreement
-from nla.eval.report import Check, Report, checks_table, heat, new_figure, paragraphs, table
+from nla.eval.report import Check, Rate, Report, checks_table, heat, new_figure, paragraphs, table
 from nla.stats import Interval
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from nla.eval.pair.against_graphs import GraphReport
 
 _SHOWN = 12
 _TESTED = "Randomisation test against them by document, Holm over all sites."
@@ -36,16 +39,29 @@ class TraceReport(Report):
     n_measured: int
     """Sites at which patches were made."""
     n_controls: int
+    n_unrelated: int
+    """How many of the controls are activations of unrelated pairs; the others are random directions of equal norm."""
     tested: bool
     """Whether documents and controls were enough for a test; if not, a causal site beats all controls of all pairs."""
     probability: tuple[float, float]
     """Mean m, the probability of the donor's continuation: after the prompt, and after the donor prompt."""
+    behaviour: Rate
+    """Share of prompts and donor prompts after which the target, greedy, writes the continuation exactly."""
     points: list[str]
     roles: list[str]
+    everywhere: list[Rate]
+    """For each role, E of the donor's activations at all points of this token at once."""
     sites: list[TracedSite]
     """Point by point, role by role."""
     agreement: Interval | None
     """Rank correlation of attribution and measured change of log m, over the measured sites."""
+    explanations: GraphReport | None = None
+    """What a pair's explanations name of it."""
+
+    def explained(self, found: GraphReport) -> TraceReport:
+        """This report with what a pair's explanations name of what was traced."""
+        checks = [*self.checks, *found.checks]
+        return dataclasses.replace(self, checks=checks, doubts=found.doubts, explanations=found)
 
     def site(self, point: str, role: str) -> TracedSite:
         """The site of a point and a role."""
@@ -70,21 +86,30 @@ class TraceReport(Report):
         return paragraphs(
             f"## Trace of {self.target}: {self.headline()}",
             f"{many}{dropped if self.n_dropped else ''}; the donor's continuation has probability {low:.3f} after "
-            f"the prompt and {high:.3f} after the donor prompt. {self.n_controls} random directions of equal norm "
-            f"at each site of each pair. {_TESTED if self.tested else _UNTESTED}",
+            f"the prompt and {high:.3f} after the donor prompt. Greedy, the target writes the continuation in "
+            f"{self.behaviour}. Controls at each site of each pair: {self.n_controls - self.n_unrelated} random "
+            f"directions of equal norm, {self.n_unrelated} activations of unrelated pairs. "
+            f"{_TESTED if self.tested else _UNTESTED}",
             checks_table(self.checks),
             _sites_table([*self.of_verdict(CAUSAL), *self.of_verdict(WEAK)][:_SHOWN]),
             f"Attribution and measured change of log-probability rank the {self.n_measured} patched sites alike: "
             f"Spearman {agreement}.",
             "Effect of the donor's residual (0 none, 1 the donor's own behaviour; – not measured):",
-            table(("point", *self.roles), grid[::-1]),
+            table(("point", *self.roles), [("all points", *(one.value for one in self.everywhere)), *grid[::-1]]),
+            *([] if self.explanations is None else [self.explanations.body()]),
         )
 
     def headline(self) -> str:
-        """The causal sites in one line."""
-        causal = [f"{site.point} at {site.role}" for site in self.of_verdict(CAUSAL)]
-        more = f" and {len(causal) - 3} more" if len(causal) > 3 else ""
-        return "causal at " + ", ".join(causal[:3]) + more if causal else "no causal site"
+        """The causal sites in one line: each role with its points, from one to another where all between are causal."""
+        spans = []
+        for role in self.roles:
+            causal = [self.site(point, role).verdict == CAUSAL for point in self.points]
+            starts = [i for i, here in enumerate(causal) if here and not (i and causal[i - 1])]
+            for start in starts:
+                end = next((i for i in range(start, len(causal)) if not causal[i]), len(causal)) - 1
+                last = f" to {self.points[end].rpartition('.')[2]}" if end > start else ""
+                spans.append(f"{self.points[start]}{last} at {role}")
+        return "causal at " + ", ".join(spans) if spans else "no causal site"
 
     def save(self, folder: str | Path) -> list[Path]:
         """See :meth:`nla.eval.report.Report.save`; into the folder's ``report``, beside the graphs."""
@@ -124,13 +149,22 @@ def summarise(
         n_dropped=n_dropped,
         n_measured=measured.n_measured,
         n_controls=measured.n_controls,
+        n_unrelated=measured.n_unrelated,
         tested=measured.testable,
         probability=(float(measured.bounds.low.mean()), float(measured.bounds.high.mean())),
+        behaviour=measured.behaviour,
         points=measured.points,
         roles=measured.roles,
+        everywhere=[_rate_everywhere(measured, role, seed) for role in range(len(measured.roles))],
         sites=judged,
         agreement=agreement(measured, seed),
     )
+
+
+def _rate_everywhere(measured: SiteMeasurements, role: int, seed: int) -> Rate:
+    effect = measured.everywhere[:, role]
+    known = ~effect.isnan()
+    return Rate.clustered(effect[known], measured.documents[known], seed)
 
 
 def _checks(judged: Sequence[TracedSite], planted: PlantedSite | None, last_roles: Sequence[str]) -> list[Check]:

@@ -2,7 +2,9 @@
 
 Every token where a graph has a concept within the NLA's reach is read; explanations are searched for the concepts that
 are there and for those that are not (see :mod:`nla.eval.pair.graph_concepts`). The same is asked of the baselines:
-another token's activation, and the mean.
+another token's activation, and the mean; and of adversaries who see the text alone: the target, which goes on writing
+it, and the confabulator. Where a trace made the graphs, the latent is also patched upstream (see
+:mod:`nla.eval.pair.graph_counterfactual`), which no reader of the text can notice.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nla.errors import ArgumentError, ShapeError
+from nla.eval.adversaries import closest_texts, continuations
 from nla.eval.auroc import ranked_auroc
 from nla.eval.circuits.graph_format import read_graph
 from nla.eval.explainers import explain
@@ -28,13 +31,15 @@ from nla.eval.pair.graph_concepts import (
     UNUSED,
     ConceptCell,
     ReadToken,
+    Text,
     align,
     names,
     tokens_and_cells,
 )
+from nla.eval.pair.graph_counterfactual import GraphCounterfactual, follow_patches
 from nla.eval.report import Check, Figures, Rate, Report, bars, checks_table, new_figure, paragraphs, table
 from nla.eval.settings import EvaluationSettings
-from nla.eval.target import doubts, open_pair
+from nla.eval.target import Target, doubts, open_pair, token_ids
 from nla.models.points import Point, context_length
 from nla.progress import Progress, silent
 from nla.stats import Interval, derangement
@@ -46,7 +51,10 @@ if TYPE_CHECKING:
     from nla.autoencoder import NLA
 
 ENCODER, SHUFFLED, MEAN = "encoder", "shuffled activation", "mean activation"
+TEXT, CONFABULATOR = "text-only LM", "confabulator"
 KINDS = (SAME, DONOR, OTHER, UNUSED)
+N_TRIES = 8
+"""Texts that the confabulator chooses from for each token."""
 
 TokenReader = Callable[[Sequence[ReadToken], Tensor], list[str]]
 """One explanation for each token's vector (n, d)."""
@@ -87,7 +95,9 @@ class GraphReport(Report):
     labelled: bool
     """Whether these are labels of features in all graphs, since nobody named supernodes."""
     scores: list[GraphScore]
-    """The encoder, then the baselines."""
+    """The encoder, then the baselines, then the adversaries who see the text alone."""
+    counterfactual: GraphCounterfactual | None = None
+    """None: no trace found a site that can be patched upstream of what the pair reads."""
 
     def body(self) -> str:
         """The readable report."""
@@ -112,6 +122,7 @@ class GraphReport(Report):
             f"according to {source}. 95 % intervals by document.",
             checks_table(self.checks),
             table((*header, *(f"named: {kind}" for kind in kinds), "precision", "AUROC"), rows),
+            *([] if self.counterfactual is None else _counterfactual_lines(self.counterfactual)),
         )
 
     def figure(self) -> Figure:
@@ -119,7 +130,7 @@ class GraphReport(Report):
         picture, (ours, *others) = new_figure(7, 3), self.scores
         there = {"named: what is there": ours.recall}
         grey = {f"named: {kind}": rate for kind, rate in ours.named.items()}
-        grey |= {f"what is there, from a {one.reader}": one.recall for one in others}
+        grey |= {f"what is there: {one.reader}": one.recall for one in others}
         title = f"Explanations against {self.n_graphs} graphs at {self.point}"
         bars(picture.add_subplot(), there | grey, title, grey)
         return picture
@@ -175,8 +186,11 @@ def judge_against_graphs(
         return explain(nla, vectors, seed=seed)
 
     scores = score_all(reader, read_tokens, cells, acts.vectors, settings.n_samples, seed, progress)
+    scores += _text_readers(nla, texts, read_tokens, cells, acts.vectors, settings.n_samples, seed)
+    progress("explain", 1.0)
+    counterfactual = follow_patches(nla, loaded, texts, settings.n_samples, seed)
     return GraphReport(
-        checks=_checks(scores),
+        checks=_checks(scores, counterfactual),
         doubts=doubts(nla),
         files=[str(path) for path in paths],
         point=str(nla.point),
@@ -186,7 +200,51 @@ def judge_against_graphs(
         measured=any(graph.is_measured for graph in loaded),
         labelled=all(graph.labelled for graph in loaded),
         scores=scores,
+        counterfactual=counterfactual,
     )
+
+
+def _text_readers(
+    nla: NLA,
+    texts: Sequence[Text],
+    read_tokens: Sequence[ReadToken],
+    cells: Sequence[ConceptCell],
+    vectors: Float[Tensor, "n d"],
+    n_samples: int,
+    seed: int,
+) -> list[GraphScore]:
+    """The adversaries that see the text up to the token alone: what the target writes next, and the closest of that."""
+    target = Target.of(nla)
+    ids = token_ids(target, [text.prompt for text in texts])
+    prefixes = [ids[token.graph][: texts[token.graph].columns[token.position] + 1] for token in read_tokens]
+    write = continuations(target, prefixes)
+    tries = [write(seed + number) for number in range(max(N_TRIES, n_samples))]
+    said = {
+        TEXT: [texts[:n_samples] for texts in zip(*tries, strict=True)],
+        CONFABULATOR: closest_texts(nla, list(zip(*tries, strict=True)), vectors, n_samples),
+    }
+    return [
+        score(name, read_tokens, cells, [text for samples in by_token for text in samples], n_samples, seed)
+        for name, by_token in said.items()
+    ]
+
+
+def _counterfactual_lines(found: GraphCounterfactual) -> list[str]:
+    many = f"{found.n_graphs} graphs" if found.n_graphs > 1 else "1 graph"
+    places = ", ".join(f"{place} ({n})" for place, n in found.places.items())
+    rows = [
+        ("patched: names the donor's word", found.donor),
+        ("patched: still names the prompt's own word", found.base),
+        ("nothing patched: names the prompt's own word", found.unpatched),
+        ("a random direction of equal norm: names the donor's word", found.random),
+        ("text-only LM, the text being the same: names the donor's word", found.text),
+        ("the donor's difference that arrives where is read", found.arrived),
+        ("effect of the patch on what the target writes", found.effect),
+    ]
+    return [
+        f"The latent patched upstream, the text unchanged, in {many}: {places}.",
+        table(("counterfactual", "share"), rows),
+    ]
 
 
 def score_all(
@@ -279,8 +337,8 @@ def _auroc(cells: Sequence[ConceptCell], share: Tensor, owner: Tensor, seed: int
     return ranked_auroc(torch.stack([1 - share, share], 1), there.long(), owner, seed=seed).auroc
 
 
-def _checks(scores: Sequence[GraphScore]) -> list[Check]:
-    """More is named than of another activation, and what is there before what is not."""
+def _checks(scores: Sequence[GraphScore], counterfactual: GraphCounterfactual | None = None) -> list[Check]:
+    """More is named than of another activation, what is there before what is not, and what is put in upstream."""
     ours, others = scores[0], {one.reader: one for one in scores[1:]}
     shuffled = others.get(SHUFFLED)
     name = "concepts that are there are named, above a shuffled activation's"
@@ -299,4 +357,7 @@ def _checks(scores: Sequence[GraphScore]) -> list[Check]:
                 ours.auroc.low > 0.5 if known else None,
             )
         )
+    if counterfactual is not None:
+        name, bar = "patched upstream: the donor's word is named, above a random patch's", counterfactual.random
+        checks.append(Check(name, counterfactual.donor, f"interval > {bar}", counterfactual.donor.above(bar)))
     return checks

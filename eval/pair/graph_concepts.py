@@ -96,7 +96,7 @@ def tokens_and_cells(
     frequency = Counter(concept for graph in graphs for concept in {node.words for node in graph.supernodes})
     documents: dict[tuple, int] = {}
     for number, (graph, text) in enumerate(zip(graphs, texts, strict=True)):
-        document = documents.setdefault(_document(graph), len(documents))
+        document = documents.setdefault(document_of(graph), len(documents))
         members = (node.position for one in graph.supernodes for node in one.members)
         sites = (node.position for node in graph.nodes if node.kind == CAUSAL_SITE)
         for position in sorted({*members, *sites}):
@@ -121,7 +121,7 @@ def _cells(
     present = dict.fromkeys(some(list(dict.fromkeys(words for words, members in here if members))))
     # A concept of this token at deeper layers may or may not be there already: nothing is asked about it.
     taken = {word for one in graph.supernodes if _is_at(one.members, position) for word in one.words}
-    latent, donor = (_pair_word(graph, name) for name in ("target", "donor_target"))
+    latent, donor = (pair_word(graph, name) for name in ("target", "donor_target"))
     sites = [node for node in graph.nodes if node.kind == CAUSAL_SITE and node.position == position]
     strongest = max((node.activation or 0.0 for node in sites if node.layer <= layer), default=0.0)
     if not present and not (latent and sites):
@@ -169,7 +169,7 @@ def _is_at(members: Sequence[Node], position: int) -> bool:
     return any(node.position == position for node in members)
 
 
-def _document(graph: Graph) -> tuple:
+def document_of(graph: Graph) -> tuple:
     """What makes graphs dependent: in a trace of several pairs its document, otherwise the prompt."""
     metadata = graph.content["metadata"]
     pair, settings = metadata.get("minimal_pair"), metadata.get("generation_settings")
@@ -180,7 +180,7 @@ def _document(graph: Graph) -> tuple:
     return metadata["scan"], graph.prompt
 
 
-def _pair_word(graph: Graph, name: str) -> Concept:
+def pair_word(graph: Graph, name: str) -> Concept:
     """A word of the minimal pair that a graph of `nla trace` was made from; empty for other graphs."""
     pair = graph.content["metadata"].get("minimal_pair")
     word = pair.get(name) if isinstance(pair, dict) else None

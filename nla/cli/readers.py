@@ -24,18 +24,22 @@ def trace(
     items: Annotated[int | None, count("--items", "Pairs of an embedded world.")] = None,
     all_tokens: Annotated[bool, typer.Option("--all-tokens", help="Every token, whatever roles are named.")] = False,
     sites: Annotated[int | None, count("--sites", "Patch at most so many (default 64).")] = None,
-    controls: Annotated[int | None, count("--controls", "Random directions a site.")] = None,
+    controls: Annotated[int | None, count("--controls", "Controls a site.")] = None,
+    pair: Annotated[str | None, text("--pair", "PAIR", "A pair on this model, to explain it.", pair_name)] = None,
+    samples: Samples = None,
     device: Device = None,
     out: Out = None,
 ) -> Evaluation:
     """Find where a model uses a latent, and write attribution graphs.
 
     Where does a model use what a minimal pair exchanges? Attribution shortlists tokens and points, patches measure them
-    beside random directions of equal length. Writes attribution graphs, which `nla eval graph` and viewers read.
+    beside random directions of equal length and unrelated pairs. Writes attribution graphs, which `nla eval graph` and
+    viewers read. With --pair, also: does a pair name the latent where it is causal?
 
     examples:
       nla trace couplets --out runs/trace
       nla trace couplets/plain --check
+      nla trace couplets --pair couplets --items 20
       nla trace couplets/planner --pairs pairs.jsonl --out runs/mine
     """
     from nla.eval.circuits.trace import TraceSettings
@@ -43,7 +47,8 @@ def trace(
 
     options = {"pairs": pairs, "prompt": prompt, "donor_prompt": donor_prompt, "continuation": continuation}
     options |= {"donor_continuation": donor_continuation, "n_pairs": items, "all_tokens": all_tokens}
-    options |= {"n_sites": sites, "n_controls": controls, "device": places(device), "graphs": out}
+    options |= {"n_sites": sites, "n_controls": controls, "pair": pair, "n_samples": samples}
+    options |= {"device": places(device), "graphs": out}
     return Evaluation(trace_target, model, TraceSettings(**given(**options)))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import scipy.stats
@@ -19,6 +20,8 @@ from nla.eval.circuits.trace import TraceSettings, trace
 from nla.eval.couplet_items import rhyme_items
 from nla.eval.target import Patch, Target
 from nla.models.points import Point
+from nla.organisms import target_folder
+from nla.text.tokens import encode_batch, load_tokenizer
 from tests.helpers.graph_schema import complaints
 from tests.helpers.planted import POINT, planted_target
 from tests.helpers.tiny import ARCHITECTURES, make_model, make_tokenizer
@@ -89,6 +92,59 @@ def test_attribution_is_the_slope_of_a_small_step_towards_the_donor(architecture
         up, down = (by_hand(target, *args, here + sign * step * difference) for sign in (1, -1))
         assert float(found[row, point, role]) == pytest.approx((up - down) / (2 * step), abs=0.02, rel=0.02)
     assert (found[1, :, 1] == 0).all() and (found[0, 3, 0] == 0)
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "llama"])
+def test_unrelated_pairs_and_all_points_at_once_are_patched_as_hooks_of_ones_own_do(architecture: str) -> None:
+    target = tiny(architecture)
+    batch = patching.encode(target, PROMPTS, DONORS, TAILS)
+    columns = torch.tensor([[1, 3], [2, -1], [3, 9]])
+    base, donor = (patching.read_sites(target, ids, POINTS, columns) for ids in (batch.base, batch.donor))
+    bounds, others = patching.scale(target, batch), torch.tensor([[2], [0], [0]])
+    sweep = patching.sweep(target, batch, POINTS, columns, (base, donor), n_controls=1, measured=bounds, others=others)
+    assert sweep.controls.shape[-1] == 2
+    expected = by_hand(target, batch.base[1], batch.wanted[1], 2, 2, base[0, 2, 0])
+    found = bounds.effect(torch.full((3,), expected).double().exp())[1]
+    assert float(sweep.controls[1, 2, 0, 1]) == pytest.approx(float(found), abs=1e-4)
+    everywhere = patching.everywhere(target, batch, POINTS, columns, donor, bounds)
+    handles = [
+        block.register_forward_hook(
+            lambda module, args, output, layer=layer: output.index_put(
+                (torch.tensor(0), torch.tensor(3)), donor[2, layer, 0]
+            )
+        )
+        for layer, block in enumerate(target.model.model.layers)
+    ]
+    m = by_hand(target, batch.base[2], batch.wanted[2])
+    for handle in handles:
+        handle.remove()
+    expected = bounds.effect(torch.full((3,), m).double().exp())[2]
+    assert float(everywhere[2, 0]) == pytest.approx(float(expected), abs=1e-4) and everywhere[1, 1].isnan()
+
+
+def test_a_continuation_is_written_where_greedy_decoding_writes_it() -> None:
+    target = tiny()
+    heads = patching.encode(target, PROMPTS, DONORS, TAILS).base
+    tails = [
+        target.model.generate(torch.tensor([head]), max_new_tokens=3, do_sample=False)[0, len(head) :] for head in heads
+    ]
+    greedy = [tail.tolist() for tail in tails]
+    assert patching.writes(target, heads, greedy).all()
+    other = [[*tail[:-1], (tail[-1] + 1) % 50] for tail in greedy]
+    assert patching.writes(target, heads, [greedy[0], other[1], greedy[2]]).tolist() == [True, False, True]
+
+
+def test_unrelated_pairs_have_other_words_and_all_the_roles() -> None:
+    words = [("cat", "dog"), ("dog", "cat"), ("tree", "cat"), ("mat", "dog"), ("mat", "lamp")]
+    pairs = [MinimalPair("a", "b", f" {one}", f" {two}") for one, two in words]
+    columns = torch.tensor([[0, 1], [0, -1], [0, 1], [0, 1], [0, 1]])
+    others = sites.unrelated_pairs(pairs, columns, 3)
+    assert others.shape == (5, 2)  # the third has two, the fourth and the fifth, and the others no fewer
+    for row, drawn in enumerate(others.tolist()):
+        assert len(set(drawn)) == 2
+        assert all(words[j][0] not in words[row] for j in drawn)
+        assert row == 1 or 1 not in drawn
+    assert sites.unrelated_pairs(pairs[:2], columns[:2], 3).shape == (2, 0)
 
 
 def test_sites_are_read_under_patches_where_and_downstream_of_where_they_are_put() -> None:
@@ -195,8 +251,20 @@ def test_the_trace_of_a_planted_plan_finds_its_block_and_token_and_no_other(trac
         and abs(planted.control_bar) < 0.05
         and report.tested
     )
+    assert report.behaviour.value == 1.0 and report.everywhere[-1].value > 0.95 and report.n_unrelated == 1
     assert report.of_verdict(sites.WEAK) == []
     assert all(abs(site.effect.value) < 0.05 for site in report.sites if site is not planted)
+
+
+def test_a_headline_joins_neighbouring_points_of_a_role(traced) -> None:
+    report, _ = traced
+    causal = {("resid_post.0", "newline"), ("resid_post.1", "newline"), ("resid_post.2", "name")}
+    judged = [
+        dataclasses.replace(site, verdict=sites.CAUSAL if (site.point, site.role) in causal else sites.NONE)
+        for site in report.sites
+    ]
+    found = dataclasses.replace(report, sites=judged).headline()
+    assert found == "causal at resid_post.2 at name, resid_post.0 to 1 at newline"
 
 
 def test_the_trace_of_a_plan_that_is_decodable_and_unused_finds_nothing() -> None:
@@ -407,3 +475,32 @@ def test_options_out_of_range_and_models_without_pairs_are_refused(used: Target)
             trace(used, TraceSettings(**options))
     with pytest.raises(ArgumentError, match=r"no embedded world.*--pairs"):
         trace(tiny(), TraceSettings())
+
+
+LATENTS = Path(__file__).parents[3] / "docs" / "examples" / "latents"
+
+
+def test_smollm2_uses_the_country_whose_capital_it_is_asked_for(smollm2: str) -> None:
+    pairs = read_pairs(LATENTS / "capital.jsonl")[:4]
+    report = trace(smollm2, TraceSettings(pairs, n_sites=12, n_controls=4))
+    assert report.n_pairs == 4 and report.behaviour.value >= 0.8
+    (strongest, *_) = report.of_verdict(sites.CAUSAL)
+    assert strongest.role == "country" and strongest.effect.value >= 0.8 and strongest.control_bar < 0.1
+
+
+@pytest.mark.parametrize("path", sorted(LATENTS.glob("*.jsonl")), ids=lambda path: path.stem)
+def test_the_pairs_of_a_latent_are_templates_of_smollm2s_tokens(smollm2: str, path: Path) -> None:
+    tokenizer = load_tokenizer(target_folder(smollm2))
+    pairs = read_pairs(path)
+    assert len(pairs) >= 12 and len({pair.document for pair in pairs}) == len(pairs)
+    for pair in pairs:
+        base, donor = (tokenizer(text).input_ids for text in (pair.prompt, pair.donor_prompt))
+        differing = [i for i, (one, two) in enumerate(zip(base, donor, strict=True)) if one != two]
+        spans = encode_batch(tokenizer, [pair.prompt], None)[0].spans
+        first = next(iter(pair.roles.values()))  # what is exchanged comes first
+        where = (
+            first
+            if isinstance(first, int)
+            else next(s.index for s in spans if s.end == pair.prompt.index(first) + len(first))
+        )
+        assert where % len(base) == differing[0]

@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 
-from nla.errors import ArgumentError, ParseError, ShapeError, TokenizerMismatchError
+from nla.errors import ArgumentError, ConfigError, ParseError, ShapeError, TokenizerMismatchError
 from nla.eval.circuits import patching
 from nla.eval.circuits.connections import connect
 from nla.eval.circuits.graph_format import Graph, write_graph
@@ -18,11 +18,12 @@ from nla.eval.circuits.trace import TraceSettings, trace
 from nla.eval.circuits.trace_graphs import TraceResult, graph_of
 from nla.eval.couplet_items import rhyme_items
 from nla.eval.pair import against_graphs as scorer
+from nla.eval.pair import graph_counterfactual as counterfactual
 from nla.eval.pair.against_graphs import GraphSettings
 from nla.eval.pair.graph_concepts import DONOR, HERE, OTHER, SAME, UNUSED, Text, align, names, tokens_and_cells
 from nla.eval.target import Target
 from tests.helpers.graph_schema import FIXTURES
-from tests.helpers.planted import planted_target
+from tests.helpers.planted import POINT, planted_pair, planted_target, read_code
 from tests.helpers.tiny import WORDS, make_pair, make_tokenizer
 
 TWO_HOP = json.loads((FIXTURES / "two-hop-graph.json").read_text())
@@ -238,3 +239,72 @@ def test_a_trace_of_any_model_is_scored_end_to_end(tmp_path) -> None:
     trace(target, TraceSettings(None, prompt, donor, " is", word, n_controls=2, graphs=tmp_path))
     report = scorer.judge_against_graphs(sorted(tmp_path.glob("*.json")), GraphSettings(pair, n_samples=1))
     assert report.measured and report.n_concepts >= 1
+
+
+# ------------------------------------------------------------------------------------------------- counterfactuals
+
+
+def follow(traced: list[Graph], monkeypatch, reader) -> counterfactual.GraphCounterfactual | None:
+    """What an untrained pair's place in the planted target gives, read by a reader of ours."""
+    nla = planted_pair()
+    monkeypatch.setattr(counterfactual, "explain", lambda nla, vectors, seed: reader(vectors))
+    texts = [align(graph, nla.tokenizer, None) for graph in traced]
+    return counterfactual.follow_patches(nla, traced, texts)
+
+
+def test_a_perfect_reader_follows_a_patched_plan_and_a_reader_of_the_text_does_not(traced, monkeypatch) -> None:
+    found = follow(traced, monkeypatch, read_code)
+    assert found.n_graphs == 8
+    # The only causal site is the pair's own: reading it would repeat the donor, so one block deeper is read.
+    assert found.places == {f"{POINT}, read at resid_post.2 at the same token": 8}
+    assert found.donor.value == found.unpatched.value == 1.0
+    assert found.base.value == found.text.value == 0.0 and found.random.value <= 0.25
+    assert found.arrived.value > 0.8 and found.effect.value > 0.95
+
+
+def test_a_reader_that_says_what_the_text_says_does_not_follow_a_patch(traced, monkeypatch) -> None:
+    own = [f"The next line ends with {graph.content['metadata']['minimal_pair']['target']}." for graph in traced]
+    found = follow(traced, monkeypatch, lambda vectors: own)
+    assert found.unpatched.value == found.base.value == 1.0 and found.donor.value == 0.0
+    checks = scorer._checks([scorer.GraphScore("encoder", *[found.donor] * 3, {}, None, None, [])], found)
+    assert checks[-1].passed is False and "patched upstream" in checks[-1].name
+
+
+def test_an_earlier_token_is_patched_before_a_lower_block_and_what_has_no_effect_is_not(traced, monkeypatch) -> None:
+    moved = []
+    for graph in traced:
+        content = copy.deepcopy(graph.content)
+        plan = next(
+            node for node in content["nodes"] if node["feature_type"] == "causal site" and node["activation"] > 0.9
+        )
+        early = next(
+            node for node in content["nodes"] if node["feature_type"] == "causal site" and node["layer"] == "0"
+        )
+        early["activation"] = 0.5
+        named = next(group for group in content["qParams"]["supernodes"] if plan["node_id"] in group)
+        named.append(early["node_id"])
+        moved.append(Graph.parse(content))
+    found = follow(moved, monkeypatch, read_code)
+    assert found.places == {f"resid_post.0, read at {POINT} at a later token": 8} and found.donor.value == 0.0
+    for graph in moved:
+        for node in graph.content["nodes"]:
+            node["activation"] = min(node.get("activation") or 0.0, 0.2)
+    assert follow([Graph.parse(graph.content) for graph in moved], monkeypatch, read_code) is None
+    assert follow([Graph.parse(TWO_HOP)][:0], monkeypatch, read_code) is None
+
+
+def test_a_trace_with_a_pair_explains_what_it_found_and_refuses_a_pair_of_another_target(monkeypatch) -> None:
+    pair = planted_pair()
+    for place in (counterfactual, scorer):
+        monkeypatch.setattr(place, "explain", lambda nla, vectors, seed: read_code(vectors))
+    pairs = of_items(planted_target(), rhyme_items(4, seed=5))
+    report = trace(planted_target(), TraceSettings(pairs, n_controls=2, pair=pair, n_samples=1))
+    assert report.explanations.counterfactual.donor.value == 1.0
+    readers = {one.reader: one for one in report.explanations.scores}
+    assert readers[scorer.ENCODER].recall_latent.value == readers[scorer.TEXT].recall_latent.value == 1.0
+    assert [one.name for one in report.checks[-3:]] == [one.name for one in report.explanations.checks]
+    assert "text-only LM" in report.to_markdown() and "patched upstream" in report.to_markdown()
+    other = planted_target()
+    next(other.model.parameters()).data.mul_(2)
+    with pytest.raises(ConfigError, match="whose weights differ"):
+        trace(other, TraceSettings(pairs, pair=pair))

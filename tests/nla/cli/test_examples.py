@@ -83,6 +83,7 @@ EXAMPLES: dict[str, Run | RunsIn | NotRun] = {
         says="8 control transcripts", leaves="runs/goal/audit.json", append="--samples 1 --budget 2"
     ),
     "nla trace couplets --out": RunsIn("docs/graphs.md"),
+    "nla trace couplets --pair": RunsIn("docs/graphs.md"),
     "nla trace couplets/plain": Run(append="--items 8"),
     "nla trace couplets/planner --pairs": RunsIn("docs/graphs.md"),
     "nla probe poems.csv": Run(says="AUROC"),

@@ -76,7 +76,10 @@ OPTIONS: dict[str, tuple[Run, ...]] = {
         ),
     ),
     "trace": (
-        Run(says="(?i)causal", append="couplets --items 2 --all-tokens --sites 8 --controls 4"),
+        Run(
+            says="(?i)causal",
+            append="couplets --items 2 --all-tokens --sites 8 --controls 4 --pair couplets --samples 1",
+        ),
         Run(
             says='"passed"', append=f"couplets {PAIR_OF_PROMPTS} --sites 8 --controls 4 --card card --device cpu --json"
         ),
