@@ -25,7 +25,7 @@ from nla.eval.explainers import explain
 from nla.eval.pair.graph_concepts import Concept, Text, document_of, names, pair_word
 from nla.eval.report import Figures, Rate
 from nla.eval.target import Patch, Target
-from nla.models.points import Point
+from nla.models.points import Point, d_model
 
 if TYPE_CHECKING:
     from nla.autoencoder import NLA
@@ -153,7 +153,8 @@ def _swap(target: Target, graph: Graph, text: Text, batch: Batch, row: int) -> _
     here, there = batch.base[row][column], batch.donor[row][column]
     words = (pair_word(graph, "target"), pair_word(graph, "donor_target"))
     if here != there:
-        words = tuple(concept_words(str(target.tokenizer.decode([token])).strip()) for token in (here, there))
+        own, other = (str(target.tokenizer.decode([token])).strip() for token in (here, there))
+        words = (concept_words(own), concept_words(other))
     if not words[0] or not words[1] or set(words[0]) & set(words[1]):
         return None
     return _Swap(
@@ -171,8 +172,7 @@ def _readings(
 ) -> tuple[Float[Tensor, "n d"], Float[Tensor, "n d"], Float[Tensor, "n d"], Float[Tensor, "n d"]]:
     """What is read of the prompts, of the donors, under the donor's patch, and under a random one of equal norm."""
     generator = torch.Generator().manual_seed(seed)
-    width = target.model.get_input_embeddings().weight.shape[1]
-    out = torch.zeros(4, len(swaps), width)
+    out = torch.zeros(4, len(swaps), d_model(target.model))
     groups: dict[tuple[str, str], list[int]] = {}
     for row, swap in enumerate(swaps):
         groups.setdefault((swap.site, swap.read), []).append(row)
