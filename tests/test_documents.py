@@ -136,6 +136,7 @@ DOCUMENTS: dict[str, dict[str, Run | RunsIn | NotRun]] = {
         "nla trace couplets --out": Run(says="causal", leaves="runs/trace/report/trace.json", append="--items 10"),
         "nla trace couplets --pair": Run(says="(?s)text-only LM.*patched upstream", append="--items 4 --samples 1"),
         "nla trace couplets/planner --pairs": Run(says="resid_post", leaves="runs/mine/report/trace.json"),
+        "nla trace smollm2 --pairs": NotRun("a minute, and its package; tests/eval/circuits/test_trace.py traces some"),
         "nla trace Qwen/Qwen3-0.6B --prompt": NotRun(HUB),
         "nla eval graph runs/trace": Run(says="AUROC", append="--samples 1"),
     },
