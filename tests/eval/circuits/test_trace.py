@@ -484,8 +484,12 @@ def test_smollm2_uses_the_country_whose_capital_it_is_asked_for(smollm2: str) ->
     pairs = read_pairs(LATENTS / "capital.jsonl")[:4]
     report = trace(smollm2, TraceSettings(pairs, n_sites=12, n_controls=4))
     assert report.n_pairs == 4 and report.behaviour.value >= 0.8
-    (strongest, *_) = report.of_verdict(sites.CAUSAL)
-    assert strongest.role == "country" and strongest.effect.value >= 0.8 and strongest.control_bar < 0.1
+    causal = [site for site in report.of_verdict(sites.CAUSAL) if site.control_bar < 0.1]
+    blocks = {role: [Point.parse(site.point).layer for site in causal if site.role == role] for role in report.roles}
+    # It is held at the country's own token, and moves to the last one in the upper third.
+    assert blocks["country"] and max(blocks["country"]) < 25 and not blocks["next"]
+    assert all(block >= 20 for block in blocks["end"])
+    assert max(site.strength for site in causal if site.role == "country") >= 0.8
 
 
 @pytest.mark.parametrize("path", sorted(LATENTS.glob("*.jsonl")), ids=lambda path: path.stem)
