@@ -29,7 +29,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 from trl import GRPOConfig, GRPOTrainer
 
 from nla.autoencoder import NLA
@@ -58,6 +58,7 @@ SMOLLM2 = LlamaConfig(
     num_key_value_heads=3,
     tie_word_embeddings=True,
 )
+SMOLLM2_POINT = "resid_post.19"
 SENTENCE = (
     "A short story about a lighthouse keeper, told by a friend; the next words say what the storm did to the boat."
 )
@@ -65,27 +66,45 @@ SENTENCE = (
 
 def make_pair(shape: str, weights: str | None, dtype: str, n_tokens: int) -> NLA:
     """A pair whose adapters do something, as after a warm start."""
-    shipped = NLA.from_pretrained("couplets", device="cpu")
-    prompts = Prompts(shipped.config.encoder_prompt.replace(shipped.config.injection.marker, "{marker}"), "")
-    prompts = prompts._replace(decoder=shipped.config.decoder_template, marker=shipped.config.injection.marker)
-    point = shipped.config.point
     if shape == "couplets":
-        target, tokenizer = load_target("couplets/planner", dtype=dtype, device="cpu")
-    else:
-        point = "resid_post.19"
-        try:
-            target, tokenizer = load_target(weights or "smollm2", dtype=dtype, device="cpu")
-            prompts = Prompts(ENCODER_PROMPT, DECODER_TEMPLATE)
-        except NLAError as error:
-            print(f"random weights: {error}")
-            torch.manual_seed(0)
-            target, tokenizer = LlamaForCausalLM(SMOLLM2).to(getattr(torch, dtype)).eval(), shipped.tokenizer
-    d_model = target.config.hidden_size
+        return pair_on(*load_target("couplets/planner", dtype=dtype, device="cpu"), shape, dtype, n_tokens)
+    try:
+        target, tokenizer = load_target(weights or "smollm2", dtype=dtype, device="cpu")
+    except NLAError as error:
+        print(f"random weights: {error}")
+        return pair_on(random_target(SMOLLM2, dtype), None, shape, dtype, n_tokens, SMOLLM2_POINT)
+    usual = Prompts(ENCODER_PROMPT, DECODER_TEMPLATE)
+    return pair_on(target, tokenizer, shape, dtype, n_tokens, SMOLLM2_POINT, usual)
+
+
+def random_target(config: PretrainedConfig, dtype: str, device: str = "cpu") -> Any:
+    """A model of this shape with random weights, made where it will be."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
+
+
+def pair_on(
+    target: Any,
+    tokenizer: Any,
+    name: str,
+    dtype: str,
+    n_tokens: int,
+    point: str | None = None,
+    prompts: Prompts | None = None,
+) -> NLA:
+    """A pair whose adapters do something; tokenizer, point and prompts are Couplets' where none is given."""
+    shipped = NLA.from_pretrained("couplets", device="cpu")
+    if prompts is None:
+        marker = shipped.config.injection.marker
+        usual = Prompts(shipped.config.encoder_prompt.replace(marker, "{marker}"), "")
+        prompts = usual._replace(decoder=shipped.config.decoder_template, marker=marker)
+    tokenizer, d_model = tokenizer or shipped.tokenizer, target.config.hidden_size
     config = pair_config(
-        shape,
+        name,
         None,
         tokenizer,
-        point,
+        point or shipped.config.point,
         prompts,
         d_model=d_model,
         dtype=dtype,
@@ -98,8 +117,8 @@ def make_pair(shape: str, weights: str | None, dtype: str, n_tokens: int) -> NLA
     vectors = torch.randn(50, d_model, generator=torch.Generator().manual_seed(1))
     nla = NLA.create(target, tokenizer, config, rank=RANK, baselines={"global": Baseline.fit(vectors)})
     generator = torch.Generator().manual_seed(2)
-    for name, parameter in nla.model.named_parameters():
-        if "lora_B" in name:
+    for parameter_name, parameter in nla.model.named_parameters():
+        if "lora_B" in parameter_name:
             parameter.data = (0.01 * torch.randn(parameter.shape, generator=generator)).to(parameter)
     return nla
 
