@@ -26,9 +26,9 @@ from nla.models.load import load_target
 from nla.models.points import blocks, logits_after, truncated_view
 from nla.models.read import vectors_at
 from nla.store.shards import Document
+from nla.text.facts import BOOKKEEPING
 from nla.train.data.corpus import CorpusSettings, open_corpus
 from nla.train.data.documents import Reader
-from nla.train.data.requests import BOOKKEEPING
 from nla.train.describe.structured import Probes
 from nla.transcripts.positions import ANSWER_START
 

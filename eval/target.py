@@ -21,7 +21,7 @@ from nla.models.hooks import inference, replace
 from nla.models.load import LoadSettings, load_target
 from nla.models.points import Point, blocks, context_length, device_of, unwrapped
 from nla.models.read import read
-from nla.organisms import is_target
+from nla.organisms import PAIRS, TARGETS, full_name, is_target
 from nla.pair.separate import Devices
 from nla.text.tokens import prompt_ids
 
@@ -152,6 +152,40 @@ def open_target(model: Target | NLA | str | Path, point: str | Point, device: De
     if not is_target(model) and (Path(model) / CONFIG_FILE).is_file():
         return Target.of(open_pair(model, device))
     return Target.load(model, point, device=one_place(device))
+
+
+def open_model(
+    model: NLA | Target | str | Path, point: str | None = None, device: Devices = None
+) -> tuple[NLA | None, Target]:
+    """The pair, if there is one, and its target.
+
+    Args:
+        point: where a target without a pair is read; None: after two thirds of its blocks.
+
+    Raises:
+        ConfigError, PointError: see :meth:`Target.load` and ``NLA.from_pretrained``.
+    """
+    if isinstance(model, Target):
+        return None, model
+    if isinstance(model, NLA):
+        return model, Target.of(model)
+    if (
+        str(model) in TARGETS
+        or (is_target(model) and full_name(model) not in PAIRS)
+        or ((Path(model) / "config.json").is_file() and not (Path(model) / CONFIG_FILE).is_file())
+    ):
+        return None, open_target(model, point or two_thirds(read_config(model, None).num_hidden_layers), device)
+    nla = open_pair(model, device)
+    return nla, Target.of(nla)
+
+
+def two_thirds(n_blocks: int) -> str:
+    """The point after two thirds of a target's blocks.
+
+    >>> two_thirds(30), two_thirds(1)
+    ('resid_post.19', 'resid_post.0')
+    """
+    return f"resid_post.{max(1, round(2 * n_blocks / 3)) - 1}"
 
 
 class Patch(NamedTuple):

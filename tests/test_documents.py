@@ -131,6 +131,9 @@ DOCUMENTS: dict[str, dict[str, Run | RunsIn | NotRun]] = {
         "nla eval claims": RunsIn("eval claims"),
         "nla eval gates": RunsIn("eval gates"),
         "nla eval rhymes couplets --out": RunsIn("eval rhymes"),
+        "nla eval instructions switchboard": Run(
+            says="forced choice", append="--items 4 --instructions 3 --samples 1 --audited 2"
+        ),
     },
     "docs/graphs.md": {
         "nla trace couplets --out": Run(says="causal", leaves="runs/trace/report/trace.json", append="--items 10"),

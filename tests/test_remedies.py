@@ -711,6 +711,7 @@ NOT_RUN = {
     "correct the name; log in (`hf auth login`)": "logs in at a hub",
     "delete": "tests/hostile and the tests of the stages damage such files, delete them, and run again",
     "eval/circuits/organism_pairs.py": "tests/eval/circuits/test_trace.py traces pairs given in both ways",
+    "eval/families/instruction_items.py": "seconds: test_options.py asks for fewer, and gives other prompts",
     "eval/families/plants.py": "seconds: the example `nla eval plants ... --plants` runs",
     "eval/pair/fidelity.py: read a corpus with eval_fraction": "no command makes a store without them",
     "eval/worlds.py": "seconds: the first example in the help of each such command",

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import ClassVar
 
 from nla.autoencoder import NLA
-from nla.config import CONFIG_FILE
 from nla.eval.circuits.gate import CAUSAL, Gate, gate_items
 from nla.eval.couplet_items import rhyme_items, variant_of
 from nla.eval.explainers import encoder_reader, hit_rate
@@ -24,10 +23,8 @@ from nla.eval.families.naming import CONTINUED, WARM, Naming, NamingSettings, me
 from nla.eval.families.rhymes_report import RhymesReport
 from nla.eval.report import Check, Rate
 from nla.eval.settings import EvaluationSettings
-from nla.eval.target import Target, doubts, open_pair, open_rival, open_target
+from nla.eval.target import Target, doubts, open_model, open_rival
 from nla.eval.worlds import COUPLETS, require_world
-from nla.organisms import TARGETS
-from nla.pair.separate import Devices
 from nla.progress import Progress, silent
 
 CAUSAL_MIN, MOVED_MIN = 0.5, 0.9
@@ -120,23 +117,6 @@ def evaluate_rhymes(
             *([] if steering is None else _steering_checks(steering)),
         ],
     )
-
-
-def open_model(model: NLA | Target | str | Path, point: str, device: Devices = None) -> tuple[NLA | None, Target]:
-    """The pair, if there is one, and its target.
-
-    Raises:
-        ConfigError, PointError: see :meth:`Target.load` and ``NLA.from_pretrained``.
-    """
-    if isinstance(model, Target):
-        return None, model
-    bare = isinstance(model, str | Path) and (
-        str(model) in TARGETS or ((Path(model) / "config.json").is_file() and not (Path(model) / CONFIG_FILE).is_file())
-    )
-    if bare:
-        return None, open_target(model, point, device)
-    nla = open_pair(model, device)
-    return nla, Target.of(nla)
 
 
 def _verdict(measured: GateReport, gate: Gate) -> str:

@@ -35,9 +35,9 @@ if TYPE_CHECKING:
 
 def _model_name(name: str) -> str:
     """What :func:`nla.cli.options.pair_name` does, where an embedded target will do, too."""
-    from nla.organisms import TARGETS
+    from nla.organisms import is_target
 
-    if name not in TARGETS:
+    if not is_target(name):
         pair_name(name)
     return name
 
@@ -357,6 +357,42 @@ def transfer(
 
 
 @reported
+def instructions(
+    model: Model = "smollm2",
+    items: Annotated[int | None, count("--items", "Requests, each answered once (default 24).")] = None,
+    instructions: Annotated[
+        int | None, count("--instructions", "Instructions to read them under (default 10, and a fifth as many new).")
+    ] = None,
+    samples: Samples = None,
+    chats: Annotated[int | None, count("--audited", "Chats of each instruction to audit (default 8).")] = None,
+    prompts: Annotated[
+        str | None, text("--prompts", "FILE", "Requests and instructions, YAML (default: the shipped ones).")
+    ] = None,
+    beside: Annotated[
+        str | None, text("--beside", "PAIR", "Another pair on the target, such as the warm start.", pair_name)
+    ] = None,
+    point: Annotated[
+        str | None, text("--point", "POINT", "Where to read a target without a pair (default: two thirds of it).")
+    ] = None,
+    device: Device = None,
+) -> Evaluation:
+    """Judge what is read of hidden instructions, on answers that give nothing away.
+
+    The same neutral answers under many instructions: the words are the same, the context is not. Gate by divergence and
+    patching, naming beside readers of the text and a probe, false alarms, audits. Of a target without a pair, the gate.
+
+    examples:
+      nla eval instructions smollm2 --out runs/report
+      nla eval instructions my/pair --prompts prompts.yaml --beside runs/switchboard/warmstart/pair --check
+    """
+    from nla.eval.families.instructions import InstructionsSettings, evaluate_instructions
+
+    options = {"n_requests": items, "n_instructions": instructions, "n_samples": samples, "n_chats": chats}
+    options |= {"prompts": prompts, "beside": beside, "point": point, "device": places(device)}
+    return Evaluation(evaluate_instructions, model, InstructionsSettings(**given(**options)))
+
+
+@reported
 def readers(
     model: Model = "couplets",
     items: Items = None,
@@ -410,4 +446,4 @@ def graph(
     return Evaluation(judge_against_graphs, files, settings)
 
 
-add(app, fidelity, claims, rhymes, gates, two_hop, auditing, plants, transfer, readers, graph)
+add(app, fidelity, claims, rhymes, gates, two_hop, auditing, plants, instructions, transfer, readers, graph)

@@ -23,6 +23,7 @@ SCRIPTS = Path(sys.executable).parent
 IMPORTED = (
     *("nla.train.run", "nla.train.fit.joint", "nla.cli.view", "nla.audit.from_files"),
     *("nla.eval.families.rhymes", "nla.eval.families.plants", "nla.eval.families.two_hop"),
+    "nla.eval.families.instructions",
     *("nla.eval.readers.labelled_texts", "nla.eval.circuits.trace", "nla.eval.pair.fidelity"),
     *("sklearn.linear_model", "sklearn.model_selection", "sklearn.feature_extraction.text", "scipy.stats"),
     *("matplotlib.figure", "matplotlib.backends.backend_agg", "pyarrow.parquet"),

@@ -18,7 +18,7 @@ from nla.eval.families import controls, counterfactual, editing, naming, rhymes
 from nla.eval.families.mention import MentionScore
 from nla.eval.families.rhymes import RhymeSettings, evaluate_rhymes
 from nla.eval.report import Rate
-from nla.eval.target import Target, open_rival, read_last
+from nla.eval.target import Target, open_model, open_rival, read_last
 from tests.helpers.planted import planted_pair, planted_target, read_code, write_code
 
 ITEMS = rhyme_items(30, seed=6)
@@ -223,7 +223,7 @@ def test_the_protocol_goes_through_at_most_twelve_files_and_through_none_twice()
 def test_the_pair_reads_the_bare_target_and_leaves_its_adapters_on() -> None:
     pair = planted_pair()
     before = pair.model.active_adapter
-    rhymes.open_model(pair, "resid_post.0")[1]
+    open_model(pair, "resid_post.0")[1]
     read_last(Target.of(pair), [ITEMS[0].prompt])
     assert pair.model.active_adapter == before
     assert str(Target.of(pair).point) == "resid_post.1"  # a pair knows its own point

@@ -68,6 +68,10 @@ EXAMPLES: dict[str, Run | RunsIn | NotRun] = {
     ),
     "nla eval two-hop --items 60": Run(says="(?i)causal", append="--items 4"),
     "nla eval two-hop runs/switchboard": Run(says="(?i)warm start", append="--items 4", code=1),
+    "nla eval instructions smollm2": NotRun("a quarter of an hour, and needs the package of SmolLM2"),
+    "nla eval instructions my/pair": Run(
+        says="forced choice", append="--items 3 --instructions 2 --samples 1 --audited 1", code=1
+    ),
     "nla eval auditing": NotRun("six minutes; tests/nla/audit/test_switchboard_audits.py audits such chats"),
     "nla eval plants --out": Run(says="word-hat", leaves="runs/report/plants.json", append="--items 4", code=1),
     "nla eval plants runs/switchboard": Run(says="word-hat", append="--items 4"),
@@ -181,6 +185,7 @@ def fill(folder: Path) -> None:
     (folder / "chat.json").write_text(json.dumps(chat))
     rubric = (ROOT / "nla/audit/rubrics/evaluation-awareness.yaml").read_text()
     (folder / "my_rubric.yaml").write_text(rubric.replace("name: evaluation-awareness", "name: mine"))
+    (folder / "prompts.yaml").write_text((ROOT / "docs/examples/instructions.yaml").read_text())
     (folder / "jq.py").write_text(
         "import json, sys\n"
         "for one in json.load(sys.stdin)['explanations']:\n"

@@ -104,6 +104,12 @@ OPTIONS: dict[str, tuple[Run, ...]] = {
             append="switchboard --texts chats.jsonl --chats --positions all --activations 40 --card card --json",
         ),
     ),
+    "eval instructions": (
+        Run(
+            says="(?i)the gate alone",
+            append="switchboard/target --point resid_post.2 --prompts prompts.yaml --items 2 --instructions 2",
+        ),
+    ),
     "eval transfer": (
         Run(says="(?i)fve", append="switchboard --target-adapter switchboard/goal --items 10 --activations 40"),
         Run(
