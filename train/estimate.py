@@ -233,8 +233,9 @@ def _extract(recipe: Recipe, shape: Shape, device: Device, below: int) -> dict[s
     weights = weights_as(recipe.dtype, recipe.quantization)
     inside = (PREFILL_COPIES * shape.widest + 4 * shape.d_model) * weights.rest
     memory = _memory_gb(weights.of(below, shape.vocabulary * shape.d_model), READ_TOKENS * inside)
-    if corpus.n_documents is None:
-        return {"tokens": None, "hours": None, "memory_gb": memory, "not_known": "corpus.n_documents"}
+    if corpus.n_documents is None or corpus.mix:
+        unknown = "how many documents corpus.mix has" if corpus.mix else "corpus.n_documents"
+        return {"tokens": None, "hours": None, "memory_gb": memory, "not_known": unknown}
     tokens = corpus.n_documents * min(corpus.max_tokens, DOCUMENT_TOKENS)
     rows = corpus.n_documents * corpus.n_positions if corpus.positions in ("random", "kinds") else None
     disk = None if rows is None else round(rows * shape.d_model * BYTES[recipe.dtype] / 1e9, 2)

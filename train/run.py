@@ -50,7 +50,7 @@ OF_CORPUS = PAIRS | {
     "extract": (MANIFEST, BASELINES),
     "describe": ("train.jsonl", "eval.jsonl"),
 }
-"""What each finished stage holds, relative to its folder."""
+"""What each finished stage holds, relative to its folder; "sample" besides as many chunks as its mark says."""
 
 
 def run_recipe(
@@ -195,7 +195,10 @@ def renew_marks(folder: Path, former: str, fingerprint: str) -> None:
 
 def is_done(folder: Path, fingerprints: Sequence[str], made: Sequence[str]) -> bool:
     """Whether a stage was finished on these very inputs, and what it ``made`` is still there."""
-    return mark(folder / DONE) in fingerprints and all((folder / name).is_file() for name in made)
+    if mark(folder / DONE) not in fingerprints or not all((folder / name).is_file() for name in made):
+        return False
+    n_chunks = read_mark(folder / DONE).get("summary", {}).get("chunks", 0)
+    return isinstance(n_chunks, int) and all(chunk_file(folder, number).is_file() for number in range(n_chunks))
 
 
 def set_aside(folder: Path) -> None:

@@ -63,11 +63,11 @@ class CorpusSettings:
     text_column: str | None = None
     """Column of the text, or of a chat's messages; None: "text", or "messages"."""
     n_documents: Count | None = None
-    """The first so many of the corpus, None: all; of "self", how many the target writes."""
+    """The first so many of the source, None: all; of "self", how many the target writes. ``mix`` comes on top."""
     prompts: Annotated[str | None, NOTHING] = None  # what is in the file decides
     """Of "self": the YAML file of what the target is asked, or the name of a shipped one; None: "english"."""
     mix: Annotated[list[str] | None, Decides("extract", but_for_default=True)] = None
-    """Files, folders and globs whose documents follow those of the source."""
+    """Files, folders and globs of which all documents follow those of the source."""
     max_tokens: Count = 1024
     """Longer documents are cut here; the manifest counts them."""
     positions: str = "random"
@@ -81,7 +81,8 @@ class CorpusSettings:
     eval_fraction: Annotated[Number, Field(gt=0, lt=1)] = 0.05
     """Share of the documents that are held out."""
     n_eval: int | None = None
-    """About so many documents held out instead; ``n_documents`` must say of how many."""
+    """About so many documents of the source held out instead, and the same share of ``mix``; ``n_documents`` must say
+    of how many."""
     split_key: str = "nla"
     """Another key holds other documents out. What is held out follows from this and a document's text alone."""
     documents_per_chunk: Count = 512
@@ -135,7 +136,7 @@ class Corpus(NamedTuple):
         self, settings: CorpusSettings, wanted: Callable[[int], bool]
     ) -> Iterator[tuple[int, list[Entry] | None]]:
         """Chunks of documents by number; those that are not wanted as None."""
-        size, entries = settings.documents_per_chunk, islice(self.entries(), settings.n_documents)
+        size, entries = settings.documents_per_chunk, self.entries()
         chunk = 0
         while True:
             if wanted(chunk):
@@ -164,10 +165,11 @@ def open_corpus(settings: CorpusSettings, commit: str | None = None) -> Corpus:
     files, mixed = local_files(settings), mixed_files(settings)
     source = _hub(settings, commit or hub_commit(settings)) if files is None else _of_files(files, settings)
     if not mixed:
-        return source
+        return Corpus(source.about, lambda: islice(source.entries(), settings.n_documents))
     rest = _of_files(mixed, settings)
     return Corpus(
-        {"source": source.about, "mix": rest.about}, lambda: itertools.chain(source.entries(), rest.entries())
+        {"source": source.about, "mix": rest.about},
+        lambda: itertools.chain(islice(source.entries(), settings.n_documents), rest.entries()),
     )
 
 

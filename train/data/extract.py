@@ -227,4 +227,4 @@ def _write(writer: StoreWriter, work: Prepared, vectors: Tensor) -> None:
 def _bar(settings: CorpusSettings, shown: bool) -> Any:
     from tqdm import tqdm
 
-    return tqdm(total=settings.n_documents, desc="read", unit=" documents", disable=not shown)
+    return tqdm(total=None if settings.mix else settings.n_documents, desc="read", unit=" documents", disable=not shown)

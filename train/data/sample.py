@@ -114,13 +114,14 @@ def chunk_file(folder: Path, number: int) -> Path:
 
 
 def count_documents(folder: Path) -> dict[str, int]:
-    """How many documents a folder of samples holds: in all, of each split, and with an answer that ended by itself.
+    """How many chunks and documents a folder of samples holds, documents of each split, and answers not cut.
 
     Raises:
         ParseError: a line is no document.
     """
-    counts = Counter({"documents": 0, "train": 0, "eval": 0, "ended": 0})
-    for path in sorted(folder.glob("*.jsonl")):
+    paths = sorted(folder.glob("[0-9]*.jsonl"))
+    counts = Counter({"chunks": len(paths), "documents": 0, "train": 0, "eval": 0, "ended": 0})
+    for path in paths:
         try:
             for document in read_json_lines(path):
                 counts.update(["documents", document["split"], *(["ended"] if document["attributes"]["ended"] else [])])

@@ -68,6 +68,15 @@ def test_parquet_jsonl_and_lines_give_the_same_documents(tmp_path, parquet):
     assert texts_of(CorpusSettings(str(tmp_path / "c.txt"))) == ["\n".join(TEXTS) + "\n"]
 
 
+@pytest.mark.parametrize("n", [1, 3, len(TEXTS), 99, None])
+@pytest.mark.parametrize("size", [1, 4, 100])
+def test_mixed_documents_follow_the_first_of_the_source_however_many_these_are(tmp_path, n, size):
+    source = write_jsonl(tmp_path / "c.jsonl", [{"text": text} for text in TEXTS])
+    mixed = write_jsonl(tmp_path / "more.jsonl", [{"text": text} for text in ("one more", "and another")])
+    settings = CorpusSettings(source, n_documents=n, mix=[mixed], documents_per_chunk=size)
+    assert contents(settings) == list(enumerate([*TEXTS[:n], "one more", "and another"]))
+
+
 def test_folders_and_globs_are_read_in_the_order_of_their_names(tmp_path):
     (tmp_path / "deep").mkdir()
     for name in ("b.txt", "a.txt", "deep/c.txt", "notes.md"):

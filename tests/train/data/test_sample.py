@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -223,6 +224,20 @@ def test_every_row_of_the_store_knows_the_attributes_of_its_document(whole: Path
             assert rows.texts[at][span.start :].startswith(span.text)
         assert {"answer start", "template token", "prompt content word"} <= set(store.strata())
     assert mixed == 12, "both texts follow the documents of the target"
+
+
+@pytest.mark.parametrize("gone", ["000000.jsonl", "000002.jsonl", "000004.jsonl"])
+def test_any_chunk_that_is_gone_from_a_finished_stage_is_written_again(target, whole, tmp_path, gone) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    path, place = (
+        recipe(target, tmp_path / "run", mix=[str(whole.parent / "texts")]),
+        tmp_path / "run" / "sample" / gone,
+    )
+    place.unlink()
+    assert "would_run" in run_recipe(path, until="extract", dry_run=True)["sample"]
+    summary = run_recipe(path, until="extract")
+    assert summary["sample"]["documents"] == 40 and summary["sample"]["chunks"] == 5
+    assert place.read_bytes() == (whole / "sample" / gone).read_bytes() and summary["extract"]["skipped"]
 
 
 @pytest.mark.slow
