@@ -1,84 +1,85 @@
-"""A chat template and messages in, a text out: the template is a program from a file, and runs under limits.
+"""A chat template and messages in, a text out: the template is a program from a file, and runs in a process of its own.
 
-Each template is tried in a process of its own first, which the system ends when it takes too much time or memory. After
-that it runs here, and is stopped when it takes too long or too much. The limit of memory holds for all threads of a
-process, so where others are at work each later run is tried apart first instead.
-
-The process is a fork of this one, whatever its threads do: it renders in Python alone, without torch or the tokenizer's
-own code, whose locks other threads could hold; no template is rendered here meanwhile, and it ends without clean-up.
+Each process of ours has one such process, from its first template on; one that ended is replaced. It holds neither
+PyTorch nor a tokenizer, gets and gives texts alone, and is held to the time and memory that a template needs. This
+process is never limited, whatever its threads do.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
 import resource
 import signal
+import subprocess
 import sys
 import threading
-import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedTokenizerBase
+import jinja2
 
 from nla.errors import TemplateError
+
+if TYPE_CHECKING:  # the process that renders does without
+    from transformers import PreTrainedTokenizerBase
 
 MAX_CHARACTERS = 100_000
 """Of a template."""
 MAX_ADDED = 1_000_000
 """Characters that a template may write beside four times those of the messages and tools."""
 SECONDS, MEGABYTES = 1, 300
-"""Of a template's first run, on the processor, and beyond what this process has; and beside what its messages need."""
-CHARACTERS_PER_S, BYTES_PER_CHARACTER = 5_000_000, 64
+"""Of a run, on the processor, and beyond what its process has; and beside what its messages need."""
+CHARACTERS_PER_S, BYTES_PER_CHARACTER = 500_000, 64
 """What messages and tools need of both: of four bytes a character, sixteen copies."""
-PATIENCE_S = 20.0
-"""Of any run, on a clock."""
-_passed: set[str] = set()
-"""Templates whose first run took no more."""
-_one_at_a_time = threading.Lock()
+PATIENCE_S, START_S = 20.0, 120.0
+"""Of any run, and of the start of its process, on a clock."""
+_SPARE_MB = 100
+"""What a process may keep of its runs (compiled templates, and what they hold) before another takes its place."""
 
 
 def render_template(
     tokenizer: PreTrainedTokenizerBase, template: str, messages: Sequence[dict[str, Any]], **options: Any
 ) -> str:
-    """What a template makes of messages.
+    """What a template makes of messages, as ``tokenizer.apply_chat_template`` would.
 
     Args:
-        options: of transformers' ``apply_chat_template``.
+        options: ``tools``, ``add_generation_prompt``, and what else the template is given by name.
 
     Raises:
         TemplateError: it takes more time, memory or characters than any template needs.
-        Exception: whatever the template raises.
+        jinja2.TemplateError: whatever the template raises.
     """
-
-    def render() -> str:
-        text = tokenizer.apply_chat_template(list(messages), chat_template=template, tokenize=False, **options)
-        assert isinstance(text, str)  # tokenize=False
-        return text
-
     if len(template) > MAX_CHARACTERS:
         raise _too_much(f"of {len(template)} characters")
-    given = len(json.dumps([list(messages), options.get("tools")], ensure_ascii=False, default=str))
-    with _one_at_a_time:
-        alone = not any(not one.daemon for one in threading.enumerate() if one is not threading.current_thread())
-        first = template not in _passed
-        if first or not alone:
-            _try_apart(render, given)
-        # The first run here is held to it in any case: Jinja works constants out when it compiles, such as 'x' * 9**9.
-        _passed.add(template)
-        try:
-            with _deadline(), _in_memory(given) if alone or first else contextlib.nullcontext():
-                text = render()
-        except TemplateError:
-            _passed.discard(template)
-            raise
-    if len(text) > 4 * given + MAX_ADDED:
-        raise _too_much(f"that writes {len(text)} characters for messages of {given}")
-    return text
+    tools = options.pop("tools", None)
+    written = [{key: value for key, value in one.items() if value is not None} for one in messages]
+    chat = json.dumps([written, tools], ensure_ascii=False, default=str)
+    given = len(chat)
+    seconds, megabytes = SECONDS + given // CHARACTERS_PER_S, MEGABYTES + (given * BYTES_PER_CHARACTER >> 20)
+    limits = {"seconds": seconds, "megabytes": megabytes, "characters": 4 * given + MAX_ADDED}
+    names = {**tokenizer.special_tokens_map, **options}
+    head = json.dumps([template, limits, names], ensure_ascii=False, default=str)
+    outcome, text = _renderer.ask(f"[{head}, {chat}]")
+    if outcome == "text":
+        return text
+    if outcome == "raised":
+        raise jinja2.TemplateError(text)
+    what = {
+        "time": f"that does not end in {seconds} s for messages of {given} characters",
+        "clock": f"that does not end in {PATIENCE_S:.0f} s",
+        "memory": f"that takes more than {megabytes} MB for messages of {given} characters",
+        "length": f"that writes {text} characters for messages of {given}",
+        "died": f"that ends the process it runs in ({text})",
+    }
+    raise _too_much(what[outcome])
 
 
 def _too_much(what: str) -> TemplateError:
@@ -89,82 +90,154 @@ def _too_much(what: str) -> TemplateError:
     )
 
 
-def _try_apart(render: Callable[[], str], given: int) -> None:
-    """Refuse what a run in a copy of this process takes too much of, for messages of so many characters.
+class _Renderer:
+    """The process that renders, and this one's end of the way to it; for one thread at a time."""
 
-    Whether it raises is no matter: its own errors are those of the run that follows.
-    """
-    seconds = SECONDS + given // CHARACTERS_PER_S
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of the threads, which are not copied
-        pid = os.fork()
-    if pid == 0:
-        code = 0
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Have no process: in a fork of this one, the other's is not ours."""
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._pipe: Connection | None = None
+
+    def ask(self, request: str) -> tuple[str, str]:
+        """What became of a template's run, and its text or what else is to be said."""
+        with self._lock:
+            if self._process is None or self._process.poll() is not None:
+                self.stop()
+                self._start()
+            assert self._pipe is not None and self._process is not None
+            is_last = True  # whatever comes: an answer that is not fetched would be taken for the next one's
+            try:
+                self._pipe.send_bytes(request.encode("utf-8", "surrogatepass"))
+                if not self._pipe.poll(PATIENCE_S):
+                    return "clock", ""
+                outcome, more = self._pipe.recv_bytes().decode("utf-8", "surrogatepass").split("\n", 1)
+                is_last = outcome.endswith("!")
+                return outcome.removesuffix("!"), more
+            except (EOFError, OSError):
+                code = self._process.wait()
+                return ("time", "") if code == -signal.SIGPROF else ("died", _ending(code))
+            finally:
+                if is_last:
+                    self.stop()
+
+    def _start(self) -> None:
+        code = "import sys; sys.path[:] = sys.argv[2:]; from nla.text import templates; templates.serve(sys.argv[1])"
         try:
-            resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
-            signal.signal(signal.SIGXCPU, signal.SIG_DFL)
-            with _in_memory(given):
-                render()
-        except TemplateError:
-            code = 1
+            self._pipe, theirs = Pipe()
+            with theirs:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-c", code, str(theirs.fileno()), *map(str, sys.path)],
+                    pass_fds=[theirs.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    start_new_session=True,  # Ctrl-C is for this process
+                )
+            if not self._pipe.poll(START_S):
+                raise OSError(f"not in {START_S:.0f} s")
+            self._pipe.recv_bytes()
+        except (OSError, EOFError) as error:
+            why = _ending(self._process.wait()) if isinstance(error, EOFError) and self._process else str(error)[:200]
+            self.stop()
+            raise TemplateError(
+                f"a process for chat templates that does not start ({why})",
+                "a chat template is rendered in a process of its own",
+                "check that this machine has memory and processes left, and that transformers can be imported",
+            ) from error
         except BaseException:
-            pass
-        finally:
-            os._exit(code)
-    ends = time.monotonic() + PATIENCE_S
-    while not (ended := os.waitpid(pid, os.WNOHANG))[0]:
-        if time.monotonic() > ends:
-            os.kill(pid, signal.SIGKILL)
-        time.sleep(0.001)
-    if os.WIFSIGNALED(ended[1]):
-        raise _too_much(f"that does not end in {seconds} s for messages of {given} characters")
-    if os.WEXITSTATUS(ended[1]):
-        raise _too_large(given)
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        """End the process, if there is one."""
+        if self._pipe is not None:
+            self._pipe.close()
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+        self._pipe = self._process = None
+
+    def leave(self) -> None:
+        """In a fork: close this end of the other's way."""
+        if self._pipe is not None:
+            self._pipe.close()
+        if self._process is not None:
+            self._process.returncode = 0  # it is not ours to wait for
+        self.forget()
 
 
-@contextlib.contextmanager
-def _in_memory(given: int) -> Iterator[None]:
-    """Hold this process to what it has and what a template needs for so many characters.
+def _ending(code: int) -> str:
+    return f"code {code}" if code >= 0 else f"signal {-code}"
 
-    Raises:
-        TemplateError: the block takes more.
-    """
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    with contextlib.suppress(OSError, ValueError):  # only Linux says how much address space is in use
-        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        limit = used + (_megabytes(given) << 20)
-        if before[0] == resource.RLIM_INFINITY or limit < before[0]:
-            resource.setrlimit(resource.RLIMIT_AS, (limit, before[1]))
+
+_renderer = _Renderer()
+atexit.register(_renderer.stop)
+os.register_at_fork(after_in_child=_renderer.leave)
+
+
+def serve(descriptor: str) -> None:
+    """In the process that renders: answer requests until the other end is closed."""
+    pipe = Connection(int(descriptor))
+    render = _render_jinja_template()
+    most = (_address_space() or 0) + (_SPARE_MB << 20)
+    pipe.send_bytes(b"ready")
+    with contextlib.suppress(EOFError):
+        while True:
+            outcome, text = _run(render, pipe.recv_bytes().decode("utf-8", "surrogatepass"))
+            last = "!" if (_address_space() or 0) > most else ""
+            pipe.send_bytes(f"{outcome}{last}\n{text}".encode("utf-8", "surrogatepass"))
+
+
+def _render_jinja_template() -> Callable[..., Any]:
+    """transformers' function, without PyTorch and, if possible, without its list of models: in a third of the time."""
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    spec = find_spec("transformers")
+    assert spec is not None and spec.origin is not None
+    home = Path(spec.origin).parent
+    for name, folder in (("transformers", home), ("transformers.utils", home / "utils")):
+        sys.modules[name] = package = ModuleType(name)
+        package.__path__ = [str(folder)]
     try:
-        yield
+        from transformers.utils.chat_template_utils import render_jinja_template
+    except (ImportError, AttributeError):
+        for name in [name for name in sys.modules if name.partition(".")[0] == "transformers"]:
+            del sys.modules[name]
+        from transformers.utils.chat_template_utils import render_jinja_template
+    return render_jinja_template
+
+
+def _run(render: Callable[..., Any], request: str) -> tuple[str, str]:
+    """Render under limits: too much time ends the process, too much memory is an outcome."""
+    (template, limits, names), (messages, tools) = json.loads(request)
+    del request
+    unlimited = resource.getrlimit(resource.RLIMIT_AS)
+    used = _address_space()
+    if used is not None:
+        limit = used + (limits["megabytes"] << 20)
+        hard = unlimited[1]
+        resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_PROF, limits["seconds"])
+    try:
+        text = render(conversations=[messages], tools=tools, chat_template=template, **names)[0][0]
+        outcome = ("text", text) if len(text) <= limits["characters"] else ("length", str(len(text)))
     except MemoryError:
-        raise _too_large(given) from None  # its frames hold what was made
+        outcome = "memory", ""
+    except Exception as error:  # a template is a program: it may raise anything
+        outcome = "raised", str(error)[:1000]
     finally:
-        resource.setrlimit(resource.RLIMIT_AS, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        resource.setrlimit(resource.RLIMIT_AS, unlimited)
+    return outcome
 
 
-def _megabytes(given: int) -> int:
-    return MEGABYTES + (given * BYTES_PER_CHARACTER >> 20)
-
-
-def _too_large(given: int) -> TemplateError:
-    return _too_much(f"that takes more than {_megabytes(given)} MB for messages of {given} characters")
-
-
-@contextlib.contextmanager
-def _deadline() -> Iterator[None]:
-    """Raise a TemplateError from the block's first call of a function after ``PATIENCE_S``."""
-    if sys.getprofile() is not None:  # somebody measures this program
-        yield
-        return
-    end = time.monotonic() + PATIENCE_S
-
-    def check(*_: Any) -> None:
-        if time.monotonic() > end:
-            raise _too_much(f"that does not end in {PATIENCE_S:.0f} s")
-
-    sys.setprofile(check)
+def _address_space() -> int | None:
+    """Bytes that this process has mapped; None where the system does not say (Linux does)."""
     try:
-        yield
-    finally:
-        sys.setprofile(None)
+        return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    except OSError:
+        return None

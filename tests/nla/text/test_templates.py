@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
-import resource
+import signal
 import threading
 import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
 from typing import Any
 
 import pytest
@@ -17,7 +20,6 @@ from nla.text.tokens import render_prompt, undated
 from nla.transcripts.messages import Message, Transcript
 from nla.transcripts.rendering import render
 from tests.helpers.tiny import make_tokenizer
-from tests.hostile.watch import status_bytes
 
 MESSAGES = [{"role": "user", "content": "the cat"}]
 LOOPS = "{% for i in range(99999) %}{% for j in range(99999) %}{% for k in [] %}{% endfor %}{% endfor %}{% endfor %}"
@@ -63,67 +65,131 @@ def test_prompts_and_transcripts_refuse_a_template_that_takes_too_much(name: str
         render(tokenizer, Transcript("one", (Message("user", "the cat"),)))
 
 
-def test_a_template_that_is_slow_for_later_messages_alone_is_stopped(
-    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    template = "{% if messages|length > 1 %}" + LOOPS + "{% endif %}hello"
-    assert render_template(tokenizer, template, MESSAGES) == "hello"
-    monkeypatch.setattr(templates, "PATIENCE_S", 0.2)
-    with pytest.raises(TemplateError, match="does not end"):
-        render_template(tokenizer, template, MESSAGES * 2)
-    assert render_template(tokenizer, template, MESSAGES) == "hello"
-
-
+@pytest.mark.parametrize("large", [LOOPS, "{% set x = 'y' * 500000000 %}"], ids=["slow", "large"])
 @pytest.mark.parametrize("others_work", [False, True])
-def test_a_template_that_is_large_for_later_messages_alone_is_stopped(others_work: bool, tokenizer: Any) -> None:
-    large = "{% set x = 'y' * 500000000 %}"
-    template = "{% if messages|length > 1 %}" + large + f"{{% endif %}}{'good' if others_work else 'well'}"
-    before, done = resource.getrlimit(resource.RLIMIT_AS), threading.Event()
+def test_a_template_that_takes_too_much_for_later_messages_alone_is_stopped(
+    large: str, others_work: bool, tokenizer: Any
+) -> None:
+    template, done = "{% if messages|length > 1 %}" + large + "{% endif %}hello", threading.Event()
     other = threading.Thread(target=done.wait)
     if others_work:
         other.start()
     try:
-        text = render_template(tokenizer, template, MESSAGES)
-        with pytest.raises(TemplateError, match="more than 300 MB for messages of"):
+        assert render_template(tokenizer, template, MESSAGES) == "hello"
+        with pytest.raises(TemplateError, match=r"does not end in 1 s for|more than 300 MB for messages of"):
             render_template(tokenizer, template, MESSAGES * 2)
-        assert render_template(tokenizer, template, MESSAGES) == text == template[-4:]
-        assert resource.getrlimit(resource.RLIMIT_AS) == before
+        assert render_template(tokenizer, template, MESSAGES) == "hello"
     finally:
         done.set()
 
 
-def test_what_a_template_makes_when_it_is_compiled_counts(tokenizer: Any) -> None:
-    template = "{% if messages|length > 9 %}{{ 'y' * 700000000 }}{% endif %}hello"
-    before = status_bytes("VmData")
-    assert render_template(tokenizer, template, MESSAGES) == "hello"
-    assert status_bytes("VmData") - before < 400 << 20
+@pytest.mark.parametrize("where", ["in the main thread", "in a worker", "beside a daemon"])
+def test_this_process_is_neither_limited_nor_copied(
+    where: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError
+
+    for name in ("resource.setrlimit", "signal.setitimer", "os.fork"):
+        monkeypatch.setattr(name, refuse)
+    done = threading.Event()
+    if where == "beside a daemon":
+        threading.Thread(target=done.wait, daemon=True).start()
+    template = "{{ messages[0].content | upper }}" + where
+    with ThreadPoolExecutor(1) as pool:
+        run = (lambda task: pool.submit(task).result()) if where == "in a worker" else (lambda task: task())
+        assert run(lambda: render_template(tokenizer, template, MESSAGES)) == f"THE CAT{where}"
+        with pytest.raises(TemplateError, match="MB"):
+            run(lambda: render_template(tokenizer, DOUBLING + where, MESSAGES))
+    done.set()
 
 
-def test_other_threads_may_take_memory_while_a_template_runs(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    template, running, taken = "{{ messages[0]['content'] | upper }}", threading.Event(), threading.Event()
-    assert render_template(tokenizer, template, MESSAGES) == "THE CAT"
-    sizes: list[int] = []
+def renderer() -> int:
+    """The number of the process that renders."""
+    process = templates._renderer._process
+    assert process is not None
+    return process.pid
 
-    def take() -> None:
-        running.wait(20)
-        sizes.append(len(bytearray(500 << 20)))
-        taken.set()
 
-    rendered = tokenizer.apply_chat_template
+def test_all_threads_share_one_process_and_each_gets_its_own_text(tokenizer: Any) -> None:
+    template = "{{ messages[0].content }}"
 
-    def slowly(*given: Any, **options: Any) -> str:
-        if threading.current_thread() is threading.main_thread() and os.getpid() == here:
-            running.set()
-            taken.wait(20)
-        return rendered(*given, **options)
+    def one(number: int) -> tuple[str, int]:
+        return render_template(tokenizer, template, [{"role": "user", "content": f"{number}"}]), renderer()
 
-    here = os.getpid()
-    monkeypatch.setattr(tokenizer, "apply_chat_template", slowly)
-    other = threading.Thread(target=take)
-    other.start()
-    assert render_template(tokenizer, template, MESSAGES) == "THE CAT"
-    other.join()
-    assert sizes == [500 << 20]
+    before = one(0)[1]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(one, range(60))) == [(str(number), before) for number in range(60)]
+
+
+def test_a_fork_of_this_process_renders_by_itself(tokenizer: Any) -> None:
+    template, here = "{{ messages[0].content }}", []
+    assert render_template(tokenizer, template, MESSAGES) == "the cat"
+    ours = renderer()
+    with templates._renderer._lock, warnings.catch_warnings():  # as if another thread were at it
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
+        if child == 0:
+            try:
+                texts = [render_template(tokenizer, template, [{"role": "user", "content": f"c{n}"}]) for n in range(9)]
+                os._exit(0 if texts == [f"c{n}" for n in range(9)] and renderer() != ours else 1)
+            finally:
+                os._exit(2)
+    for number in range(9):
+        here.append(render_template(tokenizer, template, [{"role": "user", "content": f"p{number}"}]))
+    assert os.waitpid(child, 0)[1] == 0
+    assert here == [f"p{n}" for n in range(9)] and renderer() == ours
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_process_that_has_ended_or_hangs_is_replaced(
+    how: signal.Signals, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template = "{{ messages[0].content }}"
+    assert render_template(tokenizer, template, MESSAGES) == "the cat"
+    os.kill(before := renderer(), how)
+    if how == signal.SIGSTOP:
+        with monkeypatch.context() as patch, pytest.raises(TemplateError, match="does not end in 0 s"):
+            patch.setattr(templates, "PATIENCE_S", 0.1)
+            render_template(tokenizer, template, MESSAGES)
+    else:
+        os.waitid(os.P_PID, before, os.WEXITED | os.WNOWAIT)
+    assert render_template(tokenizer, template, MESSAGES) == "the cat"
+    assert renderer() != before
+
+
+def test_an_answer_that_nobody_waited_for_is_not_taken_for_the_next(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template = "{{ messages[0].content }}"
+    assert render_template(tokenizer, template, MESSAGES) == "the cat"
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Connection, "poll", interrupt)
+        render_template(tokenizer, template, [{"role": "user", "content": "a dog"}])
+    assert render_template(tokenizer, template, MESSAGES) == "the cat"
+
+
+def test_a_process_that_keeps_much_of_what_templates_made_is_replaced(tokenizer: Any) -> None:
+    assert render_template(tokenizer, "hello", MESSAGES) == "hello"
+    before = renderer()
+    for letter in "xyz":  # the texts are worked out, and kept, when the templates are compiled
+        template = f"{{% if messages|length > 9 %}}{{{{ '{letter}' * 50000000 }}}}{{% endif %}}hello"
+        assert render_template(tokenizer, template, MESSAGES) == "hello"
+    assert render_template(tokenizer, "hello", MESSAGES) == "hello" and renderer() != before
+
+
+def test_without_a_process_no_template_is_rendered(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    templates._renderer.stop()
+    for python in ("/bin/false", "/nowhere/python"):
+        monkeypatch.setattr("sys.executable", python)
+        with pytest.raises(TemplateError, match=r"does not start \((code 1|.*No such file)"):
+            render_template(tokenizer, "hello", MESSAGES)
+    monkeypatch.undo()
+    assert render_template(tokenizer, "hello", MESSAGES) == "hello"
 
 
 def test_a_template_that_takes_too_much_of_one_chat_is_tried_anew_with_the_next(tokenizer: Any) -> None:
@@ -143,13 +209,6 @@ def test_what_a_template_may_take_grows_with_its_messages(tokenizer: Any, monkey
         render_template(tokenizer, template + "{% set x = 'y' * 90000000 %}", MESSAGES)
 
 
-def test_templates_are_tried_without_what_macos_lacks(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr("os.waitid", raising=False)  # on macOS there from Python 3.13 on
-    assert render_template(tokenizer, "{{ 'fine' }}", MESSAGES) == "fine"
-    with pytest.raises(TemplateError, match="MB"):
-        render_template(tokenizer, DOUBLING, MESSAGES)
-
-
 @pytest.mark.parametrize(
     "template", ["{% if 1 %}" * 3000, "{{ (" * 3000, "{#" * 9000, "{{ raise_exception('no') }}", "{{"]
 )
@@ -166,7 +225,25 @@ def test_a_template_with_a_hundred_thousand_date_marks_is_read_at_once(tokenizer
     assert time.thread_time() - started < 1
 
 
+ODD = [
+    {"role": "system", "content": None, "name": 'a "quote"'},
+    {"role": "user", "content": "line\u2028 separator, half a character \ud800, 🙂, \x00\r\n", "n": 1e-7, "big": 2**70},
+    {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"function": {"name": "f", "arguments": {"a": [1, None, 0.1]}}}],
+    },
+]
+WHOLE = (
+    "{{ bos_token }}{{ messages }}{{ messages[1] | tojson }}{{ tools }}{{ enable_thinking is defined }}{{ pad_token }}"
+)
+
+
 def test_the_text_is_that_of_transformers(tokenizer: Any) -> None:
     for options in ({"add_generation_prompt": True}, {}):
         expected = tokenizer.apply_chat_template(MESSAGES, tokenize=False, **options)
         assert render_template(tokenizer, tokenizer.chat_template, MESSAGES, **options) == expected
+    tools: Any = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    for options in ({"tools": tools, "enable_thinking": False}, {"add_generation_prompt": True}, {"tools": None}):
+        expected = tokenizer.apply_chat_template(ODD, chat_template=WHOLE, tokenize=False, **options)
+        assert render_template(tokenizer, WHOLE, ODD, **options) == expected

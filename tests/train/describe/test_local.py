@@ -12,6 +12,8 @@ from transformers import Qwen2ForCausalLM
 
 from nla.errors import ArgumentError, ConfigError, ContextLengthError, DescriberError, TemplateError
 from nla.models import load as target
+from nla.text.templates import render_template
+from nla.train.describe import local
 from nla.train.describe.cache import TextCache
 from nla.train.describe.describer import DescriberSettings
 from nla.train.describe.local import KeyedSampling, LocalDescriber, weights_print
@@ -150,17 +152,17 @@ def test_control_tokens_in_a_text_stay_text(parts: tuple[Any, Any]) -> None:
 
 
 def test_the_chat_template_is_rendered_once(parts: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer, n_rendered = make_tokenizer(), 0
-    render = tokenizer.apply_chat_template
+    n_rendered = 0
 
     def counted(*given: Any, **how: Any) -> Any:
         nonlocal n_rendered
         n_rendered += 1
-        return render(*given, **how)
+        return render_template(*given, **how)
 
-    monkeypatch.setattr(tokenizer, "apply_chat_template", counted)
-    one = opened((parts[0], tokenizer))
-    assert answers(one, PROMPTS) == answers(opened(parts), PROMPTS) and one.count("a dog") > 3 and n_rendered == 1
+    expected = answers(opened(parts), PROMPTS)
+    monkeypatch.setattr(local, "render_template", counted)
+    one = opened((parts[0], make_tokenizer()))
+    assert answers(one, PROMPTS) == expected and one.count("a dog") > 3 and n_rendered == 1
 
 
 class Scripted(LocalDescriber):
