@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from nla.transcripts import petri
 from nla.transcripts.calls import read_tools
 from nla.transcripts.entries import parse_messages, unused_keys
-from nla.transcripts.messages import ROLES, Transcript, bad, role_of, stated
+from nla.transcripts.messages import ROLES, Transcript, bad, known_of, role_of
 from nla.transcripts.responses import is_items, read_items
 
 Object = Mapping[str, Any]
@@ -27,6 +27,8 @@ _ENVELOPE = ("model", "usage", "stop_reason", "stop_sequence")
 """What stands in an answer of Anthropic's besides the message."""
 _GROUPS = ("conversation_id", "conversation_hash", "session_id", "thread_id", "chat_id", "dialogue_id", "dialog_id")
 """Keys of single messages that say of which conversation they are."""
+_TEXT_PARTS = ("text", "output_text")
+"""Types of the parts of a content that are text."""
 _CONTINUES = ("prefix", "partial")
 """What DeepSeek and Mistral, and Moonshot, call a last message that is the beginning of an answer."""
 _CONTINUE_FINAL = "continue_final_message"
@@ -42,6 +44,8 @@ class Found:
     """The object that it stands in; id, model, metadata and tools are taken from there."""
     used: frozenset[str] = frozenset()
     """Keys of it that were read here."""
+    remarks: tuple[str, ...] = ()
+    """What a reader must know of how it was read."""
 
 
 class Form(NamedTuple):
@@ -150,7 +154,10 @@ def _transcript(found: Found, name: str, source: str) -> Transcript:
     unknown += [f"{key} of messages" for key in unused_keys(found.entries)]
     last = found.entries[-1] if found.entries else None
     continued = isinstance(last, Mapping) and any(last.get(key) is True for key in _CONTINUES)
-    unused = {key for key, value in beside.items() if value is not None} - found.used - _COMMON
+    known = known_of(beside)
+    is_known = {"attributes": bool(known["attributes"]), "split": isinstance(known["split"], str)}
+    used = found.used | _COMMON | {key for key, is_there in is_known.items() if is_there}
+    unused = {key for key, value in beside.items() if value is not None} - used
     return Transcript(
         id=names[0] if names else name,
         messages=parse_messages(found.entries, source),
@@ -160,7 +167,8 @@ def _transcript(found: Found, name: str, source: str) -> Transcript:
         tools=tools,
         prefill=continued or beside.get(_CONTINUE_FINAL) is True,
         unused=tuple(sorted([*map(str, unused - {_CONTINUE_FINAL}), *unknown])),
-        **stated(beside),
+        remarks=found.remarks,
+        **known,
     )
 
 
@@ -224,7 +232,7 @@ def _answers(content: Any, source: str) -> list[list[Any]]:
     Raises:
         TranscriptError: nothing that is an answer.
     """
-    if isinstance(content, str):
+    if isinstance(content, str) or _is_text(content):
         return [[{"role": "assistant", "content": content}]]
     if isinstance(content, list) and content:
         return [_entries(content, source)]
@@ -342,7 +350,7 @@ def _has(*keys: str) -> Callable[[Object], bool]:
 
 
 def _answer_key(content: Object) -> str | None:
-    """Under which key the answer to messages stands that end with a question; None where nothing there is an answer."""
+    """Under which key the answer stands to messages that end with a user's or a tool's; None where none may be one."""
     messages = content.get("messages")
     last = messages[-1] if isinstance(messages, list) and messages else None
     role = role_of(str(last.get("role", last.get("from")))) if isinstance(last, Mapping) else ""
@@ -352,15 +360,34 @@ def _answer_key(content: Object) -> str | None:
 
 
 def _is_answer(value: Any) -> bool:
-    """Whether a value is text, a message or a response, and no score, label or state."""
-    if isinstance(value, str):
-        return bool(value.strip())
+    """Whether a value may be what a model wrote: a text, whatever it says, parts of text, a message or a response.
+
+    A number, an object of scores or a program's whole state is none. A label that is a text cannot be told from a short
+    answer: that it was taken for one is a remark.
+    """
+    if isinstance(value, str) or _is_text(value):
+        return bool((_words(value) or "").strip())
     if isinstance(value, Mapping):  # Bedrock's and Ollama's answers hold the message
         inner = value.get("message")
         return "messages" not in value and (
             holds_messages(value) or (isinstance(inner, Mapping) and holds_messages(inner))
         )
     return holds_messages(value)
+
+
+def _is_text(value: Any) -> bool:
+    """Whether a value is the parts of a content, and all of them text."""
+    return _are_objects(value, "text") and all(
+        part.get("type") in _TEXT_PARTS and isinstance(part.get("text"), str) for part in value
+    )
+
+
+def _taken(content: Object, source: str) -> list[Found]:
+    """Messages that end with a question, and what is taken for the answer to it."""
+    key = str(_answer_key(content))
+    remark = f"what the file has under {key} beside the messages was taken for the assistant's answer"
+    found = _exchange(content, content[key], content, {key}, source)
+    return [replace(one, remarks=(*one.remarks, remark)) for one in found]
 
 
 def _is_batch(content: Object) -> bool:
@@ -377,8 +404,7 @@ FORMS = (
          lambda c, s: _exchange(c, c["response"], c, {"response"}, s)),
     Form("input and output", lambda c: _has("input", "output")(c) and not {"object", "instruction"} & set(c),
          lambda c, s: _exchange(c, c["output"], c, {"output"}, s)),
-    Form("messages and answer", lambda c: _answer_key(c) is not None,
-         lambda c, s: _exchange(c, c[_answer_key(c)], c, {str(_answer_key(c))}, s)),
+    Form("messages and answer", lambda c: _answer_key(c) is not None, _taken),
     Form("messages", lambda c: "messages" in c, lambda c, s: [_request(c, s)]),
     Form("prompt and completion", _has("prompt", "completion"), _completion),
     Form("conversations", lambda c: isinstance(c.get("conversations", c.get("conversation")), list),

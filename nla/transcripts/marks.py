@@ -63,10 +63,18 @@ class Edit(NamedTuple):
     """Where a rendered text is not the template's own with the fields in it."""
 
     at: int
+    """The first character that is another one."""
     expected: str
-    """What would have to stand there."""
+    """What would have to stand there, from that character on."""
     section: str
     """Of the field there."""
+
+
+def _edit(text: str, at: int, expected: str, section: str) -> Edit:
+    """From the first character on that is another one than expected."""
+    written = text[at : at + len(expected)]
+    same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(written, expected, strict=False)))
+    return Edit(at + same, expected[same : same + _SHOWN], section)
 
 
 class Placed(NamedTuple):
@@ -192,7 +200,7 @@ class Marked:
             dropped.pop((None, _PARAMETERS), None)
         rests = self._rests(literals, numbers, shortened_text)
         spans, at = [], len(literals[0])
-        edited = None if text.startswith(literals[0]) else Edit(0, literals[0][:_SHOWN], CONTENT)
+        edited = None if text.startswith(literals[0]) else _edit(text, 0, literals[0], CONTENT)
         for place, number in enumerate(numbers):
             if edited is not None:
                 break
@@ -204,7 +212,7 @@ class Marked:
             )
             spelling = next(fitting, None)
             if spelling is None:
-                edited = Edit(at, (one.spellings()[0] + after)[:_SHOWN], one.section)
+                edited = _edit(text, at, one.spellings()[0] + after, one.section)
                 break
             end = at + len(spelling)
             message = message_of[number]

@@ -175,7 +175,7 @@ class Transcript:
         return hashlib.sha256(json.dumps(content, ensure_ascii=True).encode()).hexdigest()
 
 
-def stated(row: Mapping[str, Any]) -> dict[str, Any]:
+def known_of(row: Mapping[str, Any]) -> dict[str, Any]:
     """What the row of a corpus says of its conversation: ``attributes`` and ``split`` of a :class:`Transcript`."""
     attributes = row.get("attributes")
     return {"attributes": dict(attributes) if isinstance(attributes, Mapping) else {}, "split": row.get("split")}

@@ -22,7 +22,7 @@ from nla.storage.schema import shown
 from nla.train.schema import NOTHING, Count, Decides, Number, one_of, refuse, section
 from nla.transcripts.entries import parse_messages
 from nla.transcripts.files import read_file
-from nla.transcripts.messages import Transcript, stated
+from nla.transcripts.messages import Transcript, known_of
 
 SELF = "self"
 """The source that is no name and no path: what the target itself writes."""
@@ -286,7 +286,7 @@ def column_of(settings: CorpusSettings, columns: list[str], example: Mapping[str
 def _content(value: Any, is_chat: bool, where: str, beside: Mapping[str, Any] = {}) -> Content:
     """A cell of a table as text or chat; ``beside``, what the row says of the chat."""
     if is_chat:
-        return Transcript(where, parse_messages(value, where), source=where, **stated(beside))
+        return Transcript(where, parse_messages(value, where), source=where, **known_of(beside))
     if value is not None and not isinstance(value, str):
         raise CorpusError(
             f"{where}: a text that is a {type(value).__name__}",

@@ -328,6 +328,8 @@ ANSWERED: dict[str, Any] = {
     "openai": {"object": "chat.completion", "choices": [{"message": ANSWER}]},
     "responses": {"object": "response", "output": [{"type": "message", **ANSWER}]},
     "items": [{"type": "message", **ANSWER}],
+    "parts": [{"type": "text", "text": "Yo"}],
+    "output parts": [{"type": "output_text", "text": "Yo", "annotations": []}],
     "bedrock": {"message": {"role": "assistant", "content": [{"text": "Yo"}]}},
 }
 
@@ -347,11 +349,33 @@ def test_the_answer_beside_messages_is_the_assistants(name: str, key: str, tmp_p
     cells = {"messages": json.dumps([ASKED]), key: ANSWERED[name]}
     cells[key] = cells[key] if isinstance(cells[key], str) else json.dumps(cells[key])
     write_table(Table.from_pylist([cells]), tmp_path / "a.parquet")
-    in_cells = cells[key] if name == "bedrock" else "Yo"  # JSON in a cell is text, unless it is messages
+    in_cells = (
+        cells[key] if name in ("bedrock", "parts", "output parts") else "Yo"
+    )  # JSON in a cell is text, unless it is messages
     assert [told(one) for one in load_transcripts(tmp_path / "a.parquet")] == [[TOLD[0], ("assistant", in_cells)]]
 
 
-NO_ANSWERS = [3, 0.5, True, "", "  ", [], {}, ["x"], [1], {"score": 3}, {"messages": [ASKED, ANSWER]}, {"message": "x"}]
+PARTS = [
+    [{"type": "text"}],
+    [{"type": "text", "text": 3}],
+    [{"type": "score", "text": "x"}],
+    [{"type": "text", "text": " "}],
+]
+NO_ANSWERS = [
+    *PARTS,
+    3,
+    0.5,
+    True,
+    "",
+    "  ",
+    [],
+    {},
+    ["x"],
+    [1],
+    {"score": 3},
+    {"messages": [ASKED, ANSWER]},
+    {"message": "x"},
+]
 
 
 @pytest.mark.parametrize("key", ["output", "completion"])
@@ -362,6 +386,22 @@ def test_what_is_no_answer_to_messages_is_named_as_unused(key: str) -> None:
     for last in (ANSWER, {"role": "system", "content": "Stop."}):
         found = read({"messages": [ASKED, last], key: "Else"})
         assert len(found.messages) == 2 and found.unused == (key,)
+
+
+@pytest.mark.parametrize("key", ["output", "completion"])
+def test_that_a_text_beside_messages_was_taken_for_the_answer_is_a_remark(key: str) -> None:
+    for value in ("positive", "0.93", ANSWER, ANSWERED["parts"]):
+        (remark,) = read({"messages": [ASKED], key: value}).remarks
+        assert f"under {key} beside the messages was taken for the assistant's answer" in remark
+    assert not read({"messages": [ASKED, ANSWER], key: "positive"}).remarks
+    assert not read({"messages": [ASKED], key: 3}).remarks
+
+
+def test_what_is_known_of_a_chat_is_used() -> None:
+    found = read({"messages": [ASKED, ANSWER], "attributes": {"topic": "x"}, "split": "train", "score": 3})
+    assert (found.attributes, found.split, found.unused) == ({"topic": "x"}, "train", ("score",))
+    odd = {"messages": [ASKED, ANSWER], "attributes": ["x"], "split": {"a": 1}}
+    assert read(odd).unused == ("attributes", "split")
 
 
 def test_an_answer_that_is_an_error_is_none() -> None:

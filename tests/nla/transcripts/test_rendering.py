@@ -89,6 +89,22 @@ def test_a_template_that_does_not_write_messages_to_the_letter_is_refused(templa
         rendered(template)
 
 
+@pytest.mark.parametrize(
+    ("edit", "excerpts"),
+    [
+        ("m['content'] | replace('blue', 'red')", "it writes 'red<|end|>' for 'blue<|end|>'"),
+        ("m['content'] ~ '!'", "it writes '!<|end|>' for '<|end|>'"),
+        ("m['content'][:-1]", "it writes '<|end|>' for 'e<|end|>'"),
+    ],
+)
+def test_what_a_template_changes_is_shown_from_the_first_difference_on(edit: str, excerpts: str) -> None:
+    text = "the cat is so " * 9 + "blue"
+    template = TEMPLATE.replace("m['content']", f"({edit} if m['content'] | length > 100 else m['content'])")
+    with pytest.raises(TemplateError) as caught:
+        rendered(template, ("user", text))
+    assert excerpts in caught.value.got
+
+
 CALLED = (
     Message("user", "the cat"),
     Message("assistant", "it is", ({"name": "here", "arguments": {}},)),
