@@ -194,7 +194,8 @@ def tiny_recipe(work: Path) -> list[str]:
     """Changes that make the recipe one of a random model of four blocks, seconds long."""
     import recipe as tiny
 
-    from nla.train.data.requests import draw_requests, load_prompts
+    from nla.text.prompts import load_prompts
+    from nla.train.data.requests import draw_requests
 
     requests = draw_requests(load_prompts(None), 300, 0, 0.1, "")
     tiny.make_target(work / "target", [json.dumps(request) for request in requests])
