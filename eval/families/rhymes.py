@@ -71,13 +71,13 @@ def evaluate_rhymes(
     settings = settings or RhymeSettings()
     n_items, n_fit, seed = settings.n_items, settings.n_fit, settings.seed
     nla, target = open_model(model, settings.point, settings.device)
-    require_world(target.tokenizer, [COUPLETS], model, "nla eval rhymes")
     before = {WARM: settings.warm_start, CONTINUED: settings.continued}
     pairs = {
         name: None if nla is None or pair is None else open_rival(pair, nla, settings.device)
         for name, pair in before.items()
     }
     against = doubts(nla, warm_start=pairs[WARM], continued=pairs[CONTINUED])
+    require_world(target.tokenizer, [COUPLETS], model, "nla eval rhymes")
     n_separate = max(2, n_items // 4)
 
     items, separate = rhyme_items(n_items, seed), rhyme_items(n_separate, seed + 100)
