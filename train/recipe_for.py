@@ -1,7 +1,7 @@
 """A model's configuration and tokenizer in; a ready recipe for a pair on it out: ``nla recipe MODEL``.
 
 No weights are read. What cannot be known from these two, such as the corpus and the number of steps, is what the
-shipped recipes take.
+shipped recipes take. A real model with a name has a shipped recipe of that name, which is its recipe.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from nla.config import DTYPES
 from nla.errors import ContextLengthError
 from nla.models.checkpoint import read_config
-from nla.models.load import AUTO
 from nla.models.points import NO_LIMIT
 from nla.organisms import PACKAGED, target_folder
+from nla.storage.files import read_yaml
 from nla.text.tokens import load_tokenizer, render_prompt
 from nla.train.estimate import count_shape, shape_of
+from nla.train.fingerprints import target_print
 from nla.train.pair_config import DECODER_TEMPLATE, ENCODER_PROMPT, SLOT, Prompts, place_marker
-from nla.train.recipe import Recipe, ShapeSettings
+from nla.train.recipe import SHIPPED, Recipe, ShapeSettings
 from nla.train.schema import build
 
 DEPTH = 2 / 3
@@ -44,10 +45,14 @@ def recipe_for(model: str | Path, revision: str | None = None) -> dict[str, Any]
 
     Raises:
         TargetError, AccessError, ArchitectureError: there is no such model, or its blocks are not known.
+        RecipeError: a revision of an embedded name.
         ConfigError, TemplateError: no token can be the marker, or there is no chat template.
         ContextLengthError: the prompt leaves no room for an answer.
     """
     source = target_folder(model)
+    if str(model) in PACKAGED:
+        target_print(str(model), revision)
+        return read_yaml(_shipped(model))
     config, tokenizer = read_config(source, revision), load_tokenizer(source, revision)
     marker, *_ = place_marker(tokenizer, Prompts(ENCODER_PROMPT, DECODER_TEMPLATE))
     context = int(getattr(config, "max_position_embeddings", None) or NO_LIMIT)
@@ -57,7 +62,7 @@ def recipe_for(model: str | Path, revision: str | None = None) -> dict[str, Any]
         "target": str(model),
         "point": f"resid_post.{int(config.num_hidden_layers * DEPTH)}",
         "out": f"runs/{Path(str(model)).name.lower()}",
-        "dtype": AUTO if str(model) in PACKAGED else _dtype(config),
+        "dtype": _dtype(config),
         "seed": 0,
         "corpus": {
             "source": "HuggingFaceFW/fineweb",
@@ -109,7 +114,10 @@ def recipe_for(model: str | Path, revision: str | None = None) -> dict[str, Any]
 
 
 def as_yaml(content: dict[str, Any]) -> str:
-    """A recipe as the text of its file, with comments on top and a blank line before each section."""
+    """A recipe as the text of its file, with comments on top and a blank line before each section; a shipped one as it
+    is."""
+    if content["target"] in PACKAGED:
+        return _shipped(content["target"]).read_text(encoding="utf-8")
     lines = [
         f"# {content['target']}: a recipe that `nla recipe` wrote. It fits the model; nobody has run it yet.",
         "# `nla train FILE --dry-run` says what it will take on the hardware below; then the same without --dry-run.",
@@ -119,6 +127,10 @@ def as_yaml(content: dict[str, Any]) -> str:
         lines += [""] if isinstance(value, dict) else []
         lines.append(yaml.safe_dump({key: value}, sort_keys=False, allow_unicode=True, width=1000).rstrip("\n"))
     return "\n".join(lines) + "\n"
+
+
+def _shipped(name: str | Path) -> Path:
+    return SHIPPED / f"{name}.yaml"
 
 
 def _dtype(config: PretrainedConfig) -> str:

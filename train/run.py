@@ -32,7 +32,7 @@ from nla.train.data.world import BASELINES, MANIFEST, SPLITS
 from nla.train.estimate import estimate, find_shape
 from nla.train.fingerprints import fingerprints, former_fingerprints, target_print
 from nla.train.fit import processes
-from nla.train.recipe import load_recipe
+from nla.train.recipe import Recipe, load_recipe
 from nla.train.stages import preflight, run_stage
 from nla.train.training_data import DONE, PAIR
 
@@ -68,13 +68,12 @@ def run_recipe(
     """
     processes.join(on_cpu=not torch.cuda.is_available())
     recipe = load_recipe(path, overrides)
-    if recipe.dtype == AUTO:
-        recipe = dataclasses.replace(recipe, dtype=fastest_dtype(recipe.target, processes.own_device()))
+    target = target_print(noted_target(recipe.target), recipe.revision)
+    recipe = with_dtype(recipe, target)
     stages = recipe.stages
     if until is not None and until not in stages:
         raise RecipeError(f"until={until!r}", f"one of {', '.join(stages)}", "name a stage of this recipe")
     stages = stages[: stages.index(until) + 1] if until else stages
-    target = target_print(noted_target(recipe.target), recipe.revision)
     prints = fingerprints(recipe, target)
     former = prints | former_fingerprints(recipe, target)
     whole = OF_WORLD if recipe.corpus is None else OF_CORPUS
@@ -99,6 +98,19 @@ def run_recipe(
             else:
                 summary[stage] = perform(stage, folder, prints[stage], lambda stage=stage: run_stage(stage, recipe))
     return summary
+
+
+def with_dtype(recipe: Recipe, target: str) -> Recipe:
+    """A recipe with a type in the place of "auto": the one that its run began with, or else the fastest here."""
+    if recipe.dtype != AUTO:
+        return recipe
+    first = recipe.stages[0]
+    marks = [mark(Path(recipe.out) / first / name) for name in (STARTED, DONE)]
+    of_types = {dtype: fingerprints(dataclasses.replace(recipe, dtype=dtype), target)[first] for dtype in config.DTYPES}
+    began = processes.agreed(next((dtype for dtype, print_ in of_types.items() if print_ in marks), None))
+    if began is not None and processes.is_main():
+        log.warning("The run in %s began in %s, and goes on in it.", recipe.out, began)
+    return dataclasses.replace(recipe, dtype=began or fastest_dtype(recipe.target, processes.own_device()))
 
 
 @contextlib.contextmanager

@@ -116,6 +116,7 @@ def write_shard(folder: Path, file: str, documents: Sequence[Document], vectors:
 
     Raises:
         StorageError: it could not be written whole.
+        StoreError: its documents' attributes are more than can be read again.
     """
     owner = _owner(documents)
     kinds = [kind for document in documents for kind in document.strata]
@@ -125,6 +126,13 @@ def write_shard(folder: Path, file: str, documents: Sequence[Document], vectors:
     words: dict[str, Any] = {"strata": names}
     if any(document.attributes for document in documents):
         words["attributes"] = [dict(document.attributes) for document in documents]
+    content = json.dumps(words, ensure_ascii=False, default=str)
+    try:
+        parse_json(content)
+        encoded = content.encode()
+    except ValueError as error:
+        got = f"attributes of {len(documents)} documents in one shard: {error}"
+        raise StoreError(got, "what can be read again", "lower documents_per_chunk, or leave attributes out") from error
     spans = [(span.token_id, span.start, span.end, span.index, span.added) for each in documents for span in each.spans]
     tensors = {
         "vectors": vectors,
@@ -136,7 +144,7 @@ def write_shard(folder: Path, file: str, documents: Sequence[Document], vectors:
         "hash": _bytes(b"".join(text_hash(d.key or d.text) for d in documents)).reshape(-1, HASH_BYTES),
         "text": _bytes(b"".join(texts)),
         "text_end": torch.tensor([len(text) for text in texts], dtype=torch.int64).cumsum(0),
-        "words": _bytes(json.dumps(words, ensure_ascii=False, default=str).encode()),
+        "words": _bytes(encoded),
         **_unit_sums(vectors, stratum, len(names)),
     }
     path = folder / file

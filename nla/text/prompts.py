@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -100,6 +100,10 @@ class Prompts(_Part):
     def _check(self) -> Prompts:
         if not self.topics.seen or not any(wordings.seen for wordings in self.forms.values()):
             raise ValueError("topics and forms that are not held out")
+        modified = [w for modifier in self.modifiers.values() for w in modifier.values.values()]
+        hidden = [Wordings(seen=self.instructions.otherwise), *self.instructions.values.values()]
+        for part in ([self.topics], [*self.forms.values()], modified, hidden):
+            _check_differ(text for wordings in part for text in wordings.seen + wordings.held_out)
         for wordings in self.forms.values():
             for text in wordings.seen + wordings.held_out:
                 if text.count("{topic}") != 1:
@@ -110,6 +114,17 @@ class Prompts(_Part):
             if name in _TAKEN or not any(wordings.seen for wordings in modifier.values.values()):
                 raise ValueError(f"a modifier of another name, with a value that is not held out, than {shown(name)}")
         return self
+
+
+def _check_differ(texts: Iterable[str]) -> None:
+    """Refuse texts of which two differ in case and blanks at most: a request would be both seen and held out, or have
+    two values of an attribute."""
+    known: set[str] = set()
+    for text in texts:
+        plain = " ".join(text.split()).casefold()
+        if plain in known:
+            raise ValueError(f"topics and wordings that differ, seen or held out: {shown(text)} is there twice")
+        known.add(plain)
 
 
 def load_prompts(name: str | None) -> Prompts:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -14,9 +15,9 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from nla.baselines import UNKNOWN_STRATUM
-from nla.errors import ArgumentError, CorpusError, NLAError, TemplateError, TranscriptError, VocabularyError
+from nla.errors import ArgumentError, CorpusError, NLAError, TemplateError, TranscriptError, VocabularyError, visible
+from nla.storage.files import parse_json
 from nla.storage.schema import shown
-from nla.store.reader import SPLITS
 from nla.store.shards import Document, is_held_out
 from nla.text.kinds import token_kinds
 from nla.text.tokens import Span, unknown_id
@@ -28,10 +29,13 @@ from nla.transcripts.rendering import Chat, render, trimmed
 
 log = logging.getLogger(__name__)
 
-COUNTS = ("seen", "read", "empty", "short", "refused", "unread", "cut", "tokens")
+COUNTS = ("seen", "read", "empty", "short", "refused", "unread", "other_split", "cut", "tokens")
 """Documents: looked at; with a vector in the store; blank; without a position to read; that template or tokenizer
-refuse; chats of which the target does not read everything, because the template drops it or it is no text; cut to
-``max_tokens``. And the tokens of the documents that were read."""
+refuse; chats of which the target does not read everything, because the template drops it or it is no text; of a split
+whose name says nothing, so that their text decides; cut to ``max_tokens``. And the tokens of documents that were read.
+"""
+_SPLITS = {"train": ("train",), "eval": ("eval", "validation", "valid", "val", "dev", "test")}
+"""Names in a column `split`, by the split of ours that they are."""
 _MOST_WARNINGS = 3
 
 
@@ -122,10 +126,21 @@ class Reader:
         out.documents.append(Document(tokens.number, text, spans, strata, attributes=attributes))
         out.ids.append(ids[: max(chosen) + 1])
         held_out = is_held_out(text, self.settings.eval_share, self.settings.split_key)
-        stated = None if transcript is None else transcript.split
+        stated = None if transcript is None else self._stated(tokens.number, transcript.split, out.counts)
         out.splits.append(stated or ("eval" if held_out else "train"))
         out.counts["read"] += 1
         out.counts["tokens"] += min(len(ids), limit)
+
+    def _stated(self, number: int, split: Any, counts: Counter[str]) -> str | None:
+        """The split that a corpus states of a document, by its names in data sets; None: it is for the text to say."""
+        name = split.lower() if isinstance(split, str) else None
+        known = next((ours for ours, names in _SPLITS.items() if name in names), None)
+        if known is None and split is not None:
+            counts["other_split"] += 1
+            names = ", ".join(name for names in _SPLITS.values() for name in names)
+            ignored = f"Document {number} of the split {shown(split)}, which is none of {names}"
+            self._warn("split", f"{ignored}: its split follows from its text, as in a corpus without that column.")
+        return known
 
     def _positions(self, tokens: Tokens, text: str, eligible: list[int], n: int) -> dict[int, str | None]:
         """Token indexes in order, each with its kind if the choice names kinds."""
@@ -169,7 +184,7 @@ class Reader:
             try:
                 content = parse()
                 if isinstance(content, Transcript):
-                    _check_split(number, content.split)
+                    _check_attributes(number, content.attributes)
                     by_number[number] = self._of_chat(number, content, counts)
                 elif content.strip():
                     content.encode()
@@ -225,10 +240,13 @@ class Reader:
             log.warning("%s", text)
 
 
-def _check_split(number: int, split: str | None) -> None:
-    if split not in (None, *SPLITS):
-        got = f"document {number} of the split {shown(split)}"
-        raise CorpusError(got, f"{' or '.join(SPLITS)} in the column `split`", "rename the split, or the column")
+def _check_attributes(number: int, attributes: Mapping[str, Any]) -> None:
+    """Refuse what a store could not give back: it keeps JSON, and reads no more of it than :func:`parse_json` does."""
+    try:
+        parse_json(json.dumps(dict(attributes), default=str, allow_nan=False))
+    except (ValueError, TypeError, RecursionError) as error:
+        got = f"document {number}, whose attributes are not to be stored ({visible(str(error))[:120]})"
+        raise CorpusError(got, "JSON in the column `attributes`", "correct them, or rename the column") from error
 
 
 def _characters(encoding: Any) -> Any:

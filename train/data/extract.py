@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -24,7 +24,7 @@ from nla.errors import ArgumentError, ContextLengthError
 from nla.models.load import AUTO, load_truncated
 from nla.models.points import context_length
 from nla.models.read import vectors_at
-from nla.organisms import local_folder, target_folder
+from nla.organisms import PACKAGED, local_folder, target_folder
 from nla.storage.files import read_json, try_folder
 from nla.store.manifest import SETTINGS_FILE, Manifest
 from nla.store.writer import StoreWriter
@@ -82,7 +82,8 @@ class ExtractionSettings:
 def extract_corpus(settings: ExtractionSettings, out_dir: str | Path, progress: bool = False) -> Manifest | None:
     """Read a corpus into the store ``out_dir``; after a kill, the same call continues to the same bytes.
 
-    A ``datasets`` name is read at one commit, also by a call that continues when its main branch has moved on.
+    A ``datasets`` name is read at one commit, also by a call that continues when its main branch has moved on, and with
+    "auto" the target runs in one type, also where a call continues on another machine.
 
     Several processes share the work when each is called with its own ``process`` of ``processes``, on one ``out_dir``:
     the store is, row for row and bit for bit, the one that a single process of as many threads makes.
@@ -100,12 +101,14 @@ def extract_corpus(settings: ExtractionSettings, out_dir: str | Path, progress: 
     """
     s = settings
     try_folder(Path(out_dir))
-    corpus = open_corpus(s.corpus, _begun_at(out_dir, s.corpus))
+    begun = _begun(out_dir)
+    corpus = open_corpus(s.corpus, _begun_at(begun, s.corpus))
+    asked = AUTO if s.dtype is None and s.source in PACKAGED else s.dtype
     view = load_truncated(
         s.source,
         s.point,
         revision=s.revision,
-        dtype=s.dtype,
+        dtype=begun["dtype"] if asked == AUTO and begun.get("dtype") in DTYPES else asked,
         device=s.device,
         quantization=s.quantization,
         adapter=s.adapter,
@@ -121,10 +124,15 @@ def extract_corpus(settings: ExtractionSettings, out_dir: str | Path, progress: 
     return manifest
 
 
-def _begun_at(out_dir: str | Path, settings: CorpusSettings) -> str | None:
-    """The commit of a ``datasets`` name that a store was begun with: it continues there, wherever main is by now."""
+def _begun(out_dir: str | Path) -> dict[str, Any]:
+    """What a store was begun with; empty where there is none."""
     path = Path(out_dir) / SETTINGS_FILE
-    about: Any = read_json(path).get("corpus_files") if path.is_file() else None
+    return read_json(path) if path.is_file() else {}
+
+
+def _begun_at(begun: Mapping[str, Any], settings: CorpusSettings) -> str | None:
+    """The commit of a ``datasets`` name that a store was begun with: it continues there, wherever main is by now."""
+    about: Any = begun.get("corpus_files")
     return about.get("commit") if isinstance(about, dict) and about.get("dataset") == settings.source else None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from nla.models.read import read
 from nla.organisms import hash_target
 from nla.text.tokens import render_prompt
 from nla.train.pair_config import DECODER_TEMPLATE, ENCODER_PROMPT, Prompts, pair_config
+from nla.train.recipe import SHIPPED
 from tests.helpers.shell import Shell
 
 TEXTS = [
@@ -116,7 +118,9 @@ def test_a_pair_on_it_is_saved_with_its_name_alone_and_loads_elsewhere(
 
 def test_a_recipe_for_it_is_written_and_accepted(smollm2: str, shell: Shell, tmp_path: Path) -> None:
     written = shell.run("nla recipe smollm2", tmp_path)
-    assert written.code == 0 and "target: smollm2\n" in written.stdout and "dtype: auto\n" in written.stdout
+    assert written.code == 0 and written.stdout == (SHIPPED / "smollm2.yaml").read_text()
+    assert json.loads(shell.run("nla recipe smollm2 --json", tmp_path).stdout)["corpus"]["source"] == "self"
+    assert shell.run("nla recipe smollm2 --revision v2", tmp_path).code == 2
     (tmp_path / "my.yaml").write_text(written.stdout)
     planned = shell.run("nla train my.yaml --dry-run", tmp_path)
     assert planned.code == 0 and "would run" in planned.stdout

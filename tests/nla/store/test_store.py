@@ -13,6 +13,7 @@ import torch
 from nla.config import tokenizer_hash
 from nla.errors import BaselineError, NonFiniteError, ShapeError, StorageError, StoreError, TokenizerMismatchError
 from nla.metrics import Baseline
+from nla.storage import files
 from nla.store import shards
 from nla.store.reader import Manifest, Store, open_splits
 from nla.store.shards import Document, Shard, is_held_out, write_shard
@@ -108,6 +109,15 @@ def test_what_is_known_of_a_document_is_known_of_each_of_its_rows(tmp_path):
     assert plain.attributes([2, 3]) == [{}, {}]
     written = Shard(tmp_path / "b" / plain.entries[0].file).tensor("words").numpy().tobytes()
     assert json.loads(written) == {"strata": ["all"]}, "a store as versions before this one wrote it"
+
+
+@pytest.mark.parametrize("wrong", ["\ud800", 10**400, [0] * 50])
+def test_attributes_that_could_not_be_read_again_are_not_written(tmp_path, monkeypatch, wrong):
+    monkeypatch.setattr(files, "MAX_JSON_VALUES", 100)
+    documents = [document(n, f"text {n}")._replace(attributes={"a": wrong}) for n in range(3)]
+    with pytest.raises(StoreError, match=r"attributes of 3 documents .* documents_per_chunk"):
+        write_shard(tmp_path, "0.safetensors", documents, torch.ones(sum(len(d.spans) for d in documents), 4))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("words", [{"strata": ["all"], "attributes": wrong} for wrong in ([{}], 3, [{}, 1])] + [[]])

@@ -344,11 +344,37 @@ def test_what_a_corpus_says_of_its_chats_is_kept_and_its_splits_are_taken(tokeni
         assert said == [{"topic": "cats"}, {"topic": "dogs", "tone": "sad"}, {}]
 
 
-def test_another_split_than_train_and_eval_is_refused(tokenizer, tmp_path):
-    for wrong in ("test", "", 0):
-        source = write_jsonl(tmp_path / "c.jsonl", [{**KNOWN[0], "split": wrong}])
-        with pytest.raises(CorpusError, match=r"document 0 .* train or eval in the column"):
-            prepare(tokenizer, CorpusSettings(source, first_position=0))
+def test_splits_by_their_names_in_data_sets_are_taken_and_of_others_the_text_decides(tokenizer, tmp_path, caplog):
+    names = ["train", "Train", "validation", "valid", "val", "dev", "Test", "eval"]
+    odd = ["", 0, "test_sft", {"a": 1}, ["train"]]
+    source = write_jsonl(tmp_path / "c.jsonl", [{**KNOWN[0], "split": name} for name in names + odd])
+    for share, rest in ((1e-9, "train"), (1 - 1e-9, "eval")):
+        caplog.clear()
+        (chunk,) = prepare(tokenizer, CorpusSettings(source, first_position=0, eval_fraction=share))
+        assert chunk.splits == ["train"] * 2 + ["eval"] * 6 + [rest] * 5 and chunk.counts["other_split"] == 5
+        assert len(caplog.messages) == 3 and "Document 8 of the split ''" in caplog.messages[0]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        r'{"topic": "\ud800x"}',
+        r'{"\udfff": 1}',
+        '{"t": ' + "[" * 120 + "]" * 120 + "}",
+        '{"t": ' + "9" * 400 + "}",
+        '{"t": NaN}',
+        '{"t": [-Infinity]}',
+    ],
+)
+def test_attributes_that_a_store_could_not_give_back_are_refused_by_their_document(tokenizer, tmp_path, wrong):
+    good = json.dumps({**KNOWN[0], "attributes": {"t": [[1, 1.5, None, True, "é\u2028"]], "u": "9" * 400}})
+    odd = json.dumps({**KNOWN[0], "attributes": None}).replace('"attributes": null', f'"attributes": {wrong}')
+    (tmp_path / "c.jsonl").write_text(good + "\n" + odd + "\n")
+    settings = CorpusSettings(str(tmp_path / "c.jsonl"), first_position=0)
+    with pytest.raises(CorpusError, match=r"document 1, whose attributes"):
+        prepare(tokenizer, settings)
+    (tmp_path / "c.jsonl").write_text(good + "\n")
+    assert prepare(tokenizer, settings)[0].documents[0].attributes["u"] == "9" * 400
 
 
 def test_chats_of_which_the_template_drops_something_are_counted_and_some_are_named(tokenizer, tmp_path, caplog):

@@ -16,6 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from nla.errors import ArgumentError, ContextLengthError, NLAError, PointError, StorageError, StoreError
+from nla.models import load
 from nla.store.reader import Store, open_splits
 from nla.train.data import corpus as corpora
 from nla.train.data import extract as extraction
@@ -208,6 +209,16 @@ def test_vectors_are_stored_in_the_targets_dtype(target, settings, tmp_path):
     store = Store.open(tmp_path)
     assert next(store.by_shard(torch.tensor([0])))[0].vectors.dtype == torch.bfloat16
     assert store.vectors[:].bfloat16().float().equal(store.vectors[:])
+
+
+@pytest.mark.parametrize(("began", "first", "then"), [("bfloat16", "AMX", None), ("float32", None, "AMX")])
+def test_a_store_of_dtype_auto_is_read_in_one_type_on_any_machine(
+    target, settings, tmp_path, monkeypatch, began, first, then
+):
+    for process, by in enumerate((first, then)):
+        monkeypatch.setattr(load, "_cpu_bfloat16", lambda by=by: by)
+        manifest = extract(settings, target, POINT, tmp_path, dtype="auto", process=process, processes=2, device="cpu")
+    assert manifest is not None and manifest.dtype == began
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_written(target, settings, tmp_path, whole):

@@ -121,7 +121,24 @@ WRONG: list[tuple[Any, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("content", "says"), WRONG)
+def twice() -> list[tuple[Any, str]]:
+    """The shipped file with a text of each part twice: as seen and as held out, of the same value or another."""
+    found = []
+    for kind in ("seen", "held_out"):
+        topics = {**ENGLISH["topics"], kind: [*ENGLISH["topics"][kind], "Penguins "]}
+        found.append((changed(topics=topics), "(?i)penguins"))
+        for part in ("poem", "a new form"):
+            forms = {part: {}, **ENGLISH["forms"]}
+            forms[part] = {**forms[part], kind: [*forms[part].get(kind, ()), "Tell me a  story about {topic}."]}
+            found.append((changed(forms=forms), "story about"))
+        tone = {"share": 0.1, "values": {"plain": {"seen": ["Be plain."]}, "sad": {kind: ["It is for experts."]}}}
+        found.append((changed(modifiers={**ENGLISH["modifiers"], "tone": tone}), "for experts"))
+        values = ENGLISH["instructions"]["values"] | {"nothing": {kind: ["You are a helpful assistant."]}}
+        found.append((changed(instructions=ENGLISH["instructions"] | {"values": values}), "helpful assistant"))
+    return found
+
+
+@pytest.mark.parametrize(("content", "says"), WRONG + twice())
 def test_a_file_that_does_not_say_what_it_must_is_refused(tmp_path: Path, content: Any, says: str) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))

@@ -21,10 +21,12 @@ from transformers import (
 )
 
 from nla.errors import ArgumentError, ContextLengthError, CorpusError, RecipeError
+from nla.models import load
 from nla.pair.folder import METRICS_FILE
 from nla.storage.files import read_json
 from nla.store.reader import Store
 from nla.text.prompts import load_prompts
+from nla.train import run
 from nla.train.data import sample
 from nla.train.data.corpus import CorpusSettings, open_corpus
 from nla.train.data.requests import draw_requests
@@ -266,6 +268,29 @@ def test_a_run_killed_while_it_writes_goes_on_to_the_same_bytes(target, whole, t
         }
     again = json.loads(shell.run(f"nla train {path} --until extract --json", tmp_path).stdout)
     assert again["sample"]["skipped"] and again["extract"]["skipped"]
+
+
+@pytest.mark.parametrize("began", ["bfloat16", "float32"])
+def test_a_run_of_dtype_auto_keeps_the_type_that_it_began_with_on_another_machine(
+    target, tmp_path, monkeypatch, caplog, began
+) -> None:
+    fast = {"bfloat16": "AMX", "float32": None}
+    path = recipe(target, tmp_path / "run", n_documents=16)
+    chosen = {"overrides": ["dtype=auto", "sample.max_new_tokens=4"], "until": "extract"}
+    monkeypatch.setattr(load, "_cpu_bfloat16", lambda: fast[began])
+    monkeypatch.setattr(run, "run_stage", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):  # as soon as the first stage has begun
+        run_recipe(path, **chosen)
+    monkeypatch.undo()
+    monkeypatch.setattr(load, "_cpu_bfloat16", lambda: next(by for dtype, by in fast.items() if dtype != began))
+    caplog.clear()
+    run_recipe(path, **chosen)
+    assert Store.open(tmp_path / "run" / "extract").manifest.dtype == began
+    assert [text for text in caplog.messages if "began in" in text] == [
+        f"The run in {tmp_path / 'run'} began in {began}, and goes on in it."
+    ]
+    assert all(stage["skipped"] for stage in run_recipe(path, **chosen).values())
+    assert not list((tmp_path / "run").glob("*.old-*"))
 
 
 @pytest.mark.slow
