@@ -68,10 +68,11 @@ def open_parquet(source: Path | IO[bytes], name: str, error: Errors) -> Iterator
 
 def _repeated(metadata: FileMetaData) -> list[str]:
     """Columns of texts that are stored once and referred to: spelled out, they may be a million times as long."""
+    names = [metadata.schema.column(number).path for number in range(metadata.num_columns)]
     groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
-    chunks = [group.column(number) for group in groups for number in range(metadata.num_columns)]
-    texts = (one for one in chunks if one.physical_type == "BYTE_ARRAY" and one.has_dictionary_page)
-    return list(dict.fromkeys(one.path_in_schema for one in texts))
+    chunks = ((name, group.column(number)) for group in groups for number, name in enumerate(names))
+    texts = (name for name, one in chunks if one.physical_type == "BYTE_ARRAY" and one.has_dictionary_page)
+    return list(dict.fromkeys(texts))
 
 
 def batches(
@@ -90,6 +91,7 @@ def batches(
             raise error(visible(f"{name}: rows of {size} bytes"), f"at most {limit}", _RAISE)
         n_rows = max(1, min(_MOST_ROWS, _AT_ONCE // max(size, 1)))
         for batch in file.iter_batches(n_rows, row_groups=[group], columns=columns):
+            batch.validate(full=True)  # references are not checked when they are read
             sizes, start, held = sum(map(_sizes, batch.columns), np.zeros(len(batch), np.int64)).tolist(), 0, 0
             for row, size in enumerate(sizes):
                 if size > limit:
