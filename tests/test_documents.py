@@ -152,6 +152,13 @@ DOCUMENTS: dict[str, dict[str, Run | RunsIn | NotRun]] = {
         ),
         "nla probe poems.jsonl --text line --label season --out": Run(says="AUROC", leaves="runs/probe/probe.json"),
         "nla probe poems.jsonl --text line --label season --positions": Run(says="AUROC"),
+        "nla train smollm2": NotRun(
+            "two minutes, and needs smollm2; docs/real-models.md runs the stage on another target"
+        ),
+        "python -m nla.eval.readers.example_tasks": Run(
+            leaves="runs/tasks/number.jsonl", instead=("--written runs/written/sample", "")
+        ),
+        "nla probe runs/tasks": NotRun("minutes, and needs smollm2; tests/eval/readers/test_example_tasks.py reads it"),
         "from nla import NLA": Run(says="season"),
     },
     "docs/real-models.md": {

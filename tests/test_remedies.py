@@ -189,6 +189,7 @@ LINE = "'In spring Anna left a red ribbon near the rat,\n'"
 MY_STORE = "--point resid_post.2 --out acts --set max_tokens=60 --set n_positions=2 --set first_position=2"
 EXTRACT = f"nla extract my/model corpus.jsonl {MY_STORE} --set n_documents=20"
 PLAN = "nla train my_recipe.yaml --dry-run"
+ALONE = "--target couplets/plain --point resid_post.3"
 PROBE = "--text line --label season --max-rows 40 --samples 1"
 EASY = "nla import easynla ckpts/av --out mine --dtype float32"
 LOAD = "import nla.formats.easynla as easynla; easynla.load"
@@ -246,6 +247,15 @@ WAYS: dict[str, Way] = {
     ),
     "eval/readers/compare.py: give --oracle and --question": Way(
         f"nla probe poems.jsonl {PROBE} --question 'What is it?'", (f"nla probe poems.jsonl {PROBE} {ORACLE}",)
+    ),
+    "eval/readers/labelled_texts.py: leave out --target or --pair": Way(
+        f"nla probe poems.jsonl {PROBE} {ALONE} --pair couplets", (f"nla probe poems.jsonl {PROBE} {ALONE}",)
+    ),
+    "eval/readers/labelled_texts.py: give --point": Way(
+        f"nla probe poems.jsonl {PROBE} --target couplets/plain", (f"nla probe poems.jsonl {PROBE} {ALONE}",)
+    ),
+    "eval/readers/labelled_texts.py: give --pair, or no --oracle": Way(
+        f"nla probe poems.jsonl {PROBE} {ALONE} {ORACLE}", (f"nla probe poems.jsonl {PROBE} {ALONE}",)
     ),
     "eval/readers/labelled_texts.py: …; or leave out": Way(
         f"nla probe odd.jsonl {PROBE}",
@@ -715,6 +725,7 @@ NOT_RUN = {
     "eval/families/plants.py": "seconds: the example `nla eval plants ... --plants` runs",
     "eval/pair/fidelity.py: read a corpus with eval_fraction": "no command makes a store without them",
     "eval/worlds.py": "seconds: the first example in the help of each such command",
+    "eval/readers/example_tasks.py": "docs/probes.md shows that command; it needs smollm2",
     "eval/readers/organisms.py": "minutes: tests/test_documents.py runs `nla eval readers`",
     "nla/audit/inspect_scores.py": "needs the extra 'audit': tests/nla/audit/test_inspect.py",
     "nla/models/hooks.py: repeat or slice them with the rows": "of one's own code: tests/nla/models/test_generate.py",

@@ -34,9 +34,10 @@ from nla.eval.readers.measures import (
     judge_coins,
     judge_task,
 )
-from nla.eval.readers.tasks import TRAIN, Sites, Task, random_task, read_task_sites
+from nla.eval.readers.tasks import TRAIN, Sites, Task, random_task, read_task_sites, read_task_sites_at
 from nla.eval.settings import EvaluationSettings
 from nla.eval.target import Target
+from nla.models.points import Point
 from nla.progress import Progress, silent
 from nla.stats import holm
 from nla.text.tokens import plain_ids
@@ -100,7 +101,7 @@ class Sources:
     """Whose activations are read, at its point; also the text-only LM, the lenses and SelfIE."""
 
     nla: NLA | None = None
-    """The pair; None: no explanations."""
+    """The pair; None: no explanations, and SelfIE asks in words of its own, where the target knows them."""
 
     oracle: Target | None = None
     """An activation oracle on the same base (:func:`nla.eval.readers.patchscopes.load_oracle`)."""
@@ -174,6 +175,9 @@ def run_readers(
     outputs = [ReaderOutput(name, PROBE, vectors, probe=name) for name in probes.VECTOR_PROBES]
     outputs += _run_lenses(task, target, vectors, settings, progress)
     if nla is None:
+        if (prompt := patchscopes.Prompt.without_pair(target, vectors)) is not None:
+            ask = functools.partial(patchscopes.answers, target, prompt, vectors)
+            outputs.append(_sampled(SELFIE, target, lambda seed: ask(seed=seed), settings, progress))
         outputs += _run_text_readers(sites, target, settings, progress)
         return SiteReadings(vectors, None, exchanged, outputs)
     outputs += _run_injected(sources, nla, vectors, settings, progress)
@@ -183,6 +187,25 @@ def run_readers(
     others = [explained.texts[row] for row in exchanged.tolist()]
     outputs.append(ReaderOutput(SHUFFLED, ADVERSARY, others, n_tokens=explained.n_tokens))
     return SiteReadings(vectors, _reconstruct(nla, explained), exchanged, outputs)
+
+
+def compare_points(
+    task: Task, target: Target, points: Sequence[Point], settings: ComparisonSettings
+) -> dict[str, TaskResult]:
+    """What needs no pair and nothing sampled (the probes and the logit lens) at several points, by their names.
+
+    Raises:
+        PointError: the target has no such point. The rest is as for reading a task's sites.
+    """
+    streams = read_task_sites_at(target, task.sites, points)
+    exchanged = sites_of_other_groups(task.sites, settings.seed)
+    results = {}
+    for point, vectors in zip(points, streams.unbind(1), strict=True):
+        outputs = [ReaderOutput(name, PROBE, vectors, probe=name) for name in probes.VECTOR_PROBES]
+        outputs.append(_lens(LOGIT_LENS, None, target, vectors))
+        readings = SiteReadings(vectors, None, exchanged, outputs)
+        results[str(point)] = judge_task(task, readings, settings.budgets, settings.n_boot, settings.seed)
+    return results
 
 
 def _run_injected(
@@ -205,12 +228,13 @@ def _run_lenses(
 ) -> list[ReaderOutput]:
     texts = list(dict.fromkeys(task.sites.texts[row] for row in task.rows(TRAIN)))
     tuned = lenses.fit_lens(target, texts, settings.lens_steps, settings.seed, progress)
-    outputs = []
-    for name, lens in ((LOGIT_LENS, None), (TUNED_LENS, tuned)):
-        tops = [[text] for text in lenses.top_tokens(target, vectors, lens)]
-        scores = functools.partial(_lens_scores, target, vectors, lens)
-        outputs.append(ReaderOutput(name, ACTIVATION, tops, n_tokens=float(lenses.N_TOP), scores=scores))
-    return outputs
+    return [_lens(LOGIT_LENS, None, target, vectors), _lens(TUNED_LENS, tuned, target, vectors)]
+
+
+def _lens(name: str, lens: lenses.TunedLens | None, target: Target, vectors: Float[Tensor, "n d"]) -> ReaderOutput:
+    tops = [[text] for text in lenses.top_tokens(target, vectors, lens)]
+    scores = functools.partial(_lens_scores, target, vectors, lens)
+    return ReaderOutput(name, ACTIVATION, tops, n_tokens=float(lenses.N_TOP), scores=scores)
 
 
 def _lens_scores(

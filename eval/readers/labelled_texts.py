@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from nla.errors import ArgumentError, ContextLengthError, PositionError, VocabularyError
-from nla.eval.readers.compare import ComparisonSettings, Sources, compare_readers
+from nla.eval.readers.compare import SELFIE, ComparisonSettings, Sources, compare_points, compare_readers
 from nla.eval.readers.labelled_file import MAX_ROWS, LabelledRow, LabelledRows, read_labelled_file
 from nla.eval.readers.measures import NLA_READER, TaskResult
 from nla.eval.readers.probes import LOGISTIC
-from nla.eval.readers.tables import LEGEND, random_check, readers_figure, tables
+from nla.eval.readers.tables import LEGEND, points_table, random_check, readers_figure, tables
 from nla.eval.readers.tasks import TEST, TRAIN, Sites, Task
 from nla.eval.report import Check, Report, checks_table, one_line, paragraphs
-from nla.eval.target import Target, doubts, open_pair
-from nla.models.points import context_length
+from nla.eval.target import Target, doubts, one_place, open_pair
+from nla.models.points import Point, blocks, context_length
 from nla.progress import Progress, silent
 from nla.text.tokens import Span, encode_batch, select_positions
 
@@ -52,6 +52,8 @@ class ProbeReport(Report):
     """What was left out or should be known of the data."""
 
     tasks: list[TaskResult]
+    by_point: dict[str, TaskResult]
+    """Probes and the logit lens at each point, first block to last; empty where there is one point."""
 
     def body(self) -> str:
         """The readable report."""
@@ -61,7 +63,8 @@ class ProbeReport(Report):
         )
         notes = "\n".join(f"- {note}" for note in self.notes)
         title = "## Probes, readers of the text, and the NLA"
-        return paragraphs(title, about, notes, checks_table(self.checks), tables(self.tasks))
+        points = points_table(self.by_point) if self.by_point else ""
+        return paragraphs(title, about, notes, checks_table(self.checks), tables(self.tasks), points)
 
     def figure(self) -> Figure:
         """The readers of the labels, without the coin flips."""
@@ -84,6 +87,7 @@ class ProbeSettings(ComparisonSettings):
 
     Raises:
         ArgumentError: see :class:`nla.eval.readers.compare.ComparisonSettings`.
+        PointError: see :meth:`nla.models.points.Point.parse`.
     """
 
     text: str
@@ -95,8 +99,16 @@ class ProbeSettings(ComparisonSettings):
     group: str | None = None
     """The column of the document that a row belongs to; None: equal texts are a group."""
 
-    pair: NLA | str | Path = "couplets"
-    """Name, folder or hub id of a trained pair, or a loaded one; its target reads the texts."""
+    pair: NLA | str | Path | None = None
+    """Name, folder or hub id of a trained pair, or a loaded one; its target reads the texts. None: ``target`` does, or
+    the target of "couplets"."""
+
+    target: str | Path | None = None
+    """A model without a pair, instead: name, folder, hub id or GGUF file. The readers that need no pair are run."""
+
+    points: str | Sequence[str] = ()
+    """Where else probes and the logit lens read, such as "resid_post.3"; a target without a pair is read by all readers
+    at the first."""
 
     positions: str = "last"
     """"last", "all", or a pattern such as "/\\n/"; a text without a match is left out."""
@@ -113,6 +125,13 @@ class ProbeSettings(ComparisonSettings):
     n_samples: int = 2
     """Explanations of each activation, by every reader that samples."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        points = (self.points,) if isinstance(self.points, str) else tuple(dict.fromkeys(self.points))
+        object.__setattr__(self, "points", points)
+        for point in points:
+            Point.parse(point)
+
 
 def compare_on_labelled_texts(data: str | Path, settings: ProbeSettings, progress: Progress = silent) -> ProbeReport:
     """The readers' table on labelled texts.
@@ -121,31 +140,67 @@ def compare_on_labelled_texts(data: str | Path, settings: ProbeSettings, progres
         data: a CSV, TSV, JSON, JSON lines or Parquet file.
 
     Raises:
-        ArgumentError, EmptyTextError, ParseError: see :func:`nla.eval.readers.labelled_file.read_labelled_file`.
+        ArgumentError, EmptyTextError, ParseError: see :func:`nla.eval.readers.labelled_file.read_labelled_file`; also a
+            target and a pair, or a target without a point or with an oracle.
         VocabularyError, ContextLengthError: a text cannot be read, and ``settings.skip`` is off.
         PositionError: no text has such a position.
     """
     labelled = read_labelled_file(data, settings.text, settings.label, settings.group, settings.max_rows, settings.seed)
     names = class_words(sorted({row.label for row in labelled.rows}), settings.words)
     progress("load", 1.0)
-    nla = open_pair(settings.pair, settings.device)
-    sources = Sources.of_pair(nla, settings)
+    sources = _open(settings)
+    target, nla = sources.target, sources.nla
+    points = _points(target, settings.points)
     sites = find_sites(sources.target, labelled.rows, settings.positions, settings.skip)
     task = make_task(settings.label, sites.rows, sites.tokens, names, settings.seed)
     tasks = compare_readers([task], sources, settings, progress)
+    notes = _notes(labelled, sites, settings.max_rows)
+    if tasks[0].row(SELFIE) is None:
+        notes.append("SelfIE was left out: the target has no chat template, or does not know the words of its question")
     return ProbeReport(
         checks=_checks(tasks),
         doubts=doubts(nla),
         data=Path(data).name,
-        target=Path(nla.config.target).name,
-        point=str(nla.point),
+        target=Path(settings.target or (nla and nla.config.target) or "").name,
+        point=str(target.point),
         positions=settings.positions,
         n_rows=labelled.n_read,
         n_texts=len(task.sites.unique_texts),
         n_sites=len(task.sites),
-        notes=_notes(labelled, sites, settings.max_rows),
+        notes=notes,
         tasks=tasks,
+        by_point=compare_points(task, target, points, settings) if len(points) > 1 else {},
     )
+
+
+def _open(settings: ProbeSettings) -> Sources:
+    """The pair and its target, or a target alone.
+
+    Raises:
+        ArgumentError: both; a target without a point, or with an oracle.
+    """
+    target, points = settings.target, settings.points
+    if target is None:
+        return Sources.of_pair(open_pair(settings.pair or "couplets", settings.device), settings)
+    if settings.pair is not None:
+        got = f"the target {target} and the pair {one_line(str(settings.pair))}"
+        raise ArgumentError(got, "one of them: a pair has its own target", "leave out --target or --pair")
+    if not points:
+        raise ArgumentError(f"the target {target} without a point", "where to read it", "give --point")
+    if settings.oracle is not None:
+        got = "an oracle on a target without a pair"
+        raise ArgumentError(got, "a pair, whose marker the oracle's question holds", "give --pair, or no --oracle")
+    return Sources(Target.load(target, points[0], device=one_place(settings.device)))
+
+
+def _points(target: Target, others: Sequence[str]) -> list[Point]:
+    """The target's own point and the others, first block to last.
+
+    Raises:
+        PointError: the target has no such point.
+    """
+    points = {target.point, *(Point.parse(point).within(len(blocks(target.model))) for point in others)}
+    return sorted(points, key=lambda point: point.layer)
 
 
 def class_words(labels: Sequence[str], given: str | Sequence[str]) -> dict[str, tuple[str, ...]]:

@@ -1,8 +1,8 @@
 """Readers that put the activation into a prompt of a model without the encoder's training: SelfIE, and oracles.
 
 SelfIE (a Patchscope whose target prompt is the encoder's): the same base without adapters, the same prompt, the same
-injection. What the encoder says beyond it, its training taught it. An activation oracle is somebody's adapter on the
-same base, asked its own question about the injected activation.
+injection. What the encoder says beyond it, its training taught it. Without a pair it asks a question of its own. An
+activation oracle is somebody's adapter on the same base, asked its own question about the injected activation.
 """
 
 from __future__ import annotations
@@ -22,12 +22,15 @@ from nla.models.hooks import inject
 from nla.models.lora import load_adapter, read_adapter_config
 from nla.models.points import d_model, device_of, unwrapped
 from nla.pair.encoder import strip_tags
-from nla.text.tokens import render_prompt
+from nla.text.tokens import render_prompt, unknown_id
 
 if TYPE_CHECKING:
     from nla.autoencoder import NLA
 
 BATCH_SIZE = 512
+QUESTION, MAX_NEW_TOKENS = "The message is: {}\nSay in a few words what it is about, and how it is written.", 24
+"""What SelfIE asks where there is no pair, whose own prompt it would take; and the longest answer."""
+_SLOTS = ("x", "y")
 _ORACLE = "oracle"
 
 
@@ -56,6 +59,22 @@ class Prompt(NamedTuple):
         """The prompt of a pair's encoder."""
         of, ids = nla.config.injection, nla.prompt_ids[0]
         return cls(ids, nla.marker_position, of.marker_id, of.norm, of.layer, nla.config.max_new_tokens)
+
+    @classmethod
+    def without_pair(cls, target: Target, vectors: Tensor) -> Prompt | None:
+        """``QUESTION`` with a word where the activation goes, scaled to the mean length of ``vectors``.
+
+        None: the target has no chat template, or its tokenizer does not know the question's words.
+        """
+        tokenizer = target.tokenizer
+        if not tokenizer.chat_template:
+            return None
+        ids, others = (render_prompt(tokenizer, QUESTION.format(slot)) for slot in _SLOTS)
+        differ = [column for column, (one, other) in enumerate(zip(ids, others, strict=False)) if one != other]
+        if len(ids) != len(others) or len(differ) != 1 or unknown_id(tokenizer) in ids:
+            return None
+        norm = float(vectors.norm(dim=1).mean())
+        return cls(torch.tensor(ids), differ[0], ids[differ[0]], norm, None, MAX_NEW_TOKENS)
 
     @classmethod
     def ask(cls, nla: NLA, question: str) -> Prompt:

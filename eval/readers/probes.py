@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 LOGISTIC, MASS_MEAN, PCA = "logistic regression", "mass-mean", "PCA + logistic regression"
 VECTOR_PROBES = (LOGISTIC, MASS_MEAN, PCA)
-BUDGETS = (8, 32, 128, 1000)
+BUDGETS = (8, 32, 128, 512, 1000)
 N_COMPONENTS = 16
 N_DRAWS = 3
 MIN_RESIDUAL = 1e-5

@@ -100,6 +100,19 @@ def tables(results: Sequence[TaskResult], level: str = "###") -> str:
     )
 
 
+def points_table(by_point: Mapping[str, TaskResult], level: str = "###") -> str:
+    """Where a label can be read: the probes by number of labels, and the logit lens without labels, at each point."""
+    results = list(by_point.values())
+    sizes = [budget.n_labels for budget in results[0].readers[0].budgets]
+    rows = [
+        (point, row.reader, *[budget.auroc for budget in row.budgets[:-1]], row.labelled.get(TEST), row.zero.get(TEST))
+        for point, result in by_point.items()
+        for row in result.readers
+    ]
+    header = ("point", "reader", *map(str, sizes), "named")
+    return paragraphs(f"{level} By point", "AUROC by number of labels, and without any:", table(header, rows))
+
+
 def _task(result: TaskResult, level: str) -> str:
     transfers = [split for split in result.n_items if split not in ("train", TEST)]
     header = ("reader", "kind", "named", "forced choice", "fitted", "random", *transfers, "tokens", "against, named")

@@ -19,13 +19,16 @@ from transformers import PreTrainedTokenizerBase
 
 from nla.errors import ArgumentError
 from nla.eval.target import Target
-from nla.models.read import read
+from nla.metrics import check_finite
+from nla.models.points import Point, context_length, truncated_view
+from nla.models.read import read, vectors_at
 from nla.text.tokens import Encoded, Span, encode_batch
 
 TRAIN, TEST = "train", "test"
 MIN_PER_CLASS = 2
 RANDOM = "random labels"
 _SHOWN = 5
+_MAX_TOKENS = 8192
 
 
 @dataclass(frozen=True)
@@ -85,18 +88,40 @@ def read_task_sites(target: Target, sites: Sites) -> Float[Tensor, "n d"]:
     Raises:
         PositionError, ContextLengthError, VocabularyError: see :func:`nla.models.read.read`.
     """
-    unique = sites.unique_texts
-    document_of = {text: number for number, text in enumerate(unique)}
-    wanted: list[list[int]] = [[] for _ in unique]
+    wanted, order = _by_text(sites)
+    texts = sites.unique_texts
+    with target.role():
+        acts = read(target.model, target.tokenizer, texts, target.point, lambda document, _spans: wanted[document])
+    return acts.vectors[order]
+
+
+def read_task_sites_at(target: Target, sites: Sites, points: Sequence[Point]) -> Float[Tensor, "n p d"]:
+    """Activations float32 of the sites at several points, by one pass up to the last of them; each text runs once.
+
+    Raises:
+        PointError, ContextLengthError, VocabularyError, NonFiniteError: see :func:`nla.models.read.read`.
+    """
+    wanted, order = _by_text(sites)
+    encoded = encode_batch(target.tokenizer, sites.unique_texts, context_length(target.model))
+    columns = [[one.spans[token].index for token in tokens] for one, tokens in zip(encoded, wanted, strict=True)]
+    with target.role():
+        view = truncated_view(target.model, max(points, key=lambda point: point.layer))
+        streams = vectors_at(view, [one.ids for one in encoded], columns, _MAX_TOKENS, points=points).float()
+    check_finite(streams)
+    return streams[order]
+
+
+def _by_text(sites: Sites) -> tuple[list[list[int]], Int[Tensor, " n"]]:
+    """The tokens wanted of each unique text, and where each site is when they are read text after text."""
+    document_of = {text: number for number, text in enumerate(sites.unique_texts)}
+    wanted: list[list[int]] = [[] for _ in document_of]
     row_of: list[tuple[int, int]] = []
     for text, token in zip(sites.texts, sites.tokens, strict=True):
         document = document_of[text]
         row_of.append((document, len(wanted[document])))
         wanted[document].append(token)
-    with target.role():
-        acts = read(target.model, target.tokenizer, unique, target.point, lambda document, _spans: wanted[document])
     starts = torch.tensor([0, *map(len, wanted)]).cumsum(0).tolist()
-    return acts.vectors[torch.tensor([starts[document] + offset for document, offset in row_of])]
+    return wanted, torch.tensor([starts[document] + offset for document, offset in row_of])
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,10 @@ def probe(
     pair: Annotated[
         str | None, text("--pair", "PAIR", "Name, folder or hub id (default: couplets).", pair_name)
     ] = None,
+    target: Annotated[str | None, text("--target", "MODEL", "A model without a pair, instead; needs --point.")] = None,
+    point: Annotated[
+        list[str] | None, text("--point", "POINT", "Where probes read, too; of a target, all at the first.")
+    ] = None,
     positions: Annotated[str | None, text("--positions", "WHICH", "last (the default), all, or /PATTERN/.")] = None,
     words: Annotated[
         list[str] | None, text("--words", "LABEL=WORD,WORD", "Words that name a class; once a class.")
@@ -76,16 +80,24 @@ def probe(
     r"""Compare readers on your own labelled texts.
 
     Probes, lenses, SelfIE, readers of the text and the pair on your own labelled texts: CSV, JSON, JSON lines or
-    Parquet.
+    Parquet. Of a target without a pair, all that need none.
 
     examples:
       nla probe poems.csv --text line --label season
+      nla probe poems.csv --text line --label season --target couplets/plain --point resid_post.3 --point resid_post.1
       nla probe poems.jsonl --text line --label season --positions '/ near/' --words 'winter=winter,snow' \
           --words 'summer=summer,sun'
     """
     from nla.eval.readers.labelled_texts import ProbeSettings, compare_on_labelled_texts
 
     options = {"text": text_column, "label": label, "group": group, "pair": pair, "positions": positions}
-    options |= {"words": words, "n_samples": samples, "max_rows": max_rows, "skip": skip}
+    options |= {
+        "target": target,
+        "points": point,
+        "words": words,
+        "n_samples": samples,
+        "max_rows": max_rows,
+        "skip": skip,
+    }
     options |= {"oracle": oracle, "question": question, "device": places(device)}
     return Evaluation(compare_on_labelled_texts, data, ProbeSettings(**given(**options)))

@@ -4,18 +4,31 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from nla.errors import ArgumentError, ContextLengthError, EmptyTextError, ParseError, PositionError, VocabularyError
+from nla.errors import (
+    ArgumentError,
+    ContextLengthError,
+    EmptyTextError,
+    ParseError,
+    PointError,
+    PositionError,
+    VocabularyError,
+)
 from nla.eval.readers import labelled_file, labelled_texts, patchscopes
+from nla.eval.readers.compare import BAG, LOGIT_LENS, SELFIE, SHUFFLED
 from nla.eval.readers.labelled_file import LabelledRow, read_labelled_file
 from nla.eval.readers.labelled_texts import ProbeSettings, compare_on_labelled_texts
-from nla.eval.readers.probes import LOGISTIC
-from nla.eval.readers.tasks import TEST, TRAIN
+from nla.eval.readers.measures import NLA_READER
+from nla.eval.readers.probes import LOGISTIC, MASS_MEAN, PCA
+from nla.eval.readers.tasks import TEST, TRAIN, Sites, read_task_sites, read_task_sites_at
 from nla.eval.report import one_line
-from nla.eval.target import Target
+from nla.eval.target import Target, continued
+from nla.models.points import Point
 from tests.helpers.tiny import MARKER, make_pair
 
 PAIRS = [(f"{a} {b} {c} {d}.", "cat" if b == "cat" else "dog") for a in ("the", "a") for b in ("cat", "dog")
@@ -198,6 +211,87 @@ def test_the_table_of_a_users_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert (out / "probe.png").read_bytes().startswith(b"\x89PNG")
     assert one_line("a\nb|c") == "a⏎b¦c"
     assert "](" not in one_line("![x](http://tracker/)")
+
+
+WORDS = ("ribbon", "basket", "candle", "letter")
+POEMS = [(f"In {season} {name} left a {colour} {word} near the rat,", season) for season in ("winter", "summer")
+         for name in ("Anna", "Henry") for colour in ("red", "blue") for word in WORDS]  # fmt: skip
+
+
+def test_a_target_without_a_pair_is_read_by_what_needs_none_at_every_point(tmp_path: Path) -> None:
+    quick = {"n_continued": 2, "lens_steps": 0, "n_boot": 50, "budgets": (8,), "device": "cpu"}
+    points = ["resid_post.3", "resid_post.1"]
+    settings = ProbeSettings(text="text", label="label", target="couplets/plain", points=points, **quick)
+    report = compare_on_labelled_texts(write_csv(tmp_path / "d.csv", POEMS), settings)
+    task = report.tasks[0]
+    assert report.point == "resid_post.3" and report.target == "plain" and task.retention is None
+    assert [task.row(reader) for reader in (NLA_READER, SHUFFLED, SELFIE)] == [None] * 3
+    assert "SelfIE was left out" in report.notes[-1]  # it has no words for the question
+    assert task.row(BAG).labelled[TEST].value == 1.0
+    assert list(report.by_point) == ["resid_post.1", "resid_post.3"]  # first block to last
+    for reader in (LOGISTIC, MASS_MEAN, PCA, LOGIT_LENS):
+        assert report.by_point["resid_post.3"].row(reader).budgets == task.row(reader).budgets
+        assert report.by_point["resid_post.3"].row(reader).zero == task.row(reader).zero
+    assert "### By point" in report.to_markdown()
+
+
+def test_a_pair_is_read_at_other_points_too(tmp_path: Path) -> None:
+    quick = {"n_tries": 1, "n_samples": 1, "n_continued": 1, "lens_steps": 0, "n_boot": 20, "budgets": ()}
+    settings = ProbeSettings(text="text", label="label", pair=make_pair(), points="resid_post.0", **quick)
+    report = compare_on_labelled_texts(write_csv(tmp_path / "d.csv"), settings)
+    assert list(report.by_point) == ["resid_post.0", "resid_post.1"] and report.tasks[0].row(NLA_READER)
+    with pytest.raises(PointError, match=r"resid_post\.9"):
+        compare_on_labelled_texts(
+            tmp_path / "d.csv", ProbeSettings(text="text", label="label", pair=make_pair(), points="resid_post.9")
+        )
+
+
+def test_a_target_and_a_pair_exclude_each_other_and_a_target_needs_a_point(tmp_path: Path) -> None:
+    columns = {"text": "text", "label": "label", "target": "couplets/plain"}
+    data, point = write_csv(tmp_path / "d.csv", POEMS), {"points": "resid_post.3"}
+    for given, message in (
+        ({**point, "pair": "couplets"}, "one of them"),
+        ({}, "--point"),
+        ({**point, "oracle": tmp_path, "question": "what?"}, "--pair"),
+    ):
+        with pytest.raises(ArgumentError, match=message):
+            compare_on_labelled_texts(data, ProbeSettings(**columns, **given))
+    with pytest.raises(PointError, match="layer 3"):
+        ProbeSettings(**columns, points=["resid_post.3", "layer 3"])
+
+
+def test_selfie_without_a_pair_says_of_a_words_embedding_what_the_target_says_of_the_word(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The question's other words stay as they are, and the activation stands where the word stood."""
+    target = Target.of(make_pair())
+    vectors = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
+    assert patchscopes.Prompt.without_pair(target, vectors) is None  # no word of the question is known
+    monkeypatch.setattr(patchscopes, "QUESTION", "the {} sat here")
+    monkeypatch.setattr(patchscopes, "_SLOTS", ("cat", "dog"))
+    prompt = patchscopes.Prompt.without_pair(target, vectors)
+    assert prompt is not None and prompt.norm == pytest.approx(float(vectors.norm(dim=1).mean()))
+    embeddings = target.model.get_input_embeddings().weight.detach()
+    (dog,) = target.tokenizer("dog", add_special_tokens=False)["input_ids"]
+    said = {}
+    for word, token in (("cat", prompt.marker_id), ("dog", dog)):
+        whole = prompt.ids.clone()
+        whole[prompt.position] = token
+        with target.role():
+            written = continued(target, [whole.tolist()], prompt.max_new_tokens)
+        own = prompt._replace(norm=float(embeddings[token].norm()), marker_id=prompt.ids[0].item())
+        (said[word],) = patchscopes.answers(target, own, embeddings[token][None].float(), temperature=None)
+        assert said[word] == written.texts(target.tokenizer)[0].strip()
+    assert said["cat"] != said["dog"]
+
+
+def test_several_points_are_read_in_one_pass_as_each_alone() -> None:
+    target = Target.of(make_pair())
+    sites = Sites(("the cat sat here.", "a dog ran", "the cat sat here."), (1, -1, 4), (0, 1, 0))
+    points = [Point("resid_post", 0), Point("resid_post", 2)]
+    found = read_task_sites_at(target, sites, points)
+    for column, point in enumerate(points):
+        assert torch.equal(found[:, column], read_task_sites(replace(target, point=point), sites))
 
 
 def test_an_oracle_needs_its_question_and_numbers_are_in_range(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ RUNS = {
 """Where the function that does a command's work is; its name, if it is not ``run``."""
 NOT_OF_RUN = {"--help", "--json", "--card", "--check", "--out"}
 """Options whose values are not texts that ``run`` takes as they are."""
-WORDS = {"--variant": "plain", "--positions": "/cat/"}
+WORDS = {"--variant": "plain", "--positions": "/cat/", "--point": "resid_post.2"}
 """Texts that are checked before they arrive."""
 ALONE = {"--pairs", "--store"}
 """Options that others exclude."""

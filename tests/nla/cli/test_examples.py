@@ -91,6 +91,7 @@ EXAMPLES: dict[str, Run | RunsIn | NotRun] = {
     "nla trace couplets/plain": Run(append="--items 8"),
     "nla trace couplets/planner --pairs": RunsIn("docs/graphs.md"),
     "nla probe poems.csv": Run(says="AUROC"),
+    "nla probe poems.csv --text line --label season --target": Run(says="By point"),
     "nla probe poems.jsonl": RunsIn("docs/probes.md"),
     "nla train qwen2.5-7b --dry-run": NotRun(HUB + "; the plan of a recipe that `nla recipe` wrote is made here"),
     "nla train couplets": NotRun("an hour; tests/test_documents.py runs the same stages in small"),

@@ -90,6 +90,11 @@ OPTIONS: dict[str, tuple[Run, ...]] = {
             append="poems.jsonl --text line --label season --group line --max-rows 40 --samples 1 --skip "
             f"--pair couplets --card card --device cpu --check --json {ORACLE}",
         ),
+        Run(
+            says="By point",
+            append="poems.jsonl --text line --label season --max-rows 40 --samples 1 --target couplets/plain "
+            "--point resid_post.3 --point resid_post.0",
+        ),
     ),
     "eval claims": (
         Run(
