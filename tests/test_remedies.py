@@ -185,6 +185,7 @@ CHATS = (
     "chat = said(('system', 'Be brief.'), ('user', 'Is it 5? '), ('assistant', 'Yes.'))",
 )
 AUDIT = "nla audit chats.jsonl --samples 1 --budget 1"
+WHOLE = AUDIT.replace("chats.jsonl", "whole.json")
 LINE = "'In spring Anna left a red ribbon near the rat,\n'"
 MY_STORE = "--point resid_post.2 --out acts --set max_tokens=60 --set n_positions=2 --set first_position=2"
 EXTRACT = f"nla extract my/model corpus.jsonl {MY_STORE} --set n_documents=20"
@@ -249,13 +250,15 @@ WAYS: dict[str, Way] = {
         f"nla probe poems.jsonl {PROBE} --question 'What is it?'", (f"nla probe poems.jsonl {PROBE} {ORACLE}",)
     ),
     "eval/readers/labelled_texts.py: leave out --target or --pair": Way(
-        f"nla probe poems.jsonl {PROBE} {ALONE} --pair couplets", (f"nla probe poems.jsonl {PROBE} {ALONE}",)
+        f"nla probe poems.jsonl {PROBE} {ALONE} --pair couplets",
+        (f"nla probe poems.jsonl {PROBE} {ALONE}", f"nla probe poems.jsonl {PROBE} --pair couplets"),
     ),
     "eval/readers/labelled_texts.py: give --point": Way(
         f"nla probe poems.jsonl {PROBE} --target couplets/plain", (f"nla probe poems.jsonl {PROBE} {ALONE}",)
     ),
     "eval/readers/labelled_texts.py: give --pair, or no --oracle": Way(
-        f"nla probe poems.jsonl {PROBE} {ALONE} {ORACLE}", (f"nla probe poems.jsonl {PROBE} {ALONE}",)
+        f"nla probe poems.jsonl {PROBE} {ALONE} {ORACLE}",
+        (f"nla probe poems.jsonl {PROBE} {ALONE}", f"nla probe poems.jsonl {PROBE} --pair couplets {ORACLE}"),
     ),
     "eval/readers/labelled_texts.py: …; or leave out": Way(
         f"nla probe odd.jsonl {PROBE}",
@@ -546,7 +549,7 @@ WAYS: dict[str, Way] = {
             "check_ids(torch.tensor(tokenizer(text)['input_ids']), most)",
         ),
         (
-            "import torch; from tests.helpers.tiny import *; from nla.text.tokens import *",
+            "import torch; from tests.helpers.tiny import *; from nla.metrics import check_ids",
             "tokenizer, text = make_tokenizer(), 'the cat sat on a mat'",
             "ids = torch.tensor(tokenizer(text)['input_ids']); most = int(ids.max())",
         ),
@@ -575,7 +578,11 @@ WAYS: dict[str, Way] = {
             "slow.__class__ = type('Slow', (type(slow),), {'is_fast': False})",
         ),
     ),
-    "nla/transcripts/files.py: raise it (--max-mb)": Way(f"{AUDIT} --max-mb 0.00001", (f"{AUDIT} --max-mb 1", AUDIT)),
+    "nla/transcripts/files.py: raise it (--max-mb)": Way(
+        f"{WHOLE} --max-mb 0.00001",
+        (f"{WHOLE} --max-mb 1", AUDIT),
+        ("Path('whole.json').write_text(Path('chats.jsonl').read_text().splitlines()[0])",),
+    ),
     "nla/transcripts/files.py: use --model-of …": Way(
         "nla audit other.json --samples 1 --budget 1",
         (

@@ -26,6 +26,7 @@ COMMANDS = {
     "probe": "poems.jsonl --text line --label season --max-rows 40 --samples 1 --pair couplets/pair",
     "eval fidelity": "couplets/pair --items 4",
     "eval claims": "switchboard/pair --store runs/mine/extract --activations 20 --fit 40",
+    "eval instructions": "switchboard/pair --items 2 --instructions 2 --samples 1 --audited 1 --prompts prompts.yaml",
     "eval two-hop": "switchboard/pair --items 4 --warm-start switchboard/pair",
     "eval transfer": "switchboard/pair --target-adapter switchboard/adapters/goal --items 10 --activations 40",
     "eval graph": "runs/trace/*.json --samples 1 --pair couplets/pair",
