@@ -226,4 +226,5 @@ def _draws(seed: int, request: int, n_tokens: int) -> Float[Tensor, " t"]:
 def _bar(n: int, shown: bool) -> Any:
     from tqdm import tqdm
 
-    return tqdm(total=n, desc="sample", unit=" answers", disable=not (shown and sys.stderr.isatty()))
+    every_s = 0.1 if sys.stderr.isatty() else 30.0  # a line now and then where nobody sees a bar
+    return tqdm(total=n, desc="sample", unit=" answers", mininterval=every_s, disable=not shown)
