@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nla.errors import ArgumentError, ParseError
-from nla.storage.files import parse_json, write_atomic
+from nla.storage.files import read_json_lines, write_atomic
 
 FEWEST_WORDS, MOST_WORDS = 12, 30
 """Of a model's own text that is kept."""
@@ -221,12 +221,13 @@ def _documents(folder: Path) -> Iterator[tuple[str, dict]]:
     if not files:
         raise ArgumentError(f"{folder} without .jsonl files", "a folder of sampled documents", "check the path")
     for path in files:
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-            where = f"{path.name}:{number}"
-            try:
-                yield where, parse_json(line)
-            except ValueError as error:
-                raise ParseError(f"{where}, which is no JSON", "a document a line", "sample it again") from error
+        number = 0
+        try:
+            for number, document in enumerate(read_json_lines(path), start=1):
+                yield f"{path.name}:{number}", document
+        except ValueError as error:
+            where = f"{path.name}:{number + 1}"
+            raise ParseError(f"{where}, which is no JSON", "a document a line", "sample it again") from error
 
 
 def main() -> None:

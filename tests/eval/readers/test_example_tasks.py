@@ -123,3 +123,15 @@ def test_a_real_model_knows_in_which_language_a_sentence_is(smollm2: str, tmp_pa
     deep, shallow = (report.by_point[point].row(LOGISTIC).labelled[TEST].value for point in reversed(report.by_point))
     assert deep > 0.9 and deep > shallow  # at the full stop: what it holds of the words before came by attention
     assert task.row(SELFIE).examples[0] and task.row(NLA_READER) is None and not report.notes[1:]
+
+
+def test_a_line_separator_in_what_a_model_wrote_ends_no_document(tmp_path: Path) -> None:
+    answer = "\u2028".join(f"w{number}" for number in range(3)) + " w" * 20
+    folder = tmp_path / "sample"
+    folder.mkdir()
+    line = json.dumps(document(answer, form="poem"), ensure_ascii=False)  # as the stage `sample` writes it
+    (folder / "000000.jsonl").write_text(f"{line}\n{{\n", encoding="utf-8")
+    with pytest.raises(ParseError, match=r"000000.jsonl:2, which is no JSON"):
+        example_tasks.written(folder, "form")
+    (folder / "000000.jsonl").write_text(f"{line}\n", encoding="utf-8")
+    assert [row.label for row in example_tasks.written(folder, "form")] == ["poem"]
