@@ -59,7 +59,7 @@ from nla.pair.fidelity import FidelityByStratum, other_document_rows, reconstruc
 from nla.pair.score import Score, score
 from nla.progress import Progress, silent
 from nla.stats import Interval, bootstrap
-from nla.store.facts import TokenFacts, TokenNames, document_ids, known_attributes, token_facts
+from nla.store.facts import TokenFacts, TokenNames, answers_of, document_ids, known_attributes, token_facts
 from nla.store.reader import Store, open_splits
 from nla.text.claims import claims
 from nla.text.facts import FORM, INSTRUCTION, Facts, state, stated
@@ -168,12 +168,9 @@ def rows_of(nla: NLA, store: Store, chosen: Int[Tensor, " n"], following: bool =
             attributes_of(of_document, texts),
             [name for name in of_document.get("held_out") or () if isinstance(name, str)],
         )
-        for here, of_document, texts in zip(at, known, known_attributes(store, chosen), strict=True)
+        for here, of_document, texts in zip(at, known, known_attributes(known), strict=True)
     ]
-    names = [
-        f"request {of_document['request']}" if "request" in of_document else f"document {number}"
-        for of_document, number in zip(known, store.documents(chosen).tolist(), strict=True)
-    ]
+    names = answers_of(store, chosen, known)
     codes = {name: code for code, name in enumerate(dict.fromkeys(names))}
     return Rows(acts, truths, [here.visible for here in at], torch.tensor([codes[name] for name in names]))
 
@@ -233,6 +230,7 @@ def judged_texts(
     many_guesses = Guesses(*({kind: of * n_samples for kind, of in each.items()} for each in guesses))
     figures = truth_figures(many, kinds, said, theirs, many_guesses, seed)
     scored, fidelity, gain, kept = fidelity_figures(nla, many, texts, denominators, rival, beside, seed)
+    alarms = _false_alarms(many, said, seed)
     counts = torch.tensor([[one.n_unread, one.n_claims] for one in said]).double()
     return ClaimsReport(
         point=str(nla.point),
@@ -243,14 +241,14 @@ def judged_texts(
         n_documents=len(rows.acts.document.unique()),
         n_fit=0,
         unread=Rate.of_counts(counts, many.groups, seed),
-        false_alarms=_false_alarms(many, said, seed),
+        false_alarms=alarms,
         figures=figures,
         score=scored,
         texts=fidelity,
         retention=kept,
         ablations=ablations(nla, rows, texts, denominators, kinds, seed),
         examples=_examples(rows, texts, seed),
-        checks=_checks(many, said, many_guesses, figures, scored, gain, kept, seed),
+        checks=_checks(many, said, many_guesses, figures, scored, gain, kept, alarms, seed),
     )
 
 
@@ -474,6 +472,7 @@ def _checks(
     scored: Score,
     gain: Interval | None,
     kept: Interval | None,
+    alarms: Rate | None,
     seed: int,
 ) -> list[Check]:
     checks = [Check.at_least("FVE of sampled explanations", scored.fve, FVE_MIN)]
@@ -506,7 +505,6 @@ def _checks(
                 )
                 name = f"{one.claim}: true claims per right probe"
                 checks.append(Check.at_least(name, share, OF_PROBE_MIN, held=one.claim == FORM))
-    alarms = _false_alarms(rows, said, seed)
     if alarms is not None:
         checks.append(Check.at_most("instructions claimed where there is none", alarms, FALSE_ALARMS_MAX))
     return checks

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -148,7 +149,7 @@ class TokenNames:
             out.setdefault(self.name(token, inside), share)
         return list(out.items())
 
-    @property
+    @cached_property
     def _anchor(self) -> int:
         return self.tokenizer.encode("a", add_special_tokens=False)[-1]
 
@@ -164,9 +165,16 @@ def _header(text: str) -> str:
     return match[0] if match else ""
 
 
-def known_attributes(store: Store, rows: Tensor) -> list[dict[str, str]]:
-    """What is known of each row's document, such as its topic; no bookkeeping (:data:`nla.text.facts.BOOKKEEPING`)."""
+def known_attributes(attributes: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Of what a corpus says of documents (:meth:`nla.store.reader.Store.attributes`), what they are, such as their
+    topic; no bookkeeping (:data:`nla.text.facts.BOOKKEEPING`)."""
     return [
         {name: value for name, value in known.items() if isinstance(value, str) and name not in BOOKKEEPING}
-        for known in store.attributes(rows)
+        for known in attributes
     ]
+
+
+def answers_of(store: Store, rows: Tensor, attributes: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A name for what each row's document shares with others: the request whose answer they read, or itself alone."""
+    numbers = store.documents(rows).tolist()
+    return [str(known.get("request", f"document {number}")) for known, number in zip(attributes, numbers, strict=True)]

@@ -19,7 +19,7 @@ from torch.nn.functional import one_hot
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nla.stats import wilson
-from nla.store.facts import TokenFacts, known_attributes, token_facts
+from nla.store.facts import TokenFacts, answers_of, known_attributes, token_facts
 from nla.store.reader import Store
 from nla.text.facts import Facts, state
 
@@ -53,11 +53,12 @@ def describe_rows(
     Raises:
         StoreError: the tokenizer no longer divides a stored text as it did.
     """
-    known = {split: _documents(part) for split, part in splits.items()}
-    said, figures = _said(splits, known)
+    acts = {split: part.store.activations(part.rows) for split, part in splits.items()}
+    known = {split: _documents(part, acts[split].strata) for split, part in splits.items()}
+    said, figures = _said({split: part.vectors for split, part in acts.items()}, known)
     texts = {}
     for split, part in splits.items():
-        facts = token_facts(part.store.activations(part.rows), model, tokenizer)
+        facts = token_facts(acts[split], model, tokenizer)
         texts[split] = [
             state(_facts(known, attributes), random.Random(f"{seed}/{split}/{row}"))
             for row, known, attributes in zip(part.rows.tolist(), facts, said[split], strict=True)
@@ -83,22 +84,18 @@ class _Known(NamedTuple):
     stratum: list[str]
 
 
-def _documents(part: Rows) -> _Known:
-    attributes, numbers = part.store.attributes(part.rows), part.store.documents(part.rows).tolist()
-    return _Known(
-        known_attributes(part.store, part.rows),
-        [str(known.get("request", f"document {number}")) for known, number in zip(attributes, numbers, strict=True)],
-        part.store.strata(part.rows),
-    )
+def _documents(part: Rows, strata: list[str]) -> _Known:
+    attributes = part.store.attributes(part.rows)
+    return _Known(known_attributes(attributes), answers_of(part.store, part.rows, attributes), strata)
 
 
 def _said(
-    splits: Mapping[str, Rows], known: Mapping[str, _Known]
+    vectors: Mapping[str, Float[Tensor, "n d"]], known: Mapping[str, _Known]
 ) -> tuple[dict[str, list[dict[str, str]]], dict[str, Any]]:
     """Of each row of each split the attributes that a probe finds in its vector; and figures by attribute."""
-    said = {split: [{} for _ in part.rows] for split, part in splits.items()}
+    said: dict[str, list[dict[str, str]]] = {split: [{} for _ in part] for split, part in vectors.items()}
     names = list(dict.fromkeys(name for row in known["train"].attributes for name in row))
-    probes = Probes({split: part.store.vectors[part.rows] for split, part in splits.items()}, known["train"].group)
+    probes = Probes(vectors, known["train"].group)
     figures: dict[str, Any] = {}
     for name in names:
         values = {split: [row.get(name) for row in rows.attributes] for split, rows in known.items()}
