@@ -31,7 +31,7 @@ from nla.train.fit.checkpoints import (
     keep_float32,
     snapshot,
 )
-from nla.train.fit.log_probs import LogProbs, SharedPrompt, rollout_log_probs
+from nla.train.fit.log_probs import LogProbs, SharedPrompt, answer_log_probs
 from nla.train.fit.loop import PLAIN, OptimizerTime, Phases, checkpointed, fit, in_type_of, on_cpu, own_forward
 from nla.train.fit.metrics_log import MetricsLog
 from nla.train.fit.monitor import EvalSet, Monitor
@@ -132,7 +132,7 @@ class JointTrainer(AtomicCheckpoints, GRPOTrainer):
             if prompt is None:
                 return whole_forward(*args, **kwargs)
             answers, mask = kwargs["input_ids"], kwargs["attention_mask"].bool()
-            return rollout_log_probs(self.base, prompt, owners, answers, mask, self.temperature)
+            return answer_log_probs(self.base, prompt, owners, answers, mask, self.temperature)
 
         self.base.forward = forward  # inside all wrappers: those of several processes see one pass
 
@@ -232,11 +232,11 @@ class JointTrainer(AtomicCheckpoints, GRPOTrainer):
             args, rows = (model, input_ids[part], attention_mask[part], logits_to_keep), self.rows_in_use[part]
             with in_type_of(self.base), self.phases.timed("log_probs" if torch.is_grad_enabled() else "reference"):
                 if self.shares_prompt:
-                    parts.append(self._with_shared_prompt(*args, rows))
+                    parts.append(self._with_shared_prompt(*args, rows)[:2])
                 else:
                     with self.injecting(rows):
                         whole = super()._get_per_token_logps_and_entropies(*args, compute_entropy=True)
-                    parts.append(LogProbs(*whole[:2]))
+                    parts.append(whole[:2])
         logps, entropies = (torch.cat(column) for column in zip(*parts, strict=True))
         return logps, entropies if compute_entropy else None, None
 

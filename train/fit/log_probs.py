@@ -1,4 +1,4 @@
-"""Log-probabilities of rollouts by a pass that computes their prompt once: up to the marker for all, then by group."""
+"""Log-probabilities of answers by a pass that computes their prompt once: up to the marker for all, then by group."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROWS_TOGETHER, PASSES = 32, 4
 
 
 class SharedPrompt(NamedTuple):
-    """The constant prompt of the encoder and what is injected in it, for each activation that has rollouts."""
+    """The constant prompt of the encoder and what is injected in it, for each activation that has answers."""
 
     ids: Int[Tensor, " t"]
     marker: int
@@ -31,14 +31,16 @@ class SharedPrompt(NamedTuple):
 
 
 class LogProbs(NamedTuple):
-    """Of each token of each rollout, float32; 0 beyond a rollout's end."""
+    """Of each token of each answer, float32; 0 beyond an answer's end."""
 
     chosen: Float[Tensor, "b t"]
     entropies: Float[Tensor, "b t"]
     """Of the whole next-token distribution, without a gradient."""
+    likeliest: Float[Tensor, "b t"]
+    """1 where no token is likelier, without a gradient."""
 
 
-def rollout_log_probs(
+def answer_log_probs(
     model: PreTrainedModel,
     prompt: SharedPrompt,
     owners: Int[Tensor, " b"],
@@ -48,7 +50,7 @@ def rollout_log_probs(
 ) -> LogProbs:
     """Log-probabilities of ``answers`` after the prompt with the vectors of ``owners``; gradients flow if enabled.
 
-    Keys and values of what rollouts have in common are computed once and used by all, with their gradients.
+    Keys and values of what answers have in common are computed once and used by all, with their gradients.
 
     Args:
         model: a causal LM for which :func:`nla.models.points.attends_plainly` holds.
@@ -65,10 +67,10 @@ def rollout_log_probs(
         hidden.append(out[mask[rows, :width]])
     head: Any = model.get_output_embeddings()
     sorted_mask = mask[order]
-    chosen, entropies = token_log_probs(torch.cat(hidden), head, answers[order][sorted_mask], temperature)
+    of_tokens = token_log_probs(torch.cat(hidden), head, answers[order][sorted_mask], temperature)
     back = order.argsort()
     blank = torch.zeros(mask.shape, device=mask.device)
-    return LogProbs(*(blank.masked_scatter(sorted_mask, values)[back] for values in (chosen, entropies)))
+    return LogProbs(*(blank.masked_scatter(sorted_mask, values)[back] for values in of_tokens))
 
 
 def _read_prompt(model: PreTrainedModel, stack: Any, prompt: SharedPrompt) -> DynamicCache:
@@ -94,11 +96,11 @@ def _taken(cache: DynamicCache, rows: Int[Tensor, " b"]) -> DynamicCache:
 
 def token_log_probs(
     hidden: Float[Tensor, "m d"], head: nn.Linear, targets: Int[Tensor, " m"], temperature: float = 1.0
-) -> tuple[Float[Tensor, " m"], Float[Tensor, " m"]]:
-    """Log-probability of each target, and entropy of its distribution, in float32; the head is frozen.
+) -> tuple[Float[Tensor, " m"], Float[Tensor, " m"], Float[Tensor, " m"]]:
+    """Log-probability of each target, entropy of its distribution, and 1 where the target is likeliest, in float32.
 
-    The whole matrix of logits never exists. The gradient with respect to ``hidden`` is made in the same pass, in which
-    the probabilities are at hand; the entropy has none.
+    The head is frozen. The whole matrix of logits never exists. The gradient with respect to ``hidden`` is made in the
+    same pass, in which the probabilities are at hand; entropy and likeliest have none.
     """
     return _TokenLogProbs.apply(hidden, head.weight, head.bias, targets, temperature)  # pyright: ignore
 
@@ -107,24 +109,25 @@ class _TokenLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         m = len(hidden)
-        chosen, entropies = (torch.empty(m, dtype=torch.float32, device=hidden.device) for _ in range(2))
+        chosen, entropies, likeliest = (torch.empty(m, dtype=torch.float32, device=hidden.device) for _ in range(3))
         slopes = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for rows in torch.arange(m, device=hidden.device).split(TOKENS_PROJECTED):
             logits = nn.functional.linear(hidden[rows], weight, bias)
             for part in torch.arange(len(rows), device=hidden.device).split(TOKENS_NORMALISED):
                 log_p, at = torch.log_softmax(logits[part].float() / temperature, dim=-1), targets[rows[part], None]
+                chosen[rows[part]] = of_targets = log_p.gather(1, at)[:, 0]
+                likeliest[rows[part]] = (of_targets >= log_p.amax(dim=-1)).float()
                 p = log_p.exp()
-                chosen[rows[part]] = log_p.gather(1, at)[:, 0]
                 entropies[rows[part]] = -torch.nan_to_num(log_p.mul_(p)).sum(dim=-1)
                 if slopes is not None:  # of the logits: 1 at the target, less the probabilities
                     logits[part] = p.neg_().scatter_add_(1, at, torch.ones_like(at, dtype=p.dtype)).to(logits.dtype)
             if slopes is not None:
                 slopes[rows] = (logits @ weight) / temperature
         ctx.slopes = slopes
-        ctx.mark_non_differentiable(entropies)
-        return chosen, entropies
+        ctx.mark_non_differentiable(entropies, likeliest)
+        return chosen, entropies, likeliest
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None, None, None, None]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from datasets import Dataset
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
@@ -16,6 +16,7 @@ from trl import SFTConfig, SFTTrainer
 from nla.errors import ArgumentError, ConfigError, ShapeError
 from nla.metrics import mse, rescale
 from nla.models.hooks import inject
+from nla.models.points import attends_plainly
 from nla.text.tokens import plain_ids
 from nla.train.fit import processes
 from nla.train.fit.checkpoints import (
@@ -26,6 +27,7 @@ from nla.train.fit.checkpoints import (
     head_parameters,
     keep_float32,
 )
+from nla.train.fit.log_probs import SharedPrompt, answer_log_probs
 from nla.train.fit.loop import PLAIN, checkpointed, fit, in_type_of, on_cpu, own_forward
 from nla.train.fit.settings import FitSettings
 from nla.train.fit.vectors import Joined, Vectors, check_directions
@@ -126,22 +128,51 @@ class EncoderCollator:
         }
 
 
+class OfTokens(NamedTuple):
+    """What TRL's loss takes of a forward pass with its fused language-model head, of each token."""
+
+    log_probs: Float[Tensor, "b t"]
+    entropy: Float[Tensor, "b t"]
+    is_top1: Float[Tensor, "b t"]
+    label_mask: Bool[Tensor, "b t"]
+    """Where there is a label; the other values are 0 elsewhere."""
+
+
 class EncoderTrainer(AtomicCheckpoints, SFTTrainer):
-    """TRL's SFTTrainer with the activations injected at the marker."""
+    """TRL's SFTTrainer with the activations injected at the marker.
+
+    The prompt up to the marker is the same for all rows, and computed once where the target's blocks allow it.
+    """
 
     def __init__(self, nla: NLA, **kwargs: Any) -> None:
         self.trained, self.marker_position = encoder_parameters(nla), nla.marker_position
-        self.pair_model, self.base, self.layer = nla.model, nla.base, nla.config.injection.layer
+        self.prompt = nla.prompt_ids.reshape(-1)
+        self.pair_model, self.base, self.layer = nla.model, nla.base_of("encoder"), nla.config.injection.layer
         super().__init__(model=nla.model, processing_class=nla.tokenizer, **kwargs)  # pyright: ignore
         keep_float32(self.trained)
+        # Blocks that are computed again in the backward pass take no keys from outside.
+        self.shares_prompt = attends_plainly(self.base) and not self.args.gradient_checkpointing
+        whole_forward: Any = self.base.forward
+
+        def forward(*args: Any, prompt: SharedPrompt | None = None, **kwargs: Any) -> Any:
+            if prompt is None:
+                return whole_forward(*args, **kwargs)
+            answers, labels = (kwargs[name][:, len(prompt.ids) :] for name in ("input_ids", "labels"))
+            mask, owners = labels != IGNORED, torch.arange(len(labels), device=labels.device)
+            return OfTokens(*answer_log_probs(self.base, prompt, owners, answers, mask, 1.0), mask)
+
+        self.base.forward = forward  # inside all wrappers: those of several processes see one pass
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         inputs = dict(inputs)
         vectors = inputs.pop("vectors")
         positions = torch.full((len(vectors),), self.marker_position, device=vectors.device)
-        # ``model`` may be wrapped, for several processes
-        with inject(self.pair_model, vectors, positions, self.layer), in_type_of(self.base):
-            return super().compute_loss(model, inputs, *args, **kwargs)
+        with in_type_of(self.base):  # ``model`` may be wrapped, for several processes
+            if self.shares_prompt:
+                prompt = SharedPrompt(self.prompt.to(vectors.device), self.marker_position, vectors, self.layer)
+                return super().compute_loss(model, inputs | {"prompt": prompt}, *args, **kwargs)
+            with inject(self.pair_model, vectors, positions, self.layer):
+                return super().compute_loss(model, inputs, *args, **kwargs)
 
 
 class DecoderModule(nn.Module):

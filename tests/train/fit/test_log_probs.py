@@ -7,7 +7,7 @@ import torch
 
 from nla.metrics import rescale
 from nla.train.fit import log_probs
-from nla.train.fit.log_probs import SharedPrompt, rollout_log_probs, token_log_probs
+from nla.train.fit.log_probs import SharedPrompt, answer_log_probs, token_log_probs
 from tests.helpers.tiny import D_MODEL, load_benchmark, make_pair
 
 
@@ -21,7 +21,7 @@ def test_pieces_have_the_values_and_the_gradient_of_the_whole(monkeypatch, bias)
         head.bias.data[0] = torch.finfo(torch.float32).min / 16  # a token that is forbidden
     weights = torch.randn(27)
     ours, whole = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
-    chosen, entropies = token_log_probs(ours, head, targets, temperature=0.7)
+    chosen, entropies, likeliest = token_log_probs(ours, head, targets, temperature=0.7)
     (chosen * weights).sum().backward()
     log_p = (head(whole) / 0.7).log_softmax(-1)
     expected = log_p.gather(1, targets[:, None])[:, 0]
@@ -29,7 +29,8 @@ def test_pieces_have_the_values_and_the_gradient_of_the_whole(monkeypatch, bias)
     torch.testing.assert_close(chosen, expected)
     torch.testing.assert_close(ours.grad, whole.grad)
     torch.testing.assert_close(entropies, torch.distributions.Categorical(logits=log_p).entropy())
-    assert not entropies.requires_grad
+    assert torch.equal(likeliest, (log_p.argmax(-1) == targets).float())
+    assert not entropies.requires_grad and not likeliest.requires_grad
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -46,7 +47,7 @@ def test_a_shared_prompt_has_the_log_probs_and_gradients_of_whole_rows(monkeypat
     with pair.role("encoder"):
         for shared in (True, False):
             if shared:
-                chosen = rollout_log_probs(pair.base, prompt, owners, answers, mask, 1.0).chosen
+                chosen = answer_log_probs(pair.base, prompt, owners, answers, mask, 1.0).chosen
             else:
                 embedded = pair.base.get_input_embeddings()(torch.cat([prompt.ids.expand(7, -1), answers], dim=1))
                 embedded[:, pair.marker_position] = vectors[owners].to(dtype)

@@ -34,6 +34,7 @@ from nla.train.fit.checkpoints import (
     latest_checkpoint,
     snapshot,
 )
+from nla.train.fit.log_probs import answer_log_probs
 from nla.train.fit.metrics_log import MetricsLog, plot
 from nla.train.fit.settings import FitSettings
 from nla.train.fit.warmstart import (
@@ -337,6 +338,26 @@ def test_metrics_survive_a_line_cut_short(tmp_path):
     assert [json.loads(line) for line in Path(log.path).read_text().splitlines()] == [
         {"step": 1, "kind": "train", "loss": 1.0}
     ]
+
+
+@pytest.mark.slow
+def test_a_prompt_computed_once_gives_the_losses_and_weights_of_whole_rows(vectors, tmp_path, monkeypatch):
+    shared, whole = make_pair(scale=0.3), make_pair(scale=0.3)
+    read = []
+    monkeypatch.setattr(
+        "nla.train.fit.warmstart.answer_log_probs", lambda *args: read.append(1) or answer_log_probs(*args)
+    )
+    settings, held_out = FitSettings(**ENCODER | dict(steps=10, eval_every=5, rows_per_backward=4)), (vectors[:5], TEXTS[:5])
+    figures = [warmstart("encoder", shared, vectors, TEXTS, tmp_path / "shared", settings, held_out)]
+    assert read
+    read.clear()
+    monkeypatch.setattr("nla.train.fit.warmstart.attends_plainly", lambda model: False)
+    figures.append(warmstart("encoder", whole, vectors, TEXTS, tmp_path / "whole", settings, held_out))
+    assert not read
+    names = ("loss", "eval_loss", "mean_token_accuracy", "eval_mean_token_accuracy", "entropy", "steps")
+    assert [figures[0][name] for name in names] == pytest.approx([figures[1][name] for name in names], rel=1e-4)
+    for name, parameter in encoder_parameters(shared).items():
+        torch.testing.assert_close(parameter, encoder_parameters(whole)[name], rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.slow
