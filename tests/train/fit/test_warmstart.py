@@ -347,7 +347,8 @@ def test_a_prompt_computed_once_gives_the_losses_and_weights_of_whole_rows(vecto
     monkeypatch.setattr(
         "nla.train.fit.warmstart.answer_log_probs", lambda *args: read.append(1) or answer_log_probs(*args)
     )
-    settings, held_out = FitSettings(**ENCODER | dict(steps=10, eval_every=5, rows_per_backward=4)), (vectors[:5], TEXTS[:5])
+    settings = FitSettings(**ENCODER | dict(steps=10, eval_every=5, rows_per_backward=4))
+    held_out = vectors[:5], TEXTS[:5]
     figures = [warmstart("encoder", shared, vectors, TEXTS, tmp_path / "shared", settings, held_out)]
     assert read
     read.clear()
