@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 ROOMS = (
     ("errors", "progress", "storage", "stats", "metrics", "baselines"),
-    ("text", "config", "organisms"),
+    ("text", "views", "config", "organisms"),
     ("models",),
     ("transcripts", "store", "pair"),
     ("autoencoder",),

@@ -1,37 +1,26 @@
 """A report in, one HTML page out: transcripts with marked tokens, findings beside them.
 
-The page (templates/page.html) holds no script and fetches nothing, and its policy forbids both. All that comes from
-files or models is escaped by the template engine, with control and direction marks spelled out before that.
+How it is kept from doing anything with what files and models hold: :mod:`nla.views.pages`.
 """
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
-import re
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
-
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
-from markupsafe import Markup
+from typing import NamedTuple
 
 from nla.audit.findings import NOT_SAID, PositionScore
 from nla.audit.report import AuditReport
-from nla.text.markdown import number
 from nla.transcripts.messages import Message, Transcript
 from nla.transcripts.rendering import Unread
+from nla.views import pages
 
 TEMPLATES = Path(__file__).with_name("templates")
 N_COLOURS = 6
 N_LISTED = 40
 """Transcripts up to which their list is open."""
-_JOINER = "\u200d"
-_UNUSUAL = re.compile(r"[^ -~\n\t]")
 _TEMPLATE_TOKEN = -1
 
 
@@ -118,7 +107,6 @@ def page(report: AuditReport) -> str:
     """The whole page."""
     audit = report.audit
     colours = {rubric.name: colour for colour, rubric in enumerate(audit.rubrics)}
-    style = (TEMPLATES / "page.css").read_text("utf-8") + _filters(len(colours))
     findings: dict[str, dict[int, list[PositionScore]]] = {}
     for score in sorted(audit.findings, key=lambda score: colours[score.rubric]):
         findings.setdefault(score.transcript, {}).setdefault(score.entry.index, []).append(score)
@@ -131,45 +119,20 @@ def page(report: AuditReport) -> str:
     about += [f"positions: {report.positions}"]
     about += [f"target adapter {report.target_adapter}"] if report.target_adapter else []
     about += [f"control target {report.control_target}"] if report.control_target else []
-    return _template().render(
+    return pages.page(
+        "page.html",
+        pages.css("page.css", TEMPLATES),
+        _filters(len(colours)),
+        folder=TEMPLATES,
         report=report,
         findings=audit.findings,
         talks=talks,
         about=about,
         titles={rubric.name: rubric.title for rubric in audit.rubrics},
-        style=Markup(style),  # ours alone: what an audit holds never enters it
-        style_hash=base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
         n_colours=N_COLOURS,
         n_listed=N_LISTED,
         not_said=NOT_SAID,
     )
-
-
-@cache
-def _template() -> Template:
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES), autoescape=True, finalize=_final, undefined=StrictUndefined
-    )
-    environment.filters |= {"number": number, "one_line": lambda text: text.replace("\n", "⏎")}
-    return environment.get_template("page.html")
-
-
-def _final(value: Any) -> Any:
-    """What the template does with each value before it escapes it."""
-    return spelled_out(value) if isinstance(value, str) and not isinstance(value, Markup) else value
-
-
-def spelled_out(text: str) -> str:
-    """A text in which what could hide or turn text around is written in letters.
-
-    >>> spelled_out("a\\u202eb")
-    'a\\\\u202eb'
-    """
-    return _UNUSUAL.sub(lambda match: match[0] if _is_shown(match[0]) else repr(match[0])[1:-1], text)
-
-
-def _is_shown(letter: str) -> bool:
-    return letter.isprintable() or letter == _JOINER or unicodedata.category(letter) == "Zs"
 
 
 def _filters(n_rubrics: int) -> str:

@@ -7,9 +7,10 @@ import hashlib
 import re
 from dataclasses import replace
 
-from nla.audit.page import page, spelled_out
+from nla.audit.page import page
 from nla.audit.rubric import parse_rubric
 from nla.transcripts.messages import Message, Transcript
+from nla.views.pages import spelled_out
 from tests.helpers.pages import Markup, report
 from tests.helpers.talk import SAYINGS, entry, said, transcript
 

@@ -1,0 +1,1 @@
+"""What is shown of texts and activations, from plain values: HTML pages, the token view, tables and plots."""
