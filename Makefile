@@ -1,6 +1,7 @@
 # make demo: install into .venv, then run the main jobs.   make test: install, lint, type-check, run all tests.
 # make check: the same without the slow tests, for while you work.
 # make real: the real model, SmolLM2-135M-Instruct: install it (93 MB, once), and use it.
+# make docs: the documents as a site, in build/site.
 # Needs python3 (3.11 or later). A second run finds the installation and starts at once.
 PYTHON ?= python3
 BIN := .venv/bin
@@ -13,7 +14,7 @@ TYPES := $(BIN)/pyright --pythonpath $(BIN)/python
 TESTS_AND_TYPES = @$(TYPES) >build/types.txt 2>&1 & types=$$!; $(TESTS) $(1); tests=$$?; \
 	wait $$types; types=$$?; cat build/types.txt; exit $$((tests + types))
 
-.PHONY: demo real real-install test check lint style clean
+.PHONY: demo real real-install test check lint style docs clean
 
 demo: $(INSTALLED)
 	$(BIN)/nla demo
@@ -38,6 +39,11 @@ style: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	rm -rf build/typing && mkdir -p build/typing && cp -r nla build/typing/ && cp -r train eval build/typing/nla/
+
+# Material's notice that it ends in 2027, at every build, is left out.
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "open build/site/index.html"
 
 clean:
 	rm -rf .venv

@@ -139,7 +139,8 @@ class NLA:
         Args:
             target_model: a transformers causal LM without adapters; it is wrapped in place.
             config: its ``target`` says where ``target_model`` is from: an embedded name, GGUF file, folder or hub id.
-            rank, alpha: of both adapters; ``alpha`` is LoRA's scale numerator, None: ``rank``, so that the scale is 1.
+            rank: of both adapters.
+            alpha: LoRA's scale numerator; None: ``rank``, so that the scale is 1.
             baselines: see :attr:`baselines`; :meth:`score` needs "global".
         """
         if rank < 1:

@@ -73,7 +73,7 @@ def wilson(successes: int, n: int, confidence: float = 0.95) -> Interval:
 def spearman(a: Float[Tensor, "*batch n"], b: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch"]:
     """Rank correlation over the last dimension, float64; equal values share their mean rank. NaN where all are equal.
 
-    Source: Spearman 1904; equal to :func:`scipy.stats.spearmanr` row by row.
+    Source: Spearman 1904; equal to ``scipy.stats.spearmanr`` row by row.
     """
     from scipy.stats import rankdata
 

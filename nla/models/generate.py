@@ -431,7 +431,7 @@ def seeded(seed: int | None, device: torch.device) -> torch.Generator | None:
 
 
 def rows_at_a_time(model: PreTrainedModel, n_tokens: int, most: int) -> int:
-    """How many rows of ``n_tokens`` a model writes together: ``most``, or on a CPU what :data:`CPU_BYTES` hold."""
+    """How many rows of ``n_tokens`` a model writes together: ``most``, or on a CPU what ``CPU_BYTES`` hold."""
     if device_of(model).type != "cpu":
         return most
     config: Any = model.config.get_text_config()

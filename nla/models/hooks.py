@@ -201,7 +201,7 @@ def add(
 
     Raises:
         ArgumentError: a direction of length zero, or a strength that is not finite.
-        The rest is as for :func:`replace`.
+        NLAError: whatever :func:`replace` raises.
     """
     if not math.isfinite(strength):
         raise ArgumentError(f"strength={strength}", "a finite number", "use 1, for example")

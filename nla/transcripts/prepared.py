@@ -201,7 +201,9 @@ def chats_of(
     Args:
         tokenizer: the target's.
         given: a path or "-"; or what a file would hold, decoded.
-        trim, allow_dropped, fold_system: see :class:`Preparer`.
+        trim: see :class:`Preparer`.
+        allow_dropped: see :class:`Preparer`.
+        fold_system: see :class:`Preparer`.
 
     Raises:
         TranscriptError: it cannot be read.

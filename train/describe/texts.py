@@ -350,7 +350,8 @@ def open_describer(
     """The describer that the settings name.
 
     Args:
-        model, tokenizer: the target, already loaded, for ``local`` without a ``model`` of its own.
+        model: the target, already loaded, for ``local`` without a ``model`` of its own.
+        tokenizer: the target's.
         dtype: of the weights of ``local``'s own ``model``, unless the settings say it.
         device: where to put that model; None: the first GPU if there is one, else the CPU.
 
@@ -358,7 +359,7 @@ def open_describer(
         EndpointError: the address or the key is not one to be used.
         DescriberError: there is no model.
         MissingExtraError: the provider's client is not installed.
-        The rest is as for :func:`nla.models.load.load_target`.
+        NLAError: whatever :func:`nla.models.load.load_target` raises.
     """
     if settings.describer != "local":
         from nla.train.describe.client import EndpointDescriber

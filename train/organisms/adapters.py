@@ -53,7 +53,7 @@ class PlantSettings:
     rank: int = 8
     n_documents: int = 4000
     steps: int | None = None
-    """None: 120, or of the kinds in :data:`LONGER` what that says."""
+    """None: 120, or of the kinds in ``LONGER`` what that says."""
     batch_size: int = 48
     learning_rate: float = 2e-3
     seed: int = 0
