@@ -207,17 +207,22 @@ class NLA:
             self.origin,
         )
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(self, folder: str | Path, adapter_dtype: torch.dtype | None = None) -> None:
         """Write the pair as a native folder (see nla/pair/folder.py); the target is referred to, not copied.
 
         Everything is written aside first, so a full disk leaves an earlier pair untouched. A local target is noted
         relative to ``folder``. A README.md that is there already is kept.
 
+        Args:
+            adapter_dtype: to round both adapters' weights to, such as ``torch.bfloat16`` for half the size; None: as
+                they are. The head stays float32.
+
         Raises:
+            ArgumentError: ``adapter_dtype`` is no floating-point type, or the pair has no adapters.
             StorageError: it could not be written whole.
             NonFiniteError: a weight holds NaN or infinity; nothing is written.
         """
-        pair_folder.save(self.parts, Path(folder))
+        pair_folder.save(self.parts, Path(folder), adapter_dtype)
 
     def push_to_hub(
         self, repo_id: str, private: bool = False, revision: str | None = None, commit_message: str | None = None

@@ -65,8 +65,11 @@ class _Sizes:
     layers_to_transform: int | list[int] | None = None
 
 
-def save_adapter(folder: str | Path, model: PeftModel, adapter: str) -> None:
+def save_adapter(folder: str | Path, model: PeftModel, adapter: str, dtype: torch.dtype | None = None) -> None:
     """Write one adapter of ``model`` as a folder that plain PEFT loads; each file atomically, the weights last.
+
+    Args:
+        dtype: to round the weights to; None: as they are.
 
     Raises:
         NonFiniteError, StorageError: see :func:`save_tensors`.
@@ -79,7 +82,7 @@ def save_adapter(folder: str | Path, model: PeftModel, adapter: str) -> None:
     write_json(
         folder / ADAPTER_CONFIG, {key: sorted(v) if isinstance(v, set) else v for key, v in sorted(content.items())}
     )
-    save_tensors(folder / ADAPTER_WEIGHTS, state)
+    save_tensors(folder / ADAPTER_WEIGHTS, {name: weight.to(dtype=dtype) for name, weight in state.items()})
 
 
 def read_adapter_config(folder: str | Path) -> PeftConfig:

@@ -223,8 +223,18 @@ def load_head(config: NLAConfig, path: Path) -> Head:
     return head
 
 
-def save(parts: Parts, folder: Path) -> None:
-    """Write a pair as ``NLA.save_pretrained`` promises."""
+def save(parts: Parts, folder: Path, adapter_dtype: torch.dtype | None = None) -> None:
+    """Write a pair as ``NLA.save_pretrained`` promises.
+
+    Raises:
+        ArgumentError: ``adapter_dtype`` is no floating-point type, or the pair is of whole models, without adapters.
+    """
+    if adapter_dtype is not None and not adapter_dtype.is_floating_point:
+        got = f"adapter_dtype={adapter_dtype}"
+        raise ArgumentError(got, "a floating-point type", "give torch.bfloat16 for half the size, or none")
+    if adapter_dtype is not None and parts.config.separate:
+        fix = "leave it out: weights of whole models are referred to where they lie"
+        raise ArgumentError(f"adapter_dtype={adapter_dtype} with a pair of whole models", "a pair of adapters", fix)
     config = _moved(parts, folder)
     if not config.separate:  # a pair of whole models would load its encoder for it
         ends = config.end_ids or ends_of(unwrapped(parts.roles.model_of("encoder")), parts.tokenizer)
@@ -232,7 +242,7 @@ def save(parts: Parts, folder: Path) -> None:
     with replacing_files(folder, last=CONFIG_FILE) as new:
         if not config.separate:
             for part, adapter in ((ENCODER_FOLDER, ENCODER_ADAPTER), (DECODER_FOLDER, DECODER_ADAPTER)):
-                save_adapter(new / part, cast("PeftModel", parts.roles.model), adapter)
+                save_adapter(new / part, cast("PeftModel", parts.roles.model), adapter, adapter_dtype)
                 # PEFT notes where the base was loaded from: a path of this machine, of no use on another.
                 content = read_json(new / part / ADAPTER_CONFIG)
                 write_json(new / part / ADAPTER_CONFIG, {**content, "base_model_name_or_path": config.target})

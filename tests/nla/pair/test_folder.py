@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from nla import NLA
 from nla.config import NLAConfig
-from nla.errors import ConfigError, NonFiniteError, StorageError, TokenizerMismatchError, WeightsError
+from nla.errors import ArgumentError, ConfigError, NonFiniteError, StorageError, TokenizerMismatchError, WeightsError
 from nla.metrics import Baseline
 from nla.pair import folder as pair_folder
 from nla.storage import hashes, tensors
@@ -112,6 +112,22 @@ def test_plain_peft_loads_the_adapters(saved: Path) -> None:
 def test_a_pair_saved_elsewhere_still_finds_its_target(saved: Path, tmp_path: Path) -> None:
     load(saved).save_pretrained(tmp_path / "other" / "deep" / "copy")
     assert load(tmp_path / "other" / "deep" / "copy").read(TEXTS[0]).vectors.isfinite().all()
+
+
+def test_adapters_may_be_saved_rounded_and_come_back_in_the_type_that_trains(saved: Path, tmp_path: Path) -> None:
+    pair = load(saved)
+    pair.save_pretrained(tmp_path / "models" / "half", adapter_dtype=torch.bfloat16)
+    assert {weight.dtype for weight in load_file(tmp_path / "models" / "half" / ENCODER).values()} == {torch.bfloat16}
+    assert (tmp_path / "models" / "half" / HEAD).read_bytes() == (saved / HEAD).read_bytes()
+    half = load(tmp_path / "models" / "half")
+    of_half = dict(half.model.named_parameters())
+    adapters = {name: weight for name, weight in pair.model.named_parameters() if ".lora_" in name}
+    assert any(not torch.equal(weight, weight.bfloat16().float()) for weight in adapters.values())
+    for name, weight in adapters.items():
+        assert of_half[name].dtype == torch.float32 and torch.equal(of_half[name], weight.bfloat16().float())
+    with pytest.raises(ArgumentError, match="floating-point"):
+        pair.save_pretrained(tmp_path / "other", adapter_dtype=torch.int8)
+    assert not (tmp_path / "other").exists()
 
 
 def test_saving_again_replaces_the_pair_and_keeps_other_files(saved: Path) -> None:
