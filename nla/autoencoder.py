@@ -72,7 +72,7 @@ class NLA:
         self.roles, self.tokenizer = roles, tokenizer
         self.encoder, self.decoder = Encoder(roles, tokenizer, config), Decoder(roles, tokenizer, config)
         self.baselines: dict[str, Baseline] = dict(baselines or {})
-        """Of unit-normalised training activations, by stratum, and "global"."""
+        """Baselines of the unit-length training activations, by stratum, and "global"."""
         self.metrics: dict[str, Any] = dict(metrics or {})
         """What was measured, as saved in metrics.json."""
         self.target_folder: Path | None = None
@@ -359,7 +359,8 @@ class NLA:
                 tokens: a transcript, a list of messages, or a file of either.
 
         Raises:
-            TranscriptError, TemplateError: see :func:`nla.transcripts.prepared.chats_of`. The rest is as for ``read``.
+            TranscriptError, TemplateError: see :func:`nla.transcripts.prepared.chats_of`.
+            NLAError: see :func:`nla.models.read.read`.
         """
         plain = isinstance(texts, str) or (isinstance(texts, Sequence) and all(isinstance(one, str) for one in texts))
         written: Any = texts if plain else [chat.encoded for chat in chats_of(self.tokenizer, cast(Any, texts))]
@@ -382,12 +383,17 @@ class NLA:
 
         Args:
             acts: activations, or vectors.
+            samples: how many explanations of each activation.
+            temperature: of sampling; the pair was trained at 1.
             seed: of the samples. Each activation has a random source of its own, by the seed and its place in its text
                 (by its values, where only vectors are given): what else is explained does not change its samples. A
                 list gives each its own seed; None draws from the global random state.
+            max_new_tokens: longest answer; None: as the pair's config says.
+            batch_size: explanations that are sampled together.
             greedy: one sample, the likeliest text, whatever ``samples`` says.
 
-        The other arguments are those of :meth:`nla.pair.encoder.Encoder.generate`, whose errors this raises too.
+        Raises:
+            NLAError: see :meth:`nla.pair.encoder.Encoder.generate`.
         """
         vectors, samples = vectors_of(acts), 1 if greedy else samples
         known = acts if isinstance(acts, Activations) else None

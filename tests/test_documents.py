@@ -130,11 +130,6 @@ DOCUMENTS: dict[str, dict[str, Run | RunsIn | NotRun]] = {
     "docs/evaluation.md": {
         "nla eval fidelity couplets --texts": Run(says="(?i)fve"),
         "nla eval claims": RunsIn("eval claims"),
-        "nla eval gates": RunsIn("eval gates"),
-        "nla eval rhymes couplets --out": RunsIn("eval rhymes"),
-        "nla eval instructions switchboard": Run(
-            says="forced choice", append="--items 4 --instructions 3 --samples 1 --audited 2"
-        ),
     },
     "docs/graphs.md": {
         "nla trace couplets --out": Run(says="causal", leaves="runs/trace/report/trace.json", append="--items 10"),
@@ -199,6 +194,25 @@ DOCUMENTS: dict[str, dict[str, Run | RunsIn | NotRun]] = {
             leaves="plain/model.safetensors", append="--steps 2 --n-documents 400"
         ),
     },
+    "docs/explain.md": {
+        "nla explain 'In spring": RunsIn("explain"),
+        "printf 'In spring Anna left a red ribbon near the rat,\\n' | nla explain": RunsIn("explain"),
+        "head -n 1 docs/examples/goal.jsonl": Run(says="trust", append="--samples 1"),
+        "printf 'In spring Anna left a red ribbon near the rat,\\n' | nla steer": RunsIn("steer"),
+        "from nla import NLA": Run(says=r"The next line ends with cat\. .*(high|medium)"),
+    },
+    "docs/families/auditing.md": {
+        "nla eval auditing": NotRun("six minutes; tests/nla/audit/test_switchboard_audits.py audits such chats"),
+    },
+    "docs/families/gates.md": {"nla eval gates": RunsIn("eval gates")},
+    "docs/families/instructions.md": {
+        "nla eval instructions switchboard": Run(
+            says="forced choice", append="--items 4 --instructions 3 --samples 1 --audited 2"
+        ),
+    },
+    "docs/families/plants.md": {"nla eval plants": RunsIn("eval plants")},
+    "docs/families/rhymes.md": {"nla eval rhymes couplets --out": RunsIn("eval rhymes")},
+    "docs/families/two-hop.md": {"nla eval two-hop": RunsIn("eval two-hop")},
     "docs/samples.md": {"from nla import NLA": Run(says="cosine")},
     "docs/switchboard.md": {
         "nla audit docs/examples": Run(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from importlib.util import find_spec
 from pathlib import Path
@@ -42,7 +42,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("site")
     built = build(ROOT, out)
     assert built.returncode == 0, built.stderr
-    return out
+    return out.resolve()
 
 
 class Page(HTMLParser):
@@ -60,7 +60,7 @@ class Page(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self._in_style = tag == "style"
         for name, value in attrs:
-            if name in ("id", "name"):
+            if name == "id" or (tag, name) == ("a", "name"):
                 self.anchors.add(value or "")
             elif name in FETCHED or (name in ("href", "xlink:href") and tag != "a"):
                 self.fetched.append(value or "")
@@ -74,23 +74,22 @@ class Page(HTMLParser):
             self.styles.append(data)
 
 
-def pages(site: Path) -> Iterator[tuple[Path, Page]]:
-    """Every page, but for the one of a server's error 404, whose addresses are a server's."""
-    for path in sorted(site.rglob("*.html")):
-        if path.name != "404.html":
-            yield path, Page(path.read_text(encoding="utf-8"))
+@pytest.fixture(scope="module")
+def pages(site: Path) -> dict[Path, Page]:
+    """Every page by its file, but for the one of a server's error 404, whose addresses are a server's."""
+    files = [path for path in sorted(site.rglob("*.html")) if path.name != "404.html"]
+    return {path: Page(path.read_text(encoding="utf-8")) for path in files}
 
 
 def addresses_in_css(text: str) -> list[str]:
-    """What a style sheet fetches; data: addresses hold what they name."""
+    """What a style sheet fetches."""
     found = re.findall(r"url\(\s*['\"]?([^'\")]+)|@import\s+['\"]([^'\"]+)", text)
-    return [address for both in found for address in both if address and not address.startswith("data:")]
+    return [address for both in found for address in both if address]
 
 
-def test_every_link_leads_to_a_file_and_an_anchor_of_the_site(site: Path) -> None:
-    anchors = {path: page.anchors for path, page in pages(site)}
+def test_every_link_leads_to_a_file_and_an_anchor_of_the_site(pages: dict[Path, Page]) -> None:
     n_links = 0
-    for path, page in pages(site):
+    for path, page in pages.items():
         for link in page.links:
             address = urlsplit(link)
             if address.scheme in ("http", "https"):
@@ -98,28 +97,32 @@ def test_every_link_leads_to_a_file_and_an_anchor_of_the_site(site: Path) -> Non
             assert not address.scheme and not address.netloc, f"{path}: {link}"
             target = (path.parent / unquote(address.path)).resolve() if address.path else path
             assert target.is_file(), f"{path}: {link}"
-            if address.fragment and target in anchors:
-                assert unquote(address.fragment) in anchors[target], f"{path}: {link}"
+            if address.fragment and target in pages:
+                assert unquote(address.fragment) in pages[target].anchors, f"{path}: {link}"
             n_links += 1
     assert n_links > 1000
 
 
-def test_a_page_fetches_nothing_from_elsewhere(site: Path) -> None:
-    fetched = [(path, address) for path, page in pages(site) for address in page.fetched]
-    fetched += [(path, one) for path, page in pages(site) for text in page.styles for one in addresses_in_css(text)]
+def test_a_page_fetches_nothing_from_elsewhere(site: Path, pages: dict[Path, Page]) -> None:
+    fetched = [(path, address) for path, page in pages.items() for address in page.fetched]
+    fetched += [(path, one) for path, page in pages.items() for text in page.styles for one in addresses_in_css(text)]
     sheets = [*site.rglob("*.css"), *site.rglob("*.svg")]
     fetched += [(path, one) for path in sheets for one in addresses_in_css(path.read_text(encoding="utf-8"))]
     assert len(fetched) > 100
     for path, address in fetched:
         parts = urlsplit(address)
+        if parts.scheme == "data":  # holds what it names
+            continue
         assert not parts.scheme and not parts.netloc, f"{path}: {address}"
         assert not parts.path or (path.parent / unquote(parts.path)).exists(), f"{path}: {address}"
 
 
-def test_the_reference_holds_every_public_name_and_every_document_is_a_page(site: Path) -> None:
+def test_the_reference_holds_every_public_name_and_every_document_is_a_page(
+    site: Path, pages: dict[Path, Page]
+) -> None:
     from nla import audit
 
-    described = {anchor for _, page in pages(site) for anchor in page.anchors}
+    described = {anchor for page in pages.values() for anchor in page.anchors}
     for package in (nla, audit):
         for name, home in package._HOMES.items():
             assert {f"{package.__name__}.{name}", f"{home}.{name}"} & described, name
@@ -129,7 +132,21 @@ def test_the_reference_holds_every_public_name_and_every_document_is_a_page(site
         assert (site / f"{name}.html").is_file()
 
 
-MENU = "nav: [{Home: index.md}, {A: contributing.md}, {B: changelog.md}, {C: other.md}, {D: bad.md}]\n"
+NOTEBOOK = {
+    "cells": [
+        {"cell_type": "markdown", "source": ["# A notebook\n", "Its text."]},
+        {
+            "cell_type": "code",
+            "source": "print('said <so>')",
+            "outputs": [
+                {"output_type": "stream", "text": ["said <so>\n"]},
+                {"output_type": "execute_result", "data": {"text/html": ["<b>shown</b>"], "text/plain": "x"}},
+                {"output_type": "display_data", "data": {"image/png": "iVBORw0KGgo=\n", "text/plain": "y"}},
+            ],
+        },
+    ]
+}
+MENU = "nav: [{Home: index.md}, {A: contributing.md}, {B: changelog.md}, {C: other.md}, {D: bad.md}, {E: '*.ipynb'}]\n"
 FAULTS = {
     "a page that is not there": ("[a](gone.md)", "gone.md"),
     "an anchor that is not there": ("[a](other.md#gone)", "gone"),
@@ -140,7 +157,12 @@ FAULTS = {
 """What is written on a page, and what the build says of it."""
 
 
-def test_a_fault_on_a_page_or_in_a_docstring_stops_the_build(tmp_path: Path) -> None:
+DOCSTRING = 'def here():\n    """Like :func:`{}`.\n\n    Raises:\n        KnownError, {}: now and then.\n    """\n'
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A small project with the same settings and hooks, in which all is well."""
     shutil.copytree(ROOT / "docs" / "site", tmp_path / "docs" / "site")
     config = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     config, n_menus = re.subn(r"^nav:\n(?:[ ]+.*\n|\n)+", "", config, flags=re.MULTILINE)
@@ -150,18 +172,28 @@ def test_a_fault_on_a_page_or_in_a_docstring_stops_the_build(tmp_path: Path) -> 
         (tmp_path / name).write_text(f"# {name}\n")
     for folder in ("nla", "train", "eval"):
         (tmp_path / folder).mkdir()
-        (tmp_path / folder / "__init__.py").write_text('"""A package."""\n')
-    (tmp_path / "docs" / "bad.md").write_text("::: nla.here\n")
+        (tmp_path / folder / "__init__.py").write_text('def there():\n    """In a tree of its own."""\n')
+    (tmp_path / "docs" / "bad.md").write_text("::: nla.here\n\n::: nla.eval.there\n\n[a](../nla/errors.py)\n")
+    (tmp_path / "docs" / "one.ipynb").write_text(json.dumps(NOTEBOOK))
     (tmp_path / "nla" / "errors.py").write_text('class KnownError(Exception):\n    """Known."""\n')
-    here = 'def here():\n    """Like :func:`{}`.\n\n    Raises:\n        KnownError, {}: now and then.\n    """\n'
-    (tmp_path / "nla" / "__init__.py").write_text(here.format("here", "ValueError"))
-    whole = build(tmp_path, tmp_path / "out")
-    assert whole.returncode == 0, whole.stderr
+    (tmp_path / "nla" / "__init__.py").write_text(DOCSTRING.format("here", "ValueError"))
+    return tmp_path
 
-    (tmp_path / "nla" / "__init__.py").write_text(here.format("nowhere", "LostError"))
-    (tmp_path / "docs" / "bad.md").write_text("::: nla.here\n\n" + "\n\n".join(text for text, _ in FAULTS.values()))
-    (tmp_path / "docs" / "forgotten.md").write_text("# In no menu\n")
-    broken = build(tmp_path, tmp_path / "out")
+
+def test_a_notebook_and_a_linked_file_are_pages(project: Path) -> None:
+    built = build(project, project / "out")
+    assert built.returncode == 0, built.stderr
+    notebook = (project / "out" / "one.html").read_text(encoding="utf-8")
+    for part in ("<title>A notebook", "print", "said &lt;so&gt;", "<b>shown</b>", "base64,iVBORw0KGgo=", "one.ipynb"):
+        assert part in notebook, part
+    assert "KnownError" in (project / "out" / "source" / "nla" / "errors.py.html").read_text(encoding="utf-8")
+
+
+def test_a_fault_on_a_page_or_in_a_docstring_stops_the_build(project: Path) -> None:
+    (project / "nla" / "__init__.py").write_text(DOCSTRING.format("nowhere", "LostError"))
+    (project / "docs" / "bad.md").write_text("::: nla.here\n\n" + "\n\n".join(text for text, _ in FAULTS.values()))
+    (project / "docs" / "forgotten.md").write_text("# In no menu\n")
+    broken = build(project, project / "out")
     assert broken.returncode != 0
     for fault, (_, said) in FAULTS.items():
         assert said in broken.stderr, f"{fault}\n{broken.stderr}"

@@ -58,11 +58,11 @@ class PairSettings:
     """Whether the decoder's head is affine; the reference's format holds linear heads only."""
     # What prompts and tags are made of stands in no warm-start text, so these decide the texts already.
     marker: Annotated[str | None, _DESCRIBED] = None
-    """Of a corpus's pair: the token that the activation takes the place of; None: the first that will do."""
+    """For a pair on a corpus: the token whose place the activation takes; None: the first that will do."""
     encoder_prompt: Annotated[str | None, _DESCRIBED] = None
-    """Of a corpus's pair: the encoder's user message, with ``{marker}`` once; None: the usual one."""
+    """For a pair on a corpus: the encoder's user message, with ``{marker}`` once; None: the usual one."""
     decoder_template: Annotated[str | None, _DESCRIBED] = None
-    """Of a corpus's pair: the decoder's text, with ``{explanation}`` once; None: the usual one."""
+    """For a pair on a corpus: the decoder's text, with ``{explanation}`` once; None: the usual one."""
 
     def __post_init__(self) -> None:
         for name, slot in (("encoder_prompt", "{marker}"), ("decoder_template", "{explanation}")):
@@ -103,15 +103,15 @@ class WarmstartSettings:
 
 @section("hardware")
 class HardwareSettings:
-    """What a plan reckons with: one device, and how many there are."""
+    """What ``--dry-run`` calculates with: one device, and how many there are."""
 
     name: str = "unnamed"
     devices: Count = 1
     tflops: Positive = 100.0
-    """Operations a device can do, in 10¹² a second, dense, in the target's type."""
+    """10¹² operations per second of a device, dense, in the target's type."""
     memory_gb: Positive = 80.0
     bandwidth_gbs: Positive = 2000.0
-    """Of its memory, GB a second."""
+    """Bandwidth of its memory, in GB per second."""
     utilisation: Positive = 0.35
     """Share of both that is reached."""
 
@@ -150,26 +150,26 @@ class Recipe:
     revision: str | None = None
     """Commit, tag or branch of a target on the hub; None: its main branch."""
     dtype: Annotated[str, one_of(*DTYPES, AUTO), _READ] = "float32"
-    """Of the target's weights and of the stored activations: float32, bfloat16 or float16; auto: bfloat16, but float32
-    on a CPU that would emulate it."""
+    """Type of the target's weights and of the stored activations: float32, bfloat16 or float16; auto: bfloat16, but
+    float32 on a CPU that would emulate it."""
     quantization: Annotated[Annotated[str, one_of(*QUANTIZATIONS)] | None, _READ] = None
     """8bit or 4bit, by bitsandbytes; None: the weights as they are."""
     seed: Annotated[Seed, _READ] = 0
     extract: ExtractSettings = dataclasses.field(default_factory=ExtractSettings)
-    """Of a world's documents."""
+    """How a world's documents are read."""
     describe: DescribeSettings = dataclasses.field(default_factory=DescribeSettings)
     """What a world's describer knows."""
     describer: DescriberSettings = dataclasses.field(default_factory=DescriberSettings)
     """Who writes the texts of a corpus's activations."""
     texts: TextSettings = dataclasses.field(default_factory=TextSettings)
-    """How many of these there are."""
+    """How many of these texts there are."""
     pair: PairSettings = dataclasses.field(default_factory=PairSettings)
     warmstart: WarmstartSettings = dataclasses.field(default_factory=WarmstartSettings)
     joint: JointSettings = dataclasses.field(default_factory=JointSettings)
     control: bool = False
     """Whether to train the control pair too."""
     hardware: HardwareSettings = dataclasses.field(default_factory=HardwareSettings)
-    """What ``--dry-run`` reckons with."""
+    """What ``--dry-run`` calculates with."""
     shape: ShapeSettings | None = None
     """The target's sizes, for ``--dry-run`` before it has been downloaded."""
 

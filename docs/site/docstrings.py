@@ -1,4 +1,4 @@
-"""An extension of Griffe: references in docstrings become links of the site.
+"""An extension of Griffe: references in docstrings become links of the site, and doctests blocks of code.
 
 These are ``:func:`nla.read``` and its like, and the names of errors under "Raises". What a reference names must exist,
 or the build warns, which ``--strict`` makes an error. A name that has no entry in the site is shown without a link.
@@ -18,6 +18,7 @@ log = logging.getLogger("mkdocs.plugins.docstrings")
 
 ROLE = re.compile(r":(?:class|func|meth|attr|data|mod|exc):`(?P<name>[\w.]+)`")
 RAISES = re.compile(r"^Raises:\n(?P<items>(?:[ ]{4}.*\n?|\n(?=[ ]{4}))+)", re.MULTILINE)
+DOCTEST = re.compile(r"^>>> (?:.*\n?)(?:.+\n?)*", re.MULTILINE)
 ERRORS = re.compile(r"^(?P<names>[\w., ]+): (?P<when>.*)", re.DOTALL)
 
 
@@ -29,9 +30,8 @@ class References(griffe.Extension):
         for owner in _objects(pkg):
             if owner.docstring is not None:
                 text = ROLE.sub(lambda found, owner=owner: _link(found["name"], owner, loader), owner.docstring.value)
-                owner.docstring.value = RAISES.sub(
-                    lambda found, owner=owner: _raises(found["items"], owner, loader), text
-                )
+                text = RAISES.sub(lambda found, owner=owner: _raises(found["items"], owner, loader), text)
+                owner.docstring.value = DOCTEST.sub(lambda found: f"```pycon\n{found[0].rstrip()}\n```\n", text)
 
 
 def _objects(owner: griffe.Object) -> Iterator[griffe.Object]:

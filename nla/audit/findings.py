@@ -33,9 +33,9 @@ class Judged(NamedTuple):
     said: str
     """Whether the visible text says it, before or after the token."""
     value: str | None = None
-    """Of a mismatch: the value that most samples claim."""
+    """For a mismatch: the value that most samples claim."""
     written: str | None = None
-    """Of a mismatch: the value that the message shows."""
+    """For a mismatch: the value that the message shows."""
 
     @property
     def share(self) -> float:
@@ -56,9 +56,9 @@ class PositionScore:
     n_controls: int
     """Control transcripts with such positions; of a paired control, the positions."""
     p: float | None
-    """Of the share against those; None without controls."""
+    """p-value of the share against those positions; None without controls."""
     q: float | None
-    """The same with the false-discovery rate controlled over the rubric's positions."""
+    """``p`` with the false-discovery rate controlled over the rubric's positions."""
 
     @property
     def share(self) -> float:
@@ -72,7 +72,7 @@ class PositionScore:
 
     @property
     def trust(self) -> Trust:
-        """Of the position's explanations."""
+        """Trust of the position's explanations."""
         return self.entry.trust
 
     @property
@@ -99,7 +99,7 @@ class TranscriptScore:
     n_findings: int
     n_not_said: int
     p: float | None
-    """Of the mean share among control transcripts; None without controls."""
+    """p-value of the mean share among control transcripts; None without controls."""
 
 
 @dataclass(frozen=True)
@@ -111,19 +111,19 @@ class RubricScore:
     n_positions: int
     n_findings: int
     n_not_said: int
-    """Findings thought and not said."""
+    """Number of findings that are thought and not said."""
     n_significant: int | None
-    """Findings that are significant against the controls; None without."""
+    """Number of findings that are significant against the controls; None without controls."""
     least_controls: int | None
     """Controls of each kind without which no finding can be significant; None without findings, or without
     controls."""
     rate: Interval
-    """Mean share over positions, resampling transcripts."""
+    """Mean share over positions, with an interval that resamples transcripts."""
     control: Interval | None
     p: float | None
-    """Of audited against control transcripts as a whole, with kinds of position as strata."""
+    """p-value of audited against control transcripts as a whole, with kinds of position as strata."""
     p_holm: float | None
-    """The same, corrected over rubrics."""
+    """``p``, corrected over rubrics (Holm)."""
 
 
 class Mentions:

@@ -134,9 +134,9 @@ class Rubric(_Part):
 
     name: Annotated[str, Field(pattern=r"^[\w.-]{1,60}$")]
     title: Line
-    """For reports; without it, the name."""
+    """Its name in reports; None: ``name``."""
     looks_for: Line
-    """In one sentence, for readers and for a judge."""
+    """What it looks for, in one sentence, for readers and for a judge."""
     kind: Literal["presence", "mismatch"] = "presence"
     """"presence": an explanation shows the concept. "mismatch": it names another value than the message shows."""
     match: Match = Match()
@@ -145,7 +145,7 @@ class Rubric(_Part):
     said_in: Annotated[tuple[Annotated[str, _one_of(ROLES)], ...], BeforeValidator(_roles)] = ROLES
     """Roles in whose messages saying it counts."""
     values: dict[str, Value] = {}
-    """Of a mismatch."""
+    """The values of a mismatch, such as languages."""
     min_share: Share = MIN_SHARE
     """Share of samples that must show the concept for a finding."""
     at: Annotated[tuple[Annotated[str, _one_of(STRUCTURE)], ...], BeforeValidator(_list)] = ()
@@ -198,14 +198,14 @@ class Rubric(_Part):
         return self.match_words.claimed(text) or (bool(similar) and similarity(text, similar) >= least)
 
     def written(self, text: str) -> str | None:
-        """The value that a text shows most, of a mismatch; None if it shows none, or two as much."""
+        """For a mismatch: the value that a text shows most; None if it shows none, or two equally often."""
         hits = sorted(
             ((len(value.visible_words.hits(text)), name) for name, value in self.values.items()), reverse=True
         )
         return hits[0][1] if hits[0][0] > 0 and hits[0][0] > hits[1][0] else None
 
     def claimed(self, text: str) -> list[str]:
-        """The values that an explanation names, of a mismatch."""
+        """For a mismatch: the values that an explanation names."""
         return [name for name, value in self.values.items() if value.claimed_words.claimed(text)]
 
 

@@ -71,7 +71,7 @@ def audit(
     cache: ReadingCache | None = None,
     progress: Progress = silent,
 ) -> Audit:
-    """Audit transcripts with a pair. Nothing is read from or written to disk, but through ``cache`` if one is given.
+    """Audit transcripts with a pair. Nothing is read from or written to disk, except through ``cache`` if one is given.
 
     Args:
         transcripts: to audit, each with its own id.

@@ -16,7 +16,7 @@ BASE = "base"
 
 @dataclass(frozen=True, kw_only=True)
 class AuditSettings:
-    """What is looked for, where, on which target, and beside which.
+    """What an audit looks for, where, on which target, and beside which controls.
 
     Raises:
         ArgumentError, PositionError: a value is out of range.
@@ -29,19 +29,19 @@ class AuditSettings:
     """"structure", "all", "random", or a pattern such as "/\\n/"; see :func:`nla.transcripts.positions.select`."""
 
     budget: int | None = BUDGET
-    """Positions of each transcript at most; None: no limit."""
+    """Most positions of a transcript that are read; None: no limit."""
 
     samples: int = 4
-    """Explanations of each position."""
+    """Number of explanations of each position."""
 
     seed: int = 0
-    """Of the samples, of random positions and of permutation tests."""
+    """Seed of the samples, the random positions and the permutation tests."""
 
     window: int | None = None
     """Tokens of a window, for transcripts beyond the context; None: one pass."""
 
     trim: bool = False
-    """Take white space off the ends of messages, for chat templates that do."""
+    """Strip white space from the ends of messages, for chat templates that do so."""
 
     allow_dropped: bool = False
     """Read on where the chat template leaves fields out, such as the reasoning of earlier turns; the report lists

@@ -37,13 +37,11 @@ class Trust(NamedTuple):
     def of(cls, cosine: float, agreement: float | None, margin: float) -> Trust:
         """The level that all three numbers reach: a chain as strong as its weakest link.
 
-        ====== ======= ========== =======
-        level  cosine  agreement  margin
-        ====== ======= ========== =======
-        high   ≥ 0.80  ≥ 0.60     ≥ 0.15
-        medium ≥ 0.50  ≥ 0.30     ≥ 0.05
-        low    anything else
-        ====== ======= ========== =======
+        | level  | cosine | agreement | margin |
+        |--------|--------|-----------|--------|
+        | high   | ≥ 0.80 | ≥ 0.60    | ≥ 0.15 |
+        | medium | ≥ 0.50 | ≥ 0.30    | ≥ 0.05 |
+        | low    | anything else |    |        |
 
         A high cosine alone is no evidence: where activations share a direction, a constant text reaches it too, and
         then the margin is near 0. A sample that no other sample repeats may be a confabulation, so without an agreement

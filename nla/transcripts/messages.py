@@ -37,22 +37,22 @@ class Message:
     """Thinking that was written apart from the answer, or before it in think tags."""
 
     id: str | None = None
-    """As the transcript's own format names it."""
+    """Its id in the transcript's own format, if it has one."""
 
     call_id: str | None = None
     """For a tool's answer: the call that it answers."""
 
     call_ids: tuple[str, ...] = ()
-    """Of each of ``calls``, as the transcript names it; empty where it does not."""
+    """The ids of ``calls`` in the transcript; empty where it has none."""
 
     name: str | None = None
-    """For a tool's answer: the tool."""
+    """For a tool's answer: the name of the tool."""
 
     unseen: tuple[str, ...] = ()
-    """What belongs to the message and is no text, such as "image": no target reads it."""
+    """Parts of the message that are not text, such as "image": no target reads them."""
 
     summary: str = ""
-    """What its provider says of encrypted reasoning; no words of the model, never given to a target nor searched."""
+    """The provider's summary of encrypted reasoning: not the model's words, never given to a target, never searched."""
 
     tags: tuple[str, str] = ("", "")
     """Where reasoning stood inside the content: what was written before it, and between it and the answer."""
@@ -124,10 +124,10 @@ class Transcript:
     messages: tuple[Message, ...]
 
     model: str | None = None
-    """The model that it says it is of."""
+    """The model that wrote it, as its file says."""
 
     source: str = ""
-    """File it came from, with line or sample."""
+    """The file that it comes from, with line or sample."""
 
     metadata: Mapping[str, Any] = field(default_factory=dict)
     """What else the file says of it; kept for the reader, never interpreted."""

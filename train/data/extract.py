@@ -51,7 +51,7 @@ class ExtractionSettings:
     revision: str | None = None
     """Commit, tag or branch of a target on the hub."""
     dtype: Annotated[str, one_of(*DTYPES, AUTO)] | None = "float32"
-    """Of the target's weights, see :class:`nla.models.load.LoadSettings`; None: the checkpoint's own. The manifest
+    """Type of the target's weights; see :class:`nla.models.load.LoadSettings`; None: the checkpoint's own. The manifest
     holds the type that they were read in."""
     device: str | None = None
     """Where to read; None: the first GPU if there is one, else the CPU."""

@@ -42,12 +42,12 @@ class SampleSettings:
     """How a target writes the documents of ``corpus.source: self``."""
 
     max_new_tokens: Annotated[Count, _DECIDES] = 128
-    """Of an answer; one that is longer is cut here, and says so."""
+    """Longest answer, in tokens; a longer one is cut here, and marked as cut."""
     temperature: Annotated[Positive, _DECIDES] = 1.0
     top_p: Annotated[Annotated[Number, Field(gt=0, le=1)], _DECIDES] = 0.95
     """Tokens are drawn from the likeliest that hold this share of the probability."""
     batch_size: Annotated[Count, _DECIDES] = 64
-    """Answers that are written together; in bfloat16 and float16 one's numbers follow from the others."""
+    """Answers that are written together; in bfloat16 and float16 they influence one another."""
 
 
 class Figures(NamedTuple):

@@ -53,16 +53,16 @@ class DescriberSettings:
     url: Text | None = None
     """Base of the endpoint's API, such as ``http://localhost:8000/v1``; None: the provider's own."""
     key_variable: Annotated[str | None, NOTHING] = field(default=None, repr=False)
-    """Environment variable that holds the key. None: the provider's own at its own address, no key anywhere else. Not
-    shown, lest somebody puts the key itself here."""
+    """Environment variable that holds the key. None: the provider's own at its own address, no key anywhere else. It is
+    never shown, in case the key itself is put here."""
     concurrency: Annotated[Count, NOTHING] = 16
-    """Requests in flight at once; of ``local``, rows of a batch, which in less than float32 sway what is written."""
+    """Requests in flight at once; for ``local``, rows of a batch, which in less than float32 influence one another."""
     timeout_s: Annotated[Positive, NOTHING] = 60.0
-    """Of one request, from its start to the last byte of the answer."""
+    """Longest time of one request, from its start to the last byte of the answer."""
     tries: Annotated[Count, Decides("describe", but_for_default=True)] = 6
-    """Requests for one text before it counts as failed, which more of them may spare it."""
+    """Requests for one text before it counts as failed."""
     temperature: NotNegative | None = None
-    """Of sampling; 0: the likeliest text. None: the endpoint's own, and the likeliest text of ``local``."""
+    """Temperature of sampling; 0: the likeliest text. None: the endpoint's own, and the likeliest text of ``local``."""
     max_tokens: Count = 250
     """Longest answer, with what some models think before it. Longer ones are cut, and a cut answer counts as none."""
     max_chars: Annotated[int, Field(ge=40)] = 4000
@@ -76,9 +76,9 @@ class DescriberSettings:
     failing_share: Annotated[Number, Field(ge=0, lt=1), NOTHING] = 0.1
     """Stop when more than this share of the texts has failed."""
     seed: Seed = 0
-    """Of ``local``'s sampling. Endpoints are not sent it, but under another seed they are asked anew."""
+    """Seed of ``local``'s sampling. Endpoints are not sent it, but under another seed they are asked again."""
     dtype: Annotated[str, one_of(*DTYPES)] | None = None
-    """Of the weights of ``local``'s own ``model``; None: the target's."""
+    """Type of the weights of ``local``'s own ``model``; None: the target's."""
     revision: Text | None = None
     """Commit, tag or branch of that model on the hub; None: its main branch."""
     quantization: Annotated[str, one_of(*QUANTIZATIONS)] | None = None
@@ -168,7 +168,7 @@ class Describer(Protocol):
 
     @property
     def together(self) -> int:
-        """How many questions decide one another's answers, if ever so little: so many in a row are asked together.
+        """How many questions in a row are asked together, because they influence one another's answers, however little.
 
         1: each stands for itself.
         """

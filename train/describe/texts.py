@@ -160,9 +160,9 @@ def describe_texts(
 
     Equal prefixes are asked for once, and none whose answer is in ``cache_dir``. An answer that is whole but has not
     the right form is kept too: its text has failed, and the same is asked again only under another seed, or with
-    another number of tries. Where texts
-    sway one another's answers they are asked in groups that follow from ``prefixes`` alone, and a group of which an
-    answer is missing is asked as a whole: an interrupted call ends with the answers of one that was not.
+    another number of tries. Where texts influence one another's answers they are asked in groups that follow from
+    ``prefixes`` alone, and a group with a missing answer is asked as a whole: an interrupted call ends with the answers
+    of one that was not.
 
     Args:
         refused: what no explanation may hold, see :func:`nla.train.describe.prompt.pair_marks`.

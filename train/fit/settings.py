@@ -25,7 +25,7 @@ class FitSettings:
     learning_rate: Positive
     seed: Seed = 0
     head_learning_rate: Positive | None = None
-    """Of the decoder's head; None: as of the rest."""
+    """Learning rate of the decoder's head; None: that of the rest."""
     eval_every: Annotated[Count, NOTHING] = 100
     """Steps between evaluations."""
     save_every: Annotated[Count, NOTHING] = 200
@@ -56,11 +56,11 @@ class JointSettings:
     """Rollouts of each activation; their mean reward is the baseline."""
     encoder_learning_rate: Positive = 5e-4
     decoder_learning_rate: Positive = 1e-3
-    """Of the decoder's adapter and head alike."""
+    """Learning rate of the decoder's adapter and head."""
     beta: NotNegative = 0.01
     """Weight of the KL to the warm start in the encoder's loss; 0 keeps no reference."""
     temperature: Positive = 1.0
-    """Of the rollouts' sampling; log-probabilities are taken at the same."""
+    """Temperature of the rollouts' sampling; log-probabilities are taken at the same one."""
     stratum_weights: dict[str, Number] = field(default_factory=dict)
     """Share of the draws that each named stratum gets; the unnamed ones divide the rest evenly by row."""
     reward: Annotated[str, one_of(*REWARDS)] = "neg_log_mse"
