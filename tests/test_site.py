@@ -157,7 +157,19 @@ FAULTS = {
 """What is written on a page, and what the build says of it."""
 
 
-DOCSTRING = 'def here():\n    """Like :func:`{}`.\n\n    Raises:\n        KnownError, {}: now and then.\n    """\n'
+DOCSTRING = '''def here(left: int, right: int) -> None:
+    """Like :func:`{}`.
+
+    Args:
+        left, right: two
+            numbers.
+
+    Raises:
+        KnownError, {}: now and then.
+
+    >>> here(1, 2)
+    """
+'''
 
 
 @pytest.fixture
@@ -186,6 +198,13 @@ def test_a_notebook_and_a_linked_file_are_pages(project: Path) -> None:
     notebook = (project / "out" / "one.html").read_text(encoding="utf-8")
     for part in ("<title>A notebook", "print", "said &lt;so&gt;", "<b>shown</b>", "base64,iVBORw0KGgo=", "one.ipynb"):
         assert part in notebook, part
+    described = " ".join(re.sub(r"<[^>]+>", "", (project / "out" / "bad.html").read_text(encoding="utf-8")).split())
+    for part in (
+        "left (int) – two numbers.",
+        "right (int) – two numbers.",
+        "KnownError, ValueError: now and then.",
+    ):
+        assert part in described, part
     assert "KnownError" in (project / "out" / "source" / "nla" / "errors.py.html").read_text(encoding="utf-8")
 
 

@@ -17,7 +17,10 @@ import griffe
 log = logging.getLogger("mkdocs.plugins.docstrings")
 
 ROLE = re.compile(r":(?:class|func|meth|attr|data|mod|exc):`(?P<name>[\w.]+)`")
-RAISES = re.compile(r"^Raises:\n(?P<items>(?:[ ]{4}.*\n?|\n(?=[ ]{4}))+)", re.MULTILINE)
+ARGS, RAISES = (
+    re.compile(rf"^{title}:\n(?P<items>(?:[ ]{{4}}.*\n?|\n(?=[ ]{{4}}))+)", re.MULTILINE)
+    for title in ("Args", "Raises")
+)
 DOCTEST = re.compile(r"^>>> (?:.*\n?)(?:.+\n?)*", re.MULTILINE)
 ERRORS = re.compile(r"^(?P<names>[\w., ]+): (?P<when>.*)", re.DOTALL)
 
@@ -30,6 +33,7 @@ class References(griffe.Extension):
         for owner in _objects(pkg):
             if owner.docstring is not None:
                 text = ROLE.sub(lambda found, owner=owner: _link(found["name"], owner, loader), owner.docstring.value)
+                text = ARGS.sub(lambda found: _args(found["items"]), text)
                 text = RAISES.sub(lambda found, owner=owner: _raises(found["items"], owner, loader), text)
                 owner.docstring.value = DOCTEST.sub(lambda found: f"```pycon\n{found[0].rstrip()}\n```\n", text)
 
@@ -41,10 +45,25 @@ def _objects(owner: griffe.Object) -> Iterator[griffe.Object]:
             yield from _objects(member)
 
 
-def _raises(items: str, owner: griffe.Object, loader: griffe.GriffeLoader) -> str:
+def _items(section: str) -> list[str]:
+    """The items of a section, each with its further lines."""
+    return re.split(r"^ {4}(?! )", section, flags=re.MULTILINE)[1:]
+
+
+def _args(section: str) -> str:
+    """The section "Args" with an item for each parameter: what is said of several at once is said of each."""
+    listed = []
+    for item in _items(section):
+        names, colon, text = item.partition(":")
+        several = names.split(", ") if re.fullmatch(r"[\w*]+(, [\w*]+)+", names) else [names]
+        listed += [f"    {name}{colon}{text.rstrip()}\n" for name in several]
+    return f"Args:\n{''.join(listed)}\n"
+
+
+def _raises(section: str, owner: griffe.Object, loader: griffe.GriffeLoader) -> str:
     """The section "Raises" as a list in which each error has a link; Griffe takes several errors for one tuple."""
     listed = []
-    for item in re.split(r"^ {4}(?! )", items, flags=re.MULTILINE)[1:]:
+    for item in _items(section):
         text = " ".join(item.split())
         found = ERRORS.match(text)
         names = [_error(name.strip(), owner, loader) for name in found["names"].split(",")] if found else []
