@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nla.baselines import GLOBAL, UNKNOWN_STRATUM
 from nla.config import NLAConfig
-from nla.errors import ArgumentError, ConfigError, ShapeError
+from nla.errors import ArgumentError, ConfigError, ShapeError, visible
 from nla.metrics import Baseline, cosine, unit
 from nla.models.generate import ends_of
 from nla.models.points import Point, block, device_of, unwrapped
@@ -26,7 +26,7 @@ from nla.models.selfcheck import check_stream
 from nla.organisms import hash_target, local_folder, noted_target
 from nla.pair import folder as pair_folder
 from nla.pair import publish
-from nla.pair.card import doubt
+from nla.pair.card import doubt, headline
 from nla.pair.decoder import Decoder, DecoderBatch
 from nla.pair.encoder import Encoder, whole_seeds
 from nla.pair.explanations import Explanations, judge
@@ -271,6 +271,11 @@ class NLA:
         """What the pair's own measurements say against it, if anything (:func:`nla.pair.card.doubt`)."""
         said = doubt(self.metrics)
         return [] if said is None else [said]
+
+    def __repr__(self) -> str:
+        kind = "whole models" if self.config.separate else "adapters on the target"
+        about = f"{self.config.target} at {self.config.point}, width {self.config.d_model}, {kind}"
+        return f"NLA({'; '.join([visible(about), headline(self.metrics), *self.doubts])})"
 
     # Roles
 

@@ -39,6 +39,10 @@ def explain(
     ] = "all",
     samples: Annotated[int, count("--samples", "Explanations per token.", default=True)] = 4,
     target_adapter: TargetAdapter = None,
+    html: Annotated[
+        Path | None,
+        typer.Option("--html", metavar="FILE", show_default=False, help="Also write the token view as a web page."),
+    ] = None,
     svg: Annotated[
         Path | None,
         typer.Option("--svg", metavar="FILE", show_default=False, help="Also write the token view as a picture."),
@@ -52,6 +56,7 @@ def explain(
       nla explain 'In spring Anna left a red ribbon near the rat,'
       printf 'In spring Anna left a red ribbon near the rat,\n' | nla explain - --positions last
       nla explain --file poem.txt --positions '/\n/' --samples 8
+      nla explain --file poem.txt --html poem.html
       nla explain --chat chat.json --pair switchboard --target-adapter switchboard/goal
       nla explain --file poem.txt --pair pairs/27b \
           --device target=cuda:0 --device encoder=cuda:1 --device decoder=cuda:2
@@ -70,6 +75,9 @@ def explain(
 
     --chat takes a file of one chat in any form that `nla audit` knows; - reads it from standard input.
 
+    --html writes one file that works offline and without scripts: the text with its tokens coloured by trust, and for
+    each token its claims, samples and figures.
+
     --json holds one object per token under "explanations": with its id and characters, and where several tokens share a
     character, which part it is ("fragment" of "fragments"). The same list stands under its old name "notes", which the
     next release leaves out.
@@ -79,8 +87,9 @@ def explain(
         raise ArgumentError("--chat beside a text", "one of them", "give TEXT, --file or --chat")
     from nla.models.lora import other_base
     from nla.organisms import adapter_folder
-    from nla.storage.files import try_file
+    from nla.storage.files import try_file, write_atomic
 
+    try_file(html)
     try_file(svg)
     nla = load(pair, device)
     adapter = adapter_folder(target_adapter)
@@ -88,18 +97,20 @@ def explain(
     with nla.planted(adapter):
         acts = nla.read(one_chat(chat) if words is None else words, chosen)
     explanations = nla.explain(acts, samples=samples)
+    remark = other_base(adapter, str(nla.base_of("target").name_or_path))
+    remarks = [] if remark is None else [remark]
+    if html is not None:
+        write_atomic(html, explanations.to_html(f"{pair} at {nla.point}", [*nla.doubts, *remarks]))
     if json:
-        content, remark = explanations.to_json(), other_base(adapter, str(nla.base_of("target").name_or_path))
-        remarks = {} if remark is None else {"remarks": [remark]}
-        emit({**about(nla, pair), **remarks, "text": acts.texts[0], "explanations": content, "notes": content})
+        content = explanations.to_json()
+        said = {"remarks": remarks} if remarks else {}
+        emit({**about(nla, pair), **said, "text": acts.texts[0], "explanations": content, "notes": content})
         if svg is None:
             return OK
     from nla.cli import view
 
     title = f"{pair} at {nla.point}: what each activation holds, in words"
     if svg is not None:
-        from nla.storage.files import write_atomic
-
         write_atomic(svg, view.svg(view.token_view(explanations, ""), title, LINE_WIDTH))
     if not json:
         show(view.token_view(explanations, title))

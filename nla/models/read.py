@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
@@ -23,6 +23,7 @@ from nla.models.points import Point, context_length, d_model, device_of, n_embed
 from nla.models.selfcheck import check_stream
 from nla.storage.files import parse_json
 from nla.storage.tensors import load_tensors, save_tensors
+from nla.text.markdown import number
 from nla.text.tokens import (
     Encoded,
     Positions,
@@ -33,6 +34,12 @@ from nla.text.tokens import (
     length_batches,
     select_positions,
 )
+from nla.views.figures import data_frame, group_bars
+from nla.views.tokens import fragment, note_of, span_columns
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from pandas import DataFrame
 
 ACTIVATIONS_FILE = "activations.safetensors"
 
@@ -40,9 +47,9 @@ Strata = Callable[[int, list[Span]], Sequence[str]]
 """From a document's index and all its spans, the kind of position of each token."""
 
 
-@dataclass
+@dataclass(repr=False)
 class Activations:
-    """Vectors read at a point, and the tokens that they belong to.
+    """Vectors read at a point, and the tokens that they belong to. A notebook shows them as their texts, tokens marked.
 
     Indexing with an int, a slice, a mask or a tensor of indexes gives Activations again; so does iteration, one by one.
     """
@@ -98,6 +105,39 @@ class Activations:
     def replace(self, **changes: object) -> Activations:
         """A copy with other fields, such as ``vectors`` of the same number."""
         return replace(self, **changes)
+
+    def __repr__(self) -> str:
+        n, width = self.vectors.shape
+        n_texts = len(self.document.unique())
+        return f"Activations({n} × {width} at {self.point}, of {n_texts} text{'' if n_texts == 1 else 's'})"
+
+    def _repr_html_(self) -> str:
+        norms = self.vectors.norm(dim=1).tolist()
+        notes = [
+            note_of(span, document, {"norm": number(norm), "kind": stratum})
+            for span, document, norm, stratum in zip(
+                self.spans, self.document.tolist(), norms, self.strata, strict=True
+            )
+        ]
+        return fragment(self.texts, notes, repr(self))
+
+    def to_dataframe(self) -> DataFrame:
+        """A row of pandas for each vector, in their order: its token, its kind of position and its norm.
+
+        Raises:
+            MissingExtraError: pandas is not installed.
+        """
+        columns: dict[str, Sequence[Any]] = {"document": self.document.tolist(), **span_columns(self.spans)}
+        return data_frame({**columns, "stratum": self.strata, "norm": self.vectors.norm(dim=1).tolist()})
+
+    def plot(self, axes: Axes | None = None) -> Axes:
+        """The norm of each vector, a bar for each token, coloured by kind of position.
+
+        Args:
+            axes: of matplotlib, to draw in; None: new ones of pyplot.
+        """
+        norms = self.vectors.norm(dim=1).tolist()
+        return group_bars([span.text for span in self.spans], self.strata, norms, f"norm at {self.point}", axes)
 
     def save(self, folder: str | Path) -> None:
         """Write ``activations.safetensors`` into a folder, atomically.

@@ -117,6 +117,21 @@ def doubt(metrics: Mapping[str, object]) -> str | None:
     return f"this pair reads nothing: its FVE is {fve:.2f}, and that of the baseline {name!r} is {best:.2f}"
 
 
+def headline(metrics: Mapping[str, object]) -> str:
+    """A pair's fidelity in a few words.
+
+    >>> headline({"joint": {"fve/global": 0.5}}), headline({})
+    ('FVE 0.500', 'FVE not measured')
+    """
+    try:
+        figures = _figures(metrics)
+    except ValidationError:
+        return "FVE not known: its metrics.json does not hold such figures"
+    if figures.score is None:
+        return f"FVE {_number(figures.joint_figure('fve/global'))}"
+    return f"FVE {figures.score.fve}, cosine {figures.score.cosine}"
+
+
 def _figures(metrics: Mapping[str, object]) -> _Figures:
     return _Figures.model_validate({key: metrics[key] for key in _Figures.model_fields if key in metrics})
 

@@ -13,3 +13,12 @@ def claims(text: str) -> list[str]:
     """
     parts = re.split(r"(?<=[.!?])\s+|\n+", text.strip())
     return [part.strip() for part in parts if part.strip()]
+
+
+def normalise(claim: str) -> str:
+    """A claim as it is compared: lower case, single spaces, no punctuation at its ends.
+
+    >>> normalise("  The next  line ends with Cat. ")
+    'the next line ends with cat'
+    """
+    return re.sub(r"^\W+|\W+$", "", " ".join(claim.lower().split()))

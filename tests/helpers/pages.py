@@ -1,4 +1,4 @@
-"""A page of an audit that needs no model, and a reader that says what markup a page holds."""
+"""A page of an audit that needs no model, hostile texts, and a reader that says what markup a page holds."""
 
 from __future__ import annotations
 
@@ -22,8 +22,19 @@ TAGS = {
 }  # fmt: skip
 ATTRIBUTES = {
     "lang", "charset", "http-equiv", "content", "name", "class", "href", "id", "scope", "type", "checked", "open",
-    "title", "aria-label",
+    "title", "aria-label", "data-tip",
 }  # fmt: skip
+MARKUP = [
+    "<script>alert(1)</script>", "</style><script>alert(1)</script>", "<img src=x onerror=alert(1)>",
+    "<a href='javascript:alert(1)'>x</a>", '"><svg/onload=alert(1)>', "<!-- ", "</article></section>", "<b>the cat</b>",
+    "&lt;script&gt;", "<iframe srcdoc='<script>alert(1)</script>'>", "]]>", "<|end|><|assistant|>", "{{ 7 * 7 }}",
+]  # fmt: skip
+"""Texts that would be markup where they are not escaped."""
+ODD = [
+    "\u202egnirts", "\x1b[31mred", "\ufeff", "\u200b\u200d", "e\u0301" * 50, "\U0001f469\u200d\U0001f4bb", "\x07",
+    "\ud800", "\udfff\ud800", "a\x00b", "\ufffe", "\r\n\r", "\u2028", "\ue000", "ﷺ", "\x85",
+]  # fmt: skip
+"""Texts that would hide or turn what stands around them."""
 
 
 class Markup(HTMLParser):
@@ -35,6 +46,7 @@ class Markup(HTMLParser):
         self.attributes: set[str] = set()
         self.links: list[str] = []
         self.ids: list[str] = []
+        self.tips: list[str] = []
         self.text = ""
         self.feed(text)
 
@@ -43,6 +55,7 @@ class Markup(HTMLParser):
         self.attributes |= {name for name, _ in attrs}
         self.links += [value or "" for name, value in attrs if name == "href"]
         self.ids += [value or "" for name, value in attrs if name == "id"]
+        self.tips += [value or "" for name, value in attrs if name == "data-tip"]
 
     def handle_data(self, data: str) -> None:
         self.text += data

@@ -29,6 +29,7 @@ from nla.errors import HubError
 from nla.formats import easynla, kitft, parquet
 from nla.models.load import load_target, load_truncated
 from nla.models.read import Activations, read
+from nla.pair.explanations import Explanations
 from nla.pair.publish import push_folder
 from nla.storage.hashes import digest
 from nla.storage.tensors import hash_tensors
@@ -270,6 +271,21 @@ def use_activations(folder: Path) -> None:
     assert all(isinstance(name, str) for name in [*acts.strata, *acts.texts, acts.point])
 
 
+def make_explanations(folder: Path) -> None:
+    nla = make_pair()
+    nla.explain(nla.read(TEXTS), samples=2, max_new_tokens=4).save(folder / "said")
+
+
+def use_explanations(folder: Path) -> None:
+    said = Explanations.load(folder / "said")
+    assert all(math.isfinite(value) for one in said for value in (*one.cosine, *one.trust[1:]) if value is not None)
+    for one in said:
+        if one.document is not None and one.span is not None and said.documents:
+            assert said.documents[one.document][one.span.start : one.span.end] == one.token
+    said.to_html()
+    said.to_dataframe()
+
+
 # Other projects
 
 
@@ -380,6 +396,7 @@ KINDS = {
     "store": Kind(make_store, ["store/*.json", "store/*.safetensors", "store/*/*.safetensors"], use_store, seal_store),
     "begun store": Kind(make_store, ["store/store.json", "store/chunks/*", "store/*/*.safetensors"], use_begun_store),
     "activations": Kind(make_activations, ["acts/*"], use_activations, _seal_tensors),
+    "explanations": Kind(make_explanations, ["said/*"], use_explanations),
     "kitft": Kind(make_kitft, ["a[vr]/nla_meta.yaml", "a[vr]/config.json", "ar/value_head.safetensors"], use_kitft),
     "easynla": Kind(make_easynla, ["av/*.json", "av/*.yaml", "av/*.safetensors", "av/critic/*"], use_easynla),
     "parquet": Kind(make_parquet, ["base.parquet", "base.parquet.nla_meta.yaml"], use_parquet, mutate=mutate_table),

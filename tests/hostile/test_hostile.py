@@ -16,7 +16,7 @@ from nla.errors import ConfigError
 from tests.hostile.kinds import KINDS, break_one
 from tests.hostile.watch import GOOD, watched
 
-TRIED = {"store": 24, "begun store": 20, "card": 20, "parquet": 16, "tokenizer": 12}
+TRIED = {"store": 24, "begun store": 20, "card": 20, "explanations": 20, "parquet": 16, "tokenizer": 12}
 """How many of the kinds that are cheap; of the others six."""
 
 

@@ -29,7 +29,9 @@ from nla.errors import InterruptedTraining, RecipeError
 from nla.eval.report import Rate
 from nla.pair.explanations import Explanation, Trust
 from nla.text.tokens import Span
+from nla.views.pages import spelled_out
 from tests.helpers.command_line import commands, examples, helps
+from tests.helpers.pages import Markup
 from tests.helpers.tiny import make_model, make_pair, make_tokenizer
 
 HEAVY = ["torch", "transformers", "peft", "trl", "rich", "matplotlib", "scipy"]
@@ -388,6 +390,20 @@ def test_explain_shows_a_row_a_token_and_writes_a_picture(
     assert all(re.search(rf"^\s*{token}\b", text, re.MULTILINE) for token in ("the", "cat", "sat"))
     assert ElementTree.parse(picture).getroot().tag.endswith("svg")
     assert "url(http" not in picture.read_text(encoding="utf-8")
+
+
+def test_explain_writes_a_page_of_its_own_with_what_speaks_against_the_pair(
+    pair_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(NLA, "doubts", ["<b>this pair reads nothing</b>"])
+    page = tmp_path / "view.html"
+    assert main.main(["explain", "the cat sat", "--pair", pair_folder, "--html", str(page), "--json"]) == OK
+    said = json.loads(capsys.readouterr().out)["explanations"]
+    markup = Markup(page.read_text(encoding="utf-8"))
+    markup.check()
+    assert "<b>this pair reads nothing</b>" in markup.text and pair_folder in markup.text
+    assert all(spelled_out(text) in markup.text for row in said for text in row["texts"])
+    assert len(markup.tips) == len(said) == 3
 
 
 def test_info_says_what_the_pair_is(pair_folder: str, capsys: pytest.CaptureFixture[str]):

@@ -39,6 +39,7 @@ EXAMPLES: dict[str, Run | RunsIn | NotRun] = {
     "printf 'In spring Anna left a red ribbon near the rat,\\n' | nla explain -": Run(says="The next line ends with"),
     "nla explain --file poem.txt --positions": Run(says="The next line ends with"),
     "nla explain --chat chat.json": Run(says="trust", append="--samples 1"),
+    "nla explain --file poem.txt --html": Run(says="The next line ends with", leaves="poem.html"),
     "nla explain --file poem.txt --pair pairs/27b": NotRun("needs three GPUs and a pair of 27 billion parameters"),
     "nla explain --file poem.txt --json": Run(
         says=r'\["In", ', instead=("jq .*", "python jq.py")

@@ -69,6 +69,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_work(
     [
         "audit none.jsonl --pair couplets --out {}",
         "explain In --svg {}.svg",
+        "explain In --html {}.html",
         "extract couplets none.txt --point resid_post.2 --out {}",
         "import kitft none none --out {}",
         "import easynla none none --out {}",

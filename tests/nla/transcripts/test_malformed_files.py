@@ -17,20 +17,11 @@ from nla.errors import NLAError, TranscriptError
 from nla.transcripts.files import read_file
 from nla.transcripts.messages import Transcript
 from nla.transcripts.rendering import render
-from tests.helpers.pages import Markup, whole_message_page
+from tests.helpers.pages import MARKUP, ODD, Markup, whole_message_page
 from tests.helpers.tiny import make_tokenizer
 
 N_FILES = 1_000
 MAX_MB = 0.05
-MARKUP = [
-    "<script>alert(1)</script>", "</style><script>alert(1)</script>", "<img src=x onerror=alert(1)>",
-    "<a href='javascript:alert(1)'>x</a>", '"><svg/onload=alert(1)>', "<!-- ", "</article></section>", "<b>the cat</b>",
-    "&lt;script&gt;", "<iframe srcdoc='<script>alert(1)</script>'>", "]]>", "<|end|><|assistant|>", "{{ 7 * 7 }}",
-]  # fmt: skip
-ODD = [
-    "\u202egnirts", "\x1b[31mred", "\ufeff", "\u200b\u200d", "e\u0301" * 50, "\U0001f469\u200d\U0001f4bb", "\x07",
-    "\ud800", "\udfff\ud800", "a\x00b", "\ufffe", "\r\n\r", "\u2028", "\ue000", "ﷺ", "\x85",
-]  # fmt: skip
 ROLES: list[Any] = ["narrator", "", None, 3, ["user"], {"a": 1}, "USER", "human", "tool", "developer", "system\n"]
 CONTENTS: list[Any] = [None, "", [], {}, 3, True, ["x", 3], [{"type": "text"}], [{"type": 3, "text": "x"}], [[]]]
 CONTENTS += [[{"type": "image_url", "image_url": {"url": "javascript:alert(1)"}}], float("nan"), "the cat"]
