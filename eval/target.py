@@ -17,7 +17,7 @@ from nla.config import CONFIG_FILE
 from nla.errors import ArgumentError, ConfigError, ShapeError
 from nla.models.checkpoint import read_config
 from nla.models.generate import Generated, ends_of, generate, pad_of, seeded
-from nla.models.hooks import inference, replace
+from nla.models.hooks import add, inference, replace
 from nla.models.load import LoadSettings, load_target
 from nla.models.points import Point, blocks, context_length, device_of, unwrapped
 from nla.models.read import read
@@ -199,6 +199,30 @@ class Patch(NamedTuple):
         """The patch of some of the prompts."""
         return Patch(self.point, self.positions[index], self.vectors[index])
 
+    def active(self, model: PreTrainedModel, padding: Tensor | int) -> contextlib.AbstractContextManager[None]:
+        """A context in which a model runs on the prompts, whose columns ``padding`` on the left has moved."""
+        return replace(model, self.point, self.positions + padding, self.vectors)
+
+
+class Shift(NamedTuple):
+    """Directions (n, d) added at a point, ``strength`` times as long as the activation that each is added to.
+
+    That of one token of each prompt, at columns ``positions`` (n,), and of all after it, the written ones among them.
+    """
+
+    point: str
+    positions: Tensor
+    vectors: Tensor
+    strength: float
+
+    def rows(self, index: Tensor) -> Shift:
+        """The shift of some of the prompts."""
+        return self._replace(positions=self.positions[index], vectors=self.vectors[index])
+
+    def active(self, model: PreTrainedModel, padding: Tensor | int) -> contextlib.AbstractContextManager[None]:
+        """As :meth:`Patch.active`."""
+        return add(model, self.point, self.positions + padding, self.vectors, self.strength, onwards=True)
+
 
 def token_ids(target: Target, prompts: str | Sequence[str]) -> list[list[int]]:
     """Token ids of prompts as :func:`nla.models.read.read` reads them, with the special tokens that are added."""
@@ -228,12 +252,13 @@ def read_last(
 
 
 @contextlib.contextmanager
-def patched(target: Target, patches: Sequence[Patch], index: Tensor, padding: Tensor | int = 0) -> Iterator[None]:
+def patched(
+    target: Target, patches: Sequence[Patch | Shift], index: Tensor, padding: Tensor | int = 0
+) -> Iterator[None]:
     """A context with the patches of some prompts, whose columns ``padding`` on the left has moved."""
     with contextlib.ExitStack() as stack:
         for one in patches:
-            rows = one.rows(index)
-            stack.enter_context(replace(target.model, rows.point, rows.positions + padding, rows.vectors))
+            stack.enter_context(one.rows(index).active(target.model, padding))
         yield
 
 
@@ -260,7 +285,7 @@ def continued(
     max_new_tokens: int,
     temperature: float | None = None,
     seed: int | None = 0,
-    patches: Sequence[Patch] = (),
+    patches: Sequence[Patch | Shift] = (),
     ends: Sequence[int] = (),
 ) -> Generated:
     """What the target writes after prompts under interventions; positions count from each prompt's own start.
@@ -295,7 +320,7 @@ def last_word(line: str) -> str:
     return words[-1] if words else ""
 
 
-def check_patches(patches: Sequence[Patch], n_prompts: int) -> None:
+def check_patches(patches: Sequence[Patch | Shift], n_prompts: int) -> None:
     """Refuse patches of another number of prompts.
 
     Raises:

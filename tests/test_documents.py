@@ -130,6 +130,7 @@ DOCUMENTS: dict[str, dict[str, Run | RunsIn | NotRun]] = {
     "docs/evaluation.md": {
         "nla eval fidelity couplets --texts": Run(says="(?i)fve"),
         "nla eval claims": RunsIn("eval claims"),
+        "nla eval steering": RunsIn("eval steering"),
     },
     "docs/graphs.md": {
         "nla trace couplets --out": Run(says="causal", leaves="runs/trace/report/trace.json", append="--items 10"),

@@ -14,14 +14,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from nla.eval.arms import EDIT, Outcome, SteeringArm, borrowed, difference, moved, steering_arms, strongest
 from nla.eval.couplet_items import RhymeItem
 from nla.eval.explainers import Reader
 from nla.eval.families.controls import next_in, swap
-from nla.eval.report import Rate
 from nla.eval.target import Patch, Target, last_token, last_word, read_last, write
 from nla.organisms.couplets import world
 from nla.progress import Progress, silent
-from nla.stats import holm, paired_permutation
 from nla.text.claims import claims
 
 if TYPE_CHECKING:
@@ -29,25 +28,7 @@ if TYPE_CHECKING:
 
 STRENGTHS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
 STEER_MIN, CONTROL_MAX = 0.5, 0.1
-_STILL = 1e-6
-EDIT, BARE_DIFFERENCE = "edit", "difference of the bare words (reported)"
-
-
-@dataclass(frozen=True)
-class SteeringArm:
-    """What one kind of direction does to line 2, all at the same norm."""
-
-    name: str
-    n_moved: int
-    """Items that the direction moves at all; a control that moves none shows nothing."""
-    success: Rate
-    """Line 2 ends on the new word."""
-    changed: Rate
-    """Line 2 ends on another word than without steering."""
-    whole_line: Rate
-    """Line 2 is, word for word, the one that belongs to the new word."""
-    p_value: float | None
-    """That the edit does no better (one-sided paired permutation, Holm over the arms); None for the edit itself."""
+BARE_DIFFERENCE = "difference of the bare words (reported)"
 
 
 @dataclass(frozen=True)
@@ -89,29 +70,17 @@ def edit_fact(text: str) -> str | None:
 def directions(nla: NLA, items: Sequence[RhymeItem], texts: Sequence[str]) -> dict[str, Tensor]:
     """Directions (n, d) that follow from each item's own explanation; zero where it has nothing to edit."""
     new = [item.donor_target for item in items]
-    edit = _difference(nla, texts, [edit_plan(text, word) for text, word in zip(texts, new, strict=True)])
+    edit = difference(nla, texts, [edit_plan(text, word) for text, word in zip(texts, new, strict=True)])
     # Words keep the space before them as part of their token.
     bare_new = nla.reconstruct([f" {word}" for word in new])
     bare_old = nla.reconstruct([f" {item.target}" for item in items])
     return {
         EDIT: edit,
         "reverse": -edit,
-        "unrelated edit (a visible fact)": _difference(nla, texts, [edit_fact(text) for text in texts]),
+        "unrelated edit (a visible fact)": difference(nla, texts, [edit_fact(text) for text in texts]),
         "bare word decoded": bare_new,
         BARE_DIFFERENCE: bare_new - bare_old,
     }
-
-
-def borrowed(
-    items: Sequence[RhymeItem], others: Sequence[RhymeItem], edits: Float[Tensor, "n d"], generator: torch.Generator
-) -> Tensor:
-    """For each item the edit (m, d) of one of ``others`` that wants another word; zero where all want the same."""
-    allowed = torch.tensor([[item.donor_target != other.donor_target for other in others] for item in items]).float()
-    able = allowed.any(1)
-    chosen = torch.zeros(len(items), edits.shape[1])
-    if able.any():
-        chosen[able] = edits[torch.multinomial(allowed[able], 1, generator=generator)[:, 0]]
-    return chosen
 
 
 def steered(vectors: Float[Tensor, "n d"], direction: Float[Tensor, "n d"], strength: float) -> Tensor:
@@ -137,64 +106,43 @@ def edit_and_steer(
     """
     vectors = read_last(target, [item.prompt for item in separate])
     edits = directions(nla, separate, greedy(separate, vectors))[EDIT]
-    tried = {}
-    for number, strength in enumerate(strengths):
+
+    def success(strength: float) -> float:
         lines = _write(target, separate, steered(vectors, edits, strength))
-        hits = [last_word(line) == item.donor_target for line, item in zip(lines, separate, strict=True)]
-        tried[strength] = sum(hits) / len(hits)
-        progress("strength", (number + 1) / len(strengths))
-    strength = max(tried, key=lambda alpha: (tried[alpha], -alpha))
+        return float(_ends(lines, separate).double().mean())
+
+    strength, tried = strongest(strengths, success, progress)
     prompts, generator = [item.prompt for item in items], torch.Generator().manual_seed(seed)
-    vectors, plain = read_last(target, prompts), write(target, prompts)
-    by_name = directions(nla, items, greedy(items, vectors)) | {
-        "random": torch.randn(vectors.shape, generator=generator),
-        "another item's difference": borrowed(items, separate, edits, generator),
+    held, plain = read_last(target, prompts), write(target, prompts)
+    wanted, others = ([item.donor_target for item in part] for part in (items, separate))
+    by_name = directions(nla, items, greedy(items, held)) | {
+        "random": torch.randn(held.shape, generator=generator),
+        "another item's difference": borrowed(wanted, others, edits, generator),
     }
-    lines = {}
+    outcomes = {}
     for number, (name, direction) in enumerate(by_name.items()):
-        lines[name] = _write(target, items, steered(vectors, direction, strength))
+        lines = _write(target, items, steered(held, direction, strength))
+        outcomes[name] = Outcome(
+            moved(direction),
+            _ends(lines, items),
+            torch.tensor([last_word(line) != last_word(before) for line, before in zip(lines, plain, strict=True)]),
+            torch.tensor([line == item.donor_continuation for line, item in zip(lines, items, strict=True)]),
+        )
         progress("edit and steer", (number + 1) / len(by_name))
-    moved = {name: int((direction.norm(dim=1) > _STILL).sum()) for name, direction in by_name.items()}
-    arms = _arms(items, plain, lines, moved, seed)
+    arms = steering_arms(outcomes, seed)
     return EditAndSteer(
         n_items=len(items),
         strength=strength,
-        tried={str(alpha): share for alpha, share in tried.items()},
+        tried=tried,
         edit=arms[EDIT],
         controls=[arm for name, arm in arms.items() if name not in (EDIT, BARE_DIFFERENCE)],
         reported=[arms[BARE_DIFFERENCE]],
     )
 
 
-def _arms(
-    items: Sequence[RhymeItem], plain: Sequence[str], lines: dict[str, list[str]], moved: dict[str, int], seed: int
-) -> dict[str, SteeringArm]:
-    success = {
-        name: torch.tensor([last_word(line) == item.donor_target for line, item in zip(written, items, strict=True)])
-        for name, written in lines.items()
-    }
-    names = [name for name in lines if name != EDIT]
-    raw = [
-        paired_permutation(success[EDIT].double(), success[name].double(), None, "greater", seed=seed) for name in names
-    ]
-    p_values: dict[str, float] = dict(zip(names, holm(raw), strict=True))
-    return {
-        name: SteeringArm(
-            name=name,
-            n_moved=moved[name],
-            success=Rate.of(success[name].tolist()),
-            changed=Rate.of(last_word(line) != last_word(before) for line, before in zip(written, plain, strict=True)),
-            whole_line=Rate.of(line == item.donor_continuation for line, item in zip(written, items, strict=True)),
-            p_value=p_values.get(name),
-        )
-        for name, written in lines.items()
-    }
-
-
-def _difference(nla: NLA, texts: Sequence[str], edited: Sequence[str | None]) -> Tensor:
-    """Decoded edited texts minus decoded texts, (n, d); zero where there is no edited text."""
-    new = [before if after is None else after for before, after in zip(texts, edited, strict=True)]
-    return nla.reconstruct(new, strict=False) - nla.reconstruct(texts, strict=False)
+def _ends(lines: Sequence[str], items: Sequence[RhymeItem]) -> Tensor:
+    """Whether each line ends on the new word, (n,)."""
+    return torch.tensor([last_word(line) == item.donor_target for line, item in zip(lines, items, strict=True)])
 
 
 def _write(target: Target, items: Sequence[RhymeItem], vectors: Float[Tensor, "n d"]) -> list[str]:

@@ -27,7 +27,7 @@ from nla.eval.target import Target, doubts, open_model, open_rival
 from nla.eval.worlds import COUPLETS, require_world
 from nla.progress import Progress, silent
 
-CAUSAL_MIN, MOVED_MIN = 0.5, 0.9
+CAUSAL_MIN = 0.5
 _NO_CLAIMS = Rate(0.0, 0.0, 0.0, 0)
 
 
@@ -166,7 +166,6 @@ def _counterfactual_checks(counterfactual: Counterfactual) -> list[Check]:
 def _steering_checks(steering: EditAndSteer) -> list[Check]:
     checks = [Check.at_least("edit and steer: ends on the new word", steering.edit.success, STEER_MIN)]
     for arm in steering.controls:
-        moved = arm.n_moved >= MOVED_MIN * steering.n_items
-        name = f"steering control: {arm.name}" + ("" if moved else f" (moves only {arm.n_moved} items)")
-        checks.append(Check(name, arm.success, f"≤ {CONTROL_MAX}", moved and arm.success.value <= CONTROL_MAX))
+        name = f"steering control: {arm.name}" + ("" if arm.moves else f" (moves only {arm.n_moved} items)")
+        checks.append(Check(name, arm.success, f"≤ {CONTROL_MAX}", arm.moves and arm.success.value <= CONTROL_MAX))
     return checks

@@ -204,6 +204,38 @@ def claims(
 
 
 @reported
+def steering(
+    pair: PairArgument,
+    *,
+    store: Annotated[Path, text("--store", "FOLDER", "A store of documents with attributes: its held-out part.")],
+    items: Annotated[
+        int | None,
+        count("--items", "Answers to steer, for each kind of claim (default 100; half as many more choose)."),
+    ] = None,
+    tokens: Annotated[
+        int | None, count("--tokens", "Tokens of a continuation that are judged for an attribute (default 24).")
+    ] = None,
+    device: Device = None,
+) -> Evaluation:
+    r"""Judge whether the target follows edited explanations.
+
+    One claim of an explanation gets another value (another next token, language, tone, form, ...), both texts are
+    decoded, and the difference is added to the activation and to all after it. Does what is written then have the new
+    value? Beside a random direction, an unrelated edit and another item's edit of equal norm; judged by the token
+    itself, or by a reader of texts that knows the store's training answers. Edits claims in the wordings of the
+    describer `structured`.
+
+    examples:
+      nla eval steering runs/mine/joint/pair --store runs/mine/extract --out runs/report
+      nla eval steering runs/mine/joint/pair --store runs/mine/extract --items 200 --check
+    """
+    from nla.eval.pair.steering import SteeringSettings, evaluate_steering
+
+    options = {"n_items": items, "max_new_tokens": tokens, "device": places(device)}
+    return Evaluation(evaluate_steering, pair, SteeringSettings(store=store, **given(**options)))
+
+
+@reported
 def rhymes(
     model: Model = "couplets",
     items: Items = None,
@@ -446,4 +478,4 @@ def graph(
     return Evaluation(judge_against_graphs, files, settings)
 
 
-add(app, fidelity, claims, rhymes, gates, two_hop, auditing, plants, instructions, transfer, readers, graph)
+add(app, fidelity, claims, steering, rhymes, gates, two_hop, auditing, plants, instructions, transfer, readers, graph)

@@ -192,12 +192,14 @@ def add(
     positions: Int[Tensor, " b"] | Sequence[int],
     directions: Float[Tensor, "b d"],
     strength: float,
+    onwards: bool = False,
 ) -> contextlib.AbstractContextManager[None]:
     """While active, activation h at column ``positions[i]`` of row i becomes h + strength · ‖h‖ · δ/‖δ‖.
 
     Args:
         directions: only the direction of δ counts, so edits and controls have equal norm.
         strength: in lengths of the activation; 1 adds a vector as long as the activation itself.
+        onwards: so do all activations after it, those of tokens that are written later among them.
 
     Raises:
         ArgumentError: a direction of length zero, or a strength that is not finite.
@@ -212,7 +214,7 @@ def add(
     def shifted(hidden: Tensor, direction: Tensor) -> Tensor:
         return hidden + strength * hidden.norm(dim=-1, keepdim=True) * direction
 
-    return _edit(model, point, positions, directions, shifted)
+    return _edit(model, point, positions, directions, shifted, onwards=onwards)
 
 
 @contextlib.contextmanager
@@ -263,8 +265,10 @@ def _edit(
     vectors: Tensor,
     change: Callable[[Tensor, Tensor], Tensor],
     rows: Tensor | None = None,
+    onwards: bool = False,
 ) -> contextlib.AbstractContextManager[None]:
-    """Apply ``change(h, vector)`` at one column of each row, in passes that start a sequence (not cached decoding)."""
+    """Apply ``change(h, vector)`` at one column of each row, in passes that start a sequence (not cached decoding); or
+    ``onwards``, from there on and in every later pass."""
     columns, width = torch.as_tensor(positions), d_model(model)
     if vectors.ndim != 2 or columns.shape != (len(vectors),) or vectors.shape[1] != width:
         raise ShapeError(
@@ -277,7 +281,7 @@ def _edit(
     check_finite(vectors.detach())
 
     def edit(hidden: Tensor, past: int) -> Tensor | None:
-        if past:
+        if past and not onwards:
             return None
         if rows is None and len(hidden) != len(vectors):
             raise ShapeError(
@@ -286,12 +290,17 @@ def _edit(
                 "repeat or slice them with the rows, such as "
                 "intervene=lambda rows, padding: replace(…, columns[rows] + padding, new[rows])",
             )
-        if len(columns) and (int(columns.max()) >= hidden.shape[1] or int(columns.min()) < 0):
+        if not past and len(columns) and (int(columns.max()) >= hidden.shape[1] or int(columns.min()) < 0):
             raise PositionError(
                 f"column {int(columns.max())} or {int(columns.min())} in a batch of {hidden.shape[1]} tokens",
                 "columns within the batch",
                 "count columns from 0, and add the padding where it is on the left",
             )
+        if onwards:
+            changed = change(hidden, vectors.to(hidden.device, hidden.dtype)[:, None])
+            check_finite(changed.detach())
+            after = torch.arange(hidden.shape[1]) >= columns[:, None]
+            return changed if past else torch.where(after.to(hidden.device)[..., None], changed, hidden)
         there = torch.arange(len(hidden)) if rows is None else rows
         index = (there.to(hidden.device), columns.to(hidden.device))
         changed = change(hidden[index], vectors.to(hidden.device, hidden.dtype))

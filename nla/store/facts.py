@@ -125,7 +125,9 @@ class TokenNames:
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer: Any = tokenizer
-        self.special = {str(tokenizer.convert_ids_to_tokens(i)): i for i in tokenizer.all_special_ids}
+        # Marks of some templates, such as Llama 3's headers, are special tokens that no list of a tokenizer names.
+        added = [i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special]
+        self.special = {str(tokenizer.convert_ids_to_tokens(i)): i for i in (*tokenizer.all_special_ids, *added)}
         self.ends = frozenset(ends_of(model, tokenizer))
         self._texts: dict[int, str] = {}
 

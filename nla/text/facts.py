@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from nla.text.claims import claims
 
@@ -93,23 +93,63 @@ def state(facts: Facts, draw: random.Random) -> str:
     >>> state(Facts(("cats", "dogs"), False, "of", "fond", attributes={"form": "story"}), random.Random(1))
     'Next comes cats, else dogs. The last token is of, after fond. The text is a story.'
     """
-    out = []
+    return " ".join(_filled(draw.choice(wordings), slots) for wordings, slots in _claims(facts))
+
+
+def edited(text: str, name: str, value: str, draw: random.Random) -> str:
+    """The explanation with another value in its claim of one kind, worded as it was; where it makes none, with one.
+
+    Args:
+        name: of an attribute, or "following": then the value is what comes next first, before what else may.
+        draw: chooses the wording of a new claim.
+
+    >>> edited("Next comes a, else b. A story about dogs.", "form", "poem", random.Random(0))
+    'Next comes a, else b. A poem about dogs.'
+    >>> edited("Next comes a, else b. A story about dogs.", "following", "b", random.Random(0))
+    'Next comes b. A story about dogs.'
+    >>> edited("An answer comes now.", "language", "French", random.Random(0))
+    'An answer comes now. It is in French.'
+    """
+    sentences, made = claims(text), False
+    for number, claim in enumerate(sentences):
+        facts = stated(claim)
+        if facts.following if name == "following" else name in facts.attributes:
+            made = True
+            sentences[number] = _stated_with(_with(facts, name, value), draw, next(_readings(claim))[1])
+    if not made:
+        new = _stated_with(_with(Facts(), name, value), draw)
+        sentences.insert(0 if name == "following" else len(sentences), new)
+    return " ".join(sentences)
+
+
+def _with(facts: Facts, name: str, value: str) -> Facts:
+    if name == "following":
+        return replace(facts, following=(value, *(other for other in facts.following[1:] if other != value)))
+    return replace(facts, attributes={**facts.attributes, name: value})
+
+
+def _stated_with(facts: Facts, draw: random.Random, worded: str = "") -> str:
+    """The one claim that facts make, in a given wording if it is one of them."""
+    ((wordings, slots),) = _claims(facts)
+    return _filled(worded if worded in wordings else draw.choice(wordings), slots)
+
+
+def _claims(facts: Facts) -> Iterator[tuple[tuple[str, ...], dict[str, str]]]:
+    """Each claim that facts make: the wordings that it may be in, and what their slots hold."""
     if facts.following:
         first, *rest = facts.following
-        out.append(_filled(draw.choice(_SURE if facts.sure else _UNSURE), {"first": first, "rest": ", ".join(rest)}))
+        yield _SURE if facts.sure else _UNSURE, {"first": first, "rest": ", ".join(rest)}
     if facts.place == "ahead":
-        out.append(draw.choice(_AHEAD))
+        yield _AHEAD, {}
     elif facts.token:
-        wordings = _OPENING if facts.place == "opening" else _TOKEN
-        out.append(_filled(draw.choice(wordings), {"token": facts.token, "before": facts.before}))
+        yield _OPENING if facts.place == "opening" else _TOKEN, {"token": facts.token, "before": facts.before}
     known = dict(facts.attributes)
     form, topic = known.pop(FORM, ""), known.pop(TOPIC, "")
     if form or topic:
         wordings = _TEXT if form and topic else _FORM if form else _TOPIC
-        out.append(_filled(draw.choice(wordings), {"a form": _with_article(form), "topic": topic}))
+        yield wordings, {"a form": _with_article(form), "topic": topic}
     for name, value in known.items():
-        out.append(_filled(draw.choice(_OF.get(name, _OTHER)), {"name": name, "value": value}))
-    return " ".join(out)
+        yield _OF.get(name, _OTHER), {"name": name, "value": value}
 
 
 def stated(text: str) -> Facts:
@@ -124,7 +164,7 @@ def stated(text: str) -> Facts:
         match = next(_readings(claim), None)
         if match is None:
             continue
-        kind, values = match
+        kind, _, values = match
         if kind in ("sure", "unsure"):
             if "following" not in read:
                 read["following"] = (values["first"], *filter(None, values.get("rest", "").split(", ")))
@@ -218,7 +258,7 @@ def _pattern(wording: str) -> re.Pattern[str]:
 
 
 _PATTERNS = [
-    (kind, _pattern(wording))
+    (kind, wording, _pattern(wording))
     for kind, wordings in (
         ("sure", _SURE),
         ("unsure", _UNSURE),
@@ -236,9 +276,9 @@ _PATTERNS = [
 ]
 
 
-def _readings(claim: str) -> Iterator[tuple[str, dict[str, str]]]:
-    """What a claim says under each wording that it may be in, the best first."""
-    for kind, pattern in _PATTERNS:
+def _readings(claim: str) -> Iterator[tuple[str, str, dict[str, str]]]:
+    """What a claim says under each wording that it may be in, the best first: its kind, the wording, the values."""
+    for kind, wording, pattern in _PATTERNS:
         match = pattern.fullmatch(claim)
         if match is None:
             continue
@@ -249,4 +289,4 @@ def _readings(claim: str) -> Iterator[tuple[str, dict[str, str]]]:
             values = {kind: values["value"]}
         elif kind == "other":
             values = {values["name"]: values["value"]}
-        yield kind, values
+        yield kind, wording, values

@@ -21,6 +21,8 @@ PROMPTS = Path(__file__).parent / "prompt_files"
 DEFAULT = "english"
 READINGS = 2
 """Instructions that a neutral answer is read under, beside none."""
+OWN, NEUTRAL = "own", "neutral"
+"""What a document's attribute ``answer`` says: written under the instruction that it is read with, or without it."""
 _TAKEN = ("topic", "form", "instruction", *BOOKKEEPING)
 Share = Annotated[float, Field(ge=0, le=1)]
 Texts = Annotated[

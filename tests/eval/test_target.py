@@ -13,7 +13,7 @@ from nla.baselines import fit_baselines
 from nla.errors import NonFiniteError, PointError, ShapeError, TargetError
 from nla.eval.circuits.patching import read_sites
 from nla.eval.readers.labelled_texts import class_words
-from nla.eval.target import Patch, Target, last_token, open_target, read_last, token_ids, write
+from nla.eval.target import Patch, Shift, Target, continued, last_token, open_target, read_last, token_ids, write
 from nla.models.points import Point
 from nla.organisms import ADAPTERS, PAIRS, TARGETS, adapter_folder, couplets, pair_folder, switchboard, target_folder
 from nla.stats import derangement
@@ -81,6 +81,38 @@ def test_a_tokenizer_that_adds_bos_gives_every_path_the_same_tokens() -> None:
     assert torch.equal(read_last(target, prompts, patches=[Patch(POINT, columns, moved)]), moved)
     assert write(target, prompts, [Patch(POINT, columns, expected)]) == write(target, prompts)
     assert write(target, prompts) == [alone for prompt in prompts for alone in write(target, [prompt])]
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_a_shift_moves_its_token_and_all_after_it_written_ones_too(together: bool) -> None:
+    """As whole passes without a cache do, in which a hook of the test's own adds to every column from there on."""
+    target, strength = Target(make_model(), make_tokenizer(), Point.parse(POINT)), 0.8
+    ids = token_ids(target, TEXTS)
+    columns = torch.tensor([2, len(ids[1]) - 1, 0, 5])
+    directions = 9 * torch.randn(len(ids), 32, generator=torch.Generator().manual_seed(1))
+    if together:
+        found = continued(target, ids, 6, patches=[Shift(POINT, columns, directions, strength)]).rows()
+    else:
+        parts = [Shift(POINT, columns, directions, strength).rows(torch.tensor([row])) for row in range(len(ids))]
+        found = [continued(target, [row], 6, patches=[part]).rows()[0] for row, part in zip(ids, parts, strict=True)]
+
+    def by_hand(row: int) -> list[int]:
+        def moved(_module, _given, out):
+            step = strength * out.norm(dim=-1, keepdim=True) * directions[row] / directions[row].norm()
+            return torch.cat([out[:, : columns[row]], (out + step)[:, columns[row] :]], dim=1)
+
+        tokens = list(ids[row])
+        handle = target.model.model.layers[Point.parse(POINT).layer].register_forward_hook(moved)
+        with torch.no_grad():
+            while len(tokens) < len(ids[row]) + 6:
+                token = int(target.model(torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax())
+                if token == target.tokenizer.eos_token_id:
+                    break
+                tokens.append(token)
+        handle.remove()
+        return tokens[len(ids[row]) :]
+
+    assert found == [by_hand(row) for row in range(len(ids))] != continued(target, ids, 6).rows()
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,8 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 from nla.store.shards import is_held_out
-from nla.text.prompts import READINGS, Prompts, Wordings
+from nla.text.prompts import NEUTRAL, OWN, READINGS, Prompts, Wordings
 
-OWN, NEUTRAL = "own", "neutral"
 _ORDINARY = 0.5
 """Share of the requests for evaluation that have no held-out value; of the others each part has one in half of them."""
 

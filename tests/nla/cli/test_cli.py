@@ -45,6 +45,7 @@ RUNS = {
     "eval plants": "nla.eval.families.plants:evaluate_plants",
     "eval readers": "nla.eval.readers.organisms:compare_on_organism",
     "eval rhymes": "nla.eval.families.rhymes:evaluate_rhymes",
+    "eval steering": "nla.eval.pair.steering:evaluate_steering",
     "eval transfer": "nla.eval.pair.transfer:judge_transfer",
     "eval two-hop": "nla.eval.families.two_hop:evaluate_two_hop",
     "trace": "nla.eval.circuits.trace:trace",

@@ -26,6 +26,7 @@ COMMANDS = {
     "probe": "poems.jsonl --text line --label season --max-rows 40 --samples 1 --pair couplets/pair",
     "eval fidelity": "couplets/pair --items 4",
     "eval claims": "switchboard/pair --store runs/mine/extract --activations 20 --fit 40",
+    "eval steering": "switchboard/pair --store runs/mine/extract --items 4 --tokens 4",
     "eval instructions": "switchboard/pair --items 2 --instructions 2 --samples 1 --audited 1 --prompts prompts.yaml",
     "eval two-hop": "switchboard/pair --items 4 --warm-start switchboard/pair",
     "eval transfer": "switchboard/pair --target-adapter switchboard/adapters/goal --items 10 --activations 40",
@@ -61,7 +62,7 @@ def doubtful(workspace: Path) -> Path:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_doubtful_pair_is_said_above_the_output_and_in_the_report(name: str, shell: Shell, doubtful: Path) -> None:
-    if name in ("eval claims", "eval graph", "export kitft"):
+    if name in ("eval claims", "eval steering", "eval graph", "export kitft"):
         prepare(name, shell, doubtful)
     report = "--out report" if name.startswith(("eval", "probe")) else ""
     done = shell.run(f"nla {name} {COMMANDS[name]} {report}", doubtful)

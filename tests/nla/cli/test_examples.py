@@ -54,6 +54,12 @@ EXAMPLES: dict[str, Run | RunsIn | NotRun] = {
     "nla eval claims runs/mine/joint/pair --store runs/mine/extract --beside": Run(
         says="true claims per right probe", append="--activations 20", code=1
     ),
+    "nla eval steering runs/mine/joint/pair --store runs/mine/extract --out": Run(
+        says="unrelated edit", leaves="runs/report/steering.png", append="--items 4 --tokens 8"
+    ),
+    "nla eval steering runs/mine/joint/pair --store runs/mine/extract --items": Run(
+        says="more often than every control", instead=("--items 200", "--items 4"), append="--tokens 2", code=1
+    ),
     "nla eval fidelity": Run(says="(?i)newline", append="--items 6"),
     "nla eval fidelity someone": Run(says="(?i)fve", leaves="runs/report/fidelity.json", append="--activations 60"),
     "nla eval fidelity runs/mine": Run(says="(?i)fve", append="--activations 60"),
@@ -135,6 +141,7 @@ PREPARE = {
     "eval graph": "nla trace couplets --out runs/trace --items 8",
     "eval fidelity": f"{STORE}; mkdir -p runs/mine; mv runs/acts runs/mine/extract",
     "eval claims": CLAIMS_STORE,
+    "eval steering": CLAIMS_STORE,
     "export kitft": STORE,
     "export parquet": STORE,
     "import kitft": f"{STORE}; nla export kitft couplets --drop-bias --store runs/acts --out kitft; "
@@ -231,7 +238,7 @@ def prepare(name: str, shell: Shell, folder: Path) -> None:
         for stage in ("joint", "warmstart"):
             (folder / "runs/mine").mkdir(exist_ok=True)
             (folder / "runs/mine" / stage).symlink_to(couplets.PAIR.parent)
-    if name == "eval claims":
+    if name in ("eval claims", "eval steering"):
         (folder / "runs/mine").mkdir()
         for stage in ("joint", "warmstart"):
             (folder / "runs/mine" / stage).symlink_to(switchboard.PAIR.parent)

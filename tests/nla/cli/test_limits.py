@@ -21,7 +21,7 @@ from tests.helpers.shell import Shell
 LONG = "a" * 300
 COMMANDS = commands()
 NEEDED = {"probe": ["--text", "line", "--label", "season"], "eval transfer": ["--target-adapter", "switchboard/goal"]}
-NEEDED["eval claims"] = ["--store", "no-such"]
+NEEDED |= {"eval claims": ["--store", "no-such"], "eval steering": ["--store", "no-such"]}
 """Options without which a command does not begin."""
 REPORTS = sorted(name for name, one in COMMANDS.items() if any("--card" in option.opts for option in one.params))
 """Commands that write a report."""
@@ -57,7 +57,8 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_work(
     (tmp_path / "file").write_text("a file")
     monkeypatch.setattr("nla.autoencoder.NLA.from_pretrained", lambda *_given, **_options: pytest.fail("it has begun"))
     monkeypatch.setattr("nla.eval.target.Target.load", lambda *_given, **_options: pytest.fail("it has begun"))
-    subjects = {"probe": ["no-such"], "eval graph": ["no-such"], "eval claims": ["switchboard"]}
+    subjects = {"probe": ["no-such"], "eval graph": ["no-such"]}
+    subjects |= {pair_and_store: ["switchboard"] for pair_and_store in ("eval claims", "eval steering")}
     argv = [*name.split(), *subjects.get(name, []), *NEEDED.get(name, [])]
     assert main.main([*argv, option, str(tmp_path / "file" / "folder")]) == USAGE
     assert re.search(r"nothing can be written.*Next: choose another folder", capsys.readouterr().err)

@@ -103,6 +103,12 @@ OPTIONS: dict[str, tuple[Run, ...]] = {
             "--device cpu --json",
         ),
     ),
+    "eval steering": (
+        Run(
+            says='"above_controls"',
+            append="switchboard --store runs/mine/extract --items 4 --tokens 4 --card card --device cpu --json",
+        ),
+    ),
     "eval fidelity": (
         Run(
             says="(?i)fve",

@@ -111,7 +111,7 @@ def test_a_tokenizer_that_divides_texts_otherwise_is_refused(described):
     splits, model, _, _ = described
 
     class Other:
-        all_special_ids = ()
+        all_special_ids, added_tokens_decoder = (), {}
 
         def __call__(self, text, **_):
             return {"input_ids": [0] * len(text)}
