@@ -634,6 +634,11 @@ WAYS: dict[str, Way] = {
         ("sed 's/{/{\"number\": 3, /' corpus.jsonl > numbers.jsonl",),
         needs="extract",
     ),
+    "eval/pair/steering.py: judge fewer tokens": Way(
+        "nla eval steering switchboard --store runs/mine/extract --items 4 --tokens 100000",
+        ("nla eval steering switchboard --store runs/mine/extract --items 4 --tokens 2",),
+        needs="eval steering",
+    ),
     "train/data/extract.py: set max_tokens of the corpus": Way(
         f"{EXTRACT} --set max_tokens=1000000",
         (f"{EXTRACT} --set max_tokens={{printed}}",),

@@ -123,7 +123,7 @@ def evaluate_steering(
     Raises:
         ArgumentError: the store has no held-out part, no attributes, no training part, or fewer than three answers.
         StoreError, ShapeError, TokenizerMismatchError: a store of another target or point.
-        ContextLengthError: see :func:`write`.
+        ContextLengthError: see :func:`items_of`.
     """
     nla = open_pair(pair, settings.device)
     store = held_out_part(nla, settings.store)
@@ -137,7 +137,7 @@ def evaluate_steering(
         raise ArgumentError(
             f"the store {settings.store}, whose training documents have no attributes",
             "documents of which something is known, such as their form or language",
-            "read a corpus with a column `attributes`, or one that the target writes (corpus.source: self)",
+            "read a corpus of documents with attributes, such as one that the target writes itself",
         )
     kinds = [next_kind(training, names, seed), *(kind for kind, _ in judges)]
     progress("steering: judges", 0.05)
@@ -146,7 +146,8 @@ def evaluate_steering(
     sites |= {BEFORE_ANSWER: _chosen(store, {BEFORE_ANSWER}, settings)} if BEFORE_ANSWER in strata else {}
     items = {}
     for number, (site, parts) in enumerate(sites.items()):
-        items[site] = [items_of(nla, target, names, store, part, seed) for part in parts]
+        n_tokens = settings.max_new_tokens if site == BEFORE_ANSWER else 1
+        items[site] = [items_of(nla, target, names, store, part, n_tokens, seed) for part in parts]
         progress("steering: explain", 0.05 + 0.15 * (number + 1) / len(sites))
     steered = [kinds[0], *(kind for kind, figures in judges if figures.reads and BEFORE_ANSWER in sites)]
     found = []
@@ -269,22 +270,12 @@ def write(
 
     Args:
         unsteered: what it writes without; this stands where the direction moves nothing.
-
-    Raises:
-        ContextLengthError: an item leaves no room for so many tokens.
     """
     rows = torch.arange(len(items)) if direction is None else moved(direction).nonzero().flatten()
     out = [list(row) for row in unsteered] or [[] for _ in items]
     if not len(rows):
         return out
     prompts, shifts = [items[row].ids for row in rows.tolist()], []
-    context, longest = context_length(target.model), max(map(len, prompts))
-    if longest + n_tokens - 1 > context:  # nothing reads the last one
-        raise ContextLengthError(
-            f"a text of {longest} tokens to go on with by {n_tokens}",
-            f"at most {context + 1} together",
-            "judge fewer tokens (max_new_tokens, --tokens), or read a corpus with a lower max_tokens",
-        )
     if direction is not None:
         last = torch.tensor([len(prompt) - 1 for prompt in prompts])
         shifts = [Shift(str(target.point), last, direction[rows], strength)]
@@ -329,11 +320,24 @@ def _one_of_each(store: Store, kinds: Collection[str], seed: int) -> Int[Tensor,
     return torch.tensor([*firsts.values()], dtype=torch.int64)
 
 
-def items_of(nla: NLA, target: Target, names: TokenNames, store: Store, rows: Tensor, seed: int) -> list[Item]:
-    """Rows of a store with one explanation each, sampled at temperature 1."""
+def items_of(
+    nla: NLA, target: Target, names: TokenNames, store: Store, rows: Tensor, n_tokens: int, seed: int
+) -> list[Item]:
+    """Rows of a store with one explanation each, sampled at temperature 1.
+
+    Raises:
+        ContextLengthError: one leaves no room for ``n_tokens`` more.
+    """
     acts = store.activations(rows)
     texts = [acts.texts[number] for number in acts.document.tolist()]
     ids = [document_ids(target.tokenizer, text, [span]) for text, span in zip(texts, acts.spans, strict=True)]
+    context, longest = context_length(target.model), max(map(len, ids))
+    if longest + n_tokens - 1 > context:  # nothing reads the last one
+        raise ContextLengthError(
+            f"a text of {longest} tokens to go on with by {n_tokens}",
+            f"at most {context + 1} together, in the target's context of {context}",
+            "judge fewer tokens: lower --tokens",
+        )
     with target.role():
         likely = next_tokens(target.model, ids, [[len(row) - 1] for row in ids])
     read = [text[: span.end] for text, span in zip(texts, acts.spans, strict=True)]

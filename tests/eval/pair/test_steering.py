@@ -34,7 +34,7 @@ from nla.text.facts import Facts, edited, state, stated
 from nla.train.data.corpus import CorpusSettings
 from nla.train.data.extract import ExtractionSettings, extract_corpus
 from nla.transcripts.positions import BEFORE_ANSWER
-from tests.helpers.tiny import D_MODEL, make_model, make_tokenizer
+from tests.helpers.tiny import CONTEXT, D_MODEL, make_model, make_tokenizer
 
 N_TOKENS = 8
 
@@ -68,7 +68,7 @@ def items(nla, target, names, folder) -> dict[str, list[Item]]:
         patched.setattr(steering, "explain", lambda _nla, vectors, seed: [""] * len(vectors))
         for kind, strata in ((NEXT, set(store.strata())), ("form", {BEFORE_ANSWER})):
             rows = steering._one_of_each(store, strata, 0)
-            found = items_of(nla, target, names, store, rows, 0)
+            found = items_of(nla, target, names, store, rows, 1, 0)
             facts = [Facts(tuple(item.likely), attributes=item.known) for item in found]
             out[kind] = [
                 item._replace(text=state(one, random.Random(row)))
@@ -208,9 +208,13 @@ def test_an_edit_changes_one_claim_and_what_it_says_alone(seed: int) -> None:
     assert len(kept) >= len(text.split(". ")) - 1, "the other claims stand as they were"
 
 
-def test_a_continuation_for_which_there_is_no_room_is_refused(target, items) -> None:
+def test_a_continuation_for_which_there_is_no_room_is_refused(nla, target, names, folder, items) -> None:
+    store, longest = Store.open(folder, "eval"), max(len(item.ids) for item in items["form"])
+    rows = steering._one_of_each(store, {BEFORE_ANSWER}, 0)
+    room = CONTEXT + 1 - longest
+    assert len(items_of(nla, target, names, store, rows[:2], room, 0)) == 2
     with pytest.raises(ContextLengthError, match="--tokens"):
-        steering.write(target, items["form"][:2], 64)
+        items_of(nla, target, names, store, rows, room + 1, 0)
 
 
 def test_the_command_steers_what_judges_can_read(nla, folder, tmp_path) -> None:
