@@ -635,7 +635,7 @@ WAYS: dict[str, Way] = {
         needs="extract",
     ),
     "eval/pair/steering.py: judge fewer tokens": Way(
-        "nla eval steering switchboard --store runs/mine/extract --items 4 --tokens 100000",
+        "nla eval steering switchboard --store runs/mine/extract --items 4 --tokens 1000000",
         ("nla eval steering switchboard --store runs/mine/extract --items 4 --tokens 2",),
         needs="eval steering",
     ),
