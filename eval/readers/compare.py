@@ -95,7 +95,7 @@ class ComparisonSettings(EvaluationSettings):
 
 @dataclass(frozen=True)
 class Sources:
-    """Who reads."""
+    """What the readers read with: the target, and the pair and the oracle if there are any."""
 
     target: Target
     """Whose activations are read, at its point; also the text-only LM, the lenses and SelfIE."""
@@ -135,12 +135,12 @@ def compare_readers(
     progress: Progress = silent,
     shared: dict[Sites, SiteReadings] | None = None,
 ) -> list[TaskResult]:
-    """Every reader on every task, and after them what it makes of coin flips at the same sites.
+    """Run every reader on every task, and on coin flips at the same sites.
 
     Holm's correction is over the tasks.
 
     Args:
-        shared: takes what all readers gave at each of the sites, for a caller who has more to ask of it.
+        shared: filled with what all readers gave at each of the sites, for a caller that needs it again.
 
     Raises:
         ShapeError: activations are not one for each site.

@@ -40,7 +40,7 @@ class Sites:
     """Token index in the text of each site, from 0, or negative from the end."""
 
     groups: Sequence[int]
-    """Document or cluster of each site: never parted between splits, and resampled as a whole."""
+    """Document or cluster of each site: never divided between splits, and resampled as a whole."""
 
     def __post_init__(self) -> None:
         for name in ("texts", "tokens", "groups"):
@@ -126,7 +126,7 @@ def _by_text(sites: Sites) -> tuple[list[list[int]], Int[Tensor, " n"]]:
 
 @dataclass(frozen=True)
 class Task:
-    """What is to be told apart at some sites."""
+    """A classification task: the label of each site, and what is fitted and judged on."""
 
     name: str
     sites: Sites
