@@ -47,7 +47,7 @@ class TraceSettings(EvaluationSettings):
         ArgumentError: a number below 1, or some of the four texts of a pair, or these and a file of pairs.
     """
 
-    least: ClassVar = {"n_pairs": 1, "n_sites": 1, "n_controls": 1, "n_samples": 1}
+    least: ClassVar[dict[str, int]] = {"n_pairs": 1, "n_sites": 1, "n_controls": 1, "n_samples": 1}
 
     pairs: str | Path | Sequence[MinimalPair] | None = None
     """A file of JSON lines (see :func:`nla.eval.circuits.minimal_pairs.read_pairs`), or pairs; None: those of the

@@ -101,7 +101,7 @@ class AuditingReport(Report):
 class AuditingSettings(EvaluationSettings):
     """Which plants are audited, in how many chats."""
 
-    least: ClassVar = {"n_chats": 2, "n_samples": 1}
+    least: ClassVar[dict[str, int]] = {"n_chats": 2, "n_samples": 1}
 
     plants: str | Path | None = None
     """Folder of the adapters, one sub-folder for each plant; see :func:`nla.eval.families.plants.adapters_of`."""

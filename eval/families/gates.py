@@ -100,7 +100,7 @@ def verdict(behaviour: float, patched: Sequence[float], elsewhere: Sequence[tupl
 class GateSettings(EvaluationSettings):
     """Where a target's gates are measured, on what, and which bounds they are held against."""
 
-    least: ClassVar = {"n_documents": 2, "n_probe": 1}
+    least: ClassVar[dict[str, int]] = {"n_documents": 2, "n_probe": 1}
 
     point: str = "resid_post.3"
     """Where the plan of a target without a pair is read."""

@@ -66,7 +66,7 @@ Explain = Callable[[Float[Tensor, "n d"]], list[str]]
 class InstructionsSettings(EvaluationSettings):
     """How many instructions are read, in how many requests."""
 
-    least: ClassVar = {"n_instructions": 2, "n_requests": 2, "n_samples": 1, "n_chats": 1}
+    least: ClassVar[dict[str, int]] = {"n_instructions": 2, "n_requests": 2, "n_samples": 1, "n_chats": 1}
 
     point: str | None = None
     """Where a target without a pair is read; None: after two thirds of its blocks."""

@@ -237,7 +237,7 @@ def exposure(chats: Sequence[Chat], arm: PlantArm, of: Plant, seed: int) -> dict
 class PlantsSettings(EvaluationSettings):
     """Which plants are judged, on how many prompts."""
 
-    least: ClassVar = {"n_prompts": 2, "n_samples": 1}
+    least: ClassVar[dict[str, int]] = {"n_prompts": 2, "n_samples": 1}
 
     plants: str | Path | None = None
     """Folder of the adapters, one sub-folder for each plant; see :func:`adapters_of`."""

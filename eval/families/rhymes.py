@@ -35,7 +35,7 @@ _NO_CLAIMS = Rate(0.0, 0.0, 0.0, 0)
 class RhymeSettings(EvaluationSettings):
     """What the rhyme protocol is run on, and beside what."""
 
-    least: ClassVar = {"n_items": 2, "n_samples": 1, "n_fit": 1}
+    least: ClassVar[dict[str, int]] = {"n_items": 2, "n_samples": 1, "n_fit": 1}
 
     warm_start: NLA | str | Path | None = None
     """The pair before joint training."""

@@ -121,7 +121,7 @@ class TwoHopReport(Report):
 class TwoHopSettings(EvaluationSettings):
     """How many questions are judged, and beside what."""
 
-    least: ClassVar = {"n_items": 2, "n_samples": 1}
+    least: ClassVar[dict[str, int]] = {"n_items": 2, "n_samples": 1}
 
     warm_start: NLA | str | Path | None = None
     """The pair before joint training."""

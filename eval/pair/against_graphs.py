@@ -140,7 +140,7 @@ class GraphReport(Report):
 class GraphSettings(EvaluationSettings):
     """Which pair is scored, and how often it is asked."""
 
-    least: ClassVar = {"n_samples": 1}
+    least: ClassVar[dict[str, int]] = {"n_samples": 1}
 
     pair: NLA | str | Path = "couplets"
     """Name, folder or hub id, or a loaded pair."""

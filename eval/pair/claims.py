@@ -77,7 +77,7 @@ N_ABLATED, N_FIT_DOCUMENTS = 200, 400
 class ClaimsSettings(EvaluationSettings):
     """What to judge a pair on, and beside what."""
 
-    least: ClassVar = {"n_activations": 2, "n_samples": 1, "n_fit": 2}
+    least: ClassVar[dict[str, int]] = {"n_activations": 2, "n_samples": 1, "n_fit": 2}
 
     store: str | Path
     """A folder that `nla extract` or a training made, of documents with attributes: its held-out part is judged on."""

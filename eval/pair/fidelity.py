@@ -60,7 +60,7 @@ _BATCHES = 4
 class FidelitySettings(EvaluationSettings):
     """What to judge a pair on, and beside what."""
 
-    least: ClassVar = {"n_documents": 1, "n_activations": 2}
+    least: ClassVar[dict[str, int]] = {"n_documents": 1, "n_activations": 2}
 
     texts: str | Path | None = None
     """A file of texts; see :func:`nla.eval.pair.texts.load_documents`. None, and no store: held-out documents of the

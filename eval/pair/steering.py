@@ -66,7 +66,7 @@ _NO_ANSWER = {TEMPLATE, *PROMPT_KINDS, *STRUCTURE[3:]}
 class SteeringSettings(EvaluationSettings):
     """What to steer, and how far to read on."""
 
-    least: ClassVar = {"n_items": 2, "max_new_tokens": 1}
+    least: ClassVar[dict[str, int]] = {"n_items": 2, "max_new_tokens": 1}
 
     store: str | Path
     """A folder that `nla extract` or a training made, of documents with attributes: its held-out part is steered."""

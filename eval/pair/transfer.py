@@ -150,7 +150,7 @@ class TransferReport(Report):
 class TransferSettings(EvaluationSettings):
     """The fine-tune, and the texts that it is judged on."""
 
-    least: ClassVar = {"n_documents": 2, "n_activations": 2}
+    least: ClassVar[dict[str, int]] = {"n_documents": 2, "n_activations": 2}
 
     target_adapter: str | Path | None = None
     """The fine-tune: a plain LoRA adapter; see :func:`nla.organisms.adapter_folder`."""
