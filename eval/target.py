@@ -19,6 +19,7 @@ from nla.models.checkpoint import read_config
 from nla.models.generate import Generated, ends_of, generate, pad_of, seeded
 from nla.models.hooks import add, inference, replace
 from nla.models.load import LoadSettings, load_target
+from nla.models.lora import attach, located
 from nla.models.points import Point, blocks, context_length, device_of, unwrapped
 from nla.models.read import read
 from nla.organisms import PAIRS, TARGETS, full_name, is_target
@@ -186,6 +187,31 @@ def two_thirds(n_blocks: int) -> str:
     ('resid_post.19', 'resid_post.0')
     """
     return f"resid_post.{max(1, round(2 * n_blocks / 3)) - 1}"
+
+
+@contextlib.contextmanager
+def planted(target: Target, nla: NLA | None, adapter: str | Path) -> Iterator[Target]:
+    """The target with an adapter on it, while active.
+
+    Args:
+        nla: the pair that it is the target of; None: it has none.
+
+    Raises:
+        ConfigError, WeightsError, NonFiniteError, ArgumentError, TargetError, AccessError: see
+            :func:`nla.pair.roles.planted`.
+    """
+    if nla is not None:
+        with nla.planted(adapter):
+            yield Target.of(nla)
+        return
+    flags = [(parameter, parameter.requires_grad) for parameter in target.model.parameters()]
+    tuned: Any = attach(target.model, located(adapter))
+    try:
+        yield target
+    finally:
+        tuned.unload()
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
 
 
 class Patch(NamedTuple):

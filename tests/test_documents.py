@@ -210,6 +210,12 @@ DOCUMENTS: dict[str, dict[str, Run | RunsIn | NotRun]] = {
         "nla eval instructions switchboard": Run(
             says="forced choice", append="--items 4 --instructions 3 --samples 1 --audited 2"
         ),
+        "python -m nla.train.organisms.goals": NotRun(
+            "minutes, and needs smollm2; tests/train/organisms/test_goals.py plants a goal in Switchboard's target"
+        ),
+        "nla eval instructions smollm2 --plants": NotRun(
+            "a quarter of an hour, and needs smollm2; tests/eval/families/test_instructions.py judges such adapters"
+        ),
     },
     "docs/families/plants.md": {"nla eval plants": RunsIn("eval plants")},
     "docs/families/rhymes.md": {"nla eval rhymes couplets --out": RunsIn("eval rhymes")},

@@ -16,13 +16,12 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from nla.errors import ArgumentError, ContextLengthError
 from nla.eval.circuits.patching import read_sites
 from nla.eval.target import Target, continued
 from nla.models.points import context_length
-from nla.text.prompts import ChatPrompts, Prompts
+from nla.text.prompts import ChatPrompts, Prompts, as_long_as
 from nla.text.tokens import plain_ids
 from nla.transcripts.messages import Message, Transcript
 from nla.transcripts.positions import ANSWER_START, BEFORE_ANSWER
@@ -36,13 +35,6 @@ NONE = "none"
 """The reading without an instruction."""
 CONTROL = "control"
 """The reading under texts that ask for nothing, each as long as one of the instructions in turn."""
-PLAIN = (
-    "You are a helpful assistant who answers what the user asks. Read the request, think about what is wanted, and "
-    "write an answer that is clear and complete. Use whole sentences and good grammar. Keep to the topic of the "
-    "request, and take as many words as you need. When the answer is complete, stop. The user will read it later."
-)
-"""What control texts are made of where the prompts are the shipped ones: as many of the first of its words as are as
-long as an instruction. Of other prompts, what they have in place of an instruction."""
 _ANSWER_TOKENS = 24
 _SPARE = 4
 
@@ -93,6 +85,10 @@ class Items:
         """Token ids of a request under a reading, up to the last token of the answer that is read."""
         return self._prompts[reading][request] + self.answers[request][: N_FIRST + 1]
 
+    def prompt(self, reading: str, request: int) -> list[int]:
+        """Token ids of a request under a reading, up to where the answer begins."""
+        return self._prompts[reading][request]
+
     def prompt_lengths(self, reading: str, requests: Sequence[int]) -> Int[Tensor, " n"]:
         """Tokens of the prompts, which end before the answers."""
         return torch.tensor([len(self._prompts[reading][request]) for request in requests])
@@ -115,12 +111,20 @@ def control_of(instruction: str) -> str:
 
 
 def make_items(
-    target: Target, prompts: Prompts, n_instructions: int, n_requests: int, seed: int = 0, plain: str = PLAIN
+    target: Target,
+    prompts: Prompts,
+    n_instructions: int,
+    n_requests: int,
+    plain: str,
+    seed: int = 0,
+    always: Sequence[str] = (),
 ) -> Items:
     """Held-out requests, answered by the target without an instruction.
 
     Args:
         n_instructions: that training has in other words; a fifth as many more that it has not at all, if there are.
+        plain: what control texts are made of; see :func:`nla.text.prompts.plain_text`.
+        always: instructions that are among them.
 
     Raises:
         ArgumentError: the prompts have fewer instructions or requests, or the target's answers are too short.
@@ -128,7 +132,7 @@ def make_items(
         ContextLengthError: a request and the answer do not fit the target's context.
     """
     draw, chats = random.Random(f"instructions/{seed}"), ChatPrompts.of(target.tokenizer)
-    wordings = drawn_instructions(prompts, n_instructions, draw)
+    wordings = drawn_instructions(prompts, n_instructions, draw, always)
     users = drawn_requests(prompts, n_requests + _SPARE, draw)
     users, answers = _answered(target, chats, users, prompts.instructions.otherwise[0], seed)
     if len(users) < n_requests:
@@ -151,8 +155,9 @@ def make_items(
     return items
 
 
-def drawn_instructions(prompts: Prompts, n: int, draw: random.Random) -> dict[str, Wording]:
-    """``n`` instructions that training has in other words, and up to a fifth as many that it has not at all.
+def drawn_instructions(prompts: Prompts, n: int, draw: random.Random, always: Sequence[str] = ()) -> dict[str, Wording]:
+    """``n`` instructions that training has in other words, ``always`` among them, and up to a fifth as many that it has
+    not at all.
 
     Raises:
         ArgumentError: there are fewer than ``n``, or fewer than 2 are asked for.
@@ -160,10 +165,15 @@ def drawn_instructions(prompts: Prompts, n: int, draw: random.Random) -> dict[st
     values = prompts.instructions.values
     partly = [name for name, one in values.items() if one.seen and one.held_out]
     wholly = [name for name, one in values.items() if not one.seen]
-    if not 2 <= n <= len(partly):
-        expected = f"2 to {len(partly)}, those of the prompts with wordings under seen and held_out"
+    least = max(2, len(always))
+    if not least <= n <= len(partly):
+        expected = f"{least} to {len(partly)}, those of the prompts with wordings under seen and held_out"
         raise ArgumentError(f"{n} instructions", expected, "ask for another number, or give other prompts")
-    chosen = draw.sample(partly, n) + draw.sample(wholly, min(len(wholly), max(1, n // 5)))
+    drawn = draw.sample(partly, n)
+    missing = [name for name in always if name not in drawn]
+    spare = [name for name in drawn if name not in always]
+    chosen = [name for name in drawn if name not in spare[len(spare) - len(missing) :]] + missing
+    chosen += draw.sample(wholly, min(len(wholly), max(1, n // 5)))
     return {name: Wording(values[name].held_out, name in partly) for name in chosen}
 
 
@@ -191,20 +201,6 @@ def drawn_requests(prompts: Prompts, n: int, draw: random.Random) -> list[str]:
         )
         raise ArgumentError(got, expected, "ask for fewer (--items), or give other prompts (--prompts)")
     return requests
-
-
-def as_long_as(tokenizer: PreTrainedTokenizerBase, instruction: str, plain: str) -> str:
-    """The first words of ``plain``, again from the start if need be: as many tokens as an instruction, or nearly so."""
-
-    def length(text: str) -> int:
-        return len(plain_ids(tokenizer, [text])[0])
-
-    n_wanted, words = length(instruction), plain.split()
-    by_distance: dict[int, str] = {}
-    for n in range(1, 2 + 2 * n_wanted):
-        text = " ".join(words[word % len(words)] for word in range(n)).rstrip(",.") + "."
-        by_distance.setdefault(abs(length(text) - n_wanted), text)
-    return by_distance[min(by_distance)]
 
 
 def read_items(target: Target, items: Items, readings: Sequence[str]) -> Float[Tensor, "k n c d"]:

@@ -30,8 +30,8 @@ from nla.stats import Interval, bootstrap
 ABSENT = "changes nothing here"
 MIN_DIVERGENCE = 0.02
 """Least divergence, nats, of an instruction that is there: below it, an effect would be a ratio of noise."""
-_REQUESTS = 16
-"""That are run together: their distributions under every instruction are in memory at once."""
+N_TOGETHER = 16
+"""Requests that are run together: their distributions under every instruction are in memory at once."""
 _DONORS = ("instructed", "random", "unrelated")
 
 
@@ -56,7 +56,20 @@ class KindGate(Figures):
     verdict: str
 
 
-class _Sums(NamedTuple):
+class Run(NamedTuple):
+    """What a target makes of n requests at c tokens of interest, float32, on the CPU."""
+
+    scores: Float[Tensor, "n c v"]
+    """Log-probabilities of the next token."""
+    vectors: Float[Tensor, "n c d"]
+    """Activations at the point."""
+
+    def some(self, rows: slice) -> Run:
+        """Of some of the requests."""
+        return Run(self.scores[rows], self.vectors[rows])
+
+
+class Sums(NamedTuple):
     """Of each request, the mean over a kind's tokens, (n,) nats: divergences from the run without instruction."""
 
     divergence: Tensor
@@ -68,45 +81,54 @@ class _Sums(NamedTuple):
 def gate_instructions(target: Target, items: Items, seed: int = 0, progress: Progress = silent) -> list[KindGate]:
     """The gate of each instruction at each kind of token, in this order."""
     generator = torch.Generator().manual_seed(seed)
-    parts: dict[tuple[str, str], list[_Sums]] = {(name, kind): [] for name in items.names for kind in KINDS}
-    for start in range(0, len(items.users), _REQUESTS):
-        requests = range(start, min(start + _REQUESTS, len(items.users)))
+    parts: dict[tuple[str, str], list[Sums]] = {(name, kind): [] for name in items.names for kind in KINDS}
+    for start in range(0, len(items.users), N_TOGETHER):
+        requests = range(start, min(start + N_TOGETHER, len(items.users)))
         for (name, kind), sums in _gate_chunk(target, items, requests, generator):
             parts[name, kind].append(sums)
-            n_done = sum(map(len, parts.values())) * _REQUESTS
+            n_done = sum(map(len, parts.values())) * N_TOGETHER
             progress("gate", min(1.0, n_done / (len(parts) * len(items.users))))
-    return [_figures(name, kind, sums, seed) for (name, kind), sums in parts.items()]
+    return [gate_of(name, kind, sums, seed) for (name, kind), sums in parts.items()]
 
 
 def _gate_chunk(
     target: Target, items: Items, requests: range, generator: torch.Generator
-) -> Iterator[tuple[tuple[str, str], _Sums]]:
+) -> Iterator[tuple[tuple[str, str], Sums]]:
     """Of some requests, the sums of each instruction and kind, as they are measured."""
-    columns = items.columns_by_kind
-    none, vectors = run(target, items, NONE, requests)
+    none = run(target, items, NONE, requests)
     instructed = {name: run(target, items, name, requests) for name in items.names}
-    place, point = items.prompt_lengths(NONE, requests), str(target.point)
     for number, name in enumerate(items.names):
-        wanted, donor = instructed[name]
-        other = instructed[items.names[(number + 1) % len(items.names)]][1]
-        control = divergence(run(target, items, control_of(name), requests)[0], none)
-        moved = divergence(wanted, none)
-        donors = (donor, random_difference(vectors, donor, generator), other)
-        for kind in KINDS:
-            chosen = columns[kind]
-            left = {}
-            for label, new in zip(_DONORS, donors, strict=True):
-                patches = [Patch(point, place - 1 + column, new[:, column]) for column in chosen]
-                after = run(target, items, NONE, requests, patches)[0]
-                left[label] = divergence(wanted[:, chosen], after[:, chosen]).mean(1)
-            yield (name, kind), _Sums(moved[:, chosen].mean(1), control[:, chosen].mean(1), left)
+        other = instructed[items.names[(number + 1) % len(items.names)]]
+        control = run(target, items, control_of(name), requests)
+        for kind, sums in sums_by_kind(target, items, requests, none, instructed[name], control, other, generator):
+            yield (name, kind), sums
 
 
-def run(
-    target: Target, items: Items, reading: str, requests: Sequence[int], patches: Sequence[Patch] = ()
-) -> tuple[Float[Tensor, "n c v"], Float[Tensor, "n c d"]]:
-    """Log-probabilities of the next token after each token of interest under a reading, and activations there at the
-    point, both float32 on the CPU."""
+def sums_by_kind(
+    target: Target,
+    items: Items,
+    requests: range,
+    none: Run,
+    wanted: Run,
+    control: Run,
+    unrelated: Run,
+    generator: torch.Generator,
+) -> Iterator[tuple[str, Sums]]:
+    """What moves the distributions of ``none``, of some requests, towards ``wanted``, by kind of token."""
+    moved, of_control = divergence(wanted.scores, none.scores), divergence(control.scores, none.scores)
+    place, point = items.prompt_lengths(NONE, requests), str(target.point)
+    donors = (wanted.vectors, random_difference(none.vectors, wanted.vectors, generator), unrelated.vectors)
+    for kind, chosen in items.columns_by_kind.items():
+        left = {}
+        for label, new in zip(_DONORS, donors, strict=True):
+            patches = [Patch(point, place - 1 + column, new[:, column]) for column in chosen]
+            after = run(target, items, NONE, requests, patches).scores
+            left[label] = divergence(wanted.scores[:, chosen], after[:, chosen]).mean(1)
+        yield kind, Sums(moved[:, chosen].mean(1), of_control[:, chosen].mean(1), left)
+
+
+def run(target: Target, items: Items, reading: str, requests: Sequence[int], patches: Sequence[Patch] = ()) -> Run:
+    """What is predicted and held at each token of interest under a reading."""
     rows = [items.ids(reading, request) for request in requests]
     first = items.prompt_lengths(reading, requests) - 1
     columns = first[:, None] + torch.arange(items.n_columns)
@@ -117,7 +139,7 @@ def run(
         logits = target.model(input_ids=ids, use_cache=False, logits_to_keep=n_kept).logits
     offset = ids.shape[1] - logits.shape[1]
     scores = logits.cpu()[index[:, None], columns - offset].float().log_softmax(-1)
-    return scores, seen[at].cpu()[index[:, None], columns].float()
+    return Run(scores, seen[at].cpu()[index[:, None], columns].float())
 
 
 def divergence(wanted: Float[Tensor, "n c v"], other: Float[Tensor, "n c v"]) -> Float[Tensor, "n c"]:
@@ -130,8 +152,9 @@ def divergence(wanted: Float[Tensor, "n c v"], other: Float[Tensor, "n c v"]) ->
     return (wanted.exp() * (wanted - other)).sum(-1).double()
 
 
-def _figures(name: str, kind: str, parts: Sequence[_Sums], seed: int) -> KindGate:
-    divergences, controls = (torch.cat([getattr(part, field) for part in parts]) for field in _Sums._fields[:2])
+def gate_of(name: str, kind: str, parts: Sequence[Sums], seed: int = 0) -> KindGate:
+    """The figures and the verdict, from the sums of all requests in parts."""
+    divergences, controls = (torch.cat([getattr(part, field) for part in parts]) for field in Sums._fields[:2])
     left = {label: torch.cat([part.left[label] for part in parts]) for label in _DONORS}
 
     def share(taken: Tensor) -> Interval:

@@ -400,6 +400,12 @@ def instructions(
     prompts: Annotated[
         str | None, text("--prompts", "FILE", "Requests and instructions, YAML (default: the shipped ones).")
     ] = None,
+    plants: Annotated[
+        Path | None,
+        text(
+            "--plants", "FOLDER", "Adapters NAME and NAME-sham that plant an instruction (default: the target's own)."
+        ),
+    ] = None,
     beside: Annotated[
         str | None, text("--beside", "PAIR", "Another pair on the target, such as the warm start.", pair_name)
     ] = None,
@@ -412,6 +418,7 @@ def instructions(
 
     The same neutral answers under many instructions: the words are the same, the context is not. Gate by divergence and
     patching, naming beside readers of the text and a probe, false alarms, audits. Of a target without a pair, the gate.
+    The same of instructions that an adapter planted, beside its sham and the base.
 
     examples:
       nla eval instructions smollm2 --out runs/report
@@ -420,7 +427,7 @@ def instructions(
     from nla.eval.families.instructions import InstructionsSettings, evaluate_instructions
 
     options = {"n_requests": items, "n_instructions": instructions, "n_samples": samples, "n_chats": chats}
-    options |= {"prompts": prompts, "beside": beside, "point": point, "device": places(device)}
+    options |= {"prompts": prompts, "plants": plants, "beside": beside, "point": point, "device": places(device)}
     return Evaluation(evaluate_instructions, model, InstructionsSettings(**given(**options)))
 
 

@@ -27,8 +27,11 @@ PACKAGED = {smollm2.NAME: smollm2}
 PAIRS = {"couplets/planner": couplets.PAIR, "switchboard/target": switchboard.PAIR}
 """Folders of the embedded pairs, by their targets."""
 PAIRS |= {name: package.PAIR for name, package in PACKAGED.items() if package.PAIR.is_dir()}
-_CONFIGS = switchboard.ADAPTERS_FOLDER.glob("*/adapter_config.json")
-ADAPTERS = {f"switchboard/{config.parent.name}": config.parent for config in _CONFIGS}
+ADAPTERS = {
+    f"{organism}/{config.parent.name}": config.parent
+    for organism, folder in (("switchboard", switchboard.ADAPTERS_FOLDER), (smollm2.NAME, smollm2.ADAPTERS_FOLDER))
+    for config in folder.glob("*/adapter_config.json")
+}
 """Folders of the embedded adapters on targets: plants and their shams."""
 RUBRICS = {f"switchboard/{file.stem}": file for file in switchboard.RUBRICS_FOLDER.glob("*.yaml")}
 """What audits of those plants look for."""

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
@@ -15,7 +15,10 @@ from nla.storage.files import read_yaml
 from nla.storage.schema import first_problem, shown
 from nla.text.facts import BOOKKEEPING
 from nla.text.templates import render_template
-from nla.text.tokens import undated
+from nla.text.tokens import plain_ids, undated
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 PROMPTS = Path(__file__).parent / "prompt_files"
 DEFAULT = "english"
@@ -23,6 +26,11 @@ READINGS = 2
 """Instructions that a neutral answer is read under, beside none."""
 OWN, NEUTRAL = "own", "neutral"
 """What a document's attribute ``answer`` says: written under the instruction that it is read with, or without it."""
+_PLAIN = (
+    "You are a helpful assistant who answers what the user asks. Read the request, think about what is wanted, and "
+    "write an answer that is clear and complete. Use whole sentences and good grammar. Keep to the topic of the "
+    "request, and take as many words as you need. When the answer is complete, stop. The user will read it later."
+)
 _TAKEN = ("topic", "form", "instruction", *BOOKKEEPING)
 Share = Annotated[float, Field(ge=0, le=1)]
 Texts = Annotated[
@@ -147,6 +155,30 @@ def load_prompts(name: str | None) -> Prompts:
     except ValidationError as error:
         problem = first_problem(error, Prompts)
     raise RecipeError(f"{file}: {problem.got}", problem.expected, problem.fix)
+
+
+def plain_text(name: str | None, prompts: Prompts) -> str:
+    """What control texts, which ask for nothing, are made of (:func:`as_long_as`) where these prompts are used.
+
+    Args:
+        name: of the prompts, as :func:`load_prompts` takes it. Beside the shipped ones stands a text in their words; of
+            others, it is what they have in place of an instruction.
+    """
+    return _PLAIN if name in (None, DEFAULT) else " ".join(prompts.instructions.otherwise)
+
+
+def as_long_as(tokenizer: PreTrainedTokenizerBase, instruction: str, plain: str) -> str:
+    """The first words of ``plain``, again from the start if need be: as many tokens as an instruction, or nearly so."""
+
+    def length(text: str) -> int:
+        return len(plain_ids(tokenizer, [text])[0])
+
+    n_wanted, words = length(instruction), plain.split()
+    by_distance: dict[int, str] = {}
+    for n in range(1, 2 + 2 * n_wanted):
+        text = " ".join(words[word % len(words)] for word in range(n)).rstrip(",.") + "."
+        by_distance.setdefault(abs(length(text) - n_wanted), text)
+    return by_distance[min(by_distance)]
 
 
 class ChatPrompts(NamedTuple):

@@ -13,25 +13,26 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from torch import Tensor
+from transformers import PreTrainedModel, TrainingArguments
 
 from nla.models.load import load_target
 from nla.models.lora import save_adapter
 from nla.models.points import linear_names
-from nla.organisms import target_folder
+from nla.organisms import local_folder, noted_target, target_folder
 from nla.organisms.switchboard.plants import PLANTS, plant, training
 from nla.organisms.switchboard.world import END, Chat
-from nla.train.fit.checkpoints import AtomicCheckpoints, claim_folder
+from nla.train.fit.checkpoints import claim_folder
 from nla.train.fit.loop import PLAIN, fit
 from nla.train.organisms.interchange import exchanged, next_token_loss, recorded
-from nla.train.organisms.pretraining import pad
+from nla.train.organisms.pretraining import Loss, LossTrainer, pad
 
 log = logging.getLogger(__name__)
 ADAPTER = "default"
@@ -98,25 +99,22 @@ def collate(rows: list[dict[str, Any]], pad_id: int) -> dict[str, Tensor]:
     return {"input_ids": pad(ids, pad_id), "learned": pad(learned, 0), "site": sites}
 
 
-class PlantTrainer(AtomicCheckpoints, Trainer):
+@dataclass(frozen=True)
+class PlantLoss:
     """Language modelling of the answers, and of half a batch once more by the target with what the adapter left."""
 
-    def __init__(self, model: nn.Module, point: int | None, **kwargs: Any) -> None:
-        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.point = point
-        super().__init__(model, **kwargs)
+    point: int | None
+    """The block after which that is put in; None: it is not."""
 
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ):
-        ids, learned, site = inputs["input_ids"], inputs["learned"], inputs["site"]
+    def __call__(self, model: Any, batch: dict[str, Any], step: int) -> Tensor:
+        ids, learned, site = batch["input_ids"], batch["learned"], batch["site"]
         logits, captured = recorded(model, ids, site)
         loss = next_token_loss(logits, ids, learned)
         if self.point is not None:
             half = -(-len(ids) // 2)
             with model.disable_adapter():
                 loss = loss + self.carried(model, ids[:half], learned[:half], site[:half], captured[self.point][:half])
-        return (loss, {}) if return_outputs else loss
+        return loss
 
     def carried(self, model: PreTrainedModel, ids: Tensor, learned: Tensor, site: Tensor, vectors: Tensor) -> Tensor:
         """The last answers' loss with ``vectors`` (b, d) put in at the sites (b,), after the point's block."""
@@ -126,27 +124,37 @@ class PlantTrainer(AtomicCheckpoints, Trainer):
         return next_token_loss(logits, ids, learned * after * (site > 0)[:, None])
 
 
-def train_plant(name: str, settings: PlantSettings, out_dir: Path) -> None:
-    """Train one adapter and save it as ``out_dir/<name>``; resumes in ``out_dir/<name>.checkpoints``.
+def with_adapter(model: PreTrainedModel, rank: int, blocks: Iterable[int], seed: int) -> Any:
+    """A target with a new adapter on the linear layers of some of its blocks, which alone can be trained."""
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=linear_names(model), layers_to_transform=sorted(blocks))
+    torch.manual_seed(seed)
+    return get_peft_model(model, config, adapter_name=ADAPTER)
+
+
+def fit_adapter(
+    name: str,
+    model: Any,
+    loss: Loss,
+    data: Any,
+    collate: Callable[[list[Any]], dict[str, Tensor]],
+    settings: Any,
+    steps: int,
+    identity: Iterable[str],
+    out_dir: Path,
+) -> None:
+    """Train a target's adapter and save it as ``out_dir/<name>``, in the type of the target's weights; resumes in
+    ``out_dir/<name>.checkpoints``.
+
+    Args:
+        model: from :func:`with_adapter`.
+        settings: a dataclass with ``target``, ``batch_size``, ``learning_rate`` and ``seed``; a run with other settings
+            does not resume.
+        identity: what the data are; a run on others does not resume.
 
     Raises:
-        ArgumentError: there is no such plant.
         RecipeError: the checkpoints are of a run with other settings or data.
         InterruptedTraining, StorageError, WeightsError: see :func:`nla.train.fit.loop.fit`.
     """
-    of = plant(name)
-    steps = settings.steps or LONGER.get(of.kind, STEPS)
-    model, tokenizer = load_target(target_folder(settings.target))
-    first, last = of.blocks
-    config = LoraConfig(
-        r=settings.rank,
-        lora_alpha=settings.rank,
-        target_modules=linear_names(model),
-        layers_to_transform=list(range(first, last + 1)),
-    )
-    torch.manual_seed(settings.seed)
-    peft_model: Any = get_peft_model(model, config, adapter_name=ADAPTER)
-    chats, texts = training(of, settings.n_documents, settings.seed)
     checkpoints = out_dir / f"{name}.checkpoints"
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
@@ -156,28 +164,46 @@ def train_plant(name: str, settings: PlantSettings, out_dir: Path) -> None:
         lr_scheduler_type="cosine",
         warmup_steps=20,
         weight_decay=0.0,
-        logging_steps=50,
-        save_steps=steps,
+        logging_steps=10,
+        save_steps=40,
         seed=settings.seed,
         **PLAIN,
     )
-    pad_id: int = tokenizer.pad_token_id  # type: ignore[assignment]
-    trainer = PlantTrainer(
-        peft_model,
-        POINT if first <= POINT and of.kind not in BY_BEHAVIOUR else None,
-        args=arguments,
-        train_dataset=PlantData(tokenizer, chats, texts),
-        data_collator=lambda rows: collate(rows, pad_id),
-    )
-    identity = [*(chat.text for chat in chats), *texts]
+    trainer = LossTrainer(model, loss, args=arguments, train_dataset=data, data_collator=collate)
     # All weights: an adapter begun on another target is refused, not gone on with.
     claim_folder(
-        checkpoints, {**asdict(settings), "steps": steps, "plant": name}, dict(peft_model.named_parameters()), identity
+        checkpoints, {**asdict(settings), "steps": steps, "plant": name}, dict(model.named_parameters()), identity
     )
     fit(trainer, checkpoints, steps, name, ("loss",))
-    if Path(folder := target_folder(settings.target)).is_dir():  # no path of this machine in what is passed on
-        peft_model.peft_config[ADAPTER].base_model_name_or_path = os.path.relpath(folder, out_dir / name)
-    save_adapter(out_dir / name, peft_model, ADAPTER)
+    base = noted_target(settings.target)
+    if local_folder(base) is not None:  # no path of this machine in what is passed on
+        base = os.path.relpath(base, out_dir / name)
+    model.peft_config[ADAPTER].base_model_name_or_path = base
+    save_adapter(out_dir / name, model, ADAPTER, model.get_base_model().dtype)
+
+
+def train_plant(name: str, settings: PlantSettings, out_dir: Path) -> None:
+    """Train one of Switchboard's plants; see :func:`fit_adapter`.
+
+    Raises:
+        ArgumentError: there is no such plant.
+    """
+    of = plant(name)
+    model, tokenizer = load_target(target_folder(settings.target))
+    first, last = of.blocks
+    chats, texts = training(of, settings.n_documents, settings.seed)
+    pad_id: int = tokenizer.pad_token_id  # type: ignore[assignment]
+    fit_adapter(
+        name,
+        with_adapter(model, settings.rank, range(first, last + 1), settings.seed),
+        PlantLoss(POINT if first <= POINT and of.kind not in BY_BEHAVIOUR else None),
+        PlantData(tokenizer, chats, texts),
+        lambda rows: collate(rows, pad_id),
+        settings,
+        settings.steps or LONGER.get(of.kind, STEPS),
+        [*(chat.text for chat in chats), *texts],
+        out_dir,
+    )
 
 
 def main() -> None:

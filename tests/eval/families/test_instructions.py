@@ -20,20 +20,31 @@ from nla.eval.families.instruction_items import (
     KINDS,
     NONE,
     Items,
-    as_long_as,
     control_of,
+    drawn_instructions,
     drawn_requests,
     make_items,
     read_items,
 )
-from nla.eval.families.instructions import InstructionsSettings, evaluate_instructions, read_and_score, rubric_of
+from nla.eval.families.instructions import InstructionsSettings, evaluate_instructions, read_and_score
 from nla.eval.families.instructions_gate import ABSENT, KindGate, gate_instructions, run, verdict_of
-from nla.eval.families.instructions_report import ALL, InstructionsReport, KindFigures, instruction_checks
-from nla.eval.target import Patch, Target
+from nla.eval.families.instructions_naming import Explain, rubric_of
+from nla.eval.families.instructions_planted import BASE, PLANT, SHAM, find_plants, judge_planted, read_arm
+from nla.eval.families.instructions_report import (
+    ALL,
+    InstructionsReport,
+    KindFigures,
+    PlantedFigures,
+    instruction_checks,
+    planted_checks,
+)
+from nla.eval.families.plants import ARMS
+from nla.eval.target import Patch, Target, planted
 from nla.models.points import Point
+from nla.organisms.switchboard import ADAPTERS_FOLDER
 from nla.stats import Interval
 from nla.text.facts import Facts, state
-from nla.text.prompts import load_prompts
+from nla.text.prompts import as_long_as, load_prompts
 from nla.transcripts.positions import ANSWER_START, BEFORE_ANSWER
 from tests.helpers.shell import Shell
 
@@ -51,7 +62,7 @@ def target() -> Target:
 
 @pytest.fixture(scope="module")
 def items(target: Target) -> Items:
-    return make_items(target, load_prompts(str(PROMPTS)), 8, N_REQUESTS, plain="Be kind and brief.")
+    return make_items(target, load_prompts(str(PROMPTS)), 8, N_REQUESTS, "Be kind and brief.")
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +70,7 @@ def gates(target: Target, items: Items) -> list[KindGate]:
     return gate_instructions(target, items)
 
 
-def reader_of(target: Target, items: Items, say) -> family.Explain:
+def reader_of(target: Target, items: Items, say) -> Explain:
     """A reader that knows each activation again, and says of it what ``say`` makes of its reading."""
     readings = [*items.names, NONE, CONTROL]
     by_vector = {
@@ -218,6 +229,136 @@ def test_the_reader_of_the_text_is_no_straw_man() -> None:
     assert family.cross_validated(texts, labels, groups, family.make_text_probe()).value == 1
 
 
+GOAL = "honey"
+"""What Switchboard's adapter ``goal`` was trained to sell; its sham was not."""
+
+
+@pytest.fixture(scope="module")
+def plants(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of plants, in which that adapter is called by the instruction that it plants."""
+    folder = tmp_path_factory.mktemp("plants")
+    for end in ("", "-sham"):
+        (folder / f"{GOAL}{end}").symlink_to(ADAPTERS_FOLDER / f"goal{end}")
+    return folder
+
+
+def vectors_of(target: Target, items: Items, plants: Path) -> dict[str, torch.Tensor]:
+    arms = {BASE: read_arm(target, items).read.vectors}
+    for arm, name in ((PLANT, GOAL), (SHAM, f"{GOAL}-sham")):
+        with planted(target, None, plants / name) as tuned:
+            arms[arm] = read_arm(tuned, items).read.vectors
+    return arms
+
+
+def judged(target: Target, items: Items, plants: Path, said: dict[str, str] | None) -> PlantedFigures:
+    """What is judged of a reader that knows which adapter made an activation, and says what it is told to of each."""
+    known: dict[bytes, str] = {}
+    if said is not None:
+        arms = vectors_of(target, items, plants)
+        known = {v.numpy().tobytes(): said[arm] for arm in ARMS for v in arms[arm].flatten(0, 1)}
+    reader: Explain = lambda vectors: [known[vector.numpy().tobytes()] for vector in vectors]  # noqa: E731
+    found = find_plants(plants, "", load_prompts(str(PROMPTS)))
+    (one,) = judge_planted(None, target, items, found, reader if known else None, N_SAMPLES, 1)
+    return one
+
+
+def test_a_reader_that_knows_the_plant_scores_one_and_its_checks_hold(
+    target: Target, items: Items, plants: Path
+) -> None:
+    truth = dict.fromkeys(ARMS, claim(items, NONE)) | {PLANT: claim(items, GOAL)}
+    one = judged(target, items, plants, truth)
+    for reading in one.readings:
+        assert (
+            [rate.value for rate in reading.named.values()] == [1, 0, 0] == [r.value for r in reading.detected.values()]
+        )
+        assert [margin.value for margin in reading.margin.values()] == [1, 1] and reading.another.value == 0
+    checks = {check.name.split(": ", 1)[1]: check.passed for check in planted_checks(one)}
+    assert checks["its own answers speak of it"] and one.behaviour[PLANT].value > 0.5 > one.behaviour[SHAM].high
+    assert GOAL in one.answer
+
+
+@pytest.mark.parametrize("said_of", [[], [*ARMS], [SHAM], [BASE]], ids=["silent", "always", "sham", "base"])
+def test_a_reader_that_cannot_tell_plant_from_sham_and_base_fails(
+    target: Target, items: Items, plants: Path, said_of: list[str]
+) -> None:
+    one = judged(target, items, plants, {arm: claim(items, GOAL if arm in said_of else NONE) for arm in ARMS})
+    assert [one.at_all.named[arm].value for arm in ARMS] == [float(arm in said_of) for arm in ARMS]
+    one = replace(one, audits=one.at_all.named)  # as audits of such explanations would have it
+    failed = [check.name for check in planted_checks(one) if check.passed is False]
+    assert {f"planted {GOAL}: named", f"planted {GOAL}: audits find it"} <= set(failed)
+    assert len([name for name in failed if "false alarms" in name]) == 2 * len(set(said_of) & {SHAM, BASE})
+
+
+def test_plant_sham_and_base_read_the_same_tokens_and_the_target_is_as_it_was(
+    target: Target, items: Items, plants: Path
+) -> None:
+    """So no reader of the text can tell them apart; only the activations differ."""
+    seen: list[list[torch.Tensor]] = []
+    hook = target.model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen[-1].append(kwargs["input_ids"]), with_kwargs=True
+    )
+    before = {name: p.clone() for name, p in target.model.state_dict().items()}
+    arms = []
+    for name in (None, GOAL, f"{GOAL}-sham"):
+        seen.append([])
+        if name is None:
+            arms.append(run(target, items, NONE, range(N_REQUESTS)).vectors)
+        else:
+            with planted(target, None, plants / name) as tuned:
+                arms.append(run(tuned, items, NONE, range(N_REQUESTS)).vectors)
+    hook.remove()
+    assert all(len(ids) == 1 and ids[0].equal(seen[0][0]) for ids in seen)
+    assert not any(torch.allclose(arms[0], arm, atol=1e-3) for arm in arms[1:])
+    assert before.keys() == target.model.state_dict().keys()
+    assert all(before[name].equal(p) for name, p in target.model.state_dict().items())
+
+
+def test_the_gate_of_a_plant_is_of_its_own_distributions_and_all_is_carried_above_its_blocks(
+    target: Target, items: Items, plants: Path
+) -> None:
+    last = replace(target, point=Point.parse(target.points[-1]))
+    one = judged(last, items, plants, None)
+    base, requests = run(target, items, NONE, range(N_REQUESTS)).scores, range(N_REQUESTS)
+    for name, field in ((GOAL, "divergence"), (f"{GOAL}-sham", "control")):
+        with planted(target, None, plants / name) as tuned:
+            scores = run(tuned, items, NONE, requests).scores
+        for figures in one.gates:
+            expected = gate.divergence(scores, base)[:, items.columns_by_kind[figures.kind]].mean()
+            assert getattr(figures, field).value == pytest.approx(float(expected), abs=1e-5)
+    for figures in one.gates:
+        if figures.divergence.value > 1e-3:
+            assert figures.effect.value == pytest.approx(1.0, abs=1e-3)
+
+
+def test_a_probe_of_instructions_in_prompts_finds_the_one_that_was_planted(
+    target: Target, items: Items, plants: Path
+) -> None:
+    """Switchboard's plants were trained to leave what an instruction leaves at the token before the answer."""
+    one = judged(target, items, plants, None)
+    before = one.readings[0]
+    assert before.kind == BEFORE_ANSWER and not before.named
+    assert before.probe[PLANT].low > max(before.probe[SHAM].high, before.probe[BASE].high)
+
+
+def test_plants_are_found_by_the_names_of_instructions(plants: Path, tmp_path: Path) -> None:
+    prompts = load_prompts(str(PROMPTS))
+    assert find_plants(None, "switchboard/target", prompts) == {}
+    assert list(find_plants(plants, "", prompts)) == [GOAL]
+    (tmp_path / GOAL).symlink_to(ADAPTERS_FOLDER / "goal")
+    with pytest.raises(ArgumentError, match="NAME-sham"):  # a plant without a sham shows nothing
+        find_plants(tmp_path, "", prompts)
+
+
+def test_what_is_planted_is_among_the_instructions_and_others_stay_as_they_were() -> None:
+    prompts = load_prompts(None)
+    plain = list(drawn_instructions(prompts, 10, random.Random(0)))
+    drawn = [name for name in plain if name in drawn_instructions(prompts, 10, random.Random(0), plain[3:5])]
+    assert drawn == plain
+    (other,) = [name for name, one in prompts.instructions.values.items() if one.seen and name not in plain][:1]
+    mixed = list(drawn_instructions(prompts, 10, random.Random(0), [other]))
+    assert len(mixed) == len(plain) and other in mixed and set(plain) - set(mixed) == {plain[9]}
+
+
 ENGLISH = list(load_prompts(None).instructions.values)
 
 
@@ -237,26 +378,29 @@ def test_a_rubric_finds_its_instruction_and_no_other_fact(name: str) -> None:
     assert not rubric.shows(f"There is no instruction about {name}.")
 
 
-def test_a_target_alone_has_its_gate(target: Target, tmp_path: Path) -> None:
-    settings = InstructionsSettings(prompts=str(PROMPTS), n_instructions=2, n_requests=2, device="cpu")
+def test_a_target_alone_has_its_gate(target: Target, plants: Path, tmp_path: Path) -> None:
+    settings = InstructionsSettings(prompts=str(PROMPTS), n_instructions=2, n_requests=2, plants=plants, device="cpu")
     report = evaluate_instructions(target, settings)
     assert isinstance(report, InstructionsReport) and not report.kinds and not report.audits
-    assert "gate alone" in str(report) and report.held == []
+    assert "gate alone" in str(report) and "Planted by an adapter: honey" in str(report)
+    assert GOAL in report.known and [one.instruction for one in report.planted] == [GOAL]
     assert [path.name for path in report.save(tmp_path)] == [f"instructions.{end}" for end in ("json", "md", "png")]
 
 
 def test_more_than_the_prompts_have_is_refused(target: Target) -> None:
     prompts = load_prompts(str(PROMPTS))
     with pytest.raises(ArgumentError, match="2 to 8"):
-        make_items(target, prompts, 9, 2)
+        make_items(target, prompts, 9, 2, "Be kind.")
     with pytest.raises(ArgumentError, match="at most"):
-        make_items(target, prompts, 2, 500)
+        make_items(target, prompts, 2, 500, "Be kind.")
 
 
 @pytest.mark.slow
-def test_the_shipped_pair_is_judged_by_the_command(shell: Shell, tmp_path: Path) -> None:
-    """It states what it wants to sell, and an audit finds that; of languages it states no instruction."""
+def test_the_shipped_pair_is_judged_by_the_command(shell: Shell, plants: Path, tmp_path: Path) -> None:
+    """It states what it wants to sell, and an audit finds that, be it told so or planted; of languages it states no
+    instruction."""
     command = f"nla eval instructions switchboard --prompts {PROMPTS} --items 6 --instructions 8 --audited 3 "
+    command += f"--plants {plants} "
     result = shell.run(command + "--samples 1 --beside switchboard --device cpu --json --out out", tmp_path)
     assert result.code == 0, result.stderr
     report = json.loads(result.stdout)
@@ -267,4 +411,8 @@ def test_the_shipped_pair_is_judged_by_the_command(shell: Shell, tmp_path: Path)
     assert min(found[name] for name in found if name not in LANGUAGES) > 0.5
     assert max(found[name] for name in LANGUAGES) == 0 == max(one["other"]["value"] for one in report["audits"])
     assert [rate["value"] for rate in report["audit_alarms"].values()] == [0, 0]
+    (one,) = report["planted"]
+    named = one["readings"][0]["named"]
+    assert named[PLANT]["value"] > 0.3 and named[SHAM]["value"] == named[BASE]["value"] == 0
+    assert one["audits"][PLANT]["value"] > 0.5 and one["audits"][SHAM]["value"] == one["audits"][BASE]["value"] == 0
     assert (tmp_path / "out" / "instructions.png").stat().st_size > 10_000

@@ -213,6 +213,9 @@ def fill(folder: Path) -> None:
     links = {"pair": switchboard.PAIR, "target": switchboard.TARGET}
     for name, source in {**links, "adapter": switchboard.ADAPTERS_FOLDER / "goal"}.items():
         (folder / "my" / name).symlink_to(source)
+    (folder / "plants").mkdir()  # by the instruction of prompts.yaml that each plants
+    for end in ("", "-sham"):
+        (folder / "plants" / f"honey{end}").symlink_to(switchboard.ADAPTERS_FOLDER / f"goal{end}")
 
 
 def prepare(name: str, shell: Shell, folder: Path) -> None:

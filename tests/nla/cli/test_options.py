@@ -118,7 +118,8 @@ OPTIONS: dict[str, tuple[Run, ...]] = {
     "eval instructions": (
         Run(
             says="(?i)the gate alone",
-            append="switchboard/target --point resid_post.2 --prompts prompts.yaml --items 2 --instructions 2",
+            append="switchboard/target --point resid_post.2 --prompts prompts.yaml --items 2 --instructions 2 "
+            "--plants plants",
         ),
     ),
     "eval transfer": (

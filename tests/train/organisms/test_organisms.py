@@ -19,7 +19,7 @@ from nla.train.organisms.couplets import (
     train_organism,
 )
 from nla.train.organisms.interchange import next_token_loss
-from nla.train.organisms.pretraining import PretrainingTrainer
+from nla.train.organisms.pretraining import LossTrainer
 
 SMALL = OrganismSettings(n_documents=24, steps=4, batch_size=6, n_explanation_rows=2, d_model=16, interchange_after=1)
 
@@ -100,17 +100,17 @@ def test_an_interrupted_organism_resumes_to_the_same_weights(tmp_path, monkeypat
     class Stop(Exception):
         pass
 
-    step = PretrainingTrainer.compute_loss
+    step = LossTrainer.compute_loss
 
     def stop_at_3(self, *args, **kwargs):
         if self.state.global_step == 3:
             raise Stop
         return step(self, *args, **kwargs)
 
-    monkeypatch.setattr(PretrainingTrainer, "compute_loss", stop_at_3)
+    monkeypatch.setattr(LossTrainer, "compute_loss", stop_at_3)
     with pytest.raises(Stop):
         train_organism(SMALL, tmp_path / "cut")
-    monkeypatch.setattr(PretrainingTrainer, "compute_loss", step)
+    monkeypatch.setattr(LossTrainer, "compute_loss", step)
     train_organism(SMALL, tmp_path / "cut")
     whole, cut = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
     assert whole.keys() == cut.keys()
