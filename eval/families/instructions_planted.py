@@ -100,7 +100,6 @@ def judge_planted(
                 arms[arm] = read_arm(with_adapter, items, seed)
         arms[BASE] = base
         vectors = torch.stack([arms[arm].read.vectors for arm in ARMS])
-        probed = probe(stated, vectors, items.names.index(name), seed)
         spoken = rubric_of(name).said_words
         figures.append(
             PlantedFigures(
@@ -108,7 +107,7 @@ def judge_planted(
                 {arm: Rate.of(bool(spoken.hits(text)) for text in arms[arm].answers) for arm in ARMS},
                 next((text for text in arms[PLANT].answers if spoken.hits(text)), arms[PLANT].answers[0]),
                 gate(name, target, items, arms, seed),
-                readings(name, items, vectors, probed, explain, n_samples, seed),
+                readings(name, items, stated, vectors, explain, n_samples, seed),
                 {} if nla is None else audits(nla, items, name, folders, n_samples, n_chats, seed),
             )
         )
@@ -165,13 +164,18 @@ def probe(
 def readings(
     name: str,
     items: Items,
+    stated: Float[Tensor, "k n c d"],
     vectors: Float[Tensor, "a n c d"],
-    probed: Bool[Tensor, "a n c"],
     explain: Explain | None,
     n_samples: int,
     seed: int = 0,
 ) -> list[PlantedReading]:
-    """What is read at each kind of token, and at all. Intervals by request."""
+    """What is read at each kind of token, and at all. Intervals by request.
+
+    Args:
+        stated: activations under instructions in prompts, for the probe; see :func:`probe`.
+        vectors: of the arms.
+    """
     hits = None
     if explain is not None:
         names = [name, *(other for other in items.names if other != name and items.known[other])]
@@ -189,7 +193,7 @@ def readings(
 
     found = []
     for kind, columns in {**items.columns_by_kind, ALL: list(range(items.n_columns))}.items():
-        seen = probed[:, :, columns]
+        seen = probe(stated[:, :, columns], vectors[:, :, columns], items.names.index(name), seed)
         if hits is None:
             found.append(PlantedReading(kind, rates(seen), {}, {}, {}, None))
             continue

@@ -29,7 +29,7 @@ from nla.eval.families.instruction_items import (
 from nla.eval.families.instructions import InstructionsSettings, evaluate_instructions, read_and_score
 from nla.eval.families.instructions_gate import ABSENT, KindGate, gate_instructions, run, verdict_of
 from nla.eval.families.instructions_naming import Explain, rubric_of
-from nla.eval.families.instructions_planted import BASE, PLANT, SHAM, find_plants, judge_planted, read_arm
+from nla.eval.families.instructions_planted import BASE, PLANT, SHAM, find_plants, judge_planted, probe, read_arm
 from nla.eval.families.instructions_report import (
     ALL,
     InstructionsReport,
@@ -330,14 +330,11 @@ def test_the_gate_of_a_plant_is_of_its_own_distributions_and_all_is_carried_abov
             assert figures.effect.value == pytest.approx(1.0, abs=1e-3)
 
 
-def test_a_probe_of_instructions_in_prompts_finds_the_one_that_was_planted(
-    target: Target, items: Items, plants: Path
-) -> None:
-    """Switchboard's plants were trained to leave what an instruction leaves at the token before the answer."""
-    one = judged(target, items, plants, None)
-    before = one.readings[0]
-    assert before.kind == BEFORE_ANSWER and not before.named
-    assert before.probe[PLANT].low > max(before.probe[SHAM].high, before.probe[BASE].high)
+def test_a_probe_of_instructions_finds_the_one_that_is_at_work_in_other_requests(target: Target, items: Items) -> None:
+    stated = read_items(target, items, [*items.names, NONE])[:, :, :1]
+    number = items.names.index(GOAL)
+    found = probe(stated, stated[[number, number - 1, -1]], number).double().mean((1, 2))
+    assert found[0] > 0.8 and found[1:].max() < 0.2
 
 
 def test_plants_are_found_by_the_names_of_instructions(plants: Path, tmp_path: Path) -> None:
