@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -155,8 +155,8 @@ def probe(
     for fitted, held_out in GroupKFold(min(n_folds, n_requests)).split(range(n_requests), groups=range(n_requests)):
         rows = stated[:, fitted].flatten(0, 2).double().numpy()
         labels = torch.arange(n_readings).repeat_interleave(len(fitted) * n_columns).numpy()
-        reader = make_vector_probe(LOGISTIC, len(rows), width, seed).fit(rows, labels)
-        guessed = reader.predict(vectors[:, held_out].flatten(0, 2).double().numpy())
+        reader: Any = make_vector_probe(LOGISTIC, len(rows), width, seed)
+        guessed = reader.fit(rows, labels).predict(vectors[:, held_out].flatten(0, 2).double().numpy())
         said[:, held_out] = torch.from_numpy(guessed == number).reshape(len(vectors), len(held_out), n_columns)
     return said
 
