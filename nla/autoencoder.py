@@ -19,7 +19,7 @@ from nla.baselines import GLOBAL, UNKNOWN_STRATUM
 from nla.config import NLAConfig
 from nla.errors import ArgumentError, ConfigError, ShapeError, visible
 from nla.metrics import Baseline, cosine, unit
-from nla.models.generate import ends_of
+from nla.models.generate import Watch, ends_of
 from nla.models.points import Point, block, device_of, unwrapped
 from nla.models.read import Activations, Intervene, Strata, read
 from nla.models.selfcheck import check_stream
@@ -383,6 +383,7 @@ class NLA:
         max_new_tokens: int | None = None,
         batch_size: int = 512,
         greedy: bool = False,
+        watch: Watch | None = None,
     ) -> Explanations:
         """Explain activations: sampled texts, how well each reconstructs its activation, and how far to trust them.
 
@@ -396,6 +397,7 @@ class NLA:
             max_new_tokens: longest answer; None: as the pair's config says.
             batch_size: explanations that are sampled together.
             greedy: one sample, the likeliest text, whatever ``samples`` says.
+            watch: sees the answers grow, and may end some; of activation i they are ``i * samples`` and those after it.
 
         Raises:
             NLAError: see :meth:`nla.pair.encoder.Encoder.generate`.
@@ -403,8 +405,8 @@ class NLA:
         vectors, samples = vectors_of(acts), 1 if greedy else samples
         known = acts if isinstance(acts, Activations) else None
         seed = whole_seeds(seed)
-        seed = _seeds(seed, known, vectors) if isinstance(seed, int) else seed
-        written = self.encoder.generate(vectors, samples, temperature, max_new_tokens, seed, greedy, batch_size)
+        seed = seeds_of(seed, known, vectors) if isinstance(seed, int) else seed
+        written = self.encoder.generate(vectors, samples, temperature, max_new_tokens, seed, greedy, batch_size, watch)
         predicted = self.decoder.decode([*written.explanations, ""], strict=False)
         mean = [self.baselines[GLOBAL].mean] if GLOBAL in self.baselines else []
         # Both are the same in every call: a margin does not depend on what else is explained with an activation.
@@ -488,8 +490,12 @@ def vectors_of(acts: Activations | Vectors) -> Float[Tensor, "n d"]:
         raise ShapeError(got, "a tensor, an array or lists of numbers, (n, d)", "give rows of one length") from error
 
 
-def _seeds(seed: int, acts: Activations | None, vectors: Float[Tensor, "n d"]) -> list[int]:
-    """A seed for each activation, by its place in its text, or by its values where no text is known."""
+def seeds_of(seed: int, acts: Activations | None, vectors: Float[Tensor, "n d"]) -> list[int]:
+    """A seed for each activation, by its place in its text, or by its values where no text is known.
+
+    What :meth:`NLA.explain` makes of one seed: activations of several calls can be explained in one, with the same
+    samples.
+    """
     if acts is None:
         keys = [row.tobytes() for row in vectors.numpy()]
     else:

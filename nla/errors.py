@@ -168,6 +168,18 @@ class MissingExtraError(NLAError, ImportError):
     """Something optional is asked for that is not installed."""
 
 
+class RequestError(NLAError):
+    """A server refuses a request: not allowed, malformed, too large, of what is not served, or one too many."""
+
+    def __init__(self, got: str, expected: str, fix: str, status: int) -> None:
+        super().__init__(got, expected, fix)
+        self.status = status
+        """Of HTTP, such as 404."""
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.got, self.expected, self.fix, self.status)
+
+
 class InterruptedTraining(NLAError):
     """Training was stopped; what it had reached is saved and the same command resumes it."""
 

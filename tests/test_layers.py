@@ -13,7 +13,7 @@ ROOMS = (
     ("models",),
     ("transcripts", "store", "pair"),
     ("autoencoder",),
-    ("audit", "formats"),
+    ("audit", "formats", "serve"),
     ("train", "eval"),
     ("cli",),
 )

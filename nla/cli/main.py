@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import typer
 from typer.exceptions import TyperException
 
-from nla.cli import audit, demo, evaluate, explain, formats, readers, train
+from nla.cli import audit, demo, evaluate, explain, formats, readers, serve, train
 from nla.cli.console import INTERNAL, INTERRUPTED, OK, USAGE
 from nla.cli.options import CONTEXT, Group, add
 from nla.errors import InterruptedTraining, NLAError, visible
@@ -145,7 +145,7 @@ def nla(
     """
 
 
-add(app, demo.demo, explain.explain, explain.steer)
+add(app, demo.demo, explain.explain, explain.steer, serve.serve)
 app.add_typer(evaluate.app)
 add(app, audit.audit, readers.trace, readers.probe, train.train, train.recipe, train.extract)
 app.add_typer(formats.import_app)

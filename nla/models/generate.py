@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -37,6 +37,11 @@ bytes, or this share of the weights' own if that is more, since each step reads 
 """
 _DISTRIBUTIONS = 5
 """Copies of a row's logits that choosing a token holds at once."""
+
+
+Watch = Callable[[Int[Tensor, " b"], Int[Tensor, "b t"]], Bool[Tensor, " b"]]
+"""From the numbers of a batch's answers and their tokens so far, on the CPU: which end here. What stands after an end
+token is no part of an answer."""
 
 
 class Generated(NamedTuple):
@@ -78,6 +83,7 @@ def generate(
     forbidden: Sequence[int] = (),
     processors: Sequence[LogitsProcessor] = (),
     stopping: Sequence[StoppingCriteria] = (),
+    watch: Watch | None = None,
     intervene: Intervene | None = None,
     batches: Sequence[Sequence[int]] | None = None,
     max_tokens_per_batch: int = MAX_TOKENS_PER_BATCH,
@@ -105,6 +111,7 @@ def generate(
         forbidden: token ids that are never written.
         processors: what else changes the logits before a token is chosen.
         stopping: what else ends a row, whose answer then has no end token.
+        watch: sees each batch's answers after every token, and may end some, which then have no end token either.
         intervene: a context for each batch, such as an injection.
         batches: numbers of the prompts of each batch; None: by length, up to ``max_tokens_per_batch``.
         copies: answers to each prompt: answer ``i * copies + j`` is number j of prompt i.
@@ -132,9 +139,9 @@ def generate(
             if at_once and common is not None:
                 choose = _Chooser(temperature, generator, drawn, forbidden)
                 prompt = _Prompt(torch.tensor(prompts[batch[0]], device=device), common, numbers, copies, intervene)
-                answer = _write_together(whole, prompt, choose, ends, pad, max_new_tokens).cpu()
-                answers.append(answer)
-                real.append(torch.full((len(rows),), answer.shape[1]))
+                answer, lengths = _write_together(whole, prompt, choose, ends, pad, max_new_tokens, watch)
+                answers.append(answer.cpu())
+                real.append(lengths)
                 continue
             ids = pad_sequence(
                 [torch.tensor(prompts[number], dtype=torch.int64) for number in batch for _ in range(copies)],
@@ -146,7 +153,8 @@ def generate(
             mask = (torch.arange(ids.shape[1]) >= padding[:, None]).long()
             banned = [SuppressTokensLogitsProcessor(list(forbidden), str(device))] if forbidden else []
             choosers = [] if temperature is None else [Sampling(temperature, generator, drawn, ids.shape[1])]
-            stops = Stops(stopping, ids)
+            criteria = [*stopping, *([] if watch is None else [_Watching(watch, rows, ids.shape[1])])]
+            stops = Stops(criteria, ids)
             owners = numbers.repeat_interleave(copies)
             with intervene(owners, padding) if intervene else contextlib.nullcontext():
                 out = whole.generate(
@@ -154,11 +162,11 @@ def generate(
                     attention_mask=mask.to(device),
                     generation_config=_settings(ends, pad, max_new_tokens),
                     logits_processor=LogitsProcessorList([*processors, *banned, *choosers]),
-                    stopping_criteria=StoppingCriteriaList([stops] if stopping else []),
+                    stopping_criteria=StoppingCriteriaList([stops] if criteria else []),
                 )
             answer = out[:, ids.shape[1] :].cpu()
             answers.append(answer)
-            real.append(stops.lengths if stopping else torch.full((len(rows),), answer.shape[1]))
+            real.append(stops.lengths if criteria else torch.full((len(rows),), answer.shape[1]))
     order = [[number * copies + copy for number in batch for copy in range(copies)] for batch in batches]
     return _gathered(answers, real, order, len(prompts) * copies, ends, pad)
 
@@ -260,12 +268,20 @@ _FEWER = 0.85
 
 
 def _write_together(
-    model: Any, prompt: _Prompt, choose: _Chooser, ends: Sequence[int], pad: int, max_new_tokens: int
-) -> Int[Tensor, "n t"]:
-    """Answers to one prompt, ``copies`` for each of its numbers."""
+    model: Any,
+    prompt: _Prompt,
+    choose: _Chooser,
+    ends: Sequence[int],
+    pad: int,
+    max_new_tokens: int,
+    watch: Watch | None,
+) -> tuple[Int[Tensor, "n t"], Int[Tensor, " n"]]:
+    """Answers to one prompt, ``copies`` for each of its numbers, and how many tokens each has unless it ends before."""
     cache, logits = _read_once(model, prompt)
     n, device = len(prompt.numbers) * prompt.copies, logits.device
     rows = torch.arange(n, device=device)
+    numbers = (prompt.numbers[:, None] * prompt.copies + torch.arange(prompt.copies)).reshape(-1)
+    lengths = torch.full((n,), max_new_tokens)
     answers = torch.full((n, max_new_tokens), pad, dtype=torch.int64, device=device)
     stops, done = torch.tensor(list(ends), dtype=torch.int64, device=device), torch.zeros(n, dtype=torch.bool)
     together = _Together(cache, prompt.copies, max_new_tokens)
@@ -275,15 +291,19 @@ def _write_together(
             tokens = choose(logits, rows, step)
             answers[rows, step] = tokens
             done |= torch.isin(tokens, stops).cpu()
+            if watch is not None:
+                told = watch(numbers, answers[:, : step + 1].cpu()) & (lengths > step)
+                lengths[told] = step + 1
+                done |= told[rows.cpu()]
             if done.all() or step + 1 == max_new_tokens:
-                return answers[:, : step + 1]
+                return answers[:, : step + 1], lengths
             if choose.by_row and (~done).sum() <= _FEWER * len(done):
                 kept = (~done).nonzero()[:, 0].to(device)
                 together.keep(kept)
                 rows, tokens, done = rows[kept], tokens[kept], torch.zeros(len(kept), dtype=torch.bool)
             out = model(input_ids=tokens[:, None], past_key_values=together.cache, use_cache=True)
             logits = out.logits[:, -1]
-    return answers
+    return answers, lengths
 
 
 def _read_once(model: Any, prompt: _Prompt) -> tuple[DynamicCache, Float[Tensor, "u v"]]:
@@ -409,6 +429,16 @@ class Stops(StoppingCriteria):
         self.lengths[~self._done] = input_ids.shape[1] - self.prompt_length
         self._done |= done.cpu()
         return done
+
+
+class _Watching(StoppingCriteria):
+    """A watch as transformers calls it."""
+
+    def __init__(self, watch: Watch, rows: Int[Tensor, " b"], prompt_length: int) -> None:
+        self.watch, self.rows, self.prompt_length = watch, rows, prompt_length
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: object) -> Tensor:  # type: ignore[override]
+        return self.watch(self.rows, input_ids[:, self.prompt_length :].cpu()).to(input_ids.device)
 
 
 def ends_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from nla.config import NLAConfig
 from nla.errors import ArgumentError, ContextLengthError
 from nla.metrics import rescale
-from nla.models.generate import ends_of, generate, pad_of, rows_at_a_time, seeded
+from nla.models.generate import Watch, ends_of, generate, pad_of, rows_at_a_time, seeded
 from nla.models.hooks import inject, locate_marker
 from nla.models.points import context_length, device_of, unwrapped
 from nla.pair.roles import Roles
@@ -68,6 +68,7 @@ class Encoder:
         seed: int | Sequence[int] | None = 0,
         greedy: bool = False,
         batch_size: int = 512,
+        watch: Watch | None = None,
     ) -> Rollouts:
         """Answers to activations of any norm.
 
@@ -79,6 +80,7 @@ class Encoder:
                 on the others in the call; None draws from the global random state.
             greedy: the likeliest token at each step instead of sampling.
             batch_size: rows (activations × samples) at a time; see :func:`nla.models.generate.rows_at_a_time`.
+            watch: sees the answers grow, and may end some; see :func:`nla.models.generate.generate`.
 
         Raises:
             ArgumentError: an argument is out of range, or a seed is no whole number.
@@ -99,7 +101,7 @@ class Encoder:
         device = device_of(model)
 
         seed = whole_seeds(seed)
-        own = _draws(seed, samples, length) if isinstance(seed, list) else None
+        own = draws_of(seed, samples, length) if isinstance(seed, list) else None
         if own is not None and len(own) != len(entering) * samples:
             got = f"{len(own) // samples} seeds for {len(entering)} activations"
             raise ArgumentError(got, "one seed, or one for each activation", "give as many")
@@ -122,6 +124,7 @@ class Encoder:
                 generator=None if isinstance(seed, list) else seeded(seed, device),
                 draws=own,
                 forbidden=[self.config.injection.marker_id],
+                watch=watch,
                 intervene=injected,
                 batches=[range(len(entering))[i : i + n] for i in range(0, len(entering), n)],
                 copies=together,
@@ -161,7 +164,7 @@ def whole_seeds(seed: Any) -> int | list[int] | None:
     return seeds if several else seeds[0]
 
 
-def _draws(seeds: Sequence[int], samples: int, length: int) -> Float[Tensor, "n t"]:
+def draws_of(seeds: Sequence[int], samples: int, length: int) -> Float[Tensor, "n t"]:
     """A number in [0, 1) for each token of each answer, from a random source of each activation's own."""
     draws = torch.empty(len(seeds), samples, length, dtype=torch.float64)
     for row, seed in zip(draws, seeds, strict=True):

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nla.errors import ArgumentError, ContextLengthError, PositionError, ShapeError
 from nla.metrics import unit
-from nla.models.generate import MAX_TOKENS_PER_BATCH, ends_of, generate, pad_of
+from nla.models.generate import MAX_TOKENS_PER_BATCH, Watch, ends_of, generate, pad_of
 from nla.models.hooks import add, replace
 from nla.models.points import Point, context_length, unwrapped
 from nla.pair.decoder import Decoder
@@ -31,8 +31,11 @@ def generate_patched(
     max_new_tokens: int = 32,
     strength: float | None = None,
     max_tokens_per_batch: int = MAX_TOKENS_PER_BATCH,
+    temperature: float | None = None,
+    draws: Float[Tensor, "n t"] | None = None,
+    watch: Watch | None = None,
 ) -> list[str]:
-    """Greedy continuations of texts, each with an intervention at one of its tokens.
+    """Continuations of texts, each with an intervention at one of its tokens; greedy if no temperature is given.
 
     Args:
         model: a causal LM, as it stands; of a pair ``nla.base``, within ``nla.role("target")``.
@@ -40,6 +43,7 @@ def generate_patched(
         positions: token index in each text, or "last" or a pattern that matches one token of each.
         vectors: one per text; None: no intervention.
         strength: None: :func:`nla.models.hooks.replace`; a number: :func:`nla.models.hooks.add` with this strength.
+        temperature, draws, watch: see :func:`nla.models.generate.generate`.
 
     Returns:
         What follows each text, without the end token.
@@ -69,6 +73,9 @@ def generate_patched(
         ends=ends_of(base, tokenizer),
         pad=pad_of(tokenizer),
         max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        draws=draws,
+        watch=watch,
         intervene=changed,
         max_tokens_per_batch=max_tokens_per_batch,
     )
