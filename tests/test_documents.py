@@ -22,7 +22,7 @@ from tests.helpers.shell import Shell
 from tests.helpers.tiny import load_benchmark
 
 ROOT = Path(__file__).parents[1]
-PROGRAMS = re.compile(r"(?:^|[|&;]\s*)(?:\S*/)?(?:nla|python3?|make|accelerate|git|pip|twine|sed|cd)\b")
+PROGRAMS = re.compile(r"(?:^|[|&;]\s*)(?:\S*/)?(?:nla|python3?|make|accelerate|git|pip|twine|sed|cd|curl)\b")
 """A command with one of these is in the table; others, such as ``printf``, only prepare a folder and must succeed."""
 WRITTEN = ("yaml", "text")
 """Blocks of these kinds whose first line is ``# FILE`` are put into that file."""
@@ -131,6 +131,11 @@ DOCUMENTS: dict[str, dict[str, Run | RunsIn | NotRun]] = {
         "nla eval fidelity couplets --texts": Run(says="(?i)fve"),
         "nla eval claims": RunsIn("eval claims"),
         "nla eval steering": RunsIn("eval steering"),
+    },
+    "docs/serve.md": {
+        "pip install": NotRun(INSTALLS),
+        "nla serve": NotRun("serves until Ctrl-C: tests/nla/serve/test_command.py starts, asks and ends it"),
+        "curl": NotRun("tests/nla/serve/test_command.py sends what it sends"),
     },
     "docs/graphs.md": {
         "nla trace couplets --out": Run(says="causal", leaves="runs/trace/report/trace.json", append="--items 10"),

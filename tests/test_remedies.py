@@ -740,6 +740,8 @@ NOT_RUN = {
     "eval/readers/example_tasks.py": "docs/probes.md shows that command; it needs smollm2",
     "eval/readers/organisms.py": "minutes: tests/test_documents.py runs `nla eval readers`",
     "nla/audit/inspect_scores.py": "needs the extra 'audit': tests/nla/audit/test_inspect.py",
+    "nla/cli/serve.py": "serves until Ctrl-C: tests/nla/serve/test_command.py",
+    "nla/serve/": "of requests over HTTP: tests/nla/serve",
     "nla/models/hooks.py: repeat or slice them with the rows": "of one's own code: tests/nla/models/test_generate.py",
     "nla/models/long_text.py: read it in overlapping windows: --window 2048": "a text of that length; as the other",
     "nla/models/lora.py": "of others' adapters, in other programs",
