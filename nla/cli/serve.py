@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import re
 import socket
@@ -14,9 +13,7 @@ from nla.cli.console import OK, load
 from nla.cli.options import Device, pair_name, text
 from nla.errors import ArgumentError, MissingExtraError
 
-NEEDED = ("fastapi", "uvicorn")
-ENDING_S = 1
-"""How long responses that are being sent may go on after Ctrl-C."""
+NEEDED = ("fastapi", "uvicorn", "prometheus_client")
 
 
 def serve(
@@ -70,18 +67,14 @@ def serve(
 
     adapters = {name: folder for name in target_adapter or () if (folder := adapter_folder(name)) is not None}
     pairs = {name: load(name, device) for name in dict.fromkeys(names)}
-    import uvicorn  # pyright: ignore[reportMissingImports]
-
-    from nla.serve.app import make_app
+    from nla.serve import app
     from nla.serve.engine import Engine
 
-    app = make_app(Engine(pairs, adapters), token)
-    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=ENDING_S, server_header=False)
+    engine = Engine(pairs, adapters)
     shown = f"[{host}]" if ":" in host else host
     ending = "" if token is None else f"?token={token}"
     print(f"nla: {', '.join(pairs)} at http://{shown}:{listener.getsockname()[1]}/{ending} until Ctrl-C", flush=True)
-    with contextlib.suppress(KeyboardInterrupt):  # uvicorn ends in order, and then passes the signal on
-        uvicorn.Server(config).run(sockets=[listener])
+    app.serve(engine, listener, token)
     return OK
 
 

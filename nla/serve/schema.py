@@ -51,6 +51,7 @@ class Message(Wire):
 
     role: str = Field(max_length=64, description="user, assistant, system or tool.")
     content: str = Field("", max_length=MAX_CHARACTERS)
+    channel: None = Field(None, description="Of Neuronpedia's; no target here has channels.")
 
 
 class Edit(Wire):
@@ -64,6 +65,9 @@ class Steer(Wire):
     """A direction that is added to the target's activation at one token, in every pass that reads it."""
 
     position: int = Field(-1, description="Token index; negative from the end.")
+    point: str | None = Field(
+        None, max_length=64, description="Where in the target, such as resid_post.2; null: the pair's own point."
+    )
     strength: float = Field(1.0, ge=-100, le=100, description="In lengths of the activation.")
     vector: Vector | None = Field(None, description="The direction; its length does not count.")
     edit: Edit | None = Field(None, description="The direction from one explanation's reconstruction to another's.")
@@ -88,6 +92,10 @@ class Read(Wire):
     add_generation_prompt: bool = Field(
         True, description="Of a chat that ends with another's message: also read what opens the assistant's answer."
     )
+    continue_final_message: bool = Field(
+        False, description="Of a chat that ends with the assistant's message: it is read without an end."
+    )
+    enable_thinking: None = Field(None, description="Of Neuronpedia's; chats are rendered by the template's default.")
     pair: PairName = None
     target_adapter: str | None = Field(
         None, max_length=1024, description="An adapter on the target; one of those that /pairs lists."
@@ -110,7 +118,7 @@ class Source(Read):
         return self
 
 
-class Writing(Wire):
+class Sampling(Wire):
     """How explanations are sampled."""
 
     samples: int = Field(4, ge=1, le=MAX_SAMPLES, description="Explanations of each activation.")
@@ -119,6 +127,11 @@ class Writing(Wire):
     max_new_tokens: int | None = Field(
         None, ge=1, le=MAX_NEW_TOKENS, description="Longest explanation; null: as in training."
     )
+
+
+class Writing(Sampling):
+    """Explanations that may be streamed."""
+
     stream: bool = Field(False, description="Answer with server-sent events as the texts are written.")
 
 
@@ -154,14 +167,13 @@ class DescribeRequest(Writing):
     pair: PairName = None
 
 
-class CompareRequest(Writing):
+class CompareRequest(Sampling):
     """What has one activation that another has not?"""
 
     model_config = _example(activation_a=VECTOR, activation_b=[-x for x in VECTOR[:64]] + VECTOR[64:], samples=2)
     activation_a: Vector
     activation_b: Vector
     pair: PairName = None
-    stream: Literal[False] = False
 
 
 class ScoreRequest(Read):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -13,6 +14,8 @@ from urllib.parse import parse_qs, urlsplit
 from nla.errors import RequestError
 
 MAX_BODY_BYTES = 32 * 2**20
+BODY_S = 30
+"""How long a request's body may take to come."""
 OPEN = frozenset({"/health"})
 """What is answered without the token."""
 HEADERS = {
@@ -65,15 +68,6 @@ class Guard:
             await self.app(scope, receive, send)
             return
         started = False
-        n_bytes = 0
-
-        async def bounded() -> Message:
-            nonlocal n_bytes
-            message = await receive()
-            n_bytes += len(message.get("body", b""))
-            if n_bytes > self.max_body_bytes:
-                raise _too_large(n_bytes, self.max_body_bytes)
-            return message
 
         async def sending(message: Message) -> None:
             nonlocal started
@@ -87,9 +81,6 @@ class Guard:
         try:
             headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
             self._check_place(headers)
-            stated = headers.get("content-length", "0")
-            if not stated.isdecimal() or int(stated) > self.max_body_bytes:
-                raise _too_large(stated, self.max_body_bytes)
             query = parse_qs(scope.get("query_string", b"").decode("latin-1"))
             if self.token is not None and scope["path"] == "/" and self._is_token(query.get("token", [""])[0]):
                 cookie = f"{_cookie_name(headers)}={self.token}; HttpOnly; SameSite=Strict; Path=/"
@@ -97,20 +88,47 @@ class Guard:
                 return
             if scope["path"] not in OPEN:
                 self._check_token(headers)
-            await self.app(scope, bounded, sending)
+            body = await self._body(headers, receive)
+            if body is not None:
+                await self.app(scope, _replayed(body, receive), sending)
         except RequestError as error:
             if started:
                 raise
             await _respond(sending, error.status, error_body(error), [(b"content-type", b"application/json")])
 
+    async def _body(self, headers: dict[str, str], receive: Receive) -> bytes | None:
+        """The whole body; None: the client has gone.
+
+        Raises:
+            RequestError: it is too large, or does not come.
+        """
+        stated = headers.get("content-length", "0")
+        if not stated.isdecimal() or int(stated) > self.max_body_bytes:
+            raise _too_large(stated, self.max_body_bytes)
+        parts, n_bytes, more = [], 0, True
+        try:
+            async with asyncio.timeout(BODY_S):
+                while more:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return None
+                    parts.append(message.get("body", b""))
+                    n_bytes, more = n_bytes + len(parts[-1]), message.get("more_body", False)
+                    if n_bytes > self.max_body_bytes:
+                        raise _too_large(n_bytes, self.max_body_bytes)
+        except TimeoutError as error:
+            got, expected = "a body that does not come to its end", f"all of it within {BODY_S} s"
+            raise RequestError(got, expected, "send it faster, or less of it", status=408) from error
+        return b"".join(parts)
+
     def _check_place(self, headers: dict[str, str]) -> None:
         host = headers.get("host", "")
-        name = urlsplit(f"//{host}").hostname or ""
+        name, _ = _name_and_port(host)
         if self.token is None and not is_loopback(name):
             expected = "127.0.0.1 or localhost"
             raise RequestError(f"the Host {host!r}", expected, "open the address that nla serve printed", status=403)
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != host:
+        if origin is not None and origin.partition("://")[2] != host:
             got = f"a request from a page of {origin!r}"
             raise RequestError(got, f"one of {host!r} itself", "send it from a program or from the page", status=403)
 
@@ -134,12 +152,37 @@ class Guard:
 
 def _cookie_name(headers: dict[str, str]) -> str:
     """Servers on several ports of one host share cookies: each has its own."""
-    return f"nla_{urlsplit('//' + headers.get('host', '')).port or 80}"
+    return f"nla_{_name_and_port(headers.get('host', ''))[1]}"
+
+
+def _name_and_port(host: str) -> tuple[str, int]:
+    """What a Host header says.
+
+    Raises:
+        RequestError: it says nothing.
+    """
+    try:
+        parts = urlsplit(f"//{host}")
+        return parts.hostname or "", parts.port or 80
+    except ValueError as error:
+        expected, fix = "a name and a port", "open the address that nla serve printed"
+        raise RequestError(f"the Host {host!r}", expected, fix, status=400) from error
 
 
 def _too_large(n_bytes: int | str, most: int) -> RequestError:
-    got = f"a body of {n_bytes} bytes or more"
+    got = f"a body of {n_bytes[:20] if isinstance(n_bytes, str) else n_bytes} bytes"
     return RequestError(got, f"at most {most:,}", "send fewer vectors or a shorter text at a time", status=413)
+
+
+def _replayed(body: bytes, receive: Receive) -> Receive:
+    """What an application receives when the body has been read before it: the body, then whatever comes."""
+    bodies = iter([body])
+
+    async def received() -> Message:
+        given = next(bodies, None)
+        return await receive() if given is None else {"type": "http.request", "body": given, "more_body": False}
+
+    return received
 
 
 async def _respond(send: Send, status: int, body: bytes, headers: list[tuple[bytes, bytes]]) -> None:

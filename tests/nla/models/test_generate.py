@@ -128,3 +128,32 @@ def test_a_token_is_where_its_draw_lies_among_the_probabilities() -> None:
     assert (sampled(logits, None, least) == 0).all() and (sampled(logits, None, most) < 1000).all()
     with pytest.raises(NonFiniteError):
         sampled(logits.index_fill(1, torch.tensor([3]), torch.nan), None, drawn)
+
+
+@pytest.mark.parametrize("common", [None, AT])
+def test_a_watch_sees_every_token_of_each_answer_and_ends_those_that_it_names(common) -> None:
+    model, whole = make_model(), answers_to_vectors(make_model(), common, ends=())
+    seen: dict[int, list[list[int]]] = {number: [] for number in range(3 * COPIES)}
+
+    def watch(numbers, answers):
+        for number, ids in zip(numbers.tolist(), answers.tolist(), strict=True):
+            seen[number].append(ids)
+        return (numbers % 3 == 1) & torch.tensor([answers.shape[1] == 4])
+
+    watched = answers_to_vectors(model, common, ends=(), watch=watch)
+    cut = [row[:4] if number % 3 == 1 else row for number, row in enumerate(whole.rows())]
+    assert watched.rows() == cut and not watched.ended.any()
+    for number, row in enumerate(cut):
+        assert [ids[: len(row)] for ids in seen[number]][: len(row)] == [row[:n] for n in range(1, len(row) + 1)]
+
+
+@pytest.mark.parametrize("common", [None, AT])
+def test_nothing_more_is_written_once_a_watch_has_ended_all(common) -> None:
+    steps: list[int] = []
+
+    def watch(numbers, answers):
+        steps.append(answers.shape[1])
+        return torch.full((len(numbers),), answers.shape[1] == 2)
+
+    answers_to_vectors(make_model(), common, ends=(), watch=watch)
+    assert steps == [1, 2, 1, 2]  # two batches
