@@ -57,15 +57,12 @@ def test_a_rollout_goes_once_through_each_file_of_joint_training(tmp_path: Path)
 
 
 def test_a_return_is_no_stay_and_a_second_hand_over_is_one() -> None:
-    from nla.pair.explanations import Trust
     from nla.text.claims import claims
     from nla.text.markdown import table
 
     text = "It is spring. Anna is here."
-    assert [stay.file for stay in way(lambda: Trust.of(1.0, len(claims(text)) / len(claims(text)), 1.0))] == [
-        "nla/text/claims.py",
-        "nla/pair/explanations.py",
-    ]
+    returned = way(lambda: (claims(text), claims(text), table([text], [])))
+    assert [stay.file for stay in returned] == ["nla/text/claims.py", "nla/text/markdown.py"]
     there_and_back = way(lambda: (claims(text), table([text], []), claims(text)))
     assert [stay.file for stay in there_and_back] == [
         "nla/text/claims.py",
