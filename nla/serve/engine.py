@@ -38,6 +38,8 @@ BATCH_WAIT_S = 0.005
 """How long an idle worker waits for other works after the first."""
 MAX_ANSWERS = 256
 """Answers of the encoder that one turn writes."""
+MAX_SHORT = 32
+"""Turns of calls and readings in a row while something waits to be written."""
 MAX_TOGETHER = 64
 """Texts that one turn reads or continues."""
 CACHED_BYTES = 256 * 2**20
@@ -76,7 +78,7 @@ class Engine:
         self.n_admitted = 0
         """Requests that are worked on or wait."""
         self.closed = False
-        self._mean_s = 1.0
+        self._mean_s, self._n_short = 1.0, 0
         self._waiting: list[Work] = []
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="nla-engine", daemon=True)
@@ -188,7 +190,10 @@ class Engine:
 
     def _turn(self) -> tuple[Callable[[list[Any]], None], list[Any]]:
         """What takes a moment comes first, then what was last served longest ago; with it whatever can join it."""
-        head = next((work for work in self._waiting if _is_short(work)), self._waiting[0])
+        short = next((work for work in self._waiting if _is_short(work)), None)
+        long = next((work for work in self._waiting if not _is_short(work)), None)
+        self._n_short = self._n_short + 1 if short is not None and self._n_short < MAX_SHORT else 0
+        head = (short if self._n_short else long) or self._waiting[0]
         joined = [work for work in self._waiting if work is not head and _key(work) == _key(head)]
         works: list[Any] = [head, *joined][: self.max_together]
         self._waiting = [work for work in self._waiting if work not in works]

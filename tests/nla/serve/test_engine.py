@@ -15,7 +15,7 @@ from nla.serve import engine as engine_module
 from nla.serve.cache import Cache
 from nla.serve.engine import Engine, inside
 from nla.serve.schema import Source
-from nla.serve.works import Continue, Explain, Settings, Told, Work
+from nla.serve.works import Call, Continue, Explain, Settings, Told, Work
 from tests.helpers.serve import LINE, PLANS
 
 LONGEST_S = 60
@@ -106,6 +106,20 @@ def test_a_short_work_does_not_wait_for_a_long_one(engine: Engine, monkeypatch: 
     engine.start()
     assert len(texts_of(long)) == 12 and texts_of(short)
     assert ended == ["short", "long"] and engine.turns["write"] == 2
+
+
+def test_many_short_works_do_not_keep_a_long_one_waiting(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "MAX_SHORT", 2)
+    ended: list[str] = []
+    vectors = torch.ones(1, 128)
+    long = Explain(ticket=engine.admit(), pair="couplets", vectors=vectors, settings=Settings(1, 1.0, None))
+    calls = [Call(ticket=engine.admit(), pair="couplets", function=lambda nla: None) for _ in range(6)]
+    for name, work in [("long", long), *(("call", call) for call in calls)]:
+        work.future.add_done_callback(lambda _future, name=name: ended.append(name))
+        engine.begin(work)
+    engine.start()
+    assert long.future.result(LONGEST_S) and all(call.future.result(LONGEST_S) is None for call in calls)
+    assert ended == ["call", "call", "long", *["call"] * 4]
 
 
 class Watched(NamedTuple):
