@@ -52,7 +52,7 @@ from nla.transcripts.positions import BEFORE_ANSWER, PROMPT_KINDS, STRUCTURE, TE
 if TYPE_CHECKING:
     from nla.autoencoder import NLA
 
-STRENGTHS = (0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5)
+STRENGTHS = (0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0)
 FOLLOWING = "following"
 """What :func:`nla.text.facts.edited` calls what comes next."""
 LEAST_ANSWERS, N_NEXT_ROWS = 5, 4000

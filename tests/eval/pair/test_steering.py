@@ -154,7 +154,9 @@ def test_the_strength_comes_from_the_separate_items_alone(target, kinds, items, 
     mine = items[NEXT]
     found = steer_kind(IGNORANT, target, kind._replace(judge=judge), list(kinds.values()), mine[:15], mine[15:])
     assert found is not None and found.strength == 0.5 and found.tried["0.5"] == 1.0
-    assert [n for n, _ in calls[2:9]] == [15] * 7 and {call for call in calls[9:]} == {(len(mine) - 15, 0.5)}
+    n_tried = len(steering.STRENGTHS)
+    assert calls[2 : 2 + n_tried] == [(15, strength) for strength in steering.STRENGTHS]
+    assert {*calls[2 + n_tried :]} == {(len(mine) - 15, 0.5)}
     assert found.edit.success.value == 0
 
 
