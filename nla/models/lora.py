@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from nla.errors import ConfigError, WeightsError, visible
 from nla.models.points import backbone, blocks, is_transposed, layout, unwrapped
-from nla.organisms import adapter_folder
+from nla.organisms import PACKAGED, adapter_folder
 from nla.storage.files import folder_of, read_json, write_json
 from nla.storage.hashes import sha256
 from nla.storage.hub import fetch_file, is_hub_id
@@ -347,6 +347,8 @@ def other_base(folder: str | Path | None, target: str | Path) -> str | None:
     base = read_json(located(folder) / ADAPTER_CONFIG).get("base_model_name_or_path")
     if not isinstance(base, str) or _last_part(base) in ("", _last_part(str(target))):
         return None
+    if base in PACKAGED and Path(target).name.startswith(PACKAGED[base].SHA256):
+        return None  # a packaged target lies where its file was converted to, which is named by the file's hash
     return (
         f"the adapter {visible(str(folder))} names the base {shown(base)}, and the target is {visible(str(target))}: "
         "if these are not the same model, what is read means nothing"

@@ -13,7 +13,7 @@ from nla import NLA
 from nla.errors import ConfigError
 from nla.models.checkpoint import read_config
 from nla.models.load import load_target, load_truncated
-from nla.models.lora import adapter_hash
+from nla.models.lora import adapter_hash, other_base
 from nla.organisms import (
     ADAPTERS,
     ORGANISMS,
@@ -97,3 +97,11 @@ def test_a_pair_that_is_made_on_an_embedded_name_finds_its_target_again(tmp_path
     made.save_pretrained(tmp_path)
     assert made.target_folder == NLA.from_pretrained(tmp_path, device="cpu").target_folder
     assert made.target_folder == TARGETS["couplets/planner"].resolve()
+
+
+def test_an_adapter_of_a_packaged_target_is_not_warned_of_where_that_was_converted_to(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "smollm2"}')
+    converted = f"/home/me/.cache/nla/gguf/{PACKAGED['smollm2'].SHA256}-bfloat16"
+    assert other_base(tmp_path, converted) is None is other_base(tmp_path, "smollm2")
+    for other in ("/home/me/.cache/nla/gguf/0123-bfloat16", "couplets/planner"):
+        assert "names the base 'smollm2'" in str(other_base(tmp_path, other))
