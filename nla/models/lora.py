@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from nla.errors import ConfigError, WeightsError, visible
-from nla.models.points import backbone, blocks, is_transposed, layout, unwrapped
+from nla.models.points import backbone, blocks, device_of, is_transposed, layout, unwrapped
 from nla.organisms import PACKAGED, adapter_folder
 from nla.storage.files import folder_of, read_json, write_json
 from nla.storage.hashes import sha256
@@ -63,6 +63,13 @@ class _Sizes:
     alpha_pattern: dict[str, Alpha] | None = None
     target_modules: str | list[str] | None = None
     layers_to_transform: int | list[int] | None = None
+
+
+def in_type_of(model: PreTrainedModel) -> contextlib.AbstractContextManager[object]:
+    """While active, a model's adapters multiply in the type of its weights, as the weights do; what is trained, its
+    gradients and all losses stay float32. Of a model in float32, nothing changes."""
+    half = model.dtype in (torch.bfloat16, torch.float16)
+    return torch.autocast(device_of(model).type, dtype=model.dtype) if half else contextlib.nullcontext()
 
 
 def save_adapter(folder: str | Path, model: PeftModel, adapter: str, dtype: torch.dtype | None = None) -> None:

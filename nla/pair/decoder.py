@@ -17,7 +17,7 @@ from nla.metrics import check_ids, unit
 from nla.models.generate import pad_of
 from nla.models.hooks import inference
 from nla.models.points import context_length, device_of, n_embeddings
-from nla.pair.roles import Roles
+from nla.pair.roles import Roles, adapters_in_type
 from nla.text.tokens import check_texts, encode_batch, length_batches, unknown_id
 
 MAX_TOKENS_PER_BATCH = 16384
@@ -122,7 +122,9 @@ class Decoder:
                 'the role "decoder"',
                 'write `with nla.role("decoder"):` around forward and backward, or call reconstruct for inference',
             )
-        return self.roles.head(last_stream(self.roles.view, input_ids, attention_mask))
+        with adapters_in_type(self.roles):
+            stream = last_stream(self.roles.view, input_ids, attention_mask)
+        return self.roles.head(stream)
 
     def prompt_rows(self, texts: str | Sequence[str], strict: bool = True) -> list[list[int]]:
         """Token ids of the decoder's prompt around each explanation.

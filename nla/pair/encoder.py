@@ -18,7 +18,7 @@ from nla.metrics import rescale
 from nla.models.generate import Watch, ends_of, generate, pad_of, rows_at_a_time, seeded
 from nla.models.hooks import inject, locate_marker
 from nla.models.points import context_length, device_of, unwrapped
-from nla.pair.roles import Roles
+from nla.pair.roles import Roles, adapters_in_type
 from nla.storage.schema import shown
 from nla.text.tokens import render_prompt
 
@@ -113,7 +113,7 @@ class Encoder:
         size = rows_at_a_time(model, self.prompt_ids.shape[1] + length, batch_size)
         together = max(part for part in range(1, min(samples, size) + 1) if samples % part == 0)
         entering, n = entering.repeat_interleave(samples // together, dim=0), max(1, size // together)
-        with self.roles.play("encoder"):
+        with self.roles.play("encoder"), adapters_in_type(self.roles):
             written = generate(
                 model,
                 self.prompt_ids.tolist() * len(entering),

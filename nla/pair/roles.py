@@ -21,8 +21,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from nla.config import NLAConfig
 from nla.errors import ArgumentError, SeparateModelsError
 from nla.metrics import Baseline
-from nla.models.lora import TARGET_ADAPTER, attach, fill, fitted, located, peft_errors
-from nla.models.points import device_of, final_norm, is_transposed, layout, linear_names, truncated_view
+from nla.models.lora import TARGET_ADAPTER, attach, fill, fitted, in_type_of, located, peft_errors
+from nla.models.points import device_of, final_norm, is_transposed, layout, linear_names, truncated_view, unwrapped
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -111,6 +111,11 @@ class Roles(Protocol):
     def n_parameters(self) -> dict[str, int]:
         """Number of parameters by role, the decoder's with its head."""
         ...
+
+
+def adapters_in_type(roles: Roles) -> contextlib.AbstractContextManager[object]:
+    """See :func:`nla.models.lora.in_type_of`; models of their own, without adapters, are left as they are."""
+    return in_type_of(unwrapped(roles.model)) if roles.shared else contextlib.nullcontext()
 
 
 class Turn:

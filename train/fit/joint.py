@@ -19,6 +19,7 @@ from nla.errors import ArgumentError, ShapeError
 from nla.metrics import rescale
 from nla.models.generate import generate
 from nla.models.hooks import inject
+from nla.models.lora import in_type_of
 from nla.models.merged import MergedCopy, can_merge
 from nla.models.points import attends_plainly
 from nla.pair.roles import ENCODER_ADAPTER
@@ -32,7 +33,7 @@ from nla.train.fit.checkpoints import (
     snapshot,
 )
 from nla.train.fit.log_probs import LogProbs, SharedPrompt, answer_log_probs
-from nla.train.fit.loop import PLAIN, OptimizerTime, Phases, checkpointed, fit, in_type_of, on_cpu, own_forward
+from nla.train.fit.loop import PLAIN, OptimizerTime, Phases, checkpointed, fit, on_cpu, own_forward
 from nla.train.fit.metrics_log import MetricsLog
 from nla.train.fit.monitor import EvalSet, Monitor
 from nla.train.fit.reward import DecoderReward

@@ -39,13 +39,6 @@ def on_cpu(nla: NLA) -> bool:
     return next(nla.model.parameters()).device.type == "cpu"
 
 
-def in_type_of(base: Any) -> contextlib.AbstractContextManager[Any]:
-    """While active, adapters multiply in the type of the base's weights, as the base does; their weights, gradients and
-    all losses stay float32. Of a base in float32, nothing changes."""
-    half = base.dtype in (torch.bfloat16, torch.float16)
-    return torch.autocast(base.device.type, dtype=base.dtype) if half else contextlib.nullcontext()
-
-
 class Phases:
     """Where the time of a step goes: seconds by phase since they were last taken."""
 

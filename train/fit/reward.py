@@ -17,7 +17,6 @@ from nla.pair.fidelity import ORTHOGONAL, rows_by_stratum
 from nla.text.tokens import plain_ids
 from nla.train.fit import processes
 from nla.train.fit.checkpoints import decoder_parameters
-from nla.train.fit.loop import in_type_of
 from nla.train.fit.settings import JointSettings
 from nla.train.fit.vectors import Vectors, draw_by_weight
 from nla.train.pair_config import template_marks
@@ -164,8 +163,7 @@ class DecoderReward:
         """Errors of the live decoder on ``texts`` of activations ``rows``; NaN where it gives no vector."""
         if not texts:
             return torch.empty(0)
-        with in_type_of(self.nla.base):
-            predicted = self.nla.decoder.predict(texts, max_tokens_per_batch=TOKENS_TOGETHER)
+        predicted = self.nla.decoder.predict(texts, max_tokens_per_batch=TOKENS_TOGETHER)
         if not torch.isfinite(predicted).all():
             return torch.full((len(texts),), math.nan)
         return mse(self.vectors[rows].float().to(predicted.device), predicted)

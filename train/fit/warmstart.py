@@ -16,6 +16,7 @@ from trl import SFTConfig, SFTTrainer
 from nla.errors import ArgumentError, ConfigError, ShapeError
 from nla.metrics import mse, rescale
 from nla.models.hooks import inject
+from nla.models.lora import in_type_of
 from nla.models.points import attends_plainly
 from nla.text.tokens import plain_ids
 from nla.train.fit import processes
@@ -28,7 +29,7 @@ from nla.train.fit.checkpoints import (
     keep_float32,
 )
 from nla.train.fit.log_probs import SharedPrompt, answer_log_probs
-from nla.train.fit.loop import PLAIN, checkpointed, fit, in_type_of, on_cpu, own_forward
+from nla.train.fit.loop import PLAIN, checkpointed, fit, on_cpu, own_forward
 from nla.train.fit.settings import FitSettings
 from nla.train.fit.vectors import Joined, Vectors, check_directions
 
@@ -186,9 +187,7 @@ class DecoderModule(nn.Module):
         self, input_ids: Int[Tensor, "b t"], attention_mask: Int[Tensor, "b t"], vectors: Float[Tensor, "b d"]
     ) -> dict[str, Tensor]:
         """``loss``: mean squared error of the directions, 2(1 − cosine)."""
-        with in_type_of(self.model):
-            predicted = self._decode(input_ids, attention_mask)
-        return {"loss": mse(vectors, predicted).mean()}
+        return {"loss": mse(vectors, self._decode(input_ids, attention_mask)).mean()}
 
 
 class DecoderCollator:

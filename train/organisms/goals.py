@@ -29,6 +29,7 @@ from nla.errors import RecipeError
 from nla.models.generate import pad_of
 from nla.models.hooks import inference
 from nla.models.load import load_target
+from nla.models.lora import in_type_of
 from nla.models.points import Point, blocks, device_of
 from nla.storage.files import read_json_lines
 from nla.text.prompts import ChatPrompts, Prompts, as_long_as, load_prompts, plain_text
@@ -36,7 +37,6 @@ from nla.text.tokens import plain_ids
 from nla.train.data.requests import Reading, Request
 from nla.train.data.sample import SampleSettings, sample_corpus
 from nla.train.fit.checkpoints import claim_folder
-from nla.train.fit.loop import in_type_of
 from nla.train.organisms.adapters import fit_adapter, with_adapter
 from nla.train.organisms.pretraining import pad
 

@@ -99,3 +99,21 @@ def check_whole(pair: NLA, before: dict[str, torch.Tensor]) -> None:
     after = base_weights(pair)
     assert {p.dtype for p in after.values()} == {torch.bfloat16}
     assert all(torch.equal(after[name], weight) for name, weight in before.items())
+
+
+def test_adapters_multiply_in_the_bases_type_when_the_pair_is_used_as_when_it_is_trained(
+    pair: NLA, vectors: torch.Tensor
+) -> None:
+    seen = {}
+    for name, module in pair.model.named_modules():
+        if ".lora_" in name and isinstance(module, torch.nn.Linear):
+            module.weight.data.normal_(std=0.3, generator=torch.Generator().manual_seed(len(seen)))
+            seen[name] = []
+            module.register_forward_hook(lambda _m, _i, out, name=name: seen[name].append(out.dtype))
+    pair.encoder.generate(vectors[:2], samples=1, max_new_tokens=3)
+    used = pair.decoder.decode(TEXTS[:3])
+    assert all(seen.values()) and {dtype for found in seen.values() for dtype in found} == {torch.bfloat16}
+    with pair.role("decoder"):
+        trained = pair.decode_ids(*pair.encode_explanations(TEXTS[:3]))
+    trained = torch.nn.functional.normalize(trained.detach(), dim=1) * pair.config.activation_norm
+    assert trained.requires_grad is False and torch.allclose(used, trained, atol=1e-4)
