@@ -7,19 +7,16 @@ import contextlib
 import importlib.metadata
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from fastapi import FastAPI, Request  # pyright: ignore[reportMissingImports]
 from fastapi.exceptions import RequestValidationError  # pyright: ignore[reportMissingImports]
 from fastapi.responses import (  # pyright: ignore[reportMissingImports]
-    FileResponse,
     JSONResponse,
     Response,
     StreamingResponse,
 )
-from fastapi.staticfiles import StaticFiles  # pyright: ignore[reportMissingImports]
 from jaxtyping import Float
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException  # pyright: ignore[reportMissingImports]
@@ -30,6 +27,7 @@ from nla.errors import NLAError, RequestError
 from nla.serve import answers, schema
 from nla.serve.engine import Engine
 from nla.serve.metrics import Measured
+from nla.serve.page import add_page
 from nla.serve.schema import (
     CompareRequest,
     CompareResponse,
@@ -52,7 +50,6 @@ from nla.serve.schema import (
 from nla.serve.security import MAX_BODY_BYTES, Guard
 from nla.serve.works import Call, Continue, Explain, Settings, Ticket, Told, Work
 
-STATIC = Path(__file__).parent / "static"
 TIMEOUT_S = 600.0
 """Of one request, from its admission to its last byte."""
 MAX_LAG = 1000
@@ -210,11 +207,7 @@ def make_app(engine: Engine, token: str | None = None, timeout_s: float = TIMEOU
             return server.events(server.continuing(body))
         return CompletionResponse(**answers.completed(await server.done(request, server.continuing(body))))
 
-    @app.get("/", include_in_schema=False)
-    async def page() -> Response:
-        return FileResponse(STATIC / "index.html")
-
-    app.mount("/static", StaticFiles(directory=STATIC), name="static")
+    add_page(app)
     stated = app.openapi
 
     def openapi() -> dict[str, Any]:
