@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
@@ -29,19 +30,21 @@ pytestmark = [
     pytest.mark.skipif(bool(MISSING), reason=f"{' and '.join(MISSING)} not installed: see CONTRIBUTING.md"),
 ]
 OTHER = "In winter Clara left a red ribbon near the rat,\n"
+CHATS = Path(__file__).parents[3] / "docs" / "examples" / "goal.jsonl"
 PATIENCE_MS = 120_000
 """For what takes a second on an idle machine."""
 
 
 @pytest.fixture(scope="module")
 def address(couplets: NLA) -> Iterator[str]:
-    """A server of Couplets on a free port."""
+    """A server of Couplets, and of Switchboard, which speaks in chats, on a free port."""
     import uvicorn  # pyright: ignore[reportMissingImports]
 
     from nla.serve.app import make_app
     from nla.serve.engine import Engine
 
-    server = uvicorn.Server(uvicorn.Config(make_app(Engine({"couplets": couplets})), log_level="warning"))
+    engine = Engine({"couplets": couplets, "switchboard": NLA.from_pretrained("switchboard", device="cpu")})
+    server = uvicorn.Server(uvicorn.Config(make_app(engine), log_level="warning"))
     listener = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
     thread.start()
@@ -98,7 +101,7 @@ class Seen:
 
     def idle(self) -> None:
         """Waits until everything is explained."""
-        self.until("/^\\d+ of \\d+ tokens explained|second text is explained/.test(said.textContent)")
+        self.until("/^\\d+ of \\d+ tokens explained|second text is explained|^Steering/.test(said.textContent)")
         self.until("document.getElementById('progress').hidden")
 
 
@@ -183,15 +186,16 @@ def test_two_texts_are_compared_at_aligned_tokens(seen: Seen) -> None:
 
 
 def test_a_dropped_chat_is_shown_as_bubbles_and_saved_as_a_file(seen: Seen) -> None:
-    page = seen.open()
-    turns = [{"role": "user", "content": "In spring Anna left a red ribbon near the rat,"}]
-    content = json.dumps({"id": "a", "messages": turns}).encode()
+    page = seen.open(pair="switchboard", samples=1)
+    content = CHATS.read_bytes().splitlines()[0]
+    first = json.loads(content)
+    turns = first["messages"] if isinstance(first, dict) else first
     page.set_input_files("#file", {"name": "a.jsonl", "mimeType": "application/json", "buffer": content})
     seen.until("said.textContent.startsWith('Opened')")
     assert page.input_value("[aria-label='message 1']") == turns[0]["content"]
     page.click("#read")
     seen.idle()
-    assert page.locator(".bubble.user").count() == 1
+    assert page.locator(".bubble.user").count() == sum(turn["role"] == "user" for turn in turns)
     with page.expect_download() as download:
         page.get_by_role("button", name="Save as one HTML").click()
     saved = download.value.path().read_text("utf-8")
