@@ -20,7 +20,10 @@ demo: $(INSTALLED)
 	$(BIN)/nla demo
 
 real: real-install
-	$(BIN)/nla trace smollm2 --prompt 'The capital of France is' --continuation ' Paris' \
+	$(BIN)/nla explain 'The capital of France is a city where people love to' --pair smollm2 --samples 2
+	$(BIN)/nla audit docs/examples/hidden-instructions.jsonl --controls docs/examples/no-instructions.jsonl \
+		--pair smollm2 --rubric docs/examples/hidden-instruction.yaml --samples 1 --out runs/real-audit
+	$(BIN)/nla trace smollm2 --pair smollm2 --prompt 'The capital of France is' --continuation ' Paris' \
 		--donor-prompt 'The capital of Italy is' --donor-continuation ' Rome'
 
 # Tests of the real model are left out, by name, where it is not installed.

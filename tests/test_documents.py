@@ -40,6 +40,8 @@ class Run(NamedTuple):
     instead: tuple[str, str] = ("", "")
     """A regular expression of a part of the command, and what is run in its place."""
     code: int = 0
+    real: bool = False
+    """It needs the real model, and is run where that is installed."""
 
 
 class NotRun(NamedTuple):
@@ -84,14 +86,14 @@ HUB = "needs the hub"
 
 DOCUMENTS: dict[str, dict[str, Run | RunsIn | NotRun]] = {
     "README.md": {
-        "printf 'One spring": Run(says="The next line ends with", leaves="docs/token-view.svg"),
+        "nla explain 'The capital of France is a city": Run(says="city", leaves="docs/token-view.svg", real=True),
         "make demo": NotRun(INSTALLS + " (tests/nla/organisms/test_shipped.py runs `nla demo`)"),
         "make real": NotRun(INSTALLS),
         "make test": NotRun(INSTALLS),
         "nla recipe": Run(leaves="my.yaml", instead=("Qwen/Qwen2.5-0.5B-Instruct", "my/model")),
         "nla train my.yaml --dry-run": Run(says="joint +would run", append=CORPUS),
         "nla train my.yaml  ": Run(leaves="runs/model/joint/pair/nla_config.json", append=CORPUS + SMALL),
-        "nla explain 'The capital": Run(
+        "nla explain 'The capital of France is' --pair": Run(
             says="what each activation holds", instead=("runs/qwen2.5-0.5b-instruct", "runs/model")
         ),
         "from nla import NLA": Run(says=r"cosine.*fve +-?\d"),
@@ -189,6 +191,9 @@ DOCUMENTS: dict[str, dict[str, Run | RunsIn | NotRun]] = {
         "nla eval transfer": Run(says="(?i)fve", leaves="runs/transfer/transfer.json", append="--activations 100"),
     },
     "docs/results.md": {
+        "import torch\nfrom nla import NLA\n\npair": NotRun(
+            "needs the run; tests/nla/pair/test_folder.py saves a pair so"
+        ),
         "nla train couplets": Run(leaves="runs/couplets/control/pair/nla_config.json", append=SMALL_COUPLETS),
         "nla eval rhymes couplets": Run(says="(?i)warm start", append="--items 8"),
         "nla eval fidelity couplets": Run(says="(?i)newline", append="--items 8"),
@@ -316,29 +321,46 @@ def entry(document: str, shown: str, prepares: bool = False) -> Run | RunsIn | N
     return DOCUMENTS[document][max(matching, key=len)]
 
 
+def shows(document: str, real: bool) -> bool:
+    """Whether a document shows something to be run, with the real model or without."""
+    return any(isinstance(run, Run) and run.real == real for run in DOCUMENTS[document].values())
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "document", [name for name, table in DOCUMENTS.items() if any(isinstance(run, Run) for run in table.values())]
-)
+@pytest.mark.parametrize("document", [name for name in DOCUMENTS if shows(name, real=False)])
 def test_what_a_document_shows_runs(document: str, shell: Shell, tmp_path: Path) -> None:
-    shutil.copytree(ROOT / "docs" / "examples", tmp_path / "docs" / "examples")
-    if "my/model" in str(DOCUMENTS[document]):
+    run_document(document, shell, tmp_path, real=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("document", [name for name in DOCUMENTS if shows(name, real=True)])
+def test_what_a_document_shows_of_the_real_model_runs(
+    document: str, shell: Shell, tmp_path: Path, smollm2: str
+) -> None:
+    run_document(document, shell, tmp_path, real=True)
+
+
+def run_document(document: str, shell: Shell, folder: Path, real: bool) -> None:
+    """Run what a document shows in a folder with its examples: the commands of the real model, or all others."""
+    shutil.copytree(ROOT / "docs" / "examples", folder / "docs" / "examples")
+    if "my/model" in str(DOCUMENTS[document]) and not real:
         recipe = load_benchmark("recipe")
-        recipe.make_target(tmp_path / "my" / "model", recipe.make_corpus(tmp_path / "corpus.jsonl", 96))
+        recipe.make_target(folder / "my" / "model", recipe.make_corpus(folder / "corpus.jsonl", 96))
     namespace: dict[str, object] = {}
     ran: set[str] = set()
     for kind, shown in steps(document):
         if kind in WRITTEN:
             if named := re.match(r"# (\S+\.\w+)\n", shown):
-                (tmp_path / named[1]).write_text(shown, encoding="utf-8")
+                (folder / named[1]).write_text(shown, encoding="utf-8")
             continue
-        run = entry(document, shown, prepares=kind == "sh" and not PROGRAMS.search(first_line(shown)))
-        if not isinstance(run, Run):
+        prepares = kind == "sh" and not PROGRAMS.search(first_line(shown))
+        run = entry(document, shown, prepares)
+        if not isinstance(run, Run) or (run.real != real and not prepares):
             continue
         if kind == "python":
-            run_python(tmp_path, shown, namespace, run)
+            run_python(folder, shown, namespace, run)
         elif without_comment(shown) not in ran:
-            run_shell(shell, tmp_path, shown, run)
+            run_shell(shell, folder, shown, run)
             ran.add(without_comment(shown))
 
 

@@ -15,7 +15,17 @@ from nla.eval.circuits.patching import read_sites
 from nla.eval.readers.labelled_texts import class_words
 from nla.eval.target import Patch, Shift, Target, continued, last_token, open_target, read_last, token_ids, write
 from nla.models.points import Point
-from nla.organisms import ADAPTERS, PAIRS, TARGETS, adapter_folder, couplets, pair_folder, switchboard, target_folder
+from nla.organisms import (
+    ADAPTERS,
+    PACKAGED,
+    PAIRS,
+    TARGETS,
+    adapter_folder,
+    couplets,
+    pair_folder,
+    switchboard,
+    target_folder,
+)
 from nla.stats import derangement
 from tests.helpers.targets import POINT, files_of, saved
 from tests.helpers.tiny import TEXTS, make_model, make_tokenizer
@@ -133,7 +143,7 @@ def test_an_embedded_name_means_one_target_and_one_pair_everywhere(name, target,
 def test_a_name_that_is_not_embedded_is_left_as_it_is(tmp_path: Path) -> None:
     assert target_folder(tmp_path) == pair_folder(tmp_path) == adapter_folder(tmp_path) == str(tmp_path)
     assert adapter_folder(None) is None and adapter_folder("switchboard/goal") == str(ADAPTERS["switchboard/goal"])
-    assert set(PAIRS) < set(TARGETS)
+    assert set(PAIRS) <= {*TARGETS, *PACKAGED} and set(PAIRS) >= {*PACKAGED}
 
 
 @pytest.mark.parametrize("name", ["switchboard", str(switchboard.PAIR), str(switchboard.TARGET)])
