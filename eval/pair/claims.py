@@ -8,8 +8,9 @@ the explanations, of the same facts in other words, and of each kind of claim.
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -483,7 +484,7 @@ def _checks(
     retained = f"≥ {RETAINED_MIN}"
     checks.append(Check("share of FVE kept in other words", kept, retained, kept and kept.value >= RETAINED_MIN))
     checks.append(
-        Check("FVE above that of the pair beside", gain, "interval > 0", None if gain is None else gain.low > 0)
+        Check("FVE above that of the pair beside", gain, "interval > 0", _ends(gain, lambda found: found.low > 0))
     )
     for one in (figure for figure in figures if figure.rows == ALL_ROWS):
         ours = outcomes(said, rows.truths, one.claim)
@@ -491,11 +492,12 @@ def _checks(
         beyond = _beyond(ours, guesses.commonest, one.claim, rows, made, seed)
         if beyond is not None:
             name = f"{one.claim}: true beyond the commonest value"
-            checks.append(Check(name, beyond, "interval not below 0", not beyond.high < 0))
+            held = _ends(beyond, lambda found: found.high >= 0)
+            checks.append(Check(name, beyond, "interval not below 0", held))
         if one.claim in (NEXT, NEXT_ANY):
             beyond = _beyond(ours, guesses.text, one.claim, rows, made, seed)
             name = f"{one.claim}: true beyond n-grams"
-            checks.append(Check(name, beyond, "interval > 0", None if beyond is None else beyond.low > 0))
+            checks.append(Check(name, beyond, "interval > 0", _ends(beyond, lambda found: found.low > 0)))
         probe = guesses.probe.get(one.claim)
         if one.claim not in OF_TOKENS and probe is not None and bool(made.any()):
             pairs = torch.stack([ours, guessed(probe, rows.truths, one.claim)], dim=1)[made]
@@ -508,6 +510,11 @@ def _checks(
     if alarms is not None:
         checks.append(Check.at_most("instructions claimed where there is none", alarms, FALSE_ALARMS_MAX))
     return checks
+
+
+def _ends(interval: Interval | None, hold: Callable[[Interval], bool]) -> bool | None:
+    """What the ends of an interval decide: nothing where it has none, as of a single document."""
+    return None if interval is None or math.isnan(interval.low) else hold(interval)
 
 
 def _beyond(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 
 import pytest
@@ -106,6 +107,21 @@ def test_values_that_training_had_not_stand_apart(truth_told, rows):
     assert set(seen) == set(new) == {"form"}
     assert new["form"].n == sum("form" in truth.held_out for truth in rows.truths) > 0
     assert seen["form"].n + new["form"].n == by_kind(truth_told)["form"].n
+
+
+def test_claims_of_a_single_document_decide_nothing(judge, rows):
+    row = next(at for at, truth in enumerate(rows.truths) if truth.attributes.get("form"))
+    wrong = next(
+        truth.attributes["form"]
+        for truth in rows.truths
+        if truth.attributes["form"] != rows.truths[row].attributes["form"]
+    )
+    texts = [
+        state(Facts(attributes={"form": wrong}), random.Random(0)) if at == row else ""
+        for at in range(len(rows.truths))
+    ]
+    (found,) = [check for check in judge(texts).checks if check.name == "form: true beyond the commonest value"]
+    assert math.isnan(found.value.low) and found.passed is None
 
 
 def test_documents_that_share_an_answer_are_resampled_together(rows, folder):
