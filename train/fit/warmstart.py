@@ -307,7 +307,12 @@ def _encoder_trainer(nla: NLA, rows: _Prepared, settings: FitSettings) -> Encode
     adamw = torch.optim.AdamW(encoder_parameters(nla).values(), lr=settings.learning_rate, weight_decay=0.0)
     return EncoderTrainer(
         nla,
-        args=SFTConfig(dataset_kwargs={"skip_prepare_dataset": True}, max_length=None, **rows.arguments),
+        args=SFTConfig(
+            dataset_kwargs={"skip_prepare_dataset": True},
+            max_length=None,
+            router_aux_loss_coef=0.0,  # a mixture's router is frozen, and its load is not what is trained
+            **rows.arguments,
+        ),
         **rows.datasets,
         data_collator=EncoderCollator(nla, rows.vectors, rows.texts),
         optimizers=(adamw, None),

@@ -42,6 +42,7 @@ NOT_HERE = {
     "trace": "of a pair the target alone is used",
     **dict.fromkeys(("recipe", "import easynla", "import kitft"), "takes a target"),
     "push": "loads nothing: the card that it publishes says so",
+    "serve": "serves until Ctrl-C: /pairs says them of each pair (tests/nla/serve/test_routes.py)",
 }
 
 

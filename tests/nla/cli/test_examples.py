@@ -285,4 +285,4 @@ def test_a_command_that_runs_elsewhere_is_the_very_same_there() -> None:
 
 def test_every_command_runs_in_an_example_or_has_a_reason() -> None:
     without = {name for name in commands() if not any(isinstance(entry(e), Run | RunsIn) for e in shown()[name])}
-    assert without == {"demo", "push", "eval auditing", "eval readers"}
+    assert without == {"demo", "push", "serve", "eval auditing", "eval readers"}

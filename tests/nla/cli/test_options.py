@@ -139,6 +139,7 @@ ELSEWHERE = {
     "eval readers": "minutes; test_cli.py gives each option, tests/eval/readers run it",
     "import easynla --store": "the option of `nla import kitft`, which is typed in the help",
     "push": "test_entry_point.py pushes to a hub of its own",
+    "serve": "it serves until Ctrl-C: tests/nla/serve types them, test_chats.py gives --target-adapter's folders",
 }
 """Commands, and options of one, that are not typed here, with the reason."""
 

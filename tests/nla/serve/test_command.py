@@ -33,11 +33,14 @@ def address(log: Path, server: Started) -> str:
 
 def test_it_prints_its_address_answers_and_ends_at_ctrl_c(shell: Shell, tmp_path: Path) -> None:
     log = tmp_path / "log"
-    server = shell.start(["nla", "serve", "--port", "0", "--device", "cpu"], tmp_path, log)
+    typed = "nla serve --pair couplets --host 127.0.0.1 --port 0 --token a-long-secret --device cpu"
+    server = shell.start(typed.split(), tmp_path, log)
     try:
         (body,) = re.findall(r"-d '(.*?)'", (ROOT / "docs/serve.md").read_text("utf-8"))
         request = urllib.request.Request(
-            address(log, server) + "explain", body.encode(), {"content-type": "application/json"}
+            address(log, server) + "explain",
+            body.encode(),
+            {"content-type": "application/json", "x-secret-key": "a-long-secret"},
         )
         with urllib.request.urlopen(request) as answer:
             (result,) = json.load(answer)["results"]
