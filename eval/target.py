@@ -19,7 +19,7 @@ from nla.models.checkpoint import read_config
 from nla.models.generate import Generated, ends_of, generate, pad_of, seeded
 from nla.models.hooks import add, inference, replace
 from nla.models.load import LoadSettings, load_target
-from nla.models.lora import attach, located
+from nla.models.lora import attached, located
 from nla.models.points import Point, blocks, context_length, device_of, unwrapped
 from nla.models.read import read
 from nla.organisms import PAIRS, TARGETS, full_name, is_target
@@ -204,14 +204,8 @@ def planted(target: Target, nla: NLA | None, adapter: str | Path) -> Iterator[Ta
         with nla.planted(adapter):
             yield Target.of(nla)
         return
-    flags = [(parameter, parameter.requires_grad) for parameter in target.model.parameters()]
-    tuned: Any = attach(target.model, located(adapter))
-    try:
+    with attached(target.model, located(adapter)):
         yield target
-    finally:
-        tuned.unload()
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
 
 
 class Patch(NamedTuple):

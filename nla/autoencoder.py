@@ -15,10 +15,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from nla.baselines import GLOBAL, UNKNOWN_STRATUM
+from nla.baselines import UNKNOWN_STRATUM, cosine_of_ignorance
 from nla.config import NLAConfig
 from nla.errors import ArgumentError, ConfigError, ShapeError, visible
-from nla.metrics import Baseline, cosine, unit
+from nla.metrics import Baseline, cosine
 from nla.models.generate import Watch, ends_of
 from nla.models.points import Point, block, device_of, unwrapped
 from nla.models.read import Activations, Intervene, Strata, read
@@ -408,9 +408,8 @@ class NLA:
         seed = seeds_of(seed, known, vectors) if isinstance(seed, int) else seed
         written = self.encoder.generate(vectors, samples, temperature, max_new_tokens, seed, greedy, batch_size, watch)
         predicted = self.decoder.decode([*written.explanations, ""], strict=False)
-        mean = [self.baselines[GLOBAL].mean] if GLOBAL in self.baselines else []
-        # Both are the same in every call: a margin does not depend on what else is explained with an activation.
-        baselines = (unit(vectors) @ unit(torch.stack([predicted[-1], *mean])).T).amax(dim=1)
+        # The same in every call: a margin does not depend on what else is explained with an activation.
+        baselines = cosine_of_ignorance(vectors, predicted[-1], self.baselines)
         cosines = cosine(vectors.repeat_interleave(samples, dim=0), predicted[:-1]).reshape(-1, samples)
         return judge(written.explanations, written.complete, cosines, baselines, known)
 

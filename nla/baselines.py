@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nla.errors import ShapeError, WeightsError
-from nla.metrics import Baseline
+from nla.metrics import Baseline, unit
 from nla.storage.schema import shown
 from nla.storage.tensors import load_tensors, save_tensors
 
@@ -24,6 +24,18 @@ BASELINES_FILE = "baselines.safetensors"
 """Where a pair and a store keep them."""
 
 _PARTS = ("mean", "variance", "n")
+
+
+def cosine_of_ignorance(
+    vectors: Float[Tensor, "n d"], empty: Float[Tensor, " d"], baselines: Mapping[str, Baseline]
+) -> Float[Tensor, " n"]:
+    """The highest cosine with each activation that is reached without knowing anything of it.
+
+    Args:
+        empty: what the decoder makes of no explanation; beside it stands the mean of the baseline "global", if known.
+    """
+    mean = [baselines[GLOBAL].mean] if GLOBAL in baselines else []
+    return (unit(vectors) @ unit(torch.stack([empty, *mean])).T).amax(dim=1)
 
 
 def load_baselines(path: Path, d_model: int) -> dict[str, Baseline]:

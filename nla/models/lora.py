@@ -273,6 +273,28 @@ def attach(model: PreTrainedModel, folder: Path) -> PeftModel:
     return tuned
 
 
+@contextlib.contextmanager
+def attached(model: PreTrainedModel, folder: Path) -> Iterator[None]:
+    """While active, a model has an adapter in its layers; see :func:`attach`."""
+    with same_gradients(model):
+        tuned: Any = attach(model, folder)
+        try:
+            yield
+        finally:
+            tuned.unload()
+
+
+@contextlib.contextmanager
+def same_gradients(model: nn.Module) -> Iterator[None]:
+    """At the end of the block every parameter that was there before it requires a gradient, or none, as it did then."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
 @headers_once()
 def fitted(folder: Path, model: nn.Module) -> tuple[LoraConfig, dict[str, Tensor]]:
     """An adapter's configuration and tensors under the names that ``model`` gives its layers.

@@ -21,7 +21,6 @@ from nla.models.read import Activations
 from nla.storage.files import read_json, write_json
 from nla.storage.schema import Problem, first_problem, shown
 from nla.text.claims import claims, normalise
-from nla.text.markdown import number
 from nla.text.tokens import Span
 from nla.views import tokens
 from nla.views.figures import data_frame, trust_bars
@@ -424,7 +423,5 @@ def _samples(one: Explanation) -> list[tokens.Sample]:
 
 def _figures(one: Explanation) -> dict[str, str]:
     """What the token view says of an explanation beside its texts."""
-    trust = one.trust
-    figures = {"cosine": number(trust.cosine), "agreement": number(trust.agreement)}
-    figures["margin"] = number(trust.margin, sign=True)
+    figures = tokens.trust_figures(*one.trust[1:])
     return figures if one.stratum in (None, UNKNOWN_STRATUM) else {**figures, "kind": one.stratum}

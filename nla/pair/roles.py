@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from nla.config import NLAConfig
 from nla.errors import ArgumentError, SeparateModelsError
 from nla.metrics import Baseline
-from nla.models.lora import TARGET_ADAPTER, attach, fill, fitted, in_type_of, located, peft_errors
+from nla.models.lora import TARGET_ADAPTER, attached, fill, fitted, in_type_of, located, peft_errors, same_gradients
 from nla.models.points import device_of, final_norm, is_transposed, layout, linear_names, truncated_view, unwrapped
 
 if TYPE_CHECKING:
@@ -426,13 +426,8 @@ def planted(roles: Roles, folder: str | Path | None) -> Iterator[None]:
         target = roles.model_of("target")
         if any(f".{TARGET_ADAPTER}." in name for name, _ in target.named_parameters()):
             raise ArgumentError("a second adapter on the target", "one at a time", "leave the other context first")
-        flags = [(parameter, parameter.requires_grad) for parameter in target.parameters()]
-        try:
-            with _shared(cast(SharedBase, roles), folder) if roles.shared else _alone(target, folder):
-                yield
-        finally:
-            for parameter, flag in flags:
-                parameter.requires_grad_(flag)
+        with _shared(cast(SharedBase, roles), folder) if roles.shared else attached(target, folder):
+            yield
 
 
 @contextlib.contextmanager
@@ -440,26 +435,17 @@ def _shared(roles: SharedBase, folder: Path) -> Iterator[None]:
     """The adapter beside the pair's own on the shared base, which the role "target" switches on."""
     model: Any = roles.model
     config, state = fitted(folder, model)
-    try:
-        with torch.random.fork_rng(devices=[]), peft_errors(folder):  # PEFT draws initial values, then overwritten
-            model.add_adapter(TARGET_ADAPTER, config)
-        fill(folder, model, state)
-        roles.target_adapter = TARGET_ADAPTER
-        yield
-    finally:
-        roles.target_adapter = None
-        if TARGET_ADAPTER in model.peft_config:
-            model.delete_adapter(TARGET_ADAPTER)
-
-
-@contextlib.contextmanager
-def _alone(target: Any, folder: Path) -> Iterator[None]:
-    """The adapter on a target that is a model of its own."""
-    tuned = attach(target, folder)
-    try:
-        yield
-    finally:
-        tuned.unload()
+    with same_gradients(model):
+        try:
+            with torch.random.fork_rng(devices=[]), peft_errors(folder):  # PEFT draws initial values, then overwritten
+                model.add_adapter(TARGET_ADAPTER, config)
+            fill(folder, model, state)
+            roles.target_adapter = TARGET_ADAPTER
+            yield
+        finally:
+            roles.target_adapter = None
+            if TARGET_ADAPTER in model.peft_config:
+                model.delete_adapter(TARGET_ADAPTER)
 
 
 def check_role(name: str) -> None:

@@ -8,14 +8,13 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from nla.autoencoder import NLA
-from nla.baselines import GLOBAL
+from nla.baselines import GLOBAL, cosine_of_ignorance
 from nla.errors import ConfigError, NLAError, RequestError
-from nla.metrics import cosine, mse, unit
+from nla.metrics import cosine, fve_from_errors, mse
 from nla.models.points import Point, context_length
 from nla.pair.explanations import Explanation
 from nla.serve import schema
@@ -104,14 +103,13 @@ def scored(nla: NLA, activation: Float[Tensor, " d"], text: str, before: str | N
         EmptyTextError, VocabularyError, ContextLengthError: see :meth:`nla.pair.decoder.Decoder.prompt_rows`.
     """
     target, baseline = activation[None], nla.baselines.get(GLOBAL)
-    rebuilt = nla.decoder.decode([text])
-    knows_nothing = torch.cat([nla.decoder.decode([""], strict=False), *([baseline.mean[None]] if baseline else [])])
-    reached, error = float(cosine(target, rebuilt)[0]), float(mse(target, rebuilt)[0])
+    rebuilt, (empty,) = nla.decoder.decode([text]), nla.decoder.decode([""], strict=False)
+    reached, error = float(cosine(target, rebuilt)[0]), mse(target, rebuilt)
     return {
-        "mse": error,
+        "mse": float(error[0]),
         "cosine_similarity": reached,
-        "margin": reached - float((unit(target) @ unit(knows_nothing).T).max()),
-        "fve": None if baseline is None else 1 - error / baseline.variance,
+        "margin": reached - float(cosine_of_ignorance(target, empty, nla.baselines)[0]),
+        "fve": None if baseline is None else fve_from_errors(error, baseline),
         "moved": None if before is None else float(cosine(rebuilt, nla.decoder.decode([before]))[0]),
     }
 

@@ -14,7 +14,6 @@ from pydantic import Field
 
 from nla.errors import TranscriptError
 from nla.serve.schema import MAX_CHARACTERS, MAX_MESSAGES, ExplainEvent, Message, Wire
-from nla.text.markdown import number
 from nla.transcripts.files import SUFFIXES, load_transcripts
 from nla.transcripts.messages import Transcript
 from nla.views import pages, tokens
@@ -85,11 +84,7 @@ def _html(body: HtmlRequest) -> str:
             (one.start, one.end),
             (one.fragment_index + 1, one.fragment_count),
             0,
-            {
-                "cosine": number(one.trust.cosine),
-                "agreement": number(one.trust.agreement),
-                "margin": number(one.trust.margin, sign=True),
-            },
+            tokens.trust_figures(one.trust.cosine, one.trust.agreement, one.trust.margin),
             one.trust.level,
             [tokens.Sample(sample.text, sample.cosine, sample.complete) for sample in one.samples],
         )

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from nla.text import markdown
 from nla.text.claims import claims, normalise
 from nla.views import pages
 
@@ -91,6 +92,15 @@ class Note:
     def figures_line(self) -> str:
         """Its figures in one line."""
         return ", ".join(f"{name} {value}" for name, value in self.figures.items())
+
+
+def trust_figures(cosine: float, agreement: float | None, margin: float) -> dict[str, str]:
+    """The three numbers that trust comes from, as they are shown."""
+    return {
+        "cosine": markdown.number(cosine),
+        "agreement": markdown.number(agreement),
+        "margin": markdown.number(margin, sign=True),
+    }
 
 
 def note_of(

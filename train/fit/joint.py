@@ -21,7 +21,6 @@ from nla.models.generate import generate
 from nla.models.hooks import inject
 from nla.models.lora import in_type_of
 from nla.models.merged import MergedCopy, can_merge
-from nla.models.points import attends_plainly
 from nla.pair.roles import ENCODER_ADAPTER
 from nla.train.fit import processes
 from nla.train.fit.checkpoints import (
@@ -32,7 +31,7 @@ from nla.train.fit.checkpoints import (
     keep_float32,
     snapshot,
 )
-from nla.train.fit.log_probs import LogProbs, SharedPrompt, answer_log_probs
+from nla.train.fit.log_probs import LogProbs, SharedPrompt, answer_log_probs, shares_prompt, take_prompts
 from nla.train.fit.loop import PLAIN, OptimizerTime, Phases, checkpointed, fit, on_cpu, own_forward
 from nla.train.fit.metrics_log import MetricsLog
 from nla.train.fit.monitor import EvalSet, Monitor
@@ -125,17 +124,14 @@ class JointTrainer(AtomicCheckpoints, GRPOTrainer):
         keep_float32(self.trained)
         self.eos_token_ids = nla.encoder.end_ids  # the pair's; TRL takes the model's
         self.merged = MergedCopy(nla.model, ENCODER_ADAPTER) if can_merge(nla.model, ENCODER_ADAPTER) else None
-        # Blocks that are computed again in the backward pass take no keys from outside.
-        self.shares_prompt = attends_plainly(self.base) and not self.args.gradient_checkpointing
-        whole_forward: Any = self.base.forward
+        self.shares_prompt = shares_prompt(self.base, self.args.gradient_checkpointing)
 
-        def forward(*args: Any, prompt: SharedPrompt | None = None, owners: Any = None, **kwargs: Any) -> Any:
-            if prompt is None:
-                return whole_forward(*args, **kwargs)
-            answers, mask = kwargs["input_ids"], kwargs["attention_mask"].bool()
-            return answer_log_probs(self.base, prompt, owners, answers, mask, self.temperature)
+        def of_answers(
+            prompt: SharedPrompt, owners: Tensor, input_ids: Tensor, attention_mask: Tensor, **_: Any
+        ) -> LogProbs:
+            return answer_log_probs(self.base, prompt, owners, input_ids, attention_mask.bool(), self.temperature)
 
-        self.base.forward = forward  # inside all wrappers: those of several processes see one pass
+        take_prompts(self.base, of_answers)
 
     def injected(self, rows: Sequence[int]) -> Float[Tensor, "b d"]:
         """The vectors of ``rows`` at the injection norm, where the model is."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from nla.models.hooks import inject
-from nla.models.points import backbone
+from nla.models.points import attends_plainly, backbone
 
 TOKENS_PROJECTED, TOKENS_NORMALISED = 512, 32
 """Tokens whose logits are held at once, in the model's type, and of these in float32: few enough for a CPU's cache."""
@@ -38,6 +39,25 @@ class LogProbs(NamedTuple):
     """Of the whole next-token distribution, without a gradient."""
     likeliest: Float[Tensor, "b t"]
     """1 where no token is likelier, without a gradient."""
+
+
+def shares_prompt(model: PreTrainedModel, gradient_checkpointing: bool) -> bool:
+    """Whether answers may share the keys of their prompt in training: blocks that are computed again in the backward
+    pass take none from outside."""
+    return attends_plainly(model) and not gradient_checkpointing
+
+
+def take_prompts(model: PreTrainedModel, of_answers: Callable[..., Any]) -> None:
+    """Let a model's ``forward`` give what ``of_answers`` gives, where it is called with a ``prompt``.
+
+    It is inside all wrappers: those of several processes see one pass.
+    """
+    whole: Any = model.forward
+
+    def forward(*args: Any, prompt: SharedPrompt | None = None, **kwargs: Any) -> Any:
+        return whole(*args, **kwargs) if prompt is None else of_answers(prompt=prompt, **kwargs)
+
+    model.forward = forward
 
 
 def answer_log_probs(

@@ -17,7 +17,6 @@ from nla.errors import ArgumentError, ConfigError, ShapeError
 from nla.metrics import mse, rescale
 from nla.models.hooks import inject
 from nla.models.lora import in_type_of
-from nla.models.points import attends_plainly
 from nla.text.tokens import plain_ids
 from nla.train.fit import processes
 from nla.train.fit.checkpoints import (
@@ -28,7 +27,7 @@ from nla.train.fit.checkpoints import (
     head_parameters,
     keep_float32,
 )
-from nla.train.fit.log_probs import SharedPrompt, answer_log_probs
+from nla.train.fit.log_probs import SharedPrompt, answer_log_probs, shares_prompt, take_prompts
 from nla.train.fit.loop import PLAIN, checkpointed, fit, on_cpu, own_forward
 from nla.train.fit.settings import FitSettings
 from nla.train.fit.vectors import Joined, Vectors, check_directions
@@ -151,18 +150,14 @@ class EncoderTrainer(AtomicCheckpoints, SFTTrainer):
         self.pair_model, self.base, self.layer = nla.model, nla.base_of("encoder"), nla.config.injection.layer
         super().__init__(model=nla.model, processing_class=nla.tokenizer, **kwargs)  # pyright: ignore
         keep_float32(self.trained)
-        # Blocks that are computed again in the backward pass take no keys from outside.
-        self.shares_prompt = attends_plainly(self.base) and not self.args.gradient_checkpointing
-        whole_forward: Any = self.base.forward
+        self.shares_prompt = shares_prompt(self.base, self.args.gradient_checkpointing)
 
-        def forward(*args: Any, prompt: SharedPrompt | None = None, **kwargs: Any) -> Any:
-            if prompt is None:
-                return whole_forward(*args, **kwargs)
-            answers, labels = (kwargs[name][:, len(prompt.ids) :] for name in ("input_ids", "labels"))
+        def of_answers(prompt: SharedPrompt, input_ids: Tensor, labels: Tensor, **_: Any) -> OfTokens:
+            answers, labels = (ids[:, len(prompt.ids) :] for ids in (input_ids, labels))
             mask, owners = labels != IGNORED, torch.arange(len(labels), device=labels.device)
             return OfTokens(*answer_log_probs(self.base, prompt, owners, answers, mask, 1.0), mask)
 
-        self.base.forward = forward  # inside all wrappers: those of several processes see one pass
+        take_prompts(self.base, of_answers)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         inputs = dict(inputs)

@@ -352,7 +352,7 @@ def test_a_prompt_computed_once_gives_the_losses_and_weights_of_whole_rows(vecto
     figures = [warmstart("encoder", shared, vectors, TEXTS, tmp_path / "shared", settings, held_out)]
     assert read
     read.clear()
-    monkeypatch.setattr("nla.train.fit.warmstart.attends_plainly", lambda model: False)
+    monkeypatch.setattr("nla.train.fit.log_probs.attends_plainly", lambda model: False)
     figures.append(warmstart("encoder", whole, vectors, TEXTS, tmp_path / "whole", settings, held_out))
     assert not read
     names = ("loss", "eval_loss", "mean_token_accuracy", "eval_mean_token_accuracy", "entropy", "steps")
