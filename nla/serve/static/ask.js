@@ -45,8 +45,8 @@ export function open(app, root) {
 
   function update() {
     const { reading, state } = app;
-    found = new Map();
-    if (words) for (const [position, result] of reading.results) found.set(position, count(result));
+    const explained = [...reading.results].sort(([a], [b]) => a - b);  // they come nearest first
+    found = new Map(words ? explained.map(([position, result]) => [position, count(result)]) : []);
     said = words !== null && words.test(reading.text);
     const hits = [...found].filter(([, k]) => k > 0).sort(([a, k], [b, l]) =>
       l / reading.results.get(b).samples.length - k / reading.results.get(a).samples.length || a - b);
